@@ -244,9 +244,7 @@ class Cluster:
         if self._user is not None and not self._runs(self.bin / "postgres"):
             # A virtual environment under a closed home directory: PostgreSQL's user cannot go
             # there, and opening the folders on the way is not ours to do.
-            copy = self.directory / "install"
-            shutil.copytree(self.bin.parent, copy, symlinks=True)
-            self.bin = copy / "bin"
+            self.bin = _copy_programs(self.bin, self.directory / "install")
         done = subprocess.run(
             [
                 self.bin / "initdb",
@@ -346,6 +344,17 @@ def _server_user() -> int | None:
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name).pw_uid
     raise ClusterError("PostgreSQL cannot run as root, and there is no user postgres or nobody")
+
+
+def _copy_programs(bin_dir: Path, target: Path) -> Path:
+    """Copies an installation, with the shared libraries that a wheel puts beside its package."""
+    package = bin_dir.parent.parent
+    copied = target / package.name / bin_dir.parent.name
+    shutil.copytree(bin_dir.parent, copied, symlinks=True)
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, target / libraries.name)
+    return copied / bin_dir.name
 
 
 def _temporary_directory(owner: int | None) -> Path:
