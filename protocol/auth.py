@@ -1,0 +1,40 @@
+"""MD5 password authentication (manual, "Password Authentication" and AuthenticationMD5Password).
+
+The rule: an MD5 secret as the server stores it is as good as the password to whoever holds it: the
+response can be made from either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+_SECRET = re.compile(rb"md5[0-9a-f]{32}")
+
+
+def md5_password(user: bytes, password: bytes, salt: bytes) -> bytes:
+    """The PasswordMessage's text that answers AuthenticationMD5Password with this four-byte salt.
+
+    ``md5`` and the hexadecimal digits of md5(hex(md5(password + user)) + salt).
+    """
+    return md5_response_from_secret(md5_secret(user, password), salt)
+
+
+def md5_secret(user: bytes, password: bytes) -> bytes:
+    """What pg_authid.rolpassword holds: ``md5`` and 32 digits, of md5(password + user)."""
+    return _md5(password + user)
+
+
+def md5_response_from_secret(secret: bytes, salt: bytes) -> bytes:
+    """The same as `md5_password`, for whoever has the stored secret and not the password.
+
+    Raises:
+        ValueError: not a secret of that form. Its text is not repeated.
+    """
+    if not _SECRET.fullmatch(secret):
+        raise ValueError("not an MD5 secret")
+    return _md5(secret.removeprefix(b"md5") + salt)
+
+
+def _md5(data: bytes) -> bytes:
+    return b"md5" + hashlib.md5(data, usedforsecurity=False).hexdigest().encode()

@@ -1,0 +1,97 @@
+"""Errors: the one that malformed input raises, and those that we send to a client.
+
+The rule: an `SQLError` says everything that its ErrorResponse will say. Whoever raises it chooses
+the SQLSTATE and the words; nobody adds to them on the way out.
+
+The constants are the SQLSTATEs in use, named as in the manual's appendix "PostgreSQL Error Codes"
+(in upper case). The two classes of connection failure that we tell apart are 08001 (we could not
+establish it) and 08006 (it was lost).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from protocol.messages import ErrorResponse
+from protocol.wire import ProtocolViolation as ProtocolViolation
+
+SQLCLIENT_UNABLE_TO_ESTABLISH_SQLCONNECTION: Final = "08001"
+SQLSERVER_REJECTED_ESTABLISHMENT_OF_SQLCONNECTION: Final = "08004"
+CONNECTION_FAILURE: Final = "08006"
+PROTOCOL_VIOLATION: Final = "08P01"
+FEATURE_NOT_SUPPORTED: Final = "0A000"
+INVALID_PARAMETER_VALUE: Final = "22023"
+INVALID_TEXT_REPRESENTATION: Final = "22P02"
+INVALID_BINARY_REPRESENTATION: Final = "22P03"
+IN_FAILED_SQL_TRANSACTION: Final = "25P02"
+INVALID_SQL_STATEMENT_NAME: Final = "26000"
+INVALID_AUTHORIZATION_SPECIFICATION: Final = "28000"
+INVALID_PASSWORD: Final = "28P01"
+INVALID_CURSOR_NAME: Final = "34000"
+INSUFFICIENT_PRIVILEGE: Final = "42501"
+SYNTAX_ERROR: Final = "42601"
+UNDEFINED_OBJECT: Final = "42704"
+DATATYPE_MISMATCH: Final = "42804"
+UNDEFINED_FUNCTION: Final = "42883"
+INSUFFICIENT_RESOURCES: Final = "53000"
+TOO_MANY_CONNECTIONS: Final = "53300"
+CONFIGURATION_LIMIT_EXCEEDED: Final = "53400"
+OBJECT_NOT_IN_PREREQUISITE_STATE: Final = "55000"
+QUERY_CANCELED: Final = "57014"
+ADMIN_SHUTDOWN: Final = "57P01"
+CANNOT_CONNECT_NOW: Final = "57P03"
+INTERNAL_ERROR: Final = "XX000"
+
+
+class SQLError(Exception):
+    """An error to be sent to a client, with the fields that an ErrorResponse has for it.
+
+    Args:
+        sqlstate: five characters, best taken from the constants of this module.
+        message: the primary message; one line, no full stop (manual, "Error Message Style Guide").
+        detail, hint, context: the secondary ones, if any.
+        severity: ERROR; FATAL and PANIC are those that end the session.
+    """
+
+    def __init__(
+        self,
+        sqlstate: str,
+        message: str,
+        *,
+        detail: str | None = None,
+        hint: str | None = None,
+        context: str | None = None,
+        severity: str = "ERROR",
+    ) -> None:
+        super().__init__(sqlstate, message)
+        self.sqlstate = sqlstate
+        self.message = message
+        self.detail = detail
+        self.hint = hint
+        self.context = context
+        self.severity = severity
+
+    def __str__(self) -> str:
+        return f"{self.message} (SQLSTATE {self.sqlstate})"
+
+    def response(self, encoding: str = "utf-8") -> ErrorResponse:
+        """The ErrorResponse of this error, its texts in `encoding` (a Python codec's name).
+
+        What the encoding cannot hold becomes ``?``, and so does a NUL, which no message can hold.
+        """
+        texts = {
+            "S": self.severity,
+            "V": self.severity,
+            "C": self.sqlstate,
+            "M": self.message,
+            "D": self.detail,
+            "H": self.hint,
+            "W": self.context,
+        }
+        return ErrorResponse(
+            {
+                code: text.replace("\0", "?").encode(encoding, "replace")
+                for code, text in texts.items()
+                if text is not None
+            }
+        )

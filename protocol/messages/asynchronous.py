@@ -1,0 +1,102 @@
+"""ErrorResponse, and what a backend may send at any time (section "Asynchronous Operations").
+
+The rule: an error or notice keeps every field that the server gave it, known to us or not, in the
+order of the wire. The codes are in the manual's "Error and Notice Message Fields".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from protocol import wire
+from protocol.messages.base import Message
+from protocol.wire import Reader
+
+
+@dataclass(frozen=True, slots=True)
+class _Report(Message):
+    """An error or a notice: texts by their one-character field codes, in the order of the wire."""
+
+    fields: dict[str, bytes]
+
+    @property
+    def severity(self) -> str:
+        """ERROR, FATAL, NOTICE, …: never translated (``V``) where the server is 9.6 or later."""
+        return self.fields.get("V", self.fields.get("S", b"")).decode("ascii", "replace")
+
+    @property
+    def sqlstate(self) -> str:
+        """The five characters of ``C``; empty if the server left it out, which it must not."""
+        return self.fields.get("C", b"").decode("ascii", "replace")
+
+    @property
+    def message(self) -> bytes:
+        """The primary message, in the session's encoding and the server's language."""
+        return self.fields.get("M", b"")
+
+    def with_fields(self, **codes: bytes) -> Self:
+        """A copy, with these fields replaced, or added at the end."""
+        return type(self)({**self.fields, **codes})
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        fields = {}
+        while code := reader.byte():
+            fields[chr(code)] = reader.string()
+        return cls(fields)
+
+    def _write(self) -> bytes:
+        parts: list[bytes] = []
+        for code, text in self.fields.items():
+            if not (len(code) == 1 and 0 < ord(code) < 256):
+                raise ValueError(f"a field's code is one byte: {code!r}")
+            parts += (code.encode("latin-1"), wire.string(text))
+        return b"".join(parts) + b"\0"
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorResponse(_Report):
+    """The command failed, or the session did (severity FATAL, PANIC)."""
+
+    type: ClassVar[int] = ord("E")
+
+
+@dataclass(frozen=True, slots=True)
+class NoticeResponse(_Report):
+    """A warning, a notice, or what else the server has to say; nothing failed."""
+
+    type: ClassVar[int] = ord("N")
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterStatus(Message):
+    """A setting that the server reports, at start-up and whenever it changes."""
+
+    type: ClassVar[int] = ord("S")
+    name: bytes
+    value: bytes
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(reader.string(), reader.string())
+
+    def _write(self) -> bytes:
+        return wire.string(self.name) + wire.string(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class NotificationResponse(Message):
+    """A NOTIFY from the backend with this pid."""
+
+    type: ClassVar[int] = ord("A")
+    pid: int
+    channel: bytes
+    payload: bytes
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(reader.int32(), reader.string(), reader.string())
+
+    def _write(self) -> bytes:
+        return wire.int32(self.pid) + wire.string(self.channel) + wire.string(self.payload)

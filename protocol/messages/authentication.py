@@ -1,0 +1,324 @@
+"""Messages of the section "Start-up": authentication, and what a backend tells of itself.
+
+The rule: what could let somebody in (passwords, SASL and GSS responses, secret keys) is not in the
+repr of a message, so that no log or traceback can show it.
+
+All authentication requests share the type byte ``R`` and are told apart by an Int32; all of the
+frontend's answers share ``p`` and are told apart only by which request they answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+from protocol import wire
+from protocol.messages.base import Message
+from protocol.wire import ProtocolViolation, Reader
+
+MIN_SECRET_KEY_LENGTH = 4
+MAX_SECRET_KEY_LENGTH = 256
+"""Length of a BackendKeyData's key, in bytes. Protocol 3.0 has always 4, protocol 3.2 up to 256."""
+
+
+@dataclass(frozen=True, slots=True)
+class Authentication(Message):
+    """What the authentication requests have in common; by itself, one without further data."""
+
+    type: ClassVar[int] = ord("R")
+    code: ClassVar[int]
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        cls._read_code(reader)
+        return cls()
+
+    def _write(self) -> bytes:
+        return wire.int32(self.code)
+
+    @classmethod
+    def _read_code(cls, reader: Reader) -> None:
+        code = reader.int32()
+        if code != cls.code:
+            raise ProtocolViolation(f"{cls.__name__} has code {cls.code}, not {code}")
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationOk(Authentication):
+    """The client is in."""
+
+    code: ClassVar[int] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationKerberosV5(Authentication):
+    """Asks for Kerberos V5, which no server supports any more."""
+
+    code: ClassVar[int] = 2
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationCleartextPassword(Authentication):
+    """Asks for the password as it is."""
+
+    code: ClassVar[int] = 3
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationMD5Password(Authentication):
+    """Asks for a password hashed with these four bytes of salt: see `protocol.auth`."""
+
+    code: ClassVar[int] = 5
+    salt: bytes
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        cls._read_code(reader)
+        return cls(reader.take(4))
+
+    def _write(self) -> bytes:
+        if len(self.salt) != 4:
+            raise ValueError("the salt of AuthenticationMD5Password has four bytes")
+        return wire.int32(self.code) + self.salt
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationSCMCredential(Authentication):
+    """Only servers before 9.1 send it, and the manual has dropped it."""
+
+    code: ClassVar[int] = 6
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationGSS(Authentication):
+    """Asks for GSSAPI negotiation."""
+
+    code: ClassVar[int] = 7
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationGSSContinue(Authentication):
+    """More GSSAPI or SSPI data."""
+
+    code: ClassVar[int] = 8
+    data: bytes = field(repr=False)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        cls._read_code(reader)
+        return cls(reader.rest())
+
+    def _write(self) -> bytes:
+        return wire.int32(self.code) + self.data
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationSSPI(Authentication):
+    """Asks for SSPI negotiation."""
+
+    code: ClassVar[int] = 9
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationSASL(Authentication):
+    """The SASL mechanisms that the server offers, in its order of preference."""
+
+    code: ClassVar[int] = 10
+    mechanisms: tuple[bytes, ...]
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        cls._read_code(reader)
+        mechanisms = []
+        while mechanism := reader.string():
+            mechanisms.append(mechanism)
+        return cls(tuple(mechanisms))
+
+    def _write(self) -> bytes:
+        if b"" in self.mechanisms:
+            raise ValueError("an empty name ends the list of mechanisms")
+        return wire.int32(self.code) + b"".join(map(wire.string, self.mechanisms)) + b"\0"
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationSASLContinue(Authentication):
+    """A challenge of the SASL mechanism: for SCRAM, the server-first-message."""
+
+    code: ClassVar[int] = 11
+    data: bytes
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        cls._read_code(reader)
+        return cls(reader.rest())
+
+    def _write(self) -> bytes:
+        return wire.int32(self.code) + self.data
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationSASLFinal(Authentication):
+    """The outcome of the SASL mechanism: for SCRAM, the server-final-message."""
+
+    code: ClassVar[int] = 12
+    data: bytes
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        cls._read_code(reader)
+        return cls(reader.rest())
+
+    def _write(self) -> bytes:
+        return wire.int32(self.code) + self.data
+
+
+AuthenticationRequest = (
+    AuthenticationOk
+    | AuthenticationKerberosV5
+    | AuthenticationCleartextPassword
+    | AuthenticationMD5Password
+    | AuthenticationSCMCredential
+    | AuthenticationGSS
+    | AuthenticationGSSContinue
+    | AuthenticationSSPI
+    | AuthenticationSASL
+    | AuthenticationSASLContinue
+    | AuthenticationSASLFinal
+)
+
+_REQUESTS: dict[int, type[AuthenticationRequest]] = {
+    request.code: request
+    for request in (
+        AuthenticationOk,
+        AuthenticationKerberosV5,
+        AuthenticationCleartextPassword,
+        AuthenticationMD5Password,
+        AuthenticationSCMCredential,
+        AuthenticationGSS,
+        AuthenticationGSSContinue,
+        AuthenticationSSPI,
+        AuthenticationSASL,
+        AuthenticationSASLContinue,
+        AuthenticationSASLFinal,
+    )
+}
+
+
+def parse_authentication(body: bytes | bytearray | memoryview) -> AuthenticationRequest:
+    """The authentication request with this body: a message of type ``R``.
+
+    Raises:
+        ProtocolViolation: malformed, or a kind of request that the manual does not have.
+    """
+    code = Reader(body[:4]).int32()
+    request = _REQUESTS.get(code)
+    if request is None:
+        raise ProtocolViolation(f"unknown authentication request {code}")
+    return request.parse(body)
+
+
+@dataclass(frozen=True, slots=True)
+class PasswordMessage(Message):
+    """A password: in cleartext, or as the ``md5…`` response."""
+
+    type: ClassVar[int] = ord("p")
+    password: bytes = field(repr=False)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(reader.string())
+
+    def _write(self) -> bytes:
+        return wire.string(self.password)
+
+
+@dataclass(frozen=True, slots=True)
+class SASLInitialResponse(Message):
+    """The chosen mechanism and its first data; None if it has none to send at first."""
+
+    type: ClassVar[int] = ord("p")
+    mechanism: bytes
+    response: bytes | None = field(repr=False)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(reader.string(), reader.value())
+
+    def _write(self) -> bytes:
+        return wire.string(self.mechanism) + wire.value(self.response)
+
+
+@dataclass(frozen=True, slots=True)
+class SASLResponse(Message):
+    """Further data of the mechanism: for SCRAM, the client-final-message with its proof."""
+
+    type: ClassVar[int] = ord("p")
+    response: bytes = field(repr=False)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(reader.rest())
+
+    def _write(self) -> bytes:
+        return self.response
+
+
+@dataclass(frozen=True, slots=True)
+class GSSResponse(Message):
+    """GSSAPI or SSPI data."""
+
+    type: ClassVar[int] = ord("p")
+    data: bytes = field(repr=False)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(reader.rest())
+
+    def _write(self) -> bytes:
+        return self.data
+
+
+@dataclass(frozen=True, slots=True)
+class BackendKeyData(Message):
+    """What a CancelRequest for this backend must say. A pooler's `pid` is no process's."""
+
+    type: ClassVar[int] = ord("K")
+    pid: int
+    secret_key: bytes = field(repr=False)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        pid, secret_key = reader.int32(), reader.rest()
+        if not MIN_SECRET_KEY_LENGTH <= len(secret_key) <= MAX_SECRET_KEY_LENGTH:
+            raise ProtocolViolation(f"a secret key of {len(secret_key)} bytes")
+        return cls(pid, secret_key)
+
+    def _write(self) -> bytes:
+        return wire.int32(self.pid) + self.secret_key
+
+
+@dataclass(frozen=True, slots=True)
+class NegotiateProtocolVersion(Message):
+    """The server is older than the StartupMessage asked for.
+
+    `version` is the newest that it speaks, (major, minor); `options` are the ``_pq_.`` parameters
+    that it did not recognise. (The manual calls the number a minor version, but the server sends
+    both halves, as a StartupMessage has them.)
+    """
+
+    type: ClassVar[int] = ord("v")
+    version: tuple[int, int]
+    options: tuple[bytes, ...]
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        version = reader.uint16(), reader.uint16()
+        count = reader.int32()
+        if not 0 <= count <= reader.remaining:
+            raise ProtocolViolation(f"{count} options cannot be in {reader.remaining} bytes")
+        return cls(version, tuple([reader.string() for _ in range(count)]))
+
+    def _write(self) -> bytes:
+        major, minor = self.version
+        options = b"".join(map(wire.string, self.options))
+        return wire.uint16(major) + wire.uint16(minor) + wire.int32(len(self.options)) + options

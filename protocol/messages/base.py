@@ -1,0 +1,66 @@
+"""What all typed messages have in common: a type byte, a length word, a body.
+
+The rule: a message class says only what its body looks like, once in `_read` and once in `_write`,
+side by side. Type and length, and that a body ends where its last field ends, are settled here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from protocol import wire
+from protocol.wire import Reader
+
+
+class Message(ABC):
+    """A message of the protocol (manual, "Message Formats"). Subclasses are frozen dataclasses.
+
+    Strings in messages are bytes, in the encoding of the session, without their NUL.
+    """
+
+    __slots__ = ()
+
+    type: ClassVar[int]
+    """The message's first byte, as a number."""
+
+    @classmethod
+    def parse(cls, body: bytes | bytearray | memoryview) -> Self:
+        """The message with this body (what follows the length word).
+
+        Raises:
+            ProtocolViolation: the body is not one of such a message, all of it.
+        """
+        reader = Reader(body)
+        message = cls._read(reader)
+        reader.end()
+        return message
+
+    def serialize(self) -> bytes:
+        """The whole message as sent: type, length, body.
+
+        Raises:
+            ValueError: a number does not fit its field, or a string contains a NUL.
+        """
+        body = self._write()
+        return bytes((self.type,)) + wire.int32(len(body) + 4) + body
+
+    @classmethod
+    @abstractmethod
+    def _read(cls, reader: Reader) -> Self: ...
+
+    @abstractmethod
+    def _write(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Bare(Message):
+    """A message that says all it has to say by its type."""
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls()
+
+    def _write(self) -> bytes:
+        return b""

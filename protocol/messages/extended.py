@@ -1,0 +1,182 @@
+"""Messages of the section "Extended Query": Parse, Bind, Describe, Execute, Close, and the answers.
+
+The rule: an empty name is the unnamed statement or portal, as on the wire; it is never None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from protocol import wire
+from protocol.messages.base import Bare, Message
+from protocol.wire import ProtocolViolation, Reader
+
+
+@dataclass(frozen=True, slots=True)
+class Parse(Message):
+    """Prepares `query` as `statement`.
+
+    `parameter_types` are OIDs; 0, and what is left off at the end, is for the server to infer.
+    """
+
+    type: ClassVar[int] = ord("P")
+    statement: bytes
+    query: bytes
+    parameter_types: tuple[int, ...] = ()
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(reader.string(), reader.string(), reader.uint32s())
+
+    def _write(self) -> bytes:
+        names = wire.string(self.statement) + wire.string(self.query)
+        return names + wire.uint32s(self.parameter_types)
+
+
+@dataclass(frozen=True, slots=True)
+class Bind(Message):
+    """Makes `portal` of `statement` and its parameters.
+
+    Format codes are 0 for text and 1 for binary. No code at all means text for every value, a
+    single one is for all of them, otherwise there is one for each.
+    """
+
+    type: ClassVar[int] = ord("B")
+    portal: bytes
+    statement: bytes
+    parameter_formats: tuple[int, ...] = ()
+    parameters: tuple[bytes | None, ...] = ()
+    result_formats: tuple[int, ...] = ()
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(
+            reader.string(), reader.string(), reader.int16s(), reader.values(), reader.int16s()
+        )
+
+    def _write(self) -> bytes:
+        return b"".join(
+            (
+                wire.string(self.portal),
+                wire.string(self.statement),
+                wire.int16s(self.parameter_formats),
+                wire.values(self.parameters),
+                wire.int16s(self.result_formats),
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Named(Message):
+    """A message about a prepared statement (`kind` is ``S``) or a portal (``P``)."""
+
+    kind: bytes
+    name: bytes
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(_kind(reader.take(1), ProtocolViolation), reader.string())
+
+    def _write(self) -> bytes:
+        return _kind(self.kind, ValueError) + wire.string(self.name)
+
+
+def _kind(kind: bytes, error: type[ValueError]) -> bytes:
+    if kind not in (b"S", b"P"):
+        raise error(f"neither a prepared statement nor a portal: {kind!r}")
+    return kind
+
+
+@dataclass(frozen=True, slots=True)
+class Describe(_Named):
+    """Asks for ParameterDescription (statements only) and RowDescription or NoData."""
+
+    type: ClassVar[int] = ord("D")
+
+
+@dataclass(frozen=True, slots=True)
+class Close(_Named):
+    """Drops a prepared statement or a portal; it is no error if there is none of that name."""
+
+    type: ClassVar[int] = ord("C")
+
+
+@dataclass(frozen=True, slots=True)
+class Execute(Message):
+    """Runs a portal, for at most `max_rows` rows; 0 is no limit."""
+
+    type: ClassVar[int] = ord("E")
+    portal: bytes
+    max_rows: int = 0
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(reader.string(), reader.int32())
+
+    def _write(self) -> bytes:
+        return wire.string(self.portal) + wire.int32(self.max_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Flush(Bare):
+    """Asks for the answers so far to be sent now."""
+
+    type: ClassVar[int] = ord("H")
+
+
+@dataclass(frozen=True, slots=True)
+class Sync(Bare):
+    """Ends a pipeline: after an error the backend skips to it; ReadyForQuery answers it."""
+
+    type: ClassVar[int] = ord("S")
+
+
+@dataclass(frozen=True, slots=True)
+class ParseComplete(Bare):
+    """Parse was done."""
+
+    type: ClassVar[int] = ord("1")
+
+
+@dataclass(frozen=True, slots=True)
+class BindComplete(Bare):
+    """Bind was done."""
+
+    type: ClassVar[int] = ord("2")
+
+
+@dataclass(frozen=True, slots=True)
+class CloseComplete(Bare):
+    """Close was done."""
+
+    type: ClassVar[int] = ord("3")
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterDescription(Message):
+    """The types of a statement's parameters, as OIDs."""
+
+    type: ClassVar[int] = ord("t")
+    types: tuple[int, ...]
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(reader.uint32s())
+
+    def _write(self) -> bytes:
+        return wire.uint32s(self.types)
+
+
+@dataclass(frozen=True, slots=True)
+class NoData(Bare):
+    """In place of RowDescription: the statement returns no rows."""
+
+    type: ClassVar[int] = ord("n")
+
+
+@dataclass(frozen=True, slots=True)
+class PortalSuspended(Bare):
+    """Execute's `max_rows` was reached; another Execute may continue."""
+
+    type: ClassVar[int] = ord("s")

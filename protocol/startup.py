@@ -1,0 +1,128 @@
+"""The packets that open a connection: they have a length but no type byte (manual, "Start-up").
+
+The rule: a packet of these is told by the four bytes after its length, and by nothing else. It
+comes from somebody who has not been authenticated, so its length is bounded before it is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from protocol import wire
+from protocol.messages.authentication import MAX_SECRET_KEY_LENGTH
+from protocol.wire import ProtocolViolation, Reader
+
+MAX_STARTUP_PACKET_LENGTH = 10000
+"""The longest body in bytes, length word not counted: PostgreSQL's own limit."""
+
+_CANCEL = (1234, 5678)
+_SSL = (1234, 5679)
+_GSSENC = (1234, 5680)
+
+
+@dataclass(frozen=True, slots=True)
+class StartupMessage:
+    """Opens a session.
+
+    Attributes:
+        parameters: ``user``, ``database``, ``options``, and settings, in the order of the wire.
+            If one comes twice the last counts, as in PostgreSQL.
+        version: major and minor version of the protocol. The parameters of any major version but 3
+            are not known to us and left empty.
+    """
+
+    parameters: dict[bytes, bytes]
+    version: tuple[int, int] = (3, 0)
+
+    def serialize(self) -> bytes:
+        """The whole packet. Raises ValueError for an empty name, or a NUL in a string."""
+        if b"" in self.parameters:
+            raise ValueError("an empty name ends the list of parameters")
+        pairs = [wire.string(text) for pair in self.parameters.items() for text in pair]
+        return _packet(self.version, b"".join(pairs) + b"\0")
+
+
+@dataclass(frozen=True, slots=True)
+class SSLRequest:
+    """Asks for TLS. The answer is one byte: ``S`` (go on with the handshake) or ``N``."""
+
+    code: ClassVar[tuple[int, int]] = _SSL
+
+    def serialize(self) -> bytes:
+        return _packet(self.code)
+
+
+@dataclass(frozen=True, slots=True)
+class GSSENCRequest:
+    """Asks for GSSAPI encryption. The answer is one byte: ``G`` or ``N``."""
+
+    code: ClassVar[tuple[int, int]] = _GSSENC
+
+    def serialize(self) -> bytes:
+        return _packet(self.code)
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequest:
+    """Asks to cancel what the backend with this BackendKeyData is doing. It is not answered."""
+
+    code: ClassVar[tuple[int, int]] = _CANCEL
+    pid: int
+    secret_key: bytes = field(repr=False)
+
+    def serialize(self) -> bytes:
+        return _packet(self.code, wire.int32(self.pid) + self.secret_key)
+
+
+StartupPacket = StartupMessage | SSLRequest | GSSENCRequest | CancelRequest
+
+
+def startup_packet_length(header: bytes) -> int:
+    """How many bytes follow the four of `header` in a packet that begins with them.
+
+    Raises:
+        ProtocolViolation: less than a version, or more than `MAX_STARTUP_PACKET_LENGTH`.
+    """
+    length = Reader(header[:4]).int32() - 4
+    if not 4 <= length <= MAX_STARTUP_PACKET_LENGTH:
+        raise ProtocolViolation("invalid length of startup packet")
+    return length
+
+
+def parse_startup_packet(body: bytes) -> StartupPacket:
+    """The packet with this body (what follows the length word).
+
+    Raises:
+        ProtocolViolation: it is none of the four, or malformed.
+    """
+    if len(body) > MAX_STARTUP_PACKET_LENGTH:
+        raise ProtocolViolation("invalid length of startup packet")
+    reader = Reader(body)
+    packet = _read(reader, (reader.uint16(), reader.uint16()))
+    reader.end()
+    return packet
+
+
+def _read(reader: Reader, code: tuple[int, int]) -> StartupPacket:
+    if code == _SSL:
+        return SSLRequest()
+    if code == _GSSENC:
+        return GSSENCRequest()
+    if code == _CANCEL:
+        pid, secret_key = reader.int32(), reader.rest()
+        if len(secret_key) > MAX_SECRET_KEY_LENGTH:
+            raise ProtocolViolation(f"a secret key of {len(secret_key)} bytes")
+        return CancelRequest(pid, secret_key)
+    if code[0] != 3:
+        reader.rest()
+        return StartupMessage({}, code)
+    parameters = {}
+    while name := reader.string():
+        parameters[name] = reader.string()
+    return StartupMessage(parameters, code)
+
+
+def _packet(code: tuple[int, int], body: bytes = b"") -> bytes:
+    major, minor = code
+    return wire.int32(len(body) + 8) + wire.uint16(major) + wire.uint16(minor) + body
