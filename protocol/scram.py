@@ -1,0 +1,383 @@
+"""SCRAM-SHA-256, as client and as server (manual, "SASL Authentication"; RFC 5802, RFC 7677).
+
+The rule: these objects hold the whole conversation and only the conversation. Each method takes the
+message that came and gives the one to send, in this order:
+
+    ScramClient                              ScramServer
+    first_message()          ── client-first ─→   first_message(…)
+    final_message(…)        ←─ server-first ──
+                             ── client-final ─→   verify(…)
+    verify(…)               ←─ server-final ──    final_message()
+
+What somebody needs to log in is one of these, strongest last in what it gives away:
+
+- the secret that the server stores (`ScramSecret`: StoredKey, ServerKey): checks logins, makes none;
+- the ClientKey: logs in, where salt and iteration count are the same;
+- the password.
+
+A secret, and one login against it that was overheard, give the ClientKey: `client_key_from_proof`.
+There is no channel binding here. No secret is in any repr or error message.
+"""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import hmac
+import re
+import secrets
+import stringprep
+import unicodedata
+from base64 import b64encode
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Self
+
+from protocol.wire import ProtocolViolation
+
+MECHANISM = b"SCRAM-SHA-256"
+
+MAX_ITERATIONS = 1_000_000
+"""A server that asks for more is refused: the work (some tenths of a second for this many) is the
+client's, and the server has proved nothing yet. PostgreSQL's default is 4096."""
+
+_DIGEST = "sha256"
+_KEY_LENGTH = 32
+_PRINTABLE = rb"[!-+\--~]+"  # RFC 5802: printable, without the comma
+_BASE64 = rb"[A-Za-z0-9+/]+={0,2}"
+
+_SECRET = re.compile(rb"SCRAM-SHA-256\$([1-9][0-9]{0,9}):(%b)\$(%b):(%b)" % ((_BASE64,) * 3))
+_CLIENT_FIRST = re.compile(
+    rb"((?:n|y|p=[A-Za-z0-9.-]+),(?:a=[^,]*)?,)(n=[^,]*,r=(%b)(?:,.*)?)" % _PRINTABLE, re.DOTALL
+)
+_SERVER_FIRST = re.compile(
+    rb"r=(%b),s=(%b),i=([1-9][0-9]{0,9})(?:,.*)?" % (_PRINTABLE, _BASE64), re.DOTALL
+)
+_CLIENT_FINAL = re.compile(
+    rb"(c=(%b),r=(%b)(?:,.*)?),p=(%b)" % (_BASE64, _PRINTABLE, _BASE64), re.DOTALL
+)
+_SERVER_FINAL = re.compile(rb"v=(%b)(?:,.*)?" % _BASE64, re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ScramSecret:
+    """What a server stores of a password (pg_authid.rolpassword). `salt` is raw, not base64."""
+
+    iterations: int
+    salt: bytes = field(repr=False)
+    stored_key: bytes = field(repr=False)
+    server_key: bytes = field(repr=False)
+
+    @classmethod
+    def parse(cls, text: bytes | str) -> Self:
+        """The secret in ``SCRAM-SHA-256$4096:salt$StoredKey:ServerKey``.
+
+        Raises:
+            ValueError: not of that form. Its text is not repeated.
+        """
+        text = text.encode("utf-8", "replace") if isinstance(text, str) else text
+        try:
+            iterations, salt, *keys = _match(_SECRET, text, "secret")
+            stored_key, server_key = map(_key, keys)
+            return cls(int(iterations), _unbase64(salt), stored_key, server_key)
+        except ProtocolViolation:
+            raise ValueError("not a SCRAM-SHA-256 secret") from None
+
+    @classmethod
+    def from_password(
+        cls, password: bytes, *, salt: bytes | None = None, iterations: int = 4096
+    ) -> Self:
+        """The secret of a password, with a random salt unless one is given."""
+        salt = secrets.token_bytes(16) if salt is None else salt
+        client_key, server_key = _derive(password, salt, iterations)
+        return cls(iterations, salt, _hash(client_key), server_key)
+
+    def serialize(self) -> bytes:
+        """The text that `parse` reads."""
+        salt, stored_key, server_key = map(b64encode, (self.salt, self.stored_key, self.server_key))
+        return b"%b$%d:%b$%b:%b" % (MECHANISM, self.iterations, salt, stored_key, server_key)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientFirst:
+    """A client-first-message: `gs2_header` (``n,,``) and `bare` are the two parts of it."""
+
+    gs2_header: bytes
+    bare: bytes
+    nonce: bytes
+
+    @classmethod
+    def parse(cls, message: bytes) -> Self:
+        """Raises ProtocolViolation."""
+        return cls(*_match(_CLIENT_FIRST, message, "client-first-message"))
+
+
+@dataclass(frozen=True, slots=True)
+class ClientFinal:
+    """A client-final-message. `channel_binding` and `proof` are decoded from base64."""
+
+    without_proof: bytes
+    channel_binding: bytes
+    nonce: bytes
+    proof: bytes = field(repr=False)
+
+    @classmethod
+    def parse(cls, message: bytes) -> Self:
+        """Raises ProtocolViolation."""
+        without_proof, channel_binding, nonce, proof = _match(
+            _CLIENT_FINAL, message, "client-final-message"
+        )
+        return cls(without_proof, _unbase64(channel_binding), nonce, _unbase64(proof))
+
+
+class ScramClient:
+    """One login as a client, by password.
+
+    Args:
+        password: as bytes; `saslprep` is applied.
+        user: PostgreSQL ignores it (the StartupMessage has the role), so it is empty by default.
+        nonce: for tests; random otherwise.
+    """
+
+    def __init__(self, password: bytes, *, user: bytes = b"", nonce: bytes | None = None) -> None:
+        self._start(lambda salt, iterations: _derive(password, salt, iterations), user, nonce)
+
+    @classmethod
+    def from_keys(
+        cls,
+        client_key: bytes,
+        server_key: bytes | None,
+        *,
+        user: bytes = b"",
+        nonce: bytes | None = None,
+    ) -> Self:
+        """A login by ClientKey. Without a ServerKey, `verify` takes any server for the right one."""
+        client = cls.__new__(cls)
+        client._start(lambda salt, iterations: (client_key, server_key), user, nonce)
+        return client
+
+    def _start(
+        self,
+        derive: Callable[[bytes, int], tuple[bytes, bytes | None]],
+        user: bytes,
+        nonce: bytes | None,
+    ) -> None:
+        self._derive = derive
+        self._nonce = nonce or _nonce()
+        name = user.replace(b"=", b"=3D").replace(b",", b"=2C")
+        self._client_first_bare = b"n=%b,r=%b" % (name, self._nonce)
+        self._server_key: bytes | None = None
+        self._auth_message = b""
+
+    def first_message(self) -> bytes:
+        """The client-first-message: data of the SASLInitialResponse."""
+        return b"n,," + self._client_first_bare
+
+    def final_message(self, server_first: bytes) -> bytes:
+        """The client-final-message, with the proof that we know the key.
+
+        With a password this computes for about a millisecond per 3000 iterations.
+
+        Raises:
+            ProtocolViolation: malformed, a nonce that does not extend ours, or more than
+                `MAX_ITERATIONS`.
+        """
+        nonce, salt, iterations = _match(_SERVER_FIRST, server_first, "server-first-message")
+        if not nonce.startswith(self._nonce) or nonce == self._nonce:
+            raise ProtocolViolation("the server's SCRAM nonce does not extend ours")
+        if int(iterations) > MAX_ITERATIONS:
+            raise ProtocolViolation(f"the server asks for {int(iterations)} SCRAM iterations")
+        client_key, self._server_key = self._derive(_unbase64(salt), int(iterations))
+        without_proof = b"c=biws,r=" + nonce
+        self._auth_message = b",".join((self._client_first_bare, server_first, without_proof))
+        proof = _xor(client_key, _hmac(_hash(client_key), self._auth_message))
+        return without_proof + b",p=" + b64encode(proof)
+
+    def verify(self, server_final: bytes) -> None:
+        """Checks that the server knows the secret too. Call it, or anybody may be the server.
+
+        Raises:
+            ProtocolViolation: it does not, or said something else, or said it before its time.
+        """
+        if not self._auth_message:
+            raise ProtocolViolation("a SCRAM server-final-message before the server-first-message")
+        (signature,) = _match(_SERVER_FINAL, server_final, "server-final-message")
+        if self._server_key is None:
+            return
+        expected = _hmac(self._server_key, self._auth_message)
+        if not hmac.compare_digest(expected, _unbase64(signature)):
+            raise ProtocolViolation("the server's SCRAM signature is wrong")
+
+
+class ScramServer:
+    """One login as the server, against the secret of the role that the client claims to be.
+
+    `client_key` is what the login revealed, once `verify` has returned True.
+    """
+
+    def __init__(self, secret: ScramSecret, *, nonce: bytes | None = None) -> None:
+        self._secret = secret
+        self._server_nonce = nonce or _nonce()
+        self._gs2_header = b""
+        self._client_first_bare = b""
+        self._nonce = b""
+        self._server_first = b""
+        self._auth_message = b""
+        self.client_key: bytes | None = None
+
+    def first_message(self, client_first: bytes) -> bytes:
+        """The server-first-message: data of AuthenticationSASLContinue.
+
+        Raises:
+            ProtocolViolation: malformed, or the client demands channel binding.
+        """
+        first = ClientFirst.parse(client_first)
+        if first.gs2_header not in (b"n,,", b"y,,"):
+            raise ProtocolViolation("SCRAM channel binding and authorization ids are not supported")
+        self._gs2_header = first.gs2_header
+        self._client_first_bare = first.bare
+        self._nonce = first.nonce + self._server_nonce
+        salt = b64encode(self._secret.salt)
+        self._server_first = b"r=%b,s=%b,i=%d" % (self._nonce, salt, self._secret.iterations)
+        return self._server_first
+
+    def verify(self, client_final: bytes) -> bool:
+        """Whether the client knows the key.
+
+        Raises:
+            ProtocolViolation: malformed, or of another conversation.
+        """
+        final = ClientFinal.parse(client_final)
+        if final.channel_binding != self._gs2_header:
+            raise ProtocolViolation("SCRAM channel binding does not match")
+        if not hmac.compare_digest(final.nonce, self._nonce):
+            raise ProtocolViolation("SCRAM nonce does not match")
+        self._auth_message = b",".join(
+            (self._client_first_bare, self._server_first, final.without_proof)
+        )
+        self.client_key = client_key_from_proof(
+            self._secret.stored_key,
+            self._client_first_bare,
+            self._server_first,
+            final.without_proof,
+            final.proof,
+        )
+        return self.client_key is not None
+
+    def final_message(self) -> bytes:
+        """The server-final-message, for a client that `verify` let in: AuthenticationSASLFinal."""
+        return b"v=" + b64encode(_hmac(self._secret.server_key, self._auth_message))
+
+
+def client_key_from_proof(
+    stored_key: bytes,
+    client_first_bare: bytes,
+    server_first: bytes,
+    client_final_without_proof: bytes,
+    proof: bytes,
+) -> bytes | None:
+    """The ClientKey that a client proved to have, in a conversation of which these are the parts.
+
+    ClientKey = ClientProof XOR HMAC(StoredKey, AuthMessage), and it is right if its hash is
+    StoredKey (RFC 5802, section 3).
+
+    Returns:
+        The key, 32 bytes, or None if the proof is wrong. `proof` is raw, not base64.
+    """
+    auth_message = b",".join((client_first_bare, server_first, client_final_without_proof))
+    signature = _hmac(stored_key, auth_message)
+    if len(proof) != len(signature):
+        return None
+    client_key = _xor(proof, signature)
+    return client_key if hmac.compare_digest(_hash(client_key), stored_key) else None
+
+
+def saslprep(password: bytes) -> bytes:
+    """The password as PostgreSQL hashes it: SASLprep (RFC 4013) where that is possible.
+
+    A password that is no UTF-8, or has characters that SASLprep forbids, is taken as it is.
+    """
+    if password.isascii():  # nothing to map; control characters, too, are left as they are
+        return password
+    try:
+        text = password.decode("utf-8")
+    except UnicodeDecodeError:
+        return password
+    mapped = "".join(
+        " " if stringprep.in_table_c12(character) else character
+        for character in text
+        if not stringprep.in_table_b1(character)
+    )
+    if not mapped or any(map(_is_prohibited, mapped)) or not _is_bidi_consistent(mapped):
+        return password
+    return unicodedata.normalize("NFKC", mapped).encode()
+
+
+_PROHIBITED = (
+    stringprep.in_table_c12,
+    stringprep.in_table_c21_c22,
+    stringprep.in_table_c3,
+    stringprep.in_table_c4,
+    stringprep.in_table_c5,
+    stringprep.in_table_c6,
+    stringprep.in_table_c7,
+    stringprep.in_table_c8,
+    stringprep.in_table_c9,
+    stringprep.in_table_a1,
+)
+
+
+def _is_prohibited(character: str) -> bool:
+    return any(in_table(character) for in_table in _PROHIBITED)
+
+
+def _is_bidi_consistent(text: str) -> bool:
+    """RFC 3454, section 6: right-to-left text has no left-to-right in it, and is it at both ends."""
+    if not any(map(stringprep.in_table_d1, text)):
+        return True
+    if any(map(stringprep.in_table_d2, text)):
+        return False
+    return stringprep.in_table_d1(text[0]) and stringprep.in_table_d1(text[-1])
+
+
+def _derive(password: bytes, salt: bytes, iterations: int) -> tuple[bytes, bytes]:
+    """ClientKey and ServerKey."""
+    salted = hashlib.pbkdf2_hmac(_DIGEST, saslprep(password), salt, iterations)
+    return _hmac(salted, b"Client Key"), _hmac(salted, b"Server Key")
+
+
+def _match(pattern: re.Pattern[bytes], message: bytes, name: str) -> tuple[bytes, ...]:
+    match = pattern.fullmatch(message)
+    if match is None:
+        raise ProtocolViolation(f"malformed SCRAM {name}")
+    return match.groups()
+
+
+def _unbase64(text: bytes) -> bytes:
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except binascii.Error:
+        raise ProtocolViolation("malformed base64 in a SCRAM message") from None
+
+
+def _key(text: bytes) -> bytes:
+    key = _unbase64(text)
+    if len(key) != _KEY_LENGTH:
+        raise ProtocolViolation("a SCRAM key has 32 bytes")
+    return key
+
+
+def _nonce() -> bytes:
+    return b64encode(secrets.token_bytes(18))
+
+
+def _hmac(key: bytes, data: bytes) -> bytes:
+    return hmac.digest(key, data, _DIGEST)
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _xor(a: bytes, b: bytes) -> bytes:
+    return bytes(x ^ y for x, y in zip(a, b, strict=True))
