@@ -1,0 +1,157 @@
+"""The command line: ``pg-background-proxy serve`` and ``demo``.
+
+Exit codes: 0 after a clean stop; 1 when something failed at run time, such as a port that is taken
+or a server that cannot be reached at start; 2 for a wrong option or configuration. A failure is one
+line on stderr, never a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from proxy import __version__, config, log
+
+PROGRAM: Final = "pg-background-proxy"
+
+_DESCRIPTION: Final = """\
+The pg_background functions for any PostgreSQL server: a proxy between client and server that runs
+the SQL given to pg_background_launch() on connections of its own, and passes on everything else.
+"""
+
+_EPILOG: Final = f"""\
+examples:
+  {PROGRAM} demo
+      a PostgreSQL in a temporary folder, the proxy before it, and a guided tour
+  {PROGRAM} serve --upstream "host=db.example.org port=5432"
+      the proxy on 127.0.0.1:6543, before a server of yours
+  psql -h 127.0.0.1 -p 6543 -U alice mydb
+      then: SELECT pg_background_launch('VACUUM big_table');
+"""
+
+_SERVE_EPILOG: Final = f"""\
+Every option but --config may stand in the file, with underscores:
+
+  listen = ["127.0.0.1:6543", "/run/pg-background-proxy:6543"]
+  upstream = "host=db1,db2 port=5432"
+  passfile = "/etc/pg-background-proxy/passfile"
+  max_workers = 8
+
+Flags win over the file, the file over PGHOST, PGPORT and PGPASSFILE.
+
+Clients log in to the server through the proxy, with their own role and password. A side backend,
+the connection on which a job runs, logs in as the same role: without a password where the server
+trusts it, with the client's password if the server asked for it in clear text, else with what
+--passfile or --auth-file has for the role.
+
+SIGTERM or SIGINT: no new clients; running sessions and jobs have --shutdown-timeout to end. A
+second signal ends them at once. Exit codes: 0 clean stop, 1 failure at run time, 2 wrong option or
+configuration.
+
+examples:
+  {PROGRAM} serve --upstream "host=127.0.0.1 port=5432"
+  {PROGRAM} serve --upstream postgresql://db1,db2:5433 --listen '*:6543' --auth-file userlist.txt
+  {PROGRAM} serve --config /etc/pg-background-proxy.toml --log-level debug
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, not in a page."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit code."""
+    arguments = vars(_parser().parse_args(argv))
+    command: Callable[[dict[str, Any]], int] = arguments.pop("command")
+    try:
+        return command(arguments)
+    except config.ConfigError as error:
+        return _fail(2, str(error))
+    except OSError as error:
+        return _fail(1, str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(main: Coroutine[Any, Any, int]) -> int:
+    """Runs a coroutine to its end, on uvloop where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    code: int = uvloop.run(main)
+    return code
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog=PROGRAM,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    serve = commands.add_parser(
+        "serve",
+        help="run the proxy",
+        description="Runs the proxy until it is told to stop. Logs to stderr.",
+        epilog=_SERVE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    serve.set_defaults(command=_serve)
+    serve.add_argument(
+        "--config", type=Path, metavar="FILE", help="a TOML file with these settings"
+    )
+    for field in config.SETTINGS:
+        setting = field.metadata
+        default = f" (default: {setting['default']})" if setting["default"] else ""
+        serve.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            action="append" if setting["many"] else "store",
+            metavar=setting["metavar"],
+            help=f"{setting['help']}{default}".replace("%", "%%"),
+        )
+
+    demo = commands.add_parser(
+        "demo",
+        help="try it: a server in a temporary folder, the proxy, and a guided tour",
+        description="Starts a PostgreSQL in a temporary folder and the proxy before it, shows in a"
+        " short tour what the functions do, and stays up until Ctrl-C. Leaves nothing behind.",
+        allow_abbrev=False,
+    )
+    demo.set_defaults(command=_demo)
+    demo.add_argument(
+        "--once", action="store_true", help="end after the tour; exit code 1 if a step failed"
+    )
+    return parser
+
+
+def _serve(arguments: dict[str, Any]) -> int:
+    settings = config.load(arguments, file=arguments.pop("config"), environ=os.environ)
+    log.configure(settings.log_level)
+    from proxy.server import serve
+
+    return run(serve(settings))
+
+
+def _demo(arguments: dict[str, Any]) -> int:
+    from proxy import demo
+
+    return demo.main(once=arguments["once"])
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,163 @@
+"""The settings ``pg_background.*``, and PostgreSQL's way to write sizes and times.
+
+The rules of guc.c: ``64kB``, ``5min``, ``1.5MB``, a bare number in the setting's own unit. Units
+are case-sensitive. Whatever cannot be read raises ValueError with a message for the user.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+_MEMORY_UNITS: Final[Mapping[str, float]] = {
+    "B": 1,
+    "kB": 1024,
+    "MB": 1024**2,
+    "GB": 1024**3,
+    "TB": 1024**4,
+}
+_TIME_UNITS: Final[Mapping[str, float]] = {
+    "us": 0.001,
+    "ms": 1,
+    "s": 1000,
+    "min": 60_000,
+    "h": 3_600_000,
+    "d": 86_400_000,
+}
+# What a setting may be measured in; a plain number has the one unit "".
+_UNITS: Final[Mapping[str, Mapping[str, float]]] = {
+    "": {"": 1},
+    "B": _MEMORY_UNITS,
+    "ms": _TIME_UNITS,
+}
+_VALUE: Final = re.compile(
+    r"\s*(?P<number>[+-]?(?:0[xX][0-9a-fA-F]+|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?))"
+    r"\s*(?P<unit>[A-Za-z]*)\s*",
+    re.ASCII,
+)
+# A setting's own limits are tighter; this one only keeps numbers printable.
+_LARGEST: Final = 2**63
+
+
+def parse_memory(text: str, *, unit: str = "B") -> int:
+    """Reads a size such as ``64kB``.
+
+    Args:
+        text: the value as the user wrote it.
+        unit: the unit of a bare number.
+
+    Returns:
+        Bytes, rounded to the nearest.
+
+    Raises:
+        ValueError: it is no size; the message says which units there are.
+    """
+    return _parse(text, _MEMORY_UNITS, unit)
+
+
+def parse_time_ms(text: str, *, unit: str = "ms") -> int:
+    """Reads a time such as ``5min``.
+
+    Args:
+        text: the value as the user wrote it.
+        unit: the unit of a bare number.
+
+    Returns:
+        Milliseconds, rounded to the nearest.
+
+    Raises:
+        ValueError: it is no time; the message says which units there are.
+    """
+    return _parse(text, _TIME_UNITS, unit)
+
+
+def format_memory(size: int) -> str:
+    """Writes bytes as SHOW does: 65536 as ``64kB``, 0 as ``0``."""
+    return _format(size, _MEMORY_UNITS)
+
+
+def format_time_ms(time: int) -> str:
+    """Writes milliseconds as SHOW does: 300000 as ``5min``, 0 as ``0``."""
+    return _format(time, _TIME_UNITS)
+
+
+def _parse(text: str, units: Mapping[str, float], default_unit: str) -> int:
+    match = _VALUE.fullmatch(text)
+    if match is None:
+        raise ValueError(f'invalid value: "{text}"')
+    unit = match["unit"] or default_unit
+    if unit not in units and default_unit == "":
+        raise ValueError(f'invalid value: "{text}"')
+    if unit not in units:
+        names = [f'"{name}"' for name in units]
+        listed = f"{', '.join(names[:-1])}, and {names[-1]}"
+        raise ValueError(f'invalid value: "{text}"; valid units are {listed}')
+    number = _number(match["number"]) * units[unit]
+    if not abs(number) < _LARGEST:
+        raise ValueError(f'invalid value: "{text}" exceeds the integer range')
+    return round(number)  # halves to even, as rint() does
+
+
+def _number(digits: str) -> float:
+    sign, body = (-1, digits[1:]) if digits[0] == "-" else (1, digits.removeprefix("+"))
+    if body[:2] in ("0x", "0X"):
+        return sign * int(body, 16)
+    if body.isdigit() and body[0] == "0" and set(body) <= set("01234567"):
+        return sign * int(body, 8)  # strtol() with base 0
+    return sign * (int(body) if body.isdigit() and len(body) < 20 else float(body))
+
+
+def _format(value: int, units: Mapping[str, float]) -> str:
+    if value <= 0:
+        return str(value)
+    fitting = [name for name, factor in units.items() if factor >= 1 and value % factor == 0]
+    return f"{value // int(units[fitting[-1]])}{fitting[-1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting of the session: its name, default, and range, in bytes or milliseconds."""
+
+    name: str
+    default: str
+    minimum: int
+    maximum: int
+    unit: str = ""
+    """``B``, ``ms``, or empty for a plain number."""
+
+    def parse(self, text: str) -> int:
+        """Reads a value: a number, bytes or milliseconds.
+
+        Raises:
+            ValueError: not to be read, or out of range; PostgreSQL's wording.
+        """
+        try:
+            value = _parse(text, _UNITS[self.unit], self.unit)
+        except ValueError as error:
+            detail = str(error).partition("; ")[2]
+            message = f'invalid value for parameter "{self.name}": "{text}"'
+            raise ValueError(f"{message}; {detail}" if detail else message) from None
+        if not self.minimum <= value <= self.maximum:
+            unit = f" {self.unit}" if self.unit else ""
+            raise ValueError(
+                f'{value}{unit} is outside the valid range for parameter "{self.name}"'
+                f" ({self.minimum}{unit} .. {self.maximum}{unit})"
+            )
+        return value
+
+    def show(self, text: str) -> str:
+        """The value as SHOW prints it; raises as ``parse``."""
+        return _format(self.parse(text), _UNITS[self.unit])
+
+
+MAX_WORKERS: Final = Setting("pg_background.max_workers", "16", 1, 1000)
+DEFAULT_QUEUE_SIZE: Final = Setting(
+    "pg_background.default_queue_size", "64kB", 4096, 268_435_456, "B"
+)
+WORKER_TIMEOUT: Final = Setting("pg_background.worker_timeout", "0", 0, 2_147_483_647, "ms")
+
+SETTINGS: Final[Mapping[str, Setting]] = {
+    setting.name: setting for setting in (MAX_WORKERS, DEFAULT_QUEUE_SIZE, WORKER_TIMEOUT)
+}
