@@ -149,7 +149,10 @@ def _serve(arguments: dict[str, Any]) -> int:
 def _demo(arguments: dict[str, Any]) -> int:
     from proxy import demo
 
-    return demo.main(once=arguments["once"])
+    try:
+        return demo.main(run, once=arguments["once"])
+    except demo.DemoError as error:
+        return _fail(1, str(error))
 
 
 def _fail(code: int, message: str) -> int:

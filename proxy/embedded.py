@@ -168,7 +168,7 @@ class Cluster:
             self._initialise()
         for attempt in range(5):
             if self.port == 0 or attempt:
-                self.port = _free_port()
+                self.port = free_port()
             log_start = len(self.log())
             self._launch()
             if self._wait_until_ready():
@@ -368,7 +368,8 @@ def _temporary_directory(owner: int | None) -> Path:
     return path
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A loopback port that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy import __version__, cli, log
+from proxy import __version__, log
 from proxy.config import SETTINGS
 from tests.conftest import StartProxy
 from tests.servers import REPOSITORY, Server, clean_environment
@@ -60,20 +60,12 @@ def test_help_tells_every_setting_and_gives_examples() -> None:
         (["serve", "--config", "/no/such/file"], "cannot read /no/such/file"),
     ],
 )
-def test_a_wrong_option_is_one_line_and_exit_code_2(
-    capsys: pytest.CaptureFixture[str], args: list[str], message: str
-) -> None:
-    try:
-        code = cli.main(args)
-    except SystemExit as exit_:  # argparse's way
-        assert isinstance(exit_.code, int)
-        code = exit_.code
-    said = capsys.readouterr()
-    assert code == 2
-    assert said.out == ""
-    assert said.err.startswith("pg-background-proxy: error: ")
-    assert message in said.err
-    assert said.err.count("\n") == 1
+def test_a_wrong_option_is_one_line_and_exit_code_2(args: list[str], message: str) -> None:
+    done = run(*args)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("pg-background-proxy: error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_taken_port_is_one_line_and_exit_code_1(server: Server) -> None:
