@@ -11,7 +11,7 @@ message that came and gives the one to send, in this order:
 
 What somebody needs to log in is one of these, strongest last in what it gives away:
 
-- the secret that the server stores (`ScramSecret`: StoredKey, ServerKey): checks logins, makes none;
+- the secret that the server stores (`ScramSecret`: StoredKey, ServerKey): only checks logins;
 - the ClientKey: logs in, where salt and iteration count are the same;
 - the password.
 
@@ -38,7 +38,7 @@ from protocol.wire import ProtocolViolation
 MECHANISM = b"SCRAM-SHA-256"
 
 MAX_ITERATIONS = 1_000_000
-"""A server that asks for more is refused: the work (some tenths of a second for this many) is the
+"""A server that asks for more is refused: the work (about 0.2 s for this many) is the
 client's, and the server has proved nothing yet. PostgreSQL's default is 4096."""
 
 _DIGEST = "sha256"
@@ -151,7 +151,7 @@ class ScramClient:
         user: bytes = b"",
         nonce: bytes | None = None,
     ) -> Self:
-        """A login by ClientKey. Without a ServerKey, `verify` takes any server for the right one."""
+        """A login by ClientKey. Without a ServerKey, `verify` accepts any server's signature."""
         client = cls.__new__(cls)
         client._start(lambda salt, iterations: (client_key, server_key), user, nonce)
         return client
@@ -176,7 +176,7 @@ class ScramClient:
     def final_message(self, server_first: bytes) -> bytes:
         """The client-final-message, with the proof that we know the key.
 
-        With a password this computes for about a millisecond per 3000 iterations.
+        With a password this computes for about a millisecond per 4000 iterations.
 
         Raises:
             ProtocolViolation: malformed, a nonce that does not extend ours, or more than
@@ -306,7 +306,7 @@ def saslprep(password: bytes) -> bytes:
     mapped = "".join(
         " " if stringprep.in_table_c12(character) else character
         for character in text
-        if not stringprep.in_table_b1(character)
+        if stringprep.in_table_c12(character) or not stringprep.in_table_b1(character)
     )
     if not mapped or any(map(_is_prohibited, mapped)) or not _is_bidi_consistent(mapped):
         return password
@@ -332,7 +332,7 @@ def _is_prohibited(character: str) -> bool:
 
 
 def _is_bidi_consistent(text: str) -> bool:
-    """RFC 3454, section 6: right-to-left text has no left-to-right in it, and is it at both ends."""
+    """RFC 3454, section 6: text that runs right to left does so throughout, and at both ends."""
     if not any(map(stringprep.in_table_d1, text)):
         return True
     if any(map(stringprep.in_table_d2, text)):

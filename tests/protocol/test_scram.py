@@ -222,7 +222,8 @@ def test_no_secret_is_in_a_repr() -> None:
         ("\u2168".encode(), b"IX"),
         # mapped to a space; to nothing
         ("a\u00a0b".encode(), b"a b"),
-        ("\u00e9a\u200bb".encode(), "\u00e9ab".encode()),
+        ("\u00e9a\u200bb".encode(), "\u00e9a b".encode()),
+        ("\u00e9a\u00adb".encode(), "\u00e9ab".encode()),
         # composed
         ("e\u0301".encode(), "\u00e9".encode()),
         # taken as they are: no UTF-8, nothing left, prohibited, unassigned, mixed directions

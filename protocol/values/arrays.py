@@ -1,0 +1,170 @@
+r"""Arrays: ``[2:3]={1,NULL}`` as dimensions and elements (manual, "Array Input and Output Syntax").
+
+The rule: this file reads all that PostgreSQL reads as an array, for a user may have written it, and
+knows nothing of the elements but where they end. The delimiter is a comma, as for every type but
+``box``.
+
+It looks at bytes. In a client_encoding whose characters can end in a byte of ASCII (SJIS, BIG5,
+GBK, UHC, GB18030, JOHAB) a character that has ``\``, ``{`` or ``}`` for its last byte is misread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from protocol import wire
+from protocol.wire import ProtocolViolation
+
+MAX_DIMENSIONS: Final = 6
+"""PostgreSQL's MAXDIM."""
+
+_SPACE = re.compile(rb"[ \t\n\r\v\f]*")
+_BOUND = re.compile(rb"\[(?:([+-]?[0-9]{1,10}):)?([+-]?[0-9]{1,10})\]")
+_QUOTED = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
+_WORD = rb'(?:[^"\\{}, \t\n\r\v\f]|\\.)++'
+_PLAIN = re.compile(rb"%b(?:[ \t\n\r\v\f]++%b)*+" % (_WORD, _WORD), re.DOTALL)
+_ESCAPE = re.compile(rb"\\(.)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """An array of anything.
+
+    Attributes:
+        dimensions: (size, lower bound) of each, outermost first; none if the array is empty.
+        elements: the text of each, None for NULL, in storage order (the last index runs first).
+    """
+
+    dimensions: tuple[tuple[int, int], ...]
+    elements: list[bytes | None]
+
+    @classmethod
+    def parse(cls, text: bytes) -> Array:
+        """The array of this literal.
+
+        Raises:
+            ProtocolViolation: it is malformed.
+        """
+        return _Parser(text).array()
+
+    def to_binary(self, element_oid: int, convert: Callable[[bytes], bytes]) -> bytes:
+        """Binary form: number of dimensions, whether there are NULLs, type, dimensions, elements.
+
+        `convert` gives the binary form of an element.
+        """
+        header = (len(self.dimensions), int(None in self.elements))
+        parts = [*map(wire.int32, header), wire.uint32(element_oid)]
+        parts += [wire.int32(number) for dimension in self.dimensions for number in dimension]
+        parts += [
+            wire.value(None if element is None else convert(element)) for element in self.elements
+        ]
+        return b"".join(parts)
+
+
+def parse_array(text: bytes) -> list[bytes | None]:
+    """The elements of an array of one dimension, or none; None is NULL.
+
+    Raises:
+        ProtocolViolation: malformed, or of more dimensions.
+    """
+    array = Array.parse(text)
+    if len(array.dimensions) > 1:
+        raise ProtocolViolation("an array of one dimension is wanted")
+    return array.elements
+
+
+class _Parser:
+    """Reads one literal from front to back."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+        self._at = 0
+        self._elements: list[bytes | None] = []
+        self._sizes: dict[int, int] = {}  # by depth, known when the first array of it is closed
+        self._element_depth: int | None = None
+
+    def array(self) -> Array:
+        declared = self._declared_dimensions()
+        self._skip_space()
+        self._expect(b"{")
+        self._skip_space()
+        if not self._accept(b"}"):
+            self._items(0)
+        self._skip_space()
+        if self._at != len(self._text):
+            raise _malformed()
+        sizes = [self._sizes[depth] for depth in range(len(self._sizes))]
+        if declared and [size for size, _ in declared] != sizes:
+            raise ProtocolViolation("the array's bounds do not match its contents")
+        return Array(tuple(declared or [(size, 1) for size in sizes]), self._elements)
+
+    def _declared_dimensions(self) -> list[tuple[int, int]]:
+        """``[1:2][0:4]=``, if it is there."""
+        dimensions = []
+        self._skip_space()
+        while match := _BOUND.match(self._text, self._at):
+            lower, upper = int(match[1] or 1), int(match[2])
+            if not -(2**31) <= lower <= upper < 2**31 - 1:
+                raise _malformed()
+            dimensions.append((upper - lower + 1, lower))
+            self._at = match.end()
+            self._skip_space()
+        if dimensions:
+            self._expect(b"=")
+        return dimensions
+
+    def _items(self, depth: int) -> None:
+        """What is between a brace and the one that closes it, which is consumed."""
+        if depth == MAX_DIMENSIONS:
+            raise ProtocolViolation(f"an array has {MAX_DIMENSIONS} dimensions at most")
+        count = 0
+        while True:
+            self._skip_space()
+            if self._accept(b"{"):
+                if self._element_depth is not None and self._element_depth <= depth:
+                    raise _malformed()
+                self._items(depth + 1)
+            else:
+                if self._element_depth not in (None, depth):
+                    raise _malformed()
+                self._element_depth = depth
+                self._elements.append(self._element())
+            count += 1
+            self._skip_space()
+            if self._accept(b"}"):
+                break
+            self._expect(b",")
+        if self._sizes.setdefault(depth, count) != count:
+            raise ProtocolViolation("the rows of a multidimensional array differ in length")
+
+    def _element(self) -> bytes | None:
+        if match := _QUOTED.match(self._text, self._at):
+            self._at = match.end()
+            return _ESCAPE.sub(rb"\1", match[1])
+        match = _PLAIN.match(self._text, self._at)
+        if match is None:
+            raise _malformed()
+        self._at = match.end()
+        return None if match[0].upper() == b"NULL" else _ESCAPE.sub(rb"\1", match[0])
+
+    def _accept(self, token: bytes) -> bool:
+        if not self._text.startswith(token, self._at):
+            return False
+        self._at += 1
+        return True
+
+    def _expect(self, token: bytes) -> None:
+        if not self._accept(token):
+            raise _malformed()
+
+    def _skip_space(self) -> None:
+        match = _SPACE.match(self._text, self._at)
+        assert match  # it matches nothing, too
+        self._at = match.end()
+
+
+def _malformed() -> ProtocolViolation:
+    return ProtocolViolation("malformed array literal")

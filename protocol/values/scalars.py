@@ -1,0 +1,214 @@
+"""Types whose value is a number, a string of bytes, or an address.
+
+The rule of all the conversions: they read what PostgreSQL writes (a type's output function), not
+all that it reads; anything else is a `ProtocolViolation`. The binary forms are those of the types'
+send functions, which the manual does not describe, so the docstrings here do.
+"""
+
+from __future__ import annotations
+
+import binascii
+import ipaddress
+import re
+import struct
+from collections.abc import Callable
+
+from protocol.wire import ProtocolViolation
+
+_INTEGER = re.compile(rb"-?[0-9]{1,20}")
+_FLOAT = re.compile(rb"(-?)(?:([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)|Infinity|NaN)")
+_NUMERIC = re.compile(rb"(-?)([0-9]+)(?:\.([0-9]+))?")
+_ESCAPED = re.compile(rb"\\(?:\\|([0-3][0-7][0-7]))|([^\\]+)")
+_UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_PG_LSN = re.compile(rb"([0-9A-F]{1,8})/([0-9A-F]{1,8})")
+_MACADDR = re.compile(rb"[0-9a-f]{2}(?::[0-9a-f]{2}){5}(?:(?::[0-9a-f]{2}){2})?")
+_INET = re.compile(rb"([0-9.]+|[0-9a-f:.]*:[0-9a-f:.]*)(?:/([0-9]{1,3}))?")
+
+_NUMERIC_SPECIAL = {  # 0x20 is no scale: it is how numeric_send reads the infinities' flags
+    b"NaN": struct.pack(">HhHH", 0, 0, 0xC000, 0),
+    b"Infinity": struct.pack(">HhHH", 0, 0, 0xD000, 0x20),
+    b"-Infinity": struct.pack(">HhHH", 0, 0, 0xF000, 0x20),
+}
+_MAX_DISPLAY_SCALE = 0x3FFF
+
+
+def bad_text(type_name: str) -> ProtocolViolation:
+    """The error for text that is none of the type's. The text stays out: it is the user's data."""
+    return ProtocolViolation(f"cannot convert this text of type {type_name} to its binary form")
+
+
+def integer(type_name: str, code: str) -> Callable[[bytes], bytes]:
+    """A conversion to the integer that `struct` knows by `code`."""
+    form = struct.Struct(f">{code}")
+
+    def convert(text: bytes) -> bytes:
+        if not _INTEGER.fullmatch(text):
+            raise bad_text(type_name)
+        try:
+            return form.pack(int(text))
+        except struct.error:
+            raise bad_text(type_name) from None
+
+    return convert
+
+
+def float_(type_name: str, code: str) -> Callable[[bytes], bytes]:
+    """A conversion to the IEEE 754 number that `struct` knows by `code`."""
+    form = struct.Struct(f">{code}")
+
+    def convert(text: bytes) -> bytes:
+        match = _FLOAT.fullmatch(text)
+        if match is None or text == b"-NaN":
+            raise bad_text(type_name)
+        number = float(text)
+        if match[2] and number in (float("inf"), float("-inf")):
+            raise bad_text(type_name)
+        try:
+            return form.pack(number)
+        except OverflowError:
+            raise bad_text(type_name) from None
+
+    return convert
+
+
+def raw(text: bytes) -> bytes:
+    """Character types: the two forms are the same."""
+    return text
+
+
+def void(text: bytes) -> bytes:
+    """Nothing, in either form."""
+    if text:
+        raise bad_text("void")
+    return b""
+
+
+def bool_(text: bytes) -> bytes:
+    """One byte, 1 or 0."""
+    if text == b"t":
+        return b"\1"
+    if text == b"f":
+        return b"\0"
+    raise bad_text("bool")
+
+
+def char(text: bytes) -> bytes:
+    r"""``"char"``: one byte. Its text is empty for NUL, and ``\ooo`` where the high bit is set."""
+    if len(text) == 1:
+        return text
+    if not text:
+        return b"\0"
+    if len(text) == 4 and (match := _ESCAPED.fullmatch(text)) and match[1]:
+        return bytes((int(match[1], 8),))
+    raise bad_text("char")
+
+
+def jsonb(text: bytes) -> bytes:
+    """A version byte, and the text."""
+    return b"\1" + text
+
+
+def bytea(text: bytes) -> bytes:
+    r"""The bytes themselves; their text is ``\x`` and hex digits, or of the older escape form."""
+    if text.startswith(b"\\x"):
+        try:
+            return binascii.unhexlify(text[2:])
+        except binascii.Error:
+            raise bad_text("bytea") from None
+    parts = []
+    at = 0
+    while at < len(text):
+        match = _ESCAPED.match(text, at)
+        if match is None:
+            raise bad_text("bytea")
+        octal, plain = match.groups()
+        parts.append(plain or (bytes((int(octal, 8),)) if octal else b"\\"))
+        at = match.end()
+    return b"".join(parts)
+
+
+def uuid(text: bytes) -> bytes:
+    """Sixteen bytes."""
+    if not _UUID.fullmatch(text):
+        raise bad_text("uuid")
+    return binascii.unhexlify(text.replace(b"-", b""))
+
+
+def pg_lsn(text: bytes) -> bytes:
+    """An unsigned 64-bit number, whose halves the text has in hexadecimal."""
+    match = _PG_LSN.fullmatch(text)
+    if match is None:
+        raise bad_text("pg_lsn")
+    return struct.pack(">II", int(match[1], 16), int(match[2], 16))
+
+
+def macaddr(text: bytes) -> bytes:
+    """Six bytes."""
+    return _macaddr("macaddr", text, 6)
+
+
+def macaddr8(text: bytes) -> bytes:
+    """Eight bytes."""
+    return _macaddr("macaddr8", text, 8)
+
+
+def _macaddr(type_name: str, text: bytes, size: int) -> bytes:
+    digits = text.replace(b":", b"")
+    if not _MACADDR.fullmatch(text) or len(digits) != 2 * size:
+        raise bad_text(type_name)
+    return binascii.unhexlify(digits)
+
+
+def inet(text: bytes) -> bytes:
+    """See `_network`."""
+    return _network("inet", text, is_cidr=False)
+
+
+def cidr(text: bytes) -> bytes:
+    """See `_network`."""
+    return _network("cidr", text, is_cidr=True)
+
+
+def _network(type_name: str, text: bytes, *, is_cidr: bool) -> bytes:
+    """Family (2 IPv4, 3 IPv6), bits of the netmask, whether it is a cidr, length, address."""
+    match = _INET.fullmatch(text)
+    if match is None:
+        raise bad_text(type_name)
+    try:
+        address = ipaddress.ip_address(match[1].decode("ascii"))
+    except ValueError:
+        raise bad_text(type_name) from None
+    bits = address.max_prefixlen if match[2] is None else int(match[2])
+    if bits > address.max_prefixlen:
+        raise bad_text(type_name)
+    family = 2 if address.version == 4 else 3
+    return bytes((family, bits, is_cidr, len(address.packed))) + address.packed
+
+
+def numeric(text: bytes) -> bytes:
+    """Digits to the base of 10000: their count, weight of the first, sign, display scale, digits.
+
+    The value is the sum of digit[i] * 10000 ** (weight - i); zeros at either end are not stored.
+    The display scale is how many decimal places the text has.
+    """
+    if text in _NUMERIC_SPECIAL:
+        return _NUMERIC_SPECIAL[text]
+    match = _NUMERIC.fullmatch(text)
+    if match is None:
+        raise bad_text("numeric")
+    sign, whole, fraction = match[1], match[2], match[3] or b""
+    scale = len(fraction)
+    whole = whole.rjust(-(-len(whole) // 4) * 4, b"0")
+    fraction = fraction.ljust(-(-scale // 4) * 4, b"0")
+    both = whole + fraction
+    digits = [int(both[at : at + 4]) for at in range(0, len(both), 4)]
+    weight = len(whole) // 4 - 1
+    first = next((at for at, digit in enumerate(digits) if digit), len(digits))
+    while len(digits) > first and not digits[-1]:
+        digits.pop()
+    digits = digits[first:]
+    weight = weight - first if digits else 0
+    if scale > _MAX_DISPLAY_SCALE or not -0x8000 <= weight <= 0x7FFF or len(digits) > 0xFFFF:
+        raise bad_text("numeric")
+    header = (len(digits), weight, 0x4000 if sign and digits else 0, scale)
+    return struct.pack(f">HhHH{len(digits)}H", *header, *digits)
