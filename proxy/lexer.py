@@ -1,0 +1,317 @@
+"""PostgreSQL's SQL cut into tokens: the manual's chapter "Lexical Structure", over bytes.
+
+The rule: this module reads exactly what the server's own scanner reads, and where it cannot it
+raises LexError. It knows words, quotes and brackets, no grammar; its offsets are byte offsets
+into the text as the client sent it.
+
+Source: https://www.postgresql.org/docs/current/sql-syntax-lexical.html
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+
+class LexError(ValueError):
+    """The server's scanner would not get through this text either: an unterminated quote,
+    string or comment, or a character that begins no token."""
+
+
+class Kind(enum.Enum):
+    """What a token is."""
+
+    IDENTIFIER = enum.auto()  # unquoted: names and key words alike
+    QUOTED_IDENTIFIER = enum.auto()  # "…" and U&"…"
+    STRING = enum.auto()  # '…' with any prefix and its continuation lines, $…$
+    NUMBER = enum.auto()
+    PARAMETER = enum.auto()  # $1
+    OPERATOR = enum.auto()
+    PUNCTUATION = enum.auto()  # ( ) [ ] , ; : :: := => . ..
+
+
+class Token(NamedTuple):
+    """``sql[start:end]``; white space and comments are between tokens, never in them
+    (but a string with continuation lines is one token, with all that is between its parts)."""
+
+    kind: Kind
+    start: int
+    end: int
+
+
+class Statement(NamedTuple):
+    """One statement of a Query string, from its first token to its last, without the ``;``."""
+
+    start: int
+    end: int
+    tokens: list[Token]
+
+
+# --- tokens ---------------------------------------------------------------------------------
+
+_DECIMAL: Final = rb"[0-9](?:_?[0-9])*+"
+_PLAIN: Final = rb"'[^']*+(?:''[^']*+)*+'"
+_ESCAPED: Final = rb"'[^'\\]*+(?:(?:''|\\.)[^'\\]*+)*+'"
+# Between the parts of one string: white space and comments, a newline among them.
+_CONTINUED: Final = rb"(?:[ \t\f\v]++|--[^\r\n]*+)*+[\r\n](?:[ \t\r\n\f\v]++|--[^\r\n]*+[\r\n])*+"
+
+
+def _continued(string: bytes) -> bytes:
+    return string + rb"(?:" + _CONTINUED + string + rb")*+"
+
+
+def _scanner(*, standard_conforming_strings: bool) -> re.Pattern[bytes]:
+    """White space and line comments, then one token. Quantifiers are possessive: matching never
+    goes back, so it takes linear time whatever the text is. Always matches."""
+    plain = _PLAIN if standard_conforming_strings else _ESCAPED
+    return re.compile(
+        rb"(?:[ \t\r\n\f\v]++|--[^\r\n]*+)*+(?:"
+        # The prefixed forms stand before the identifiers that their first letters would be.
+        rb"(?P<STRING>[eE]" + _continued(_ESCAPED) + rb"|(?:[bBxX]|[uU]&)" + _continued(_PLAIN)
+        + rb"|[nN]?" + _continued(plain) + rb")"
+        rb'|(?P<QUOTED_IDENTIFIER>(?:[uU]&)?"[^"]*+(?:""[^"]*+)*+")'
+        rb"|(?P<IDENTIFIER>[A-Za-z_\x80-\xff][A-Za-z_0-9$\x80-\xff]*+)"
+        rb"|(?P<NUMBER>0[xX](?:_?[0-9A-Fa-f])++|0[oO](?:_?[0-7])++|0[bB](?:_?[01])++"
+        # "1..2" is 1, .., 2
+        rb"|(?:" + _DECIMAL + rb"(?:\.(?!\.)(?:" + _DECIMAL + rb")?)?|\." + _DECIMAL + rb")"
+        rb"(?:[eE][-+]?" + _DECIMAL + rb")?)"
+        rb"|(?P<PUNCTUATION>[()\[\],;]|::|:=|:|\.\.|\.)"
+        rb"|(?P<PARAMETER>\$[0-9]++)"
+        rb"|(?P<OPERATOR>(?:(?!--|/\*)[-+*/<>=~!@#%^&|`?])++)"
+        rb"|(?P<DOLLAR>\$(?:[A-Za-z_\x80-\xff][A-Za-z_0-9\x80-\xff]*+)?\$)"
+        rb"|(?P<COMMENT>/\*)"
+        rb"|(?P<END>\Z)"
+        rb"|(?P<UNKNOWN>.))",
+        re.DOTALL,
+    )  # fmt: skip
+
+
+_SCANNERS: Final = {
+    setting: _scanner(standard_conforming_strings=setting) for setting in (True, False)
+}
+_KINDS: Final = {kind.name: kind for kind in Kind}
+_COMMENT_EDGE: Final = re.compile(rb"/\*|\*/")
+_NOT_IN_SQL_OPERATORS: Final = re.compile(rb"[~!@#%^&|`?]")
+
+
+def tokenize(
+    sql: bytes, *, standard_conforming_strings: bool = True, encoding: str | None = None
+) -> list[Token]:
+    """All tokens of a Query string.
+
+    Args:
+        sql: the text as the client sent it.
+        standard_conforming_strings: the session's setting; off, '…' knows backslash escapes.
+        encoding: the session's client_encoding, as PostgreSQL names it. It matters only where
+            bytes of a multi-byte character can look like ASCII.
+
+    Raises:
+        LexError: the server could not read this text.
+    """
+    sql = _mask(sql, encoding)
+    match = _SCANNERS[standard_conforming_strings].match
+    tokens: list[Token] = []
+    position = 0
+    while found := match(sql, position):
+        name = found.lastgroup or ""
+        start, position = found.span(name)
+        if kind := _KINDS.get(name):
+            if kind is Kind.OPERATOR:
+                position = _operator_end(sql, start, position)
+                if sql[start:position] == b"=>":
+                    kind = Kind.PUNCTUATION
+            tokens.append(Token(kind, start, position))
+        elif name == "COMMENT":
+            position = _comment_end(sql, position)
+        elif name == "DOLLAR":
+            quote = sql[start:position]
+            closing = sql.find(quote, position)
+            if closing < 0:
+                raise LexError(f"unterminated dollar-quoted string at byte {start}")
+            position = closing + len(quote)
+            tokens.append(Token(Kind.STRING, start, position))
+        elif name == "END":
+            break
+        else:
+            raise LexError(f"unterminated quote or unexpected character at byte {start}")
+    return tokens
+
+
+def _operator_end(sql: bytes, start: int, end: int) -> int:
+    """An operator of several characters ends in + or - only if it also has a character that
+    SQL's own operators do not have: ``=-1`` is two tokens, ``@-`` is one."""
+    if end - start > 1 and not _NOT_IN_SQL_OPERATORS.search(sql, start, end):
+        while end - start > 1 and sql[end - 1] in b"+-":
+            end -= 1
+    return end
+
+
+def _comment_end(sql: bytes, position: int) -> int:
+    """The offset behind the comment whose ``/*`` ends at ``position``; comments nest."""
+    depth = 1
+    for edge in _COMMENT_EDGE.finditer(sql, position):
+        depth += 1 if edge[0] == b"/*" else -1
+        if depth == 0:
+            return edge.end()
+    raise LexError(f"unterminated comment at byte {position - 2}")
+
+
+# --- words ----------------------------------------------------------------------------------
+
+
+def keyword(sql: bytes, token: Token) -> str:
+    """An unquoted word as the server compares key words: in lower case. Else the empty string."""
+    if token.kind is not Kind.IDENTIFIER:
+        return ""
+    return sql[token.start : token.end].lower().decode("latin-1")
+
+
+def identifier(sql: bytes, token: Token, encoding: str | None = None) -> bytes | None:
+    """The name that an identifier token stands for: quotes taken off, or folded to lower case
+    (ASCII letters only). None for other tokens and for U&"…", which needs its UESCAPE."""
+    text = sql[token.start : token.end]
+    if token.kind is Kind.IDENTIFIER:
+        return _fold(text, encoding)
+    if token.kind is Kind.QUOTED_IDENTIFIER and text[:1] == b'"':
+        return text[1:-1].replace(b'""', b'"')
+    return None
+
+
+# --- statements -----------------------------------------------------------------------------
+
+
+def split(
+    sql: bytes, *, standard_conforming_strings: bool = True, encoding: str | None = None
+) -> list[Statement]:
+    """The statements of a Query string that are not empty.
+
+    A ``;`` in parentheses (CREATE RULE … DO (a; b)) or in a routine's BEGIN ATOMIC … END does
+    not end a statement.
+
+    Raises:
+        LexError: as tokenize().
+    """
+    tokens = tokenize(
+        sql, standard_conforming_strings=standard_conforming_strings, encoding=encoding
+    )
+    return [
+        Statement(part[0].start, part[-1].end, part) for part in _statements(sql, tokens) if part
+    ]
+
+
+def _statements(sql: bytes, tokens: list[Token]) -> Iterator[list[Token]]:
+    statement: list[Token] = []
+    depth = 0
+    in_atomic = False
+    previous = ""
+    for token in tokens:
+        word = keyword(sql, token)
+        if token.kind is Kind.PUNCTUATION:
+            word = sql[token.start : token.end].decode()
+            if word == "(":
+                depth += 1
+            elif word == ")":
+                depth = max(depth - 1, 0)
+            elif word == ";" and depth == 0 and not in_atomic:
+                yield statement
+                statement = []
+                previous = ""
+                continue
+        elif depth == 0:
+            if word == "atomic" and previous == "begin" and _creates_routine(sql, statement):
+                in_atomic = True
+            # The body's END stands where a statement would begin; that of a CASE never does.
+            elif in_atomic and word == "end" and previous in (";", "atomic"):
+                in_atomic = False
+        statement.append(token)
+        previous = word
+    yield statement
+
+
+def _creates_routine(sql: bytes, statement: list[Token]) -> bool:
+    words = _words(sql, statement, 4)
+    if words[1:3] == ["or", "replace"]:
+        del words[1:3]
+    return words[0] == "create" and words[1] in ("function", "procedure")
+
+
+def is_transaction_control(sql: bytes, statement: Statement) -> bool:
+    """BEGIN, COMMIT, ROLLBACK, SAVEPOINT and their kin."""
+    first, second, third = _words(sql, statement.tokens, 3)
+    if first == "start":
+        return second == "transaction"
+    if first == "prepare":
+        # But PREPARE transaction AS … prepares a statement of that name.
+        return second == "transaction" and third not in ("as", "(")
+    return first in _TRANSACTION_CONTROL
+
+
+_TRANSACTION_CONTROL: Final = frozenset(
+    ("begin", "commit", "end", "rollback", "abort", "savepoint", "release")
+)
+
+
+def is_client_copy(sql: bytes, statement: Statement) -> bool:
+    """COPY … FROM STDIN or TO STDOUT, which take the connection into COPY mode."""
+    words = _words(sql, statement.tokens, len(statement.tokens))
+    if words[0] != "copy":
+        return False
+    depth = 0
+    for index, word in enumerate(words[:-1]):
+        depth += (word == "(") - (word == ")")
+        if depth == 0 and word in ("from", "to") and words[index - 1] != ".":
+            # The server takes either word for either direction.
+            return words[index + 1] in ("stdin", "stdout")
+    return False
+
+
+def _words(sql: bytes, tokens: list[Token], count: int) -> list[str]:
+    """The first ``count`` tokens: key words in lower case, punctuation, "" for all else."""
+    words = [
+        sql[token.start : token.end].decode()
+        if token.kind is Kind.PUNCTUATION
+        else keyword(sql, token)
+        for token in tokens[:count]
+    ]
+    return words + [""] * (count - len(words))
+
+
+# --- encodings ------------------------------------------------------------------------------
+
+# Client encodings in which a byte of a multi-byte character can look like ASCII (a backslash, a
+# letter, with GB18030 a digit), and what their multi-byte characters are to the server:
+# it looks at the lead byte (GB18030: two) for the length.
+_SJIS: Final = rb"[\x80-\xa0\xe0-\xff]."
+_TWO_BYTES: Final = rb"[\x80-\xff]."
+_MULTI_BYTE: Final = {
+    name: re.compile(pattern, re.DOTALL)
+    for name, pattern in {
+        "SJIS": _SJIS,
+        "SHIFT_JIS_2004": _SJIS,
+        "BIG5": _TWO_BYTES,
+        "GBK": _TWO_BYTES,
+        "UHC": _TWO_BYTES,
+        "JOHAB": rb"\x8f..|[\x80-\xff].",
+        "GB18030": rb"[\x80-\xff](?:[0-9]..|.)",
+    }.items()
+}
+
+
+def _mask(sql: bytes, encoding: str | None) -> bytes:
+    """``sql`` with every multi-byte character as so many bytes that look like nothing else."""
+    characters = _MULTI_BYTE.get(encoding or "")
+    if characters is None or sql.isascii():
+        return sql
+    return characters.sub(lambda found: b"\xff" * len(found[0]), sql)
+
+
+def _fold(text: bytes, encoding: str | None) -> bytes:
+    masked = _mask(text, encoding)
+    if masked is text:
+        return text.lower()
+    return bytes(
+        new if old < 0x80 else kept
+        for old, new, kept in zip(masked, masked.lower(), text, strict=True)
+    )
