@@ -337,7 +337,8 @@ def test_a_wrong_flag_is_named() -> None:
         load({"default_queue_size": "1"})
 
 
-def test_the_readme_has_every_setting() -> None:
+def test_the_readme_has_every_setting_and_its_default() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     for field in SETTINGS:
-        assert f"| `{field.name}` |" in readme
+        default = f" `{field.metadata['default']}`" if field.metadata["default"] else ""
+        assert f"| `{field.name}` |{default} |" in readme

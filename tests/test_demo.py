@@ -1,0 +1,84 @@
+"""The demo and the benchmark run to their ends: what a newcomer tries first."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import REPOSITORY, clean_environment
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files, in which nothing may be left at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="pgbg-test-"))
+    folder.chmod(0o755)  # PostgreSQL's user must get in
+    yield folder
+    left = list(folder.iterdir())
+    folder.rmdir()
+    assert not left
+
+
+def start(temporary: Path, *args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", *args],
+        cwd=REPOSITORY,
+        env={**clean_environment(), "TMPDIR": str(temporary)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_the_tour_shows_what_it_says(temporary: Path) -> None:
+    with start(temporary, "proxy", "demo", "--once") as process:
+        said, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    assert "INSERT 0 1000" in said
+    assert "ERROR:  canceling statement due to user request" in said
+    assert "All 5 steps showed what they should." in said
+
+
+def test_the_demo_stays_up_until_it_is_interrupted(temporary: Path) -> None:
+    with start(temporary, "proxy", "demo") as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any("Ctrl-C stops everything." in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "Nothing is left behind." in said
+    assert "Traceback" not in said
+
+
+def test_without_the_extra_the_demo_says_what_to_install() -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import sys; sys.modules['psycopg'] = None; import proxy.cli as c; sys.exit(c.main())",
+            "demo",
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "pip install 'pg-background-proxy[demo]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_benchmark_runs(temporary: Path) -> None:
+    with start(temporary, "bench", "--quick") as process:
+        said, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    assert "launch, then result" in said
+    assert "pgbench -S -M prepared -c 8" in said
