@@ -21,11 +21,18 @@ from protocol.wire import ProtocolViolation
 MAX_DIMENSIONS: Final = 6
 """PostgreSQL's MAXDIM."""
 
-_SPACE = re.compile(rb"[ \t\n\r\v\f]*")
-_BOUND = re.compile(rb"\[(?:([+-]?[0-9]{1,10}):)?([+-]?[0-9]{1,10})\]")
-_QUOTED = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
+_SPACE = rb"[ \t\n\r\v\f]*+"
+_BOUND = re.compile(rb"%b\[(?:([+-]?[0-9]{1,10}):)?([+-]?[0-9]{1,10})\]" % _SPACE)
+_EQUALS = re.compile(rb"%b=" % _SPACE)
+_OPEN = re.compile(rb"%b\{" % _SPACE)
+_CLOSE = re.compile(rb"%b\}" % _SPACE)
+_END = re.compile(rb"%b\Z" % _SPACE)
+_DELIMITER = re.compile(rb"%b([,}])" % _SPACE)
+_QUOTED = rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"'
 _WORD = rb'(?:[^"\\{}, \t\n\r\v\f]|\\.)++'
-_PLAIN = re.compile(rb"%b(?:[ \t\n\r\v\f]++%b)*+" % (_WORD, _WORD), re.DOTALL)
+_PLAIN = rb"(%b(?:[ \t\n\r\v\f]++%b)*+)" % (_WORD, _WORD)
+# An element and the delimiter after it, in one match: arrays may be long.
+_ELEMENT = re.compile(rb"%b(?:%b|%b)%b([,}])" % (_SPACE, _QUOTED, _PLAIN, _SPACE), re.DOTALL)
 _ESCAPE = re.compile(rb"\\(.)", re.DOTALL)
 
 
@@ -88,14 +95,10 @@ class _Parser:
 
     def array(self) -> Array:
         declared = self._declared_dimensions()
-        self._skip_space()
-        self._expect(b"{")
-        self._skip_space()
-        if not self._accept(b"}"):
+        self._expect(_OPEN)
+        if not self._accept(_CLOSE):
             self._items(0)
-        self._skip_space()
-        if self._at != len(self._text):
-            raise _malformed()
+        self._expect(_END)
         sizes = [self._sizes[depth] for depth in range(len(self._sizes))]
         if declared and [size for size, _ in declared] != sizes:
             raise ProtocolViolation("the array's bounds do not match its contents")
@@ -104,16 +107,13 @@ class _Parser:
     def _declared_dimensions(self) -> list[tuple[int, int]]:
         """``[1:2][0:4]=``, if it is there."""
         dimensions = []
-        self._skip_space()
-        while match := _BOUND.match(self._text, self._at):
+        while match := self._accept(_BOUND):
             lower, upper = int(match[1] or 1), int(match[2])
             if not -(2**31) <= lower <= upper < 2**31 - 1:
                 raise _malformed()
             dimensions.append((upper - lower + 1, lower))
-            self._at = match.end()
-            self._skip_space()
         if dimensions:
-            self._expect(b"=")
+            self._expect(_EQUALS)
         return dimensions
 
     def _items(self, depth: int) -> None:
@@ -121,49 +121,42 @@ class _Parser:
         if depth == MAX_DIMENSIONS:
             raise ProtocolViolation(f"an array has {MAX_DIMENSIONS} dimensions at most")
         count = 0
-        while True:
-            self._skip_space()
-            if self._accept(b"{"):
-                if self._element_depth is not None and self._element_depth <= depth:
-                    raise _malformed()
-                self._items(depth + 1)
-            else:
+        delimiter = b","
+        while delimiter == b",":
+            if match := self._accept(_ELEMENT):
                 if self._element_depth not in (None, depth):
                     raise _malformed()
                 self._element_depth = depth
-                self._elements.append(self._element())
+                quoted, plain, delimiter = match.groups()
+                self._elements.append(_element(quoted, plain))
+            else:
+                self._expect(_OPEN)
+                if self._element_depth is not None and self._element_depth <= depth:
+                    raise _malformed()
+                self._items(depth + 1)
+                delimiter = self._expect(_DELIMITER)[1]
             count += 1
-            self._skip_space()
-            if self._accept(b"}"):
-                break
-            self._expect(b",")
         if self._sizes.setdefault(depth, count) != count:
             raise ProtocolViolation("the rows of a multidimensional array differ in length")
 
-    def _element(self) -> bytes | None:
-        if match := _QUOTED.match(self._text, self._at):
+    def _accept(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
+        match = pattern.match(self._text, self._at)
+        if match:
             self._at = match.end()
-            return _ESCAPE.sub(rb"\1", match[1])
-        match = _PLAIN.match(self._text, self._at)
+        return match
+
+    def _expect(self, pattern: re.Pattern[bytes]) -> re.Match[bytes]:
+        match = self._accept(pattern)
         if match is None:
             raise _malformed()
-        self._at = match.end()
-        return None if match[0].upper() == b"NULL" else _ESCAPE.sub(rb"\1", match[0])
+        return match
 
-    def _accept(self, token: bytes) -> bool:
-        if not self._text.startswith(token, self._at):
-            return False
-        self._at += 1
-        return True
 
-    def _expect(self, token: bytes) -> None:
-        if not self._accept(token):
-            raise _malformed()
-
-    def _skip_space(self) -> None:
-        match = _SPACE.match(self._text, self._at)
-        assert match  # it matches nothing, too
-        self._at = match.end()
+def _element(quoted: bytes | None, plain: bytes) -> bytes | None:
+    if quoted is None and plain.upper() == b"NULL":
+        return None
+    text = plain if quoted is None else quoted
+    return _ESCAPE.sub(rb"\1", text) if b"\\" in text else text
 
 
 def _malformed() -> ProtocolViolation:
