@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes
 _URI_PREFIXES: Final = ("postgresql://", "postgres://")
 _KEY: Final = re.compile(r"\s*(?P<key>[^\s=]+)\s*(?P<equals>=?)\s*")
 _QUOTED: Final = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
-_UNQUOTED: Final = re.compile(r"((?:[^\s\\]|\\.)*)", re.DOTALL)
+_UNQUOTED: Final = re.compile(r"((?:[^\s\\]|\\.|\\\Z)*)", re.DOTALL)
 _PERCENT: Final = re.compile(r"%(?![0-9a-fA-F]{2})")
 
 
@@ -46,7 +46,7 @@ def _parse_pairs(text: str) -> dict[str, str]:
         position = value.end()
         if quoted and text[position : position + 1].strip():
             raise ValueError(f'a space is missing after the quoted value of "{key}"')
-        pairs[key] = re.sub(r"\\(.)", r"\1", value[1], flags=re.DOTALL).removesuffix("\\")
+        pairs[key] = re.sub(r"\\(.?)", r"\1", value[1], flags=re.DOTALL)
     return pairs
 
 

@@ -124,6 +124,8 @@ CONNINFOS = [
     r"host='it\'s' password='back\\slash'",
     r"host=a\ b port=''",
     "host= port=5432",
+    "host=a\\",
+    "host='\\\\'",
     "host=db1,db2 port=5432,5433",
     "host=/run/postgresql",
     "host=first host=second",
