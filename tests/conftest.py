@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from proxy.embedded import find_system_bin, find_wheel_bin, server_version
 from tests.servers import Proxy, Server, database
@@ -34,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # An example's time depends on what else the machine does; the test's own limit is enough.
+    settings.register_profile("no deadline", deadline=None)
+    settings.load_profile("no deadline")
     # A terminated session must still take down its servers.
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 
