@@ -1,0 +1,84 @@
+"""Where messages begin and end in a stream of the wire protocol.
+
+Every message after the startup phase is one type byte, then a four-byte length that counts itself
+and the body (manual: "Message Flow", "Message Formats"). The rule of this file: it looks at those
+five bytes and at nothing else. Bodies are neither copied nor decoded, and a length field never
+makes it allocate: it only says how many bytes will be skipped or waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from struct import Struct
+
+from protocol.wire import ProtocolViolation
+
+HEADER_SIZE = 5
+"""Bytes of the type and the length word."""
+
+unpack_length = Struct("!i").unpack_from
+"""`unpack_length(data, offset)[0]`: the length word at an offset, which counts its own 4 bytes."""
+
+
+def bad_length(kind: int, length: int) -> ProtocolViolation:
+    """The error for a message whose length word cannot be: it counts itself, so 4 is the least."""
+    return ProtocolViolation(f"message of type {chr(kind)!r} has the impossible length {length}")
+
+
+class MessageBuffer:
+    """Gathers chunks of a stream and hands out its messages whole.
+
+    For the side of a conversation that is read message by message. What it holds is what was fed
+    and not yet taken: the caller bounds it by pausing its source (`len(buffer)`).
+    """
+
+    __slots__ = ("_data", "_start")
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._data = bytearray(data)
+        self._start = 0
+
+    def __len__(self) -> int:
+        """Bytes held."""
+        return len(self._data) - self._start
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Add a chunk, cut anywhere."""
+        if self._start:
+            del self._data[: self._start]
+            self._start = 0
+        self._data += data
+
+    def next_message(self) -> tuple[int, bytes] | None:
+        """The next whole message as (type, body), or None until more is fed.
+
+        Raises ProtocolViolation for a length word under 4.
+        """
+        start = self._start
+        if len(self._data) - start < HEADER_SIZE:
+            return None
+        (length,) = unpack_length(self._data, start + 1)
+        if length < 4:
+            raise bad_length(self._data[start], length)
+        end = start + 1 + length
+        if end > len(self._data):
+            return None
+        self._start = end
+        return self._data[start], bytes(memoryview(self._data)[start + HEADER_SIZE : end])
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """All messages that are whole by now."""
+        while (message := self.next_message()) is not None:
+            yield message
+
+    def take_rest(self) -> bytes:
+        """What has not been handed out; the buffer is empty afterwards."""
+        rest = bytes(memoryview(self._data)[self._start :])
+        self._data.clear()
+        self._start = 0
+        return rest
+
+
+def frame(kind: int, body: bytes) -> bytes:
+    """A message put together again from its type and body."""
+    return b"%c%b%b" % (kind, (len(body) + 4).to_bytes(4, "big"), body)

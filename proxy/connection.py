@@ -1,0 +1,126 @@
+"""One side of a session: the connection to the client, or to its primary backend.
+
+The rule: whoever writes faster than the other side reads is made to wait. When a connection's
+write buffer is full, the connection opposite stops being read, until the buffer has drained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import cast
+
+_WRITE_BUFFER = 256 * 1024
+"""Bytes that may wait to be written before the other side is stopped."""
+
+# Why a connection is not being read; it is read when no reason is left.
+_OPPOSITE_IS_FULL = 1
+_INBOX_IS_FULL = 2
+
+
+class Connection(asyncio.Protocol):
+    """A connection whose owner says what is done with what comes in.
+
+    Attributes:
+        receive: called with each chunk; the owner changes it when its phase changes.
+        opposite: the connection that is stopped when this one's write buffer is full.
+    """
+
+    transport: asyncio.Transport
+    opposite: Connection | None = None
+
+    def __init__(
+        self,
+        receive: Callable[[bytes], None],
+        ended: Callable[[Connection], None],
+        lost: Callable[[Connection, Exception | None], None],
+    ) -> None:
+        self.receive = receive
+        self.is_open = False
+        self._ended = ended
+        self._lost = lost
+        self._stopped = 0
+        self._full: asyncio.Future[None] | None = None
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=_WRITE_BUFFER)
+        self.is_open = True
+
+    def data_received(self, data: bytes) -> None:
+        self.receive(data)
+
+    def eof_received(self) -> bool:
+        self._ended(self)
+        return True  # the owner closes it: there may be more to write
+
+    def pause_writing(self) -> None:
+        self._full = asyncio.get_running_loop().create_future()
+        if self.opposite is not None:
+            self.opposite._stop(_OPPOSITE_IS_FULL)
+
+    def resume_writing(self) -> None:
+        self._drained(None)
+        if self.opposite is not None:
+            self.opposite._go(_OPPOSITE_IS_FULL)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_open = False
+        self._drained(exc or ConnectionError("the connection was closed"))
+        self._lost(self, exc)
+
+    def _drained(self, error: Exception | None) -> None:
+        if self._full is not None and not self._full.done():
+            if error is None:
+                self._full.set_result(None)
+            else:
+                self._full.set_exception(error)
+                self._full.exception()  # it is no news if nobody waits
+        self._full = None
+
+    # The owner's side
+
+    def write(self, data: bytes) -> None:
+        """Send, or queue. What is written to a connection that is gone is lost, as on a wire."""
+        if self.is_open:
+            self.transport.write(data)
+
+    @property
+    def full(self) -> asyncio.Future[None] | None:
+        """Resolved once the write buffer has drained; None if it is not full."""
+        return self._full
+
+    def write_eof(self) -> None:
+        """Pass on that the other side will send no more."""
+        if self.is_open and self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def close(self) -> None:
+        """Close once everything is written."""
+        if self.is_open:
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self.is_open:
+            self.transport.abort()
+
+    def pause_reading(self) -> None:
+        """For an inbox that is full."""
+        self._stop(_INBOX_IS_FULL)
+
+    def resume_reading(self) -> None:
+        """The inbox has room again."""
+        self._go(_INBOX_IS_FULL)
+
+    def _stop(self, reason: int) -> None:
+        if not self._stopped and self.is_open:
+            self.transport.pause_reading()
+        self._stopped |= reason
+
+    def _go(self, reason: int) -> None:
+        stopped, self._stopped = self._stopped, self._stopped & ~reason
+        if stopped and not self._stopped and self.is_open:
+            self.transport.resume_reading()

@@ -1,0 +1,156 @@
+"""What a call needs to know of the session that makes it, and how a side backend takes it over.
+
+The rule: it is asked of the primary backend, in the transaction of the call, in the same round
+trip. Nothing about roles and settings is remembered from earlier, because functions, SET LOCAL,
+rollbacks and other sessions' GRANTs change them where a proxy cannot see it. All names in this SQL
+are schema-qualified, operators too: the client chooses search_path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.values import parse_array
+from proxy.settings import SETTINGS
+from proxy.sql import EXECUTOR_ROLE, literal
+
+_NOT_CARRIED_OVER: Final = frozenset(
+    # Of the caller's transaction or connection, not of its session.
+    {
+        b"application_name",
+        b"transaction_deferrable",
+        b"transaction_isolation",
+        b"transaction_read_only",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A session as it was when its call was evaluated.
+
+    Attributes:
+        may_call: whether the current role may call the functions.
+        role_id, role, session_role: OID and name of the current role, name of the session's.
+        set_role: the setting ``role``: ``none``, or what SET ROLE has set.
+        statement_timeout: as SHOW prints it.
+        own_settings: the ``pg_background.`` settings as SHOW prints them, by name; one that the
+            server has lost is missing.
+        usable_roles: of the role OIDs asked about, those whose rights the current role has.
+        settings: names and values of all that was set in this session, ready for set_config();
+            empty if they were not asked for.
+    """
+
+    may_call: bool
+    role_id: int
+    role: bytes
+    session_role: bytes
+    set_role: bytes
+    statement_timeout: bytes
+    own_settings: dict[str, str]
+    usable_roles: frozenset[int]
+    settings: tuple[tuple[bytes, bytes], ...]
+
+
+def context_query(
+    *,
+    server_version: int,
+    roles: Iterable[int],
+    settings: bool,
+    custom_settings: Sequence[bytes] = (),
+) -> bytes:
+    """The SELECT whose one row is a `Context`; all columns are text.
+
+    Args:
+        server_version: as server_version_num, e.g. 150004.
+        roles: OIDs of roles, to learn which of them the current role has the rights of.
+        settings: whether to read the session's settings, the expensive part (about 0.5 ms).
+        custom_settings: names with a dot that the session may have set. pg_settings shows none of
+            them, so their names must be known.
+    """
+    # current_setting(name, missing_ok) came with 9.6.
+    missing_ok = b", true" if server_version >= 90600 else b""
+    if not missing_ok:
+        custom_settings = ()
+    ours = b", ".join(
+        b"pg_catalog.current_setting(%b%b)" % (literal(name.encode()), missing_ok)
+        for name in SETTINGS
+    )
+    columns = [
+        b"r.rolsuper OR EXISTS(SELECT 1 FROM pg_catalog.pg_roles g WHERE g.rolname"
+        b" OPERATOR(pg_catalog.=) %b AND pg_catalog.pg_has_role(r.oid, g.oid, 'MEMBER'))"
+        % literal(EXECUTOR_ROLE.encode()),
+        b"r.oid, current_user, session_user, pg_catalog.current_setting('role')",
+        b"pg_catalog.current_setting('statement_timeout')",
+        ours,
+        b"CAST(ARRAY(SELECT o FROM pg_catalog.unnest(CAST('{%b}' AS pg_catalog.oid[])) o"
+        b" WHERE pg_catalog.pg_has_role(o, 'USAGE')) AS pg_catalog.text)"
+        % b",".join(b"%d" % oid for oid in roles),
+    ]
+    if settings:
+        columns.append(
+            b"CAST(ARRAY(SELECT pg_catalog.unnest(ARRAY[s.name, s.setting])"
+            b" FROM pg_catalog.pg_settings s WHERE s.source OPERATOR(pg_catalog.=) 'session')"
+            b" AS pg_catalog.text)"
+        )
+    if settings and custom_settings:
+        values = b", ".join(
+            b"pg_catalog.current_setting(%b, true)" % literal(name) for name in custom_settings
+        )
+        columns.append(b"CAST(ARRAY[%b] AS pg_catalog.text)" % values)
+    return b"SELECT %b FROM pg_catalog.pg_roles r WHERE r.rolname OPERATOR(pg_catalog.=) %b" % (
+        b", ".join(columns),
+        b"current_user",
+    )
+
+
+def parse_context(
+    values: Sequence[bytes | None], *, custom_settings: Sequence[bytes] = ()
+) -> Context:
+    """The Context from the values of the row, in text format."""
+    may_call, role_id, role, session_role, set_role, statement_timeout, *rest = values
+    own, (usable_roles, *arrays) = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
+    settings: list[tuple[bytes, bytes]] = []
+    if arrays:
+        flat = [text or b"" for text in parse_array(arrays[0] or b"{}")]
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        settings += [pair for pair in pairs if pair[0] not in _NOT_CARRIED_OVER]
+    if len(arrays) > 1:
+        custom = zip(custom_settings, parse_array(arrays[1] or b"{}"), strict=True)
+        settings += [(name, value) for name, value in custom if value is not None]
+    return Context(
+        may_call=may_call == b"t",
+        role_id=int(role_id or 0),
+        role=role or b"",
+        session_role=session_role or b"",
+        set_role=set_role or b"none",
+        statement_timeout=statement_timeout or b"0",
+        own_settings={
+            name: value.decode("utf-8", "replace")
+            for name, value in zip(SETTINGS, own, strict=True)
+            if value is not None
+        },
+        usable_roles=frozenset(int(oid or 0) for oid in parse_array(usable_roles or b"{}")),
+        settings=tuple(settings),
+    )
+
+
+def takeover_query(context: Context, login_role: bytes, overrides: dict[bytes, bytes]) -> bytes:
+    """The SELECT that gives a fresh side backend the settings and the role of a session.
+
+    Its first column is the backend's pid (a pooler in between reports another one in
+    BackendKeyData). The role comes last, since what was set may be above its rights.
+    """
+    settings = [pair for pair in context.settings if pair[0] not in overrides]
+    settings += overrides.items()
+    if context.session_role != login_role:
+        settings.append((b"session_authorization", context.session_role))
+    if context.set_role != b"none":
+        settings.append((b"role", context.set_role))
+    calls = [
+        b"pg_catalog.set_config(%b, %b, false)" % (literal(name), literal(value))
+        for name, value in settings
+    ]
+    return b"SELECT " + b", ".join([b"pg_catalog.pg_backend_pid()", *calls])

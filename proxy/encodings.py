@@ -1,0 +1,48 @@
+"""Client encodings: PostgreSQL's names and Python's codecs.
+
+The rule: SQL and results are never re-coded, they pass as bytes. A codec is needed only to count
+characters (an error's position) and for the words of our own errors.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+_CODECS: Final = {
+    b"BIG5": "big5",
+    b"EUC_CN": "gb2312",
+    b"EUC_JIS_2004": "euc_jis_2004",
+    b"EUC_JP": "euc_jp",
+    b"EUC_KR": "euc_kr",
+    b"GB18030": "gb18030",
+    b"GBK": "gbk",
+    b"ISO_8859_5": "iso8859_5",
+    b"ISO_8859_6": "iso8859_6",
+    b"ISO_8859_7": "iso8859_7",
+    b"ISO_8859_8": "iso8859_8",
+    b"JOHAB": "johab",
+    b"KOI8R": "koi8_r",
+    b"KOI8U": "koi8_u",
+    b"LATIN1": "iso8859_1",
+    b"LATIN2": "iso8859_2",
+    b"LATIN3": "iso8859_3",
+    b"LATIN4": "iso8859_4",
+    b"LATIN5": "iso8859_9",
+    b"LATIN6": "iso8859_10",
+    b"LATIN7": "iso8859_13",
+    b"LATIN8": "iso8859_14",
+    b"LATIN9": "iso8859_15",
+    b"LATIN10": "iso8859_16",
+    b"SHIFT_JIS_2004": "shift_jis_2004",
+    b"SJIS": "cp932",
+    b"UHC": "cp949",
+    b"UTF8": "utf_8",
+    b"WIN866": "cp866",
+    b"WIN874": "cp874",
+    **{b"WIN%d" % page: f"cp{page}" for page in range(1250, 1259)},
+}
+
+
+def codec(client_encoding: bytes) -> str:
+    """The Python codec of a client_encoding; for those that Python lacks, one byte a character."""
+    return _CODECS.get(client_encoding, "latin_1")

@@ -1,0 +1,94 @@
+"""Messages of one connection, for a coroutine that reads them one by one.
+
+The rule: an inbox holds at most about `LIMIT` bytes that nobody has asked for; beyond that it
+stops its connection, and the kernel stops whoever writes. A message longer than the limit is
+still gathered whole, because somebody awaits it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Protocol
+
+from protocol.framing import MessageBuffer
+
+LIMIT = 256 * 1024
+"""Bytes held before the source is stopped."""
+
+
+class Source(Protocol):
+    """What an inbox needs of a transport (a subset of asyncio.ReadTransport)."""
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
+
+class Inbox:
+    """A buffer of messages with one reader."""
+
+    __slots__ = ("_buffer", "_error", "_paused", "_source", "_waiter")
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._buffer = MessageBuffer()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: Exception | None = None
+        self._paused = False
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Bytes that came in, cut anywhere."""
+        self._buffer.feed(data)
+        if self._waiter is not None:
+            self._wake()
+        elif not self._paused and len(self._buffer) > LIMIT:
+            self._paused = True
+            self._source.pause_reading()
+
+    def close(self, error: Exception) -> None:
+        """No more will come; whoever waits for a message, now or later, gets the error."""
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def next(self) -> tuple[int, bytes]:
+        """The next message as (type, body).
+
+        Raises ProtocolViolation for a stream that is none, and the error given to close() once
+        everything before it was read.
+        """
+        while True:
+            message = self.next_nowait()
+            if message is not None:
+                return message
+            if self._error is not None:
+                raise self._error
+            self.resume()
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def next_nowait(self) -> tuple[int, bytes] | None:
+        """The next message if it is here already."""
+        return self._buffer.next_message()
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """The messages that are here already."""
+        return iter(self._buffer)
+
+    def take_rest(self) -> bytes:
+        """What was not read, for whoever takes over; the connection flows again."""
+        rest = self._buffer.take_rest()
+        self.resume()
+        return rest
+
+    def resume(self) -> None:
+        """Let the connection flow again if the inbox had stopped it."""
+        if self._paused:
+            self._paused = False
+            self._source.resume_reading()

@@ -1,0 +1,344 @@
+"""Passing bytes between a client and its primary backend, and noticing calls as they go by.
+
+The rule: what holds no call goes out as the bytes that came in, at once. Of each message the relay
+reads the type and the length. Three things make it look closer: a Query or Parse that mentions
+pg_background, a message about a statement or portal that holds a call, and a server's error, which
+may be the complaint that such a function does not exist. A message that may have to be changed is
+held until it is whole; all others are passed on in the pieces that they come in.
+
+It also counts: what the client has asked, and what the server has answered. So a call in the middle
+of a pipeline can wait until everything before it is answered (`settled`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Final, Protocol
+
+from protocol.framing import HEADER_SIZE, unpack_length
+from protocol.messages import Flush
+from proxy.connection import Connection
+
+if TYPE_CHECKING:
+    from proxy.interception import Portal, PreparedCall
+
+# Message types of the frontend.
+QUERY: Final = ord("Q")
+PARSE: Final = ord("P")
+BIND: Final = ord("B")
+DESCRIBE: Final = ord("D")
+EXECUTE: Final = ord("E")
+CLOSE: Final = ord("C")
+SYNC: Final = ord("S")
+FLUSH: Final = ord("H")
+FUNCTION_CALL: Final = ord("F")
+COPY_DATA: Final = ord("d")
+COPY_DONE: Final = ord("c")
+COPY_FAIL: Final = ord("f")
+PASSWORD: Final = ord("p")
+TERMINATE: Final = ord("X")
+
+# Message types of the backend.
+ERROR: Final = ord("E")
+READY: Final = ord("Z")
+COPY_IN: Final = ord("G")
+PARAMETER_STATUS: Final = ord("S")
+AUTHENTICATION: Final = ord("R")
+BACKEND_KEY_DATA: Final = ord("K")
+
+IDLE: Final = ord("I")
+"""ReadyForQuery: not in a transaction block."""
+
+_NAMES_SIZE: Final = 4096
+"""How much of a message is held, at the most, to see which statement or portal it is about."""
+
+# What the relay does about a message of the backend.
+_NOTHING, _COUNT, _HANDLE = range(3)
+_ANSWERS: Final = b"123TnCIs"
+"""The types that end the answer to a Parse, Bind, Close, Describe or Execute."""
+_HANDLED: Final = bytes([ERROR, READY, COPY_IN, PARAMETER_STATUS, AUTHENTICATION, BACKEND_KEY_DATA])
+_ACTIONS: Final = bytes(
+    _HANDLE if kind in _HANDLED else _COUNT if kind in _ANSWERS else _NOTHING for kind in range(256)
+)
+_EXTENDED: Final = bytes([PARSE, BIND, DESCRIBE, EXECUTE, CLOSE])
+
+
+class Hooks(Protocol):
+    """What the relay tells its session."""
+
+    def login_request(self, body: bytes) -> None:
+        """An Authentication… message of the server."""
+
+    def login_response(self, body: bytes) -> None:
+        """A password message of the client, whichever."""
+
+    def backend_key(self, body: bytes) -> None:
+        """The server's BackendKeyData."""
+
+    def has_call(self, kind: int, body: bytes) -> bool:
+        """Tell whether this Query or Parse, which mentions pg_background, holds a call to serve."""
+
+    def settings_mentioned(self, sql: bytes) -> None:
+        """A Query or Parse that has "set" in it, in lower case."""
+
+    def complaint(self, error: bytes) -> bytes | None:
+        """The message that replaces this ErrorResponse (given its body), if it is about us."""
+
+    def take_over(self, data: bytes) -> None:
+        """A call: the bytes from its message on are the session's, and so are both connections."""
+
+
+class Relay:
+    """Both directions of one session.
+
+    Attributes:
+        statements, portals: those that hold calls, by name.
+        parameters: of ParameterStatus, those in WATCHED.
+        status: of the last ReadyForQuery.
+        batch: types of the extended-query messages that the client sent since its last Sync.
+        failed: whether the server has sent an error in this batch, and skips the rest of it.
+    """
+
+    WATCHED: Final = (b"client_encoding", b"server_version", b"standard_conforming_strings")
+
+    def __init__(self, client: Connection, server: Connection, hooks: Hooks) -> None:
+        self._client = client
+        self._server = server
+        self._hooks = hooks
+        self.statements: dict[bytes, PreparedCall] = {}
+        self.portals: dict[bytes, Portal] = {}
+        self.parameters: dict[bytes, bytes] = {}
+        self.status = IDLE
+        self.batch = bytearray()
+        self.failed = False
+        # What will be answered by a ReadyForQuery: Query, Sync, FunctionCall; the first one stands
+        # for the login.
+        self._awaited = deque([SYNC])
+        self._answered = 0
+        self._copy_in = False
+        self._settling: asyncio.Future[None] | None = None
+        # The client's stream: bytes to pass on before the next message begins; or a message that
+        # is held, until that many bytes of it are here.
+        self._client_skip = 0
+        self._held: bytearray | None = None
+        self._held_size = 0
+        # The server's stream: the same.
+        self._server_skip = 0
+        self._tail = b""
+
+    # From the client
+
+    def from_client(self, data: bytes) -> None:
+        """Pass on what came in, up to a call."""
+        if self._held is not None:
+            self._held += data
+            if len(self._held) < self._held_size:
+                return
+            data = bytes(self._held)
+            self._held = None
+        size = len(data)
+        position = self._client_skip
+        if position >= size:
+            self._client_skip = position - size
+            self._server.write(data)
+            return
+        self._client_skip = 0
+        while size - position >= HEADER_SIZE:
+            kind = data[position]
+            end = position + 1 + unpack_length(data, position + 1)[0]
+            if end < position + HEADER_SIZE:
+                self._give_up(self._client, self._server, data)
+                return
+            if kind in (QUERY, PARSE):
+                if end > size:
+                    self._hold(data, position, end - position)
+                    return
+                text = data[position:end].lower()
+                if b"pg_background" in text and self._hooks.has_call(
+                    kind, data[position + HEADER_SIZE : end]
+                ):
+                    self._hand_over(data, position)
+                    return
+                if b"set" in text:
+                    self._hooks.settings_mentioned(text)
+                if self.statements or self.portals:
+                    self._forget_unnamed(kind, data[position + HEADER_SIZE])
+                if kind == QUERY:
+                    self._awaited.append(QUERY)
+                    self.batch.clear()
+                else:
+                    self.batch.append(PARSE)
+            elif kind in (SYNC, FUNCTION_CALL):
+                self._awaited.append(kind)
+                self.batch.clear()
+            elif kind in _EXTENDED:
+                if self.statements or self.portals:
+                    known = min(end - position, _NAMES_SIZE)
+                    if size - position < known:
+                        self._hold(data, position, known)
+                        return
+                    if self._concerns_call(kind, data[position + HEADER_SIZE : position + known]):
+                        self._hand_over(data, position)
+                        return
+                self.batch.append(kind)
+            elif kind in (COPY_DONE, COPY_FAIL):
+                self._end_copy_in()
+            elif kind == PASSWORD:
+                if end > size:
+                    self._hold(data, position, end - position)
+                    return
+                self._hooks.login_response(data[position + HEADER_SIZE : end])
+            position = end
+        if position < size:
+            self._hold(data, position, HEADER_SIZE)
+        else:
+            self._client_skip = position - size
+            self._server.write(data)
+
+    def _hold(self, data: bytes, position: int, size: int) -> None:
+        if position:
+            self._server.write(data[:position])
+        self._held = bytearray(memoryview(data)[position:])
+        self._held_size = size
+
+    def _hand_over(self, data: bytes, position: int) -> None:
+        if position:
+            self._server.write(data[:position])
+        self._hooks.take_over(data[position:])
+
+    def _forget_unnamed(self, kind: int, first: int) -> None:
+        """A Query ends the unnamed statement and portal, a Parse without a name the statement."""
+        if kind == QUERY:
+            self.portals.pop(b"", None)
+        if kind == QUERY or not first:
+            self.statements.pop(b"", None)
+
+    def _concerns_call(self, kind: int, body: bytes) -> bool:
+        """Tell whether this Bind, Describe, Execute or Close is about one with a call."""
+        if kind == BIND:
+            portal, statement, *_ = body.split(b"\0", 2)
+            if statement in self.statements:
+                return True
+            if not portal:
+                self.portals.pop(b"", None)
+            return False
+        if kind == EXECUTE:
+            return body.partition(b"\0")[0] in self.portals
+        name = body[1:].partition(b"\0")[0]
+        return name in (self.statements if body[:1] == b"S" else self.portals)
+
+    def _end_copy_in(self) -> None:
+        """Forget the Syncs that the server has skipped while it was reading COPY data.
+
+        (libpq sends one right after Execute, and one more after CopyDone.)
+        """
+        if self._copy_in:
+            self._copy_in = False
+            query = bool(self._awaited) and self._awaited[0] == QUERY
+            self._awaited.clear()
+            if query:
+                self._awaited.append(QUERY)
+
+    # From the server
+
+    def from_server(self, data: bytes) -> None:
+        """Pass on what came in, and count the answers in it."""
+        if self._tail:
+            data = self._tail + data
+            self._tail = b""
+        size = len(data)
+        position = self._server_skip
+        if position >= size:
+            self._server_skip = position - size
+            self._client.write(data)
+            return
+        self._server_skip = 0
+        passed_on = 0
+        while size - position >= HEADER_SIZE:
+            kind = data[position]
+            end = position + 1 + unpack_length(data, position + 1)[0]
+            action = _ACTIONS[kind]
+            if action:
+                if action == _COUNT:
+                    self._answered += 1
+                elif end > size:
+                    break
+                else:
+                    replacement = self._handle(kind, data[position + HEADER_SIZE : end])
+                    if replacement is not None:
+                        self._client.write(data[passed_on:position] + replacement)
+                        passed_on = end
+            if end < position + HEADER_SIZE:
+                self._give_up(self._server, self._client, data[passed_on:])
+                return
+            position = end
+        if position < size:
+            self._tail = data[position:]
+        else:
+            self._server_skip = position - size
+        if passed_on or position < size:
+            data = data[passed_on:position]
+        if data:
+            self._client.write(data)
+        if self._settling is not None and self._is_settled() and not self._settling.done():
+            self._settling.set_result(None)
+
+    def _handle(self, kind: int, body: bytes) -> bytes | None:
+        if kind == READY:
+            self.ready(body[0] if body else IDLE)
+        elif kind == ERROR:
+            self.failed = True
+            return self._hooks.complaint(body)
+        elif kind == COPY_IN:
+            self._copy_in = True
+        elif kind == PARAMETER_STATUS:
+            self.parameter_status(body)
+        elif kind == AUTHENTICATION:
+            self._hooks.login_request(body)
+        else:
+            self._hooks.backend_key(body)
+        return None
+
+    def parameter_status(self, body: bytes) -> None:
+        """Note a ParameterStatus."""
+        name, _, value = body.rstrip(b"\0").partition(b"\0")
+        if name in self.WATCHED:
+            self.parameters[name] = value
+
+    def ready(self, status: int) -> None:
+        """Note a ReadyForQuery."""
+        self.status = status
+        self.failed = False
+        self._copy_in = False
+        self._answered = 0
+        if self._awaited:
+            self._awaited.popleft()
+        if status == IDLE:
+            self.portals.clear()
+
+    # Taking turns with an interception
+
+    async def settle(self) -> None:
+        """Wait until all that was passed on is answered, and the answers are passed on."""
+        if self.batch and not self._is_settled():
+            self._server.write(Flush().serialize())
+        while not self._is_settled():
+            self._settling = asyncio.get_running_loop().create_future()
+            try:
+                await self._settling
+            finally:
+                self._settling = None
+
+    def _is_settled(self) -> bool:
+        return (
+            not self._awaited
+            and not self._server_skip
+            and not self._tail
+            and (self.failed or self._answered >= len(self.batch))
+        )
+
+    def _give_up(self, source: Connection, sink: Connection, data: bytes) -> None:
+        """Not our protocol: the other side may judge the rest of the stream."""
+        sink.write(data)
+        source.receive = sink.write
