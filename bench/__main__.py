@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     with (
         Cluster(programs, SETTINGS) as cluster,
-        Proxy(f"host={cluster.host} port={cluster.port}", "--log-level", "warning") as proxy,
+        Proxy(f"host={cluster.host} port={cluster.port}") as proxy,
     ):
         print(f"PostgreSQL {cluster.version // 10000}, {os.cpu_count()} CPUs\n")
         _launch_latency(cluster, proxy, effort)
