@@ -266,8 +266,8 @@ class Tour:
         return columns, await cursor.fetchall() if columns else [], cursor.statusmessage or ""
 
     def _notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
-        text = (diagnostic.message_primary or "").splitlines()
-        self._notices.append(f"{diagnostic.severity}:  " + "\n    ".join(text))
+        first, *more = (diagnostic.message_primary or "").splitlines() or [""]
+        self._notices.append(f"{diagnostic.severity}:  {first}{' ...' if more else ''}")
 
 
 def _expect(got: Rows, expected: Rows) -> None:

@@ -117,6 +117,7 @@ def test_it_listens_on_a_unix_socket_too(
     server: Server, start_proxy: StartProxy, tmp_path: Path
 ) -> None:
     proxy = start_proxy("--listen", f"{tmp_path}:7777")
+    proxy.wait_for_log("listening on Unix socket")
     with proxy.connect(host=tmp_path, port=7777) as conn:
         assert conn.execute("SELECT 1").fetchone() == (1,)
     assert proxy.stop() == 0
