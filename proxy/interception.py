@@ -526,7 +526,7 @@ class Interception:
         statement = self._relay.statements.get(message.statement)
         if statement is None:
             if not message.portal:
-                portals.pop(b"", None)
+                self._relay.forget_portal(b"")
             self._send(frame(BIND, body), b"2", self._pass)
             return
         formats = message.result_formats
@@ -536,6 +536,8 @@ class Interception:
                 message = replace(message, result_formats=())
             elif len(formats) > 1:
                 message = replace(message, result_formats=(*formats, *[0] * hidden))
+        if not message.portal:
+            self._relay.forget_portal(b"")
         portals[message.portal] = Portal(statement, formats)
         self._send(
             message.serialize(),
@@ -578,9 +580,7 @@ class Interception:
         if message.kind == b"S":
             self._relay.statements.pop(message.name, None)
         else:
-            portal = self._relay.portals.pop(message.name, None)
-            if portal is not None:
-                portal.close()
+            self._relay.forget_portal(message.name)
         self._send(frame(CLOSE, body), b"3", self._pass)
 
     async def _execute(self, body: bytes) -> None:

@@ -210,18 +210,24 @@ class Relay:
     def _forget_unnamed(self, kind: int, first: int) -> None:
         """A Query ends the unnamed statement and portal, a Parse without a name the statement."""
         if kind == QUERY:
-            self.portals.pop(b"", None)
+            self.forget_portal(b"")
         if kind == QUERY or not first:
             self.statements.pop(b"", None)
+
+    def forget_portal(self, name: bytes) -> None:
+        """A portal is closed, or its name is taken by another."""
+        portal = self.portals.pop(name, None)
+        if portal is not None:
+            portal.close()
 
     def _concerns_call(self, kind: int, body: bytes) -> bool:
         """Tell whether this Bind, Describe, Execute or Close is about one with a call."""
         if kind == BIND:
-            portal, statement, *_ = body.split(b"\0", 2)
-            if statement in self.statements:
+            portal, _, rest = body.partition(b"\0")
+            if rest.partition(b"\0")[0] in self.statements:
                 return True
             if not portal:
-                self.portals.pop(b"", None)
+                self.forget_portal(b"")
             return False
         if kind == EXECUTE:
             return body.partition(b"\0")[0] in self.portals
@@ -315,7 +321,8 @@ class Relay:
         if self._awaited:
             self._awaited.popleft()
         if status == IDLE:
-            self.portals.clear()
+            for name in tuple(self.portals):
+                self.forget_portal(name)
 
     # Taking turns with an interception
 

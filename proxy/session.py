@@ -115,9 +115,11 @@ class Session:
         """Whatever goes wrong in a session ends this session, and is logged."""
         try:
             await work
-        except (ConnectionError, ProtocolViolation) as error:
+        except ConnectionError as error:
             logger.debug("session ended: %s", error)
             self.close()
+        except ProtocolViolation as error:
+            self._refuse(SQLError(PROTOCOL_VIOLATION, str(error), severity="FATAL"))
         except Exception:
             logger.exception("internal error; the session is closed")
             self._refuse(SQLError(INTERNAL_ERROR, "internal error of the proxy", severity="FATAL"))
@@ -191,7 +193,8 @@ class Session:
         self._server.keys[self._key] = self
 
     def has_call(self, kind: int, body: bytes) -> bool:
-        sql = body.split(b"\0", 2)[1] if kind == PARSE else body[:-1]
+        sql = body.partition(b"\0")[2] if kind == PARSE else body
+        sql = sql.partition(b"\0")[0]
         return any(self.analyze(text) is not None for _, text in self.split(sql))
 
     def settings_mentioned(self, sql: bytes) -> None:
