@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -216,12 +217,13 @@ class Cluster:
         assert self._process is not None
         before = len(self.log())
         self._process.send_signal(signal.SIGHUP)
-        # The postmaster logs this line before it reads the files, and accepts nobody in between.
         deadline = time.monotonic() + START_TIMEOUT
         while "received SIGHUP" not in self.log()[before:]:
             if time.monotonic() > deadline:
                 raise ClusterError("PostgreSQL did not reload its configuration")
             time.sleep(0.01)
+        # The postmaster logs that line first and reads the files next, but accepts nobody between.
+        self._knock()
         if "pg_hba.conf was not reloaded" in self.log()[before:]:
             raise ClusterError(f"invalid pg_hba.conf: {self.log()[before:]}")
 
@@ -302,6 +304,14 @@ class Cluster:
             time.sleep(0.02)
         self.stop(immediate=True)
         return False
+
+    def _knock(self) -> None:
+        """Has the postmaster take a connection: asks for TLS and waits for the answer."""
+        with socket.socket(socket.AF_UNIX) as knock:
+            knock.settimeout(START_TIMEOUT)
+            knock.connect(f"{self.socket_dir}/.s.PGSQL.{self.port}")
+            knock.sendall(struct.pack("!ii", 8, 80877103))
+            knock.recv(1)
 
     def _runs(self, program: Path) -> bool:
         """Whether the server's user may execute a program."""
