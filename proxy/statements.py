@@ -11,9 +11,8 @@ source span, between tokens of our exact lexer; nothing is ever printed from a s
 Three shapes are served:
 
 - *scalar calls as items of the select list* of one plain SELECT. What else stands in the
-  statement is free, so sqlglot reads it; it gets the tokens in a normalised text, in which
-  strings, numbers, comments, our calls' arguments and subscripts are reduced to nothing, and
-  what it says about such a text is remembered;
+  statement is free, so sqlglot reads it. It gets the outermost level only, whatever is in
+  parentheses left out and constants all alike, and what it says about such a text is remembered;
 - *a function alone in FROM*, with plain output columns;
 - *pg_background_result alone in the select list*.
 
@@ -22,8 +21,10 @@ The last two leave no room for free text, and are read from the tokens directly.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import logging
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ import sqlglot
 from sqlglot import exp
 
 from proxy.functions import BOOL, FUNCTIONS, INT4, TEXT, Function, Parameter, Type
-from proxy.lexer import Kind, LexError, Token, identifier, keyword, split
+from proxy.lexer import RESERVED, Kind, LexError, Token, identifier, keyword, split
 
 # It warns of statements that it does not know; we ask for exactly that reason.
 logging.getLogger("sqlglot").setLevel(logging.CRITICAL)
@@ -207,7 +208,8 @@ def analyze(
         standard_conforming_strings: the session's setting.
         encoding: client_encoding, as PostgreSQL names it.
     """
-    if not mentions(sql):
+    # Before reading all of it: a dump may have megabytes.
+    if not (_CALL.search(sql) and _QUERY.match(sql)):
         return None
     try:
         statements = split(
@@ -218,6 +220,11 @@ def analyze(
         return _Reader(sql, statements[0].tokens, encoding).plan()
     except (LexError, _NotServedError):
         return None
+
+
+# No more than hints: every call that we serve has both, much else has too.
+_CALL: Final = re.compile(TRIGGER + rb'\w*"?\s*(?:\(|--|/\*)', re.IGNORECASE)
+_QUERY: Final = re.compile(rb"[\s;]*+(?:select|with|--|/\*)", re.IGNORECASE)
 
 
 # --- the stand-in of a call -----------------------------------------------------------------
@@ -361,7 +368,7 @@ class _Reader:
 
     def is_name(self, index: int) -> bool:
         """An identifier that the server takes for a table's, column's or parameter's name."""
-        return self.name(index) is not None and self.keyword(index) not in _RESERVED
+        return self.name(index) is not None and self.keyword(index) not in RESERVED
 
     def closing(self, index: int) -> int:
         """The bracket that closes the one at ``index``."""
@@ -389,15 +396,27 @@ class _Reader:
 
     # Calls.
 
-    def calls(self) -> list[_Site]:
-        """All outermost calls, in order. A call deep in another one's argument is not served."""
-        sites: list[_Site] = []
-        at = 0
-        while at < self.count:
+    @functools.cached_property
+    def ours(self) -> list[int]:
+        """The names of our functions that a ``(`` follows."""
+        indices: list[int] = []
+        for found in _TRIGGER.finditer(self.sql):
+            at = bisect.bisect(self.tokens, found.start(), key=_token_start) - 1
             if self.name_of_ours(at):
+                indices.append(at)
+        return indices
+
+    def ours_between(self, first: int, last: int) -> int | None:
+        """The first of ``ours`` that lies there."""
+        at = bisect.bisect_left(self.ours, first)
+        return self.ours[at] if at < len(self.ours) and self.ours[at] <= last else None
+
+    def calls(self) -> list[_Site]:
+        """All outermost calls, in order."""
+        sites: list[_Site] = []
+        for at in self.ours:
+            if not sites or at > sites[-1].last:
                 sites.append(self.site(at))
-                at = sites[-1].last
-            at += 1
         return sites
 
     def name_of_ours(self, index: int) -> str | None:
@@ -418,7 +437,7 @@ class _Reader:
         leaves = [] if outer is None else outer
         arguments: list[Argument] = []
         for parameter, (argument_name, first, last) in zip(parameters, given, strict=True):
-            ours = next((at for at in range(first, last + 1) if self.name_of_ours(at)), None)
+            ours = self.ours_between(first, last)
             value: int | Call
             if ours is None:
                 value = len(leaves)
@@ -520,71 +539,92 @@ class _Reader:
     # SELECT …, call, … FROM …
 
     def select_items(self, sites: list[_Site]) -> ScalarPlan:
-        if any(site.call.function.returns_set for site in sites):
-            raise _NotServedError("a set among other items")
-        items = _select_items(self.shape(sites), len(sites))
+        spans = [self.item_span(site) for site in sites]
+        items = _select_items(self.shape(sites, spans), len(sites))
         if items is None:
             raise _NotServedError("not plain items of a plain select list")
         edits: list[_Edit] = []
         columns: list[CallColumn] = []
-        for site, item in zip(sites, items, strict=True):
-            self.check_item(site, item)
+        for site, (_, last), item in zip(sites, spans, items, strict=True):
+            self.check_end(last + 1, item)
             edits.append(self.replacement(site))
             if not item.labelled:
                 label = b" AS " + site.call.function.name.encode() + b" "
-                edits.append(self.insertion(site.last + item.parentheses, label))
+                edits.append(self.insertion(last, label))
             columns.append(CallColumn(item.column, site.call))
         return ScalarPlan(self.rewrite(*edits), tuple(columns))
 
-    def check_item(self, site: _Site, item: _Item) -> None:
-        """Our reading of an item must be that of sqlglot."""
-        first, last = site.first - item.parentheses, site.last + item.parentheses
-        end = last + 1
+    def item_span(self, site: _Site) -> tuple[int, int]:
+        """A call that is an item of a select list, with the parentheses around it."""
+        first, last = site.first, site.last
+        while self.text(first - 1) == b"(" and self.text(last + 1) == b")":
+            first, last = first - 1, last + 1
+        if site.call.function.returns_set or not (
+            self.text(first - 1) == b"," or self.keyword(first - 1) in ("select", "all")
+        ):
+            raise _NotServedError("not an item of a select list")
+        return first, last
+
+    def check_end(self, end: int, item: _Item) -> None:
+        """Behind a call there is its label at most: sqlglot's reading must be ours too."""
         if item.labelled:
             end += 2 if self.keyword(end) == "as" else 1
-        if not (
-            self.parenthesised(site, first, last)
-            and (self.text(first - 1) == b"," or self.keyword(first - 1) in ("select", "all"))
-            and (self.text(end) in (b"", b",") or self.keyword(end) in _AFTER_SELECT_LIST)
-        ):
+        if not (self.text(end) in (b"", b",") or self.keyword(end) in _AFTER_SELECT_LIST):
             raise _NotServedError("not an item by itself")
 
-    def shape(self, sites: list[_Site]) -> str:
-        """The statement for sqlglot: tokens with blanks between, without what does not matter."""
+    def shape(self, sites: list[_Site], spans: list[tuple[int, int]]) -> str:
+        """The statement for sqlglot: its outermost level, tokens with blanks between.
+
+        Nothing is nested in it, because sqlglot takes time exponential in the nesting (40 s for
+        twenty ARRAY[), and sessions share a thread.
+        """
         words: list[str] = []
-        numbers_matter = False
-        nesting = 0
-        remaining = iter(enumerate(sites))
-        number, site = next(remaining, (0, None))
+        calls = {
+            first: (f"{site.call.function.name} ( {number} )", last)
+            for number, (site, (first, last)) in enumerate(zip(sites, spans, strict=True))
+        }
+        ordering = False
         at = 0
         while at < self.count:
-            if site is not None and at == site.first:
-                words.append(f"{site.call.function.name} ( {number} )")
-                at = site.last + 1
-                number, site = next(remaining, (0, None))
-                continue
-            text = self.text(at)
-            if text == b"[":
-                # sqlglot takes twice the time for each level of ARRAY[ARRAY[…
-                words.append("[ 0 ]")
-                at = self.closing(at) + 1
-                if site is not None and site.first < at:
-                    raise _NotServedError("a call in brackets")
-                continue
-            nesting += _NESTING.get(text, 0)
-            if nesting > _MAX_NESTING:
-                raise _NotServedError("nested too deeply for sqlglot")
-            # ORDER BY 2 is the second column.
-            numbers_matter = numbers_matter or (nesting == 0 and self.keyword(at) == "order")
-            words.append(self.word(at, numbers_matter))
-            at += 1
+            if at in calls:
+                word, last = calls[at]
+            elif self.text(at) in (b"(", b"["):
+                last = self.closing(at)
+                if self.ours_between(at, last) is not None:
+                    raise _NotServedError("a call within something")
+                word = self.group_word(at, last)
+            else:
+                last = at
+                # ORDER BY 2 is the second column.
+                ordering = ordering or self.keyword(at) == "order"
+                word = self.word(at, ordering)
+            words.append(word)
+            at = last + 1
         shape = " ".join(words)
         if len(shape) > _MAX_SHAPE:
             raise _NotServedError("too long for sqlglot")
         return shape
 
-    def word(self, index: int, numbers_matter: bool) -> str:
-        """A token in the shape."""
+    def group_word(self, first: int, last: int) -> str:
+        """What stands in brackets, in the shape: the least that makes sense in its place."""
+        before = self.keyword(first - 1)
+        if self.text(first) == b"[":
+            return "[ 0 ]"
+        if self.keyword(first + 1) in _QUERIES:
+            return "( SELECT a )"
+        if before == "operator" or self.text(first - 2) == b"::":
+            # OPERATOR(pg_catalog.+) and numeric(10,2): the word says enough.
+            return ""
+        if before == "filter":
+            return "( WHERE a )"
+        if before == "group":
+            return "( ORDER BY a )"
+        texts = [self.text(at) for at in range(first, last)]
+        # (t.*) stands for all its columns.
+        return "( a . * )" if (b".", b"*") in pairwise(texts) else "( a )"
+
+    def word(self, index: int, ordering: bool) -> str:
+        """A token in the shape; ``ordering``: numbers matter."""
         kind = self.tokens[index].kind
         text = self.text(index)
         if kind is Kind.STRING:
@@ -592,15 +632,20 @@ class _Reader:
         if kind is Kind.PARAMETER:
             return "$1"
         if kind is Kind.NUMBER:
-            return _integer(text) if numbers_matter else "0"
-        if kind is Kind.OPERATOR and text not in _PLAIN_OPERATORS:
+            return _integer(text) if ordering else "0"
+        if kind is Kind.OPERATOR:
             # Any other is an operator like this one: between operands or before one.
-            return "-"
+            return text.decode() if text in _PLAIN_OPERATORS else "-"
         if kind is Kind.QUOTED_IDENTIFIER:
+            if self.name(index) is None:
+                raise _NotServedError("U&: could be any name")
             return '"' + text[1:-1].translate(_WORD).decode("latin-1") + '"'
-        if kind is Kind.IDENTIFIER:
-            text = text.lower()
-        return text.translate(_MASK).decode("latin-1")
+        word = text.translate(_WORD_OR_MARK).decode("latin-1").lower()
+        if self.text(index + 1) != b"(" or self.text(index - 1) == b"::":
+            return word
+        if word == "operator":
+            return "-"
+        return word if word in _KEPT_BEFORE_PARENTHESIS else "f"
 
     # SELECT columns FROM call
 
@@ -773,6 +818,9 @@ class _Source(NamedTuple):
 # The alias of the arguments, and their column's name.
 _ARGUMENTS: Final = b"pg_background_arguments"
 
+_TRIGGER: Final = re.compile(re.escape(TRIGGER), re.IGNORECASE)
+_token_start: Final = operator.attrgetter("start")
+
 _NESTING: Final = {b"(": 1, b"[": 1, b")": -1, b"]": -1}
 
 
@@ -802,42 +850,30 @@ def _match(function: Function, given: list[str | None]) -> list[Parameter] | Non
     return matched
 
 
-# Key words that are no name of a table, column or label without AS: PostgreSQL's reserved words
-# of all versions, those "(can be function or type)" included; ISNULL and the like are among them.
-_RESERVED: Final = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        all analyse analyze and any array as asc asymmetric authorization binary both case cast
-        check collate collation column concurrently constraint create cross current_catalog
-        current_date current_role current_schema current_time current_timestamp current_user
-        default deferrable desc distinct do else end except false fetch for foreign freeze from
-        full grant group having ilike in initially inner intersect into is isnull join lateral
-        leading left like limit localtime localtimestamp natural not notnull null offset on only
-        or order outer over overlaps placing primary references returning right select
-        session_user similar some symmetric system_user table tablesample then to trailing true
-        union unique user using variadic verbose when where window with
-        """,
-    )
-)
-
 # What may follow the select list of a plain SELECT; reserved words, so they can be nothing else.
 _AFTER_SELECT_LIST: Final = frozenset(("from", "where", "order", "limit", "fetch"))
 
 
 # --- sqlglot --------------------------------------------------------------------------------
 
-# It takes 0.5 ms for a short text, 2 ms a kB, and may take exponential time in the nesting.
+# It takes 0.5 ms for a short text, 2 ms a kB.
 _MAX_SHAPE: Final = 8192
-_MAX_NESTING: Final = 12
 
 _PLAIN_OPERATORS: Final = frozenset((b"*", b"=", b"<", b">", b"<=", b">=", b"<>", b"!="))
-_MASK: Final = bytes(byte if byte < 0x80 else 0xFF for byte in range(256))
+_QUERIES: Final = frozenset(
+    ("select", "with", "values", "table", "insert", "update", "delete", "merge")
+)
+# Words that keep their meaning before a parenthesis. Any other is a function, or a type, or an
+# alias, which all look alike; sqlglot has its own ideas about some of them.
+_KEPT_BEFORE_PARENTHESIS: Final = (RESERVED - {"cast", "left", "right"}) | {
+    *("by", "exists", "filter", "first", "materialized", "next", "repeatable", "values"),
+}
+
 _MASKED: Final = "\xff"
-# Nothing in a quoted name that sqlglot could read in a way of its own.
+_WORD_OR_MARK: Final = bytes(byte if byte < 0x80 else ord(_MASKED) for byte in range(256))
+# For quoted names: nothing that sqlglot could read in a way of its own.
 _WORD: Final = bytes(
-    byte if chr(byte).isalnum() and byte < 0x80 else 0xFF if byte >= 0x80 else ord("_")
-    for byte in range(256)
+    byte if byte >= 0x80 or chr(byte).isalnum() else ord("_") for byte in _WORD_OR_MARK
 )
 
 # A SELECT of these is plain: it makes a row of items for each row that it keeps.
@@ -847,10 +883,9 @@ _PLAIN_CLAUSES: Final = frozenset(
 
 
 class _Item(NamedTuple):
-    """A call in the select list: its column, the parentheses around it, and if it has a label."""
+    """A call in the select list: its column, and if it has a label."""
 
     column: int
-    parentheses: int
     labelled: bool
 
 
@@ -873,16 +908,12 @@ def _select_items(shape: str, count: int) -> tuple[_Item, ...] | None:
     for place, item in enumerate(select.expressions):
         labelled = isinstance(item, exp.Alias)
         call = item.this if labelled else item
-        parentheses = 0
-        while isinstance(call, exp.Paren):
-            call = call.this
-            parentheses += 1
         if not _is_call(call):
             continue
         if stars and stars[0] < place < stars[-1]:
             return None
         column = place - len(select.expressions) if stars and stars[0] < place else place
-        items[int(call.expressions[0].name)] = _Item(column, parentheses, labelled)
+        items[int(call.expressions[0].name)] = _Item(column, labelled)
         labels.append(item.alias if labelled else call.name)
     if len(items) != count or count != sum(map(_is_call, select.walk())):
         return None
