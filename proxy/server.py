@@ -126,6 +126,9 @@ class Server:
             for address in self.config.listen:
                 listener = await self._listen(address)
                 listeners.callback(listener.close)
+                if address.socket_path is not None:
+                    # Python removes it only from 3.13 on.
+                    listeners.callback(address.socket_path.unlink, missing_ok=True)
             await stop.wait()
         await self._shut_down(now)
 
