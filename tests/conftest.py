@@ -20,7 +20,7 @@ import pytest
 from hypothesis import settings
 
 from proxy.embedded import find_system_bin, find_wheel_bin, server_version
-from tests.servers import Proxy, Server, database
+from tests.servers import Connection, Proxy, Server, database
 
 _live_proxies: list[Proxy] = []
 _database_number = itertools.count(1)
@@ -150,6 +150,27 @@ def db(server: Server) -> Iterator[str]:
     """The name of a fresh database, for this test alone; every role may create things in it."""
     with database(server, f"test_{next(_database_number)}") as name:
         yield name
+
+
+@pytest.fixture(scope="module")
+def scratch(server: Server) -> Iterator[str]:
+    """The name of a database for the tests of one module; every role may create things in it."""
+    with database(server, f"scratch_{next(_database_number)}") as name:
+        yield name
+
+
+@pytest.fixture
+def conn(proxy: Proxy, scratch: str) -> Iterator[Connection]:
+    """A superuser's session through the proxy, in the module's database, autocommit."""
+    with proxy.connect(dbname=scratch) as conn:
+        yield conn
+
+
+@pytest.fixture
+def observer(server: Server, scratch: str) -> Iterator[Connection]:
+    """A superuser's session in the module's database, past the proxy."""
+    with server.connect(dbname=scratch) as conn:
+        yield conn
 
 
 @pytest.hookimpl(wrapper=True)
