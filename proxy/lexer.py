@@ -113,7 +113,7 @@ def tokenize(
     Raises:
         LexError: the server could not read this text.
     """
-    sql = _mask(sql, encoding)
+    sql = mask(sql, encoding)
     scan = _SCANNERS[standard_conforming_strings].finditer
     tokens: list[Token] = []
     position: int | None = 0
@@ -344,7 +344,7 @@ _MULTI_BYTE: Final = {
 }
 
 
-def _mask(sql: bytes, encoding: str | None) -> bytes:
+def mask(sql: bytes, encoding: str | None) -> bytes:
     """``sql`` with every multi-byte character as so many bytes that look like nothing else."""
     characters = _MULTI_BYTE.get(encoding or "")
     if characters is None or sql.isascii():
@@ -353,7 +353,7 @@ def _mask(sql: bytes, encoding: str | None) -> bytes:
 
 
 def _fold(text: bytes, encoding: str | None) -> bytes:
-    masked = _mask(text, encoding)
+    masked = mask(text, encoding)
     if masked is text:
         return text.lower()
     return bytes(

@@ -35,7 +35,7 @@ import sqlglot
 from sqlglot import exp
 
 from proxy.functions import BOOL, FUNCTIONS, INT4, TEXT, Function, Parameter, Type
-from proxy.lexer import RESERVED, Kind, LexError, Token, identifier, keyword, split
+from proxy.lexer import RESERVED, Kind, LexError, Token, identifier, keyword, mask, split
 
 # It warns of statements that it does not know; we ask for exactly that reason.
 logging.getLogger("sqlglot").setLevel(logging.CRITICAL)
@@ -328,6 +328,7 @@ class _Reader:
 
     def __init__(self, sql: bytes, tokens: list[Token], encoding: str | None) -> None:
         self.sql = sql
+        self.masked = mask(sql, encoding)
         self.tokens = tokens
         self.count = len(tokens)
         self.encoding = encoding
@@ -592,7 +593,7 @@ class _Reader:
                 last = self.closing(at)
                 if self.ours_between(at, last) is not None:
                     raise _NotServedError("a call within something")
-                word = self.group_word(at, last)
+                word = self.group_word(at, last, ordering)
             else:
                 last = at
                 # ORDER BY 2 is the second column.
@@ -605,7 +606,7 @@ class _Reader:
             raise _NotServedError("too long for sqlglot")
         return shape
 
-    def group_word(self, first: int, last: int) -> str:
+    def group_word(self, first: int, last: int, ordering: bool) -> str:
         """What stands in brackets, in the shape: the least that makes sense in its place."""
         before = self.keyword(first - 1)
         if self.text(first) == b"[":
@@ -619,14 +620,18 @@ class _Reader:
             return "( WHERE a )"
         if before == "group":
             return "( ORDER BY a )"
+        while ordering and self.text(first + 1) == b"(" and self.text(last - 1) == b")":
+            first, last = first + 1, last - 1
+        if ordering and first + 2 == last:
+            return f"( {self.word(first + 1, ordering)} )"
         texts = [self.text(at) for at in range(first, last)]
         # (t.*) stands for all its columns.
         return "( a . * )" if (b".", b"*") in pairwise(texts) else "( a )"
 
     def word(self, index: int, ordering: bool) -> str:
         """A token in the shape; ``ordering``: numbers matter."""
-        kind = self.tokens[index].kind
-        text = self.text(index)
+        kind, start, end = self.tokens[index]
+        text = self.masked[start:end]
         if kind is Kind.STRING:
             return "'s'"
         if kind is Kind.PARAMETER:
@@ -641,7 +646,9 @@ class _Reader:
                 raise _NotServedError("U&: could be any name")
             return '"' + text[1:-1].translate(_WORD).decode("latin-1") + '"'
         word = text.translate(_WORD_OR_MARK).decode("latin-1").lower()
-        if self.text(index + 1) != b"(" or self.text(index - 1) == b"::":
+        if kind is not Kind.IDENTIFIER or self.text(index + 1) != b"(":
+            return word
+        if self.text(index - 1) == b"::":
             return word
         if word == "operator":
             return "-"
