@@ -97,8 +97,8 @@ class Rewrite:
 
     def _texts(self) -> Iterator[tuple[Piece, bytes]]:
         for piece in self.pieces:
-            copied = piece.inserted is None
-            yield piece, self.original[piece.start : piece.end] if copied else piece.inserted or b""
+            text = piece.inserted
+            yield piece, self.original[piece.start : piece.end] if text is None else text
 
     def _offset(self, position: int, codec: str) -> int:
         text = self.sql.decode(codec, "surrogateescape")
@@ -612,21 +612,21 @@ class _Reader:
         if self.text(first) == b"[":
             return "[ 0 ]"
         if self.keyword(first + 1) in _QUERIES:
-            return "( SELECT a )"
+            return f"( SELECT {_NAME} )"
         if before == "operator" or self.text(first - 2) == b"::":
             # OPERATOR(pg_catalog.+) and numeric(10,2): the word says enough.
             return ""
         if before == "filter":
-            return "( WHERE a )"
+            return f"( WHERE {_NAME} )"
         if before == "group":
-            return "( ORDER BY a )"
+            return f"( ORDER BY {_NAME} )"
         while ordering and self.text(first + 1) == b"(" and self.text(last - 1) == b")":
             first, last = first + 1, last - 1
         if ordering and first + 2 == last:
             return f"( {self.word(first + 1, ordering)} )"
         texts = [self.text(at) for at in range(first, last)]
         # (t.*) stands for all its columns.
-        return "( a . * )" if (b".", b"*") in pairwise(texts) else "( a )"
+        return f"( {_NAME} . * )" if (b".", b"*") in pairwise(texts) else f"( {_NAME} )"
 
     def word(self, index: int, ordering: bool) -> str:
         """A token in the shape; ``ordering``: numbers matter."""
@@ -652,7 +652,7 @@ class _Reader:
             return word
         if word == "operator":
             return "-"
-        return word if word in _KEPT_BEFORE_PARENTHESIS else "f"
+        return word if word in _KEPT_BEFORE_PARENTHESIS else _NAME
 
     # SELECT columns FROM call
 
@@ -728,7 +728,7 @@ class _Reader:
                     raise _NotServedError("not a list of columns")
                 columns.append(name)
             at = close + 1
-        if at != self.count or (alias is None and has_as != bool(columns)):
+        if at != self.count or (alias is None and not has_as == typed == bool(columns)):
             raise _NotServedError("more than a function in FROM")
         name = site.call.function.name.encode() if alias is None else self.name(alias)
         return _Source(name or b"", alias, columns, typed)
@@ -863,13 +863,15 @@ _AFTER_SELECT_LIST: Final = frozenset(("from", "where", "order", "limit", "fetch
 
 # --- sqlglot --------------------------------------------------------------------------------
 
-# It takes 0.5 ms for a short text, 2 ms a kB.
+# It takes 0.5 ms for a short text, 2 ms a kB; no more than this is remembered either.
 _MAX_SHAPE: Final = 8192
 
 _PLAIN_OPERATORS: Final = frozenset((b"*", b"=", b"<", b">", b"<=", b">=", b"<>", b"!="))
 _QUERIES: Final = frozenset(
     ("select", "with", "values", "table", "insert", "update", "delete", "merge")
 )
+# What any name in parentheses, and any function, is called in a shape.
+_NAME: Final = "some_name"
 # Words that keep their meaning before a parenthesis. Any other is a function, or a type, or an
 # alias, which all look alike; sqlglot has its own ideas about some of them.
 _KEPT_BEFORE_PARENTHESIS: Final = (RESERVED - {"cast", "left", "right"}) | {

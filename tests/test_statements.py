@@ -74,6 +74,7 @@ SERVED = [
     "SELECT pg_background_launch(CASE WHEN i > 1 THEN 'a' ELSE 'bb' END) FROM t ORDER BY i DESC",
     "SELECT i, pg_background_launch(q) AS p FROM t ORDER BY 1 DESC, q",
     "SELECT i, pg_background_launch(q) AS p FROM t ORDER BY i + 1, lower(q) NULLS FIRST LIMIT 1",
+    "SELECT i, pg_background_launch(q) AS a FROM t ORDER BY lower(q), (SELECT i) LIMIT (2)",
     "SELECT i, pg_background_launch(q) FROM t FETCH FIRST ROW ONLY",
     "SELECT pg_background_launch(format('VACUUM %I', relname)) FROM pg_class"
     " WHERE relname ~~ 'pg_a%' AND relkind = 'r' ORDER BY relname",
@@ -235,6 +236,8 @@ def test_served(sql: str) -> None:
         "SELECT * FROM pg_background_launch('a') WITH ORDINALITY",
         "SELECT * FROM pg_background_launch('a') AS t(a, b)",
         "SELECT * FROM pg_background_launch('a') AS t(a int)",
+        "SELECT * FROM pg_background_launch('a') AS (pid)",
+        "SELECT * FROM pg_background_launch('a') (pid)",
         "SELECT t FROM pg_background_launch('a') AS t(pid)",
         "SELECT pid, pid FROM pg_background_launch('a') AS pid",
         "SELECT 1 FROM pg_background_launch('a')",
