@@ -92,7 +92,7 @@ class Fetch:
         if self.job.columns is None and self.job.error is not None:
             raise self._failed(self.job.error)
         self._check_shape()
-        given = self.job.columns or (text_field(),)
+        given = (text_field(),) if self.job.columns is None else self.job.columns
         self._columns, fields = self._select(given)
         formats = _expand(self._formats, len(fields))
         self.fields = tuple(

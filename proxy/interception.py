@@ -155,7 +155,8 @@ class Interception:
         self._from_server = Inbox(self._server)
         self._out: list[bytes] = []
         self._replies: deque[_Reply] = deque()
-        self._next: tuple[int, bytes] | None = None
+        # The client's messages that were looked at ahead of their turn.
+        self._ahead: deque[tuple[int, bytes]] = deque()
         self._context: Context | None = None
         # The server skips everything up to the next Sync.
         self._failed = False
@@ -192,8 +193,8 @@ class Interception:
         rest = self._from_server.take_rest()
         if rest:
             self._relay.from_server(rest)
-        next_message = b"" if self._next is None else frame(*self._next)
-        rest = next_message + self._from_client.take_rest()
+        ahead = b"".join(frame(kind, body) for kind, body in self._ahead)
+        rest = ahead + self._from_client.take_rest()
         if rest:
             self._relay.from_client(rest)
 
@@ -254,9 +255,9 @@ class Interception:
 
     async def _client_message(self) -> tuple[int, bytes]:
         """The client's next message. Whoever waits for it must not keep the server waiting."""
-        message, self._next = self._next, None
-        if message is None:
-            message = self._from_client.next_nowait()
+        if self._ahead:
+            return self._ahead.popleft()
+        message = self._from_client.next_nowait()
         if message is None:
             if self._out:
                 self._server.write(b"".join(self._out))
@@ -264,14 +265,26 @@ class Interception:
             message = await self._from_client.next()
         return message
 
+    def _next_are(self, *kinds: int) -> bool:
+        """Whether the client has sent messages of these types next."""
+        while len(self._ahead) < len(kinds):
+            message = self._from_client.next_nowait()
+            if message is None:
+                return False
+            self._ahead.append(message)
+        return all(ahead[0] == kind for ahead, kind in zip(self._ahead, kinds, strict=False))
+
     def _next_is_sync(self) -> bool:
         """Whether the client has sent Sync next. It is taken if so."""
-        if self._next is None:
-            self._next = self._from_client.next_nowait()
-        if self._next is None or self._next[0] != SYNC:
+        if not self._next_are(SYNC):
             return False
-        self._next = None
+        self._ahead.popleft()
         return True
+
+    def _is_alone(self) -> bool:
+        """Whether there is nothing that an error of ours would have to undo, so that Sync may go
+        along with a call: then the server's transaction, and its snapshot, do not wait with us."""
+        return not self._executed and self._relay.status == IDLE
 
     # Talking to the server
 
@@ -454,9 +467,8 @@ class Interception:
         if isinstance(plan, ScalarPlan):
             await self._call(b"", portal, 0, offset=offset, is_query=True, may_sync=is_last)
         else:
-            await self._fetch(b"", portal, 0, offset=offset, is_query=True)
-            self._close_unnamed()
-            await self._settle()
+            sync = is_last and self._is_alone()
+            await self._fetch(b"", portal, 0, offset=offset, is_query=True, sync=sync)
 
     def _close_unnamed(self) -> None:
         """A Query leaves no unnamed statement behind."""
@@ -571,9 +583,14 @@ class Interception:
                 " SELECT * FROM pg_background_result(...) AS (column type, ...).",
             )
         await self._settle()
+        if self._is_alone() and self._next_are(EXECUTE, SYNC):
+            execute = Execute.parse(self._ahead[0][1])
+            if execute.portal == message.name:
+                self._ahead.clear()
+                await self._fetch(message.name, portal, execute.max_rows, describe=True, sync=True)
+                return
         async with self._result(message.name, portal) as fetch:
-            fields = (text_field(),) if fetch is None else fetch.fields
-            await self._write(RowDescription(fields).serialize())
+            await self._write_description(fetch)
 
     async def _close(self, body: bytes) -> None:
         message = Close.parse(body)
@@ -591,7 +608,8 @@ class Interception:
         elif isinstance(portal.statement.plan, ScalarPlan):
             await self._call(message.portal, portal, message.max_rows)
         else:
-            await self._fetch(message.portal, portal, message.max_rows)
+            sync = portal.fetch is None and self._is_alone() and self._next_is_sync()
+            await self._fetch(message.portal, portal, message.max_rows, sync=sync)
 
     def _send_execute(
         self, portal: bytes, max_rows: int, take: Take, *, plan: Plan | None = None, offset: int = 0
@@ -627,8 +645,7 @@ class Interception:
                 await self._call_row(portal, kind, body)
 
         self._ask_context(plan)
-        # If there is nothing that an error of ours would have to undo, Sync goes along.
-        alone = may_sync and not on_primary and not self._executed and self._relay.status == IDLE
+        alone = may_sync and not on_primary and self._is_alone()
         self._send_execute(name, max_rows, take, plan=plan, offset=offset)
         if is_query:
             self._close_unnamed()
@@ -671,22 +688,42 @@ class Interception:
     # Results
 
     async def _fetch(
-        self, name: bytes, portal: Portal, max_rows: int, *, offset: int = 0, is_query: bool = False
+        self,
+        name: bytes,
+        portal: Portal,
+        max_rows: int,
+        *,
+        offset: int = 0,
+        is_query: bool = False,
+        describe: bool = False,
+        sync: bool = False,
     ) -> None:
-        """Execute a portal that is a job's result."""
-        async with self._result(name, portal, offset=offset) as fetch:
-            if is_query and _shape_unknown(portal.statement.plan):
-                fields = (text_field(),) if fetch is None else fetch.fields
-                await self._write(RowDescription(fields).serialize())
+        """Execute a portal that is a job's result.
+
+        `describe`: the client has asked for its columns too. `sync`: Sync goes along.
+        """
+        async with self._result(name, portal, offset=offset, is_query=is_query, sync=sync) as fetch:
+            if describe or (is_query and _shape_unknown(portal.statement.plan)):
+                await self._write_description(fetch)
             sent = 0 if fetch is None else await fetch.send(max_rows)
             if max_rows and sent == max_rows:
                 await self._write(PortalSuspended().serialize())
             else:
                 await self._write(CommandComplete(b"SELECT %d" % sent).serialize())
 
+    async def _write_description(self, fetch: Fetch | None) -> None:
+        fields = (text_field(),) if fetch is None else fetch.fields
+        await self._write(RowDescription(fields).serialize())
+
     @contextlib.asynccontextmanager
     async def _result(
-        self, name: bytes, portal: Portal, *, offset: int = 0
+        self,
+        name: bytes,
+        portal: Portal,
+        *,
+        offset: int = 0,
+        is_query: bool = False,
+        sync: bool = False,
     ) -> AsyncIterator[Fetch | None]:
         """The fetch of a portal, begun if it was not yet, its columns known and checked.
 
@@ -703,7 +740,10 @@ class Interception:
 
             plan = portal.statement.plan
             self._send_execute(name, 0, take, plan=plan, offset=offset)
-        await self._settle()
+        if is_query:
+            self._close_unnamed()
+        self._synced = sync
+        await self._settle(_SYNC if sync else _FLUSH)
         timeout = parse_time_ms(self.context.statement_timeout.decode())
         timer = asyncio.get_running_loop().call_later(timeout / 1000, self._time_out)
         if not timeout:
