@@ -20,10 +20,14 @@ from protocol.errors import (
 )
 from protocol.messages import (
     BackendKeyData,
+    Bind,
     DataRow,
     ErrorResponse,
+    Execute,
+    Parse,
     Query,
     ReadyForQuery,
+    Sync,
     Terminate,
 )
 from protocol.startup import CancelRequest, StartupMessage
@@ -42,9 +46,9 @@ _read_buffer = memoryview(bytearray(READ_SIZE))
 
 
 class Connect(Protocol):
-    """Opens a connection to the server of the session. Raises OSError or TimeoutError."""
+    """Opens a connection to the server of the session. Raises OSError."""
 
-    async def __call__(self, factory: Callable[[], P]) -> tuple[asyncio.Transport, P]: ...
+    async def __call__(self, factory: Callable[[], P]) -> P: ...
 
 
 class Receiver(Protocol):
@@ -128,9 +132,18 @@ class Backend(asyncio.BufferedProtocol):
                     if answer is not None:
                         self.transport.write(answer)
 
-    async def query(self, sql: bytes) -> tuple[bytes | None, ...]:
-        """The one row that a query of ours returns, in text. Raises ServerError."""
-        self.transport.write(Query(sql).serialize())
+    async def query(self, sql: bytes, *parameters: bytes) -> tuple[bytes | None, ...]:
+        """The first row that a query of ours returns, in text; empty if there is none.
+
+        Parameters, if any, are text, of the types that the server finds for them.
+
+        Raises ServerError.
+        """
+        if parameters:
+            extended = (Parse(b"", sql), Bind(b"", b"", parameters=parameters), Execute(b""))
+            self.transport.write(b"".join(m.serialize() for m in (*extended, Sync())))
+        else:
+            self.transport.write(Query(sql).serialize())
         row: tuple[bytes | None, ...] = ()
         error: ServerError | None = None
         while True:
@@ -192,7 +205,7 @@ async def open_backend(
     backend: Backend | None = None
     try:
         async with asyncio.timeout(timeout or None):
-            _, backend = await connect(Backend)
+            backend = await connect(Backend)
             await backend.login(startup, credentials)
             return backend
     except ServerError as error:
@@ -231,11 +244,14 @@ async def send_cancel(connect: Connect, request: CancelRequest) -> None:
     closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     class Cancel(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self.transport = cast(asyncio.Transport, transport)
+
         def connection_lost(self, exc: Exception | None) -> None:
             if not closed.done():
                 closed.set_result(None)
 
-    transport, _ = await connect(Cancel)
+    transport = (await connect(Cancel)).transport
     try:
         transport.write(request.serialize())
         await closed

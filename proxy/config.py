@@ -14,13 +14,20 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from proxy.conninfo import parse_conninfo
+from proxy.keepalive import Keepalive
 from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, parse_time_ms
 
 DEFAULT_PORT: Final = 6543
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+AUTH_TYPES: Final = ("server", "plain")
+DEFAULT_AUTH_QUERY: Final = (
+    "SELECT rolname, CASE WHEN rolvaliduntil OPERATOR(pg_catalog.<) pg_catalog.now() THEN NULL"
+    " ELSE rolpassword END FROM pg_catalog.pg_authid"
+    " WHERE rolname OPERATOR(pg_catalog.=) $1 AND rolcanlogin"
+)
 
 _LISTEN: Final = re.compile(r"(?P<host>/.*?|\[[^\]]+\]|[^:\[\]/]*)(?::(?P<port>[0-9]*))?")
 
@@ -34,13 +41,23 @@ _REFUSED: Final[Mapping[str, str]] = {
     "password": "clients log in with their own; for side backends see --passfile and --auth-file",
     "passfile": "use --passfile",
 }
-_CONNECTING: Final = ("host", "hostaddr", "port", "connect_timeout")
-# Keywords that would change how we connect, with the values that mean what the proxy does anyway.
-_HARMLESS: Final[Mapping[str, tuple[str, ...]]] = {
-    "sslmode": ("disable", "allow", "prefer"),
+SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+TARGET_SESSION_ATTRS: Final = (
+    *("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
+)
+_CONNECTING: Final = (
+    *("host", "hostaddr", "port", "connect_timeout"),
+    *("sslrootcert", "sslcert", "sslkey"),
+    *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
+    "tcp_user_timeout",
+)
+# Keywords of which only some values are known, or mean what the proxy does anyway.
+_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "sslmode": SSL_MODES,
+    "sslnegotiation": ("postgres", "direct"),
+    "target_session_attrs": TARGET_SESSION_ATTRS,
     "gssencmode": ("disable", "prefer"),
     "channel_binding": ("disable", "prefer"),
-    "target_session_attrs": ("any",),
     "load_balance_hosts": ("disable",),
 }
 # libpq's environment variables that stand for a keyword of the upstream.
@@ -50,6 +67,11 @@ _ENVIRONMENT: Final[Mapping[str, str]] = {
     "port": "PGPORT",
     "connect_timeout": "PGCONNECT_TIMEOUT",
     "sslmode": "PGSSLMODE",
+    "sslnegotiation": "PGSSLNEGOTIATION",
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslcert": "PGSSLCERT",
+    "sslkey": "PGSSLKEY",
+    "target_session_attrs": "PGTARGETSESSIONATTRS",
 }
 
 
@@ -76,18 +98,43 @@ class ListenAddress:
         return f"[{self.host}]:{self.port}" if ipv6 else f"{self.host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class Upstream:
-    """The server behind the proxy."""
+class Host(NamedTuple):
+    """One server, as a passfile and its certificate name it."""
 
-    hosts: tuple[tuple[str, int], ...] = (("localhost", 5432),)
-    """(host, port), to be tried in this order; a host that begins with a slash is the directory of
-    a Unix socket."""
-    connect_timeout: float | None = None
-    """Seconds, if the connection string says so; Config.connect_timeout is what holds."""
+    name: str
+    """A name or address; the directory of a Unix socket if it begins with a slash."""
+    port: int
+    hostaddr: str = ""
+    """The address to connect to, if the name is not to be looked up."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is reached by a Unix socket."""
+        return not self.hostaddr and self.name.startswith("/")
 
     def __str__(self) -> str:
-        return ",".join(str(ListenAddress(host, port)) for host, port in self.hosts)
+        return str(ListenAddress(self.name, self.port))
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """The server behind the proxy; the names are libpq's."""
+
+    hosts: tuple[Host, ...] = (Host("localhost", 5432),)
+    """To be tried in this order."""
+    connect_timeout: float | None = None
+    """Seconds, if the connection string says so; Config.connect_timeout is what holds."""
+    sslmode: str = "prefer"
+    sslnegotiation: str = "postgres"
+    sslrootcert: str = ""
+    """A file; ``system`` for the certificates that the operating system trusts; empty for none."""
+    sslcert: str = ""
+    sslkey: str = ""
+    target_session_attrs: str = "any"
+    keepalive: Keepalive = Keepalive()
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.hosts))
 
 
 def parse_listen(text: str) -> ListenAddress:
@@ -117,18 +164,70 @@ def parse_upstream(text: str, environ: Mapping[str, str] | None = None) -> Upstr
             given[keyword] = value
     for keyword, value in given.items():
         _check_keyword(keyword, value)
-    hosts = (given.get("hostaddr") or given.get("host") or "localhost").split(",")
-    ports = (given.get("port") or "5432").split(",")
-    if len(ports) not in (1, len(hosts)):
-        raise ValueError(f"{len(ports)} ports do not match {len(hosts)} hosts")
     timeout = given.get("connect_timeout")
-    return Upstream(
-        tuple(
-            (host or "localhost", _port(port or "5432"))
-            for host, port in zip(hosts, ports * (len(hosts) // len(ports)), strict=True)
-        ),
+    upstream = Upstream(
+        _hosts(given),
         None if timeout is None else parse_seconds(timeout),
+        sslnegotiation=given.get("sslnegotiation") or "postgres",
+        sslrootcert=given.get("sslrootcert", ""),
+        sslcert=given.get("sslcert", ""),
+        sslkey=given.get("sslkey", ""),
+        # As libpq: who trusts the system's authorities means a server by its name.
+        sslmode=given.get("sslmode")
+        or ("verify-full" if given.get("sslrootcert") == "system" else "prefer"),
+        target_session_attrs=given.get("target_session_attrs") or "any",
+        keepalive=Keepalive(
+            enabled=_number(given, "keepalives", 1) != 0,
+            idle=_number(given, "keepalives_idle"),
+            interval=_number(given, "keepalives_interval"),
+            count=_number(given, "keepalives_count"),
+            user_timeout=_number(given, "tcp_user_timeout"),
+        ),
     )
+    _check_ssl(upstream)
+    return upstream
+
+
+def _hosts(given: Mapping[str, str]) -> tuple[Host, ...]:
+    names = (given.get("host") or given.get("hostaddr") or "localhost").split(",")
+    addresses = given["hostaddr"].split(",") if given.get("hostaddr") else [""] * len(names)
+    if len(addresses) != len(names):
+        raise ValueError(f"{len(names)} hosts do not match {len(addresses)} hostaddr values")
+    ports = (given.get("port") or "5432").split(",")
+    if len(ports) not in (1, len(names)):
+        raise ValueError(f"{len(ports)} ports do not match {len(names)} hosts")
+    return tuple(
+        Host(name or address or "localhost", _port(port or "5432"), address)
+        for name, address, port in zip(
+            names, addresses, ports * (len(names) // len(ports)), strict=True
+        )
+    )
+
+
+def _check_ssl(upstream: Upstream) -> None:
+    """What libpq refuses to combine."""
+    weak = upstream.sslmode in ("disable", "allow", "prefer")
+    if upstream.sslnegotiation == "direct" and weak:
+        raise ValueError(
+            f'weak sslmode "{upstream.sslmode}" may not be used with sslnegotiation=direct'
+            ' (use "require", "verify-ca", or "verify-full")'
+        )
+    if upstream.sslrootcert == "system" and upstream.sslmode != "verify-full":
+        raise ValueError(
+            f'weak sslmode "{upstream.sslmode}" may not be used with sslrootcert=system'
+            ' (use "verify-full")'
+        )
+    if upstream.sslmode in ("verify-ca", "verify-full") and not upstream.sslrootcert:
+        raise ValueError(f"sslmode={upstream.sslmode} needs sslrootcert: a file, or system")
+    if upstream.sslkey and not upstream.sslcert:
+        raise ValueError("sslkey needs sslcert")
+
+
+def _number(given: Mapping[str, str], keyword: str, default: int = 0) -> int:
+    try:
+        return parse_count(given.get(keyword) or str(default))
+    except ValueError as error:
+        raise ValueError(f"{keyword}: {error}") from None
 
 
 def parse_seconds(text: str) -> float:
@@ -157,15 +256,24 @@ def parse_file(text: str) -> Path:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
-def parse_log_level(text: str) -> str:
-    """Takes one of LOG_LEVELS, in any case.
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(f'"{text}" is none of {", ".join(choices)}')
+        return text.lower()
+
+    return read
+
+
+def parse_count(text: str) -> int:
+    """Reads a whole number, 0 or more.
 
     Raises:
-        ValueError: it is another.
+        ValueError: it is none.
     """
-    if text.lower() not in LOG_LEVELS:
-        raise ValueError(f'"{text}" is none of {", ".join(LOG_LEVELS)}')
-    return text.lower()
+    if not text.strip().isdecimal() or int(text) > 2**31 - 1:
+        raise ValueError(f'invalid value: "{text}" is not a whole number')
+    return int(text)
 
 
 def _check_keyword(keyword: str, value: str) -> None:
@@ -173,12 +281,12 @@ def _check_keyword(keyword: str, value: str) -> None:
         return
     if keyword in _REFUSED:
         raise ValueError(f'"{keyword}" {_REFUSED[keyword]}')
-    if keyword in _HARMLESS:
-        if value not in _HARMLESS[keyword]:
-            allowed = ", ".join(_HARMLESS[keyword])
-            raise ValueError(f"{keyword}={value} is not supported yet (allowed: {allowed})")
+    if keyword in _CHOICES:
+        if value not in ("", *_CHOICES[keyword]):
+            allowed = ", ".join(_CHOICES[keyword])
+            raise ValueError(f"{keyword}={value} is not supported (allowed: {allowed})")
         return
-    supported = ", ".join([*_CONNECTING, *_HARMLESS])
+    supported = ", ".join([*_CONNECTING, *_CHOICES])
     raise ValueError(f'"{keyword}" is not supported in the upstream (supported: {supported})')
 
 
@@ -231,6 +339,75 @@ class Config:
         'passwords, md5 or SCRAM secrets for side backends: lines of "role" "secret", as'
         " PgBouncer's auth_file",
     )
+    auth_type: str = _setting(
+        "server",
+        _one_of(*AUTH_TYPES),
+        "TYPE",
+        "server: the client's login goes through to the server; plain: the proxy asks the client"
+        " for the password (only over TLS, a Unix socket or loopback) and logs in with it, by"
+        " whatever method the server asks for",
+    )
+    auth_user: str = _setting(
+        "",
+        str,
+        "ROLE",
+        "role for auth_query and target_session_attrs; its password comes from passfile or"
+        " auth_file",
+    )
+    auth_query: str = _setting(
+        DEFAULT_AUTH_QUERY,
+        str,
+        "SQL",
+        "how auth_user finds a role's secret that is not in auth_file; $1 is the role, the second"
+        " column its secret",
+    )
+    auth_dbname: str = _setting(
+        "", str, "DATABASE", "where auth_query runs; the client's database if not given"
+    )
+    client_tls_sslmode: str = _setting(
+        "disable",
+        _one_of(*SSL_MODES),
+        "MODE",
+        "TLS from clients: disable; allow or prefer: if they ask for it; require: nothing else;"
+        " verify-ca or verify-full: and with a certificate of client_tls_ca_file. Unix sockets have"
+        " none",
+    )
+    client_tls_cert_file: Path | None = _setting(
+        "", parse_file, "FILE", "the proxy's certificate for clients, PEM, with its chain"
+    )
+    client_tls_key_file: Path | None = _setting(
+        "", parse_file, "FILE", "the private key of client_tls_cert_file, PEM"
+    )
+    client_tls_ca_file: Path | None = _setting(
+        "", parse_file, "FILE", "certificate authorities that vouch for clients, PEM"
+    )
+    client_login_timeout: float = _setting(
+        "60s",
+        parse_seconds,
+        "TIME",
+        "how long a client may take from connecting to being logged in; 0: for ever",
+    )
+    tcp_keepalive: int = _setting(
+        "1",
+        parse_count,
+        "0|1",
+        "TCP keepalive to clients; to the server: keepalives and such in upstream",
+    )
+    tcp_keepidle: int = _setting(
+        "0", parse_count, "SECONDS", "silence before a keepalive probe; 0: the system's"
+    )
+    tcp_keepintvl: int = _setting(
+        "0", parse_count, "SECONDS", "between keepalive probes; 0: the system's"
+    )
+    tcp_keepcnt: int = _setting(
+        "0", parse_count, "N", "unanswered probes until a client counts as gone; 0: the system's"
+    )
+    tcp_user_timeout: int = _setting(
+        "0",
+        parse_count,
+        "MILLISECONDS",
+        "how long what was sent to a client may stay unacknowledged; 0: the system's",
+    )
     shutdown_timeout: float = _setting(
         "30s",
         parse_seconds,
@@ -264,7 +441,7 @@ class Config:
         " unit is given; 0: the session's statement_timeout",
     )
     log_level: str = _setting(
-        "info", parse_log_level, "LEVEL", f"what is logged: {', '.join(LOG_LEVELS)}"
+        "info", _one_of(*LOG_LEVELS), "LEVEL", f"what is logged: {', '.join(LOG_LEVELS)}"
     )
 
 
@@ -317,7 +494,28 @@ def load(
     timeout = values["upstream"].connect_timeout
     if timeout is not None:
         values.setdefault("connect_timeout", timeout)
-    return Config(**values)
+    config = Config(**values)
+    _check_together(config)
+    return config
+
+
+def _check_together(config: Config) -> None:
+    """Settings that need others. Raises ConfigError."""
+    mode = config.client_tls_sslmode
+    needed = {
+        "client_tls_cert_file": mode != "disable" and config.client_tls_cert_file is None,
+        "client_tls_key_file": mode != "disable" and config.client_tls_key_file is None,
+        "client_tls_ca_file": mode.startswith("verify-") and config.client_tls_ca_file is None,
+    }
+    for name, missing in needed.items():
+        if missing:
+            raise ConfigError(f"client_tls_sslmode: {mode} needs {name}")
+    attrs = config.upstream.target_session_attrs
+    if attrs != "any" and not config.auth_user:
+        raise ConfigError(
+            f"upstream: target_session_attrs={attrs} needs auth_user: the proxy logs in with it to"
+            " see which server is which"
+        )
 
 
 def _read_file(file: Path) -> dict[str, list[str]]:

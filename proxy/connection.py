@@ -7,8 +7,11 @@ write buffer is full, the connection opposite stops being read, until the buffer
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from typing import cast
+
+from proxy import tls
 
 _WRITE_BUFFER = 256 * 1024
 """Bytes that may wait to be written before the other side is stopped."""
@@ -24,6 +27,8 @@ class Connection(asyncio.Protocol):
     Attributes:
         receive: called with each chunk; the owner changes it when its phase changes.
         opposite: the connection that is stopped when this one's write buffer is full.
+        is_open: from the time it is made until it is lost.
+        is_encrypted: whether it has TLS.
     """
 
     transport: asyncio.Transport
@@ -37,6 +42,7 @@ class Connection(asyncio.Protocol):
     ) -> None:
         self.receive = receive
         self.is_open = False
+        self.is_encrypted = False
         self._ended = ended
         self._lost = lost
         self._stopped = 0
@@ -45,16 +51,21 @@ class Connection(asyncio.Protocol):
     # asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Also called when TLS has begun: then with the transport over the first one."""
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=_WRITE_BUFFER)
+        self.is_encrypted = tls.is_encrypted(transport)
         self.is_open = True
+        if self._stopped:
+            self.transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
         self.receive(data)
 
     def eof_received(self) -> bool:
         self._ended(self)
-        return True  # the owner closes it: there may be more to write
+        # The owner closes it: there may be more to write. TLS has no half-closed connections.
+        return not self.is_encrypted
 
     def pause_writing(self) -> None:
         self._full = asyncio.get_running_loop().create_future()
@@ -92,10 +103,37 @@ class Connection(asyncio.Protocol):
         """Resolved once the write buffer has drained; None if it is not full."""
         return self._full
 
+    @property
+    def can_write_eof(self) -> bool:
+        """Whether it can be half closed, which TLS cannot."""
+        return not self.is_encrypted and self.transport.can_write_eof()
+
     def write_eof(self) -> None:
         """Pass on that the other side will send no more."""
-        if self.is_open and self.transport.can_write_eof():
+        if self.is_open and self.can_write_eof:
             self.transport.write_eof()
+
+    async def start_tls(self, context: ssl.SSLContext, timeout: float) -> None:
+        """Go on with TLS, as the server of it; nothing may have been read that belongs to it.
+
+        Raises OSError: no handshake came about within `timeout` seconds; the connection is gone.
+        """
+        try:
+            transport = await asyncio.get_running_loop().start_tls(
+                self.transport,
+                self,
+                context,
+                server_side=True,
+                ssl_handshake_timeout=timeout or None,
+                ssl_shutdown_timeout=tls.SHUTDOWN_TIMEOUT,
+            )
+        except OSError:
+            self.is_open = False
+            raise
+        if transport is None:
+            self.is_open = False
+            raise ConnectionError("the connection was closed")
+        self.connection_made(transport)
 
     def close(self) -> None:
         """Close once everything is written."""

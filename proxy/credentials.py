@@ -1,9 +1,10 @@
 """How a side backend logs in as the client's role.
 
-The rule: a role gets in with what is its own, or not at all. There are four sources, tried in this
+The rule: a role gets in with what is its own, or not at all. There are five sources, tried in this
 order: nothing, where the server asks for nothing (trust, peer); the cleartext password that the
 client itself sent through us; the passfile (libpq's ``.pgpass``); the auth_file (PgBouncer's
-``userlist.txt``). `Credentials` come only from a login that the server accepted.
+``userlist.txt``); what auth_query finds (`proxy.auth_query`), which is the same as a line of the
+auth_file. `Credentials` of a client's role come only from a login that the server accepted.
 
 =====================  ================================================================
 the server asks for    what answers it
@@ -22,6 +23,7 @@ pickled.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import re
@@ -245,13 +247,13 @@ def parse_auth_file(data: bytes) -> dict[bytes, Secret]:
             raise ValueError(f'line {number} is not of the form "user" "secret"')
         user, secret = (text.replace(b'""', b'"') for text in match.groups())
         try:
-            secrets[user] = _parse_secret(secret)
+            secrets[user] = parse_secret(secret)
         except ValueError:
             raise ValueError(f"line {number} has a malformed SCRAM-SHA-256 secret") from None
     return secrets
 
 
-def _parse_secret(text: bytes) -> Secret:
+def parse_secret(text: bytes) -> Secret:
     """Tells the kinds apart as PostgreSQL does.
 
     Raises ValueError for a SCRAM secret cut short, which nobody has as a password.
@@ -411,17 +413,22 @@ class Credentials(_HoldsSecrets):
     Attributes:
         user: the role.
         password: from whichever source has one first.
-        secret: what the auth_file has for the role.
+        secret: what the auth_file has for the role, else what auth_query has found.
         login: the client's own, as that role.
-        has_passfile, has_auth_file: whether the proxy has been given one.
+        has_passfile, has_auth_file, has_auth_query: whether the proxy has been given one.
+        client_key: of a login by SCRAM that the proxy has taken from the client itself.
+        purpose: what errors say that the login was for.
     """
 
     user: bytes
     password: bytes | None = field(repr=False)
     secret: Secret | None = field(repr=False)
     login: LoginObserver = field(repr=False)
-    has_passfile: bool
-    has_auth_file: bool
+    has_passfile: bool = False
+    has_auth_file: bool = False
+    has_auth_query: bool = False
+    client_key: bytes | None = field(default=None, repr=False)
+    purpose: str = " to start a background worker with"
 
     def authenticator(self) -> Authenticator:
         """For one login."""
@@ -429,6 +436,9 @@ class Credentials(_HoldsSecrets):
 
     def scram_client(self) -> ScramClient | None:
         """A login by SCRAM: by password, else by the key that the client's own login gave away."""
+        if self.client_key is not None:
+            server_key = self.secret.server_key if isinstance(self.secret, ScramSecret) else None
+            return ScramClient.from_keys(self.client_key, server_key)
         if self.password is not None:
             return ScramClient(self.password)
         if isinstance(self.secret, ScramSecret) and self.login.scram is not None:
@@ -448,15 +458,22 @@ class Credentials(_HoldsSecrets):
     def searched(self) -> str:
         """Where was looked for a password in vain, and what there was instead: no secrets."""
         passfile = "no line for this connection" if self.has_passfile else "not set"
-        auth_file = self._in_auth_file() if self.has_auth_file else "not set"
+        found = self._found()
+        auth_file = found or "no line for this role" if self.has_auth_file else "not set"
+        auth_query = ""
+        if self.has_auth_query:
+            auth_file, auth_query = (
+                "no line for this role" if self.has_auth_file else "not set",
+                f"; auth_query: {found or 'nothing for this role'}",
+            )
         return (
             f"The client logged in with {self.login.method or 'no password'};"
-            f" passfile: {passfile}; auth_file: {auth_file}."
+            f" passfile: {passfile}; auth_file: {auth_file}{auth_query}."
         )
 
-    def _in_auth_file(self) -> str:
+    def _found(self) -> str:
         if self.secret is None:
-            return "no line for this role"
+            return ""
         if not isinstance(self.secret, ScramSecret):
             return "an MD5 secret"  # a password would have been used
         if self.login.scram is None:
@@ -481,8 +498,33 @@ class CredentialStore:
         self._passfile = None if passfile is None else PassFile(passfile)
         self._auth_file = None if auth_file is None else AuthFile(auth_file)
 
+    def secret(self, host: str, port: int, database: bytes, user: bytes) -> Secret | None:
+        """What the files have for a role, to check a client with. It lets nobody in by itself."""
+        secret = None if self._auth_file is None else self._auth_file.lookup(user)
+        if secret is None and self._passfile is not None:
+            password = self._passfile.lookup(host, port, database, user)
+            secret = None if password is None else Cleartext(password)
+        return secret
+
+    def own_credentials(self, host: str, port: int, database: bytes, user: bytes) -> Credentials:
+        """What auth_user logs in with: a role of the proxy's own, which no client has claimed."""
+        observer = LoginObserver()
+        observer.accepted = True
+        return dataclasses.replace(
+            self.credentials(host, port, database, user, observer),
+            purpose=", which is the auth_user",
+        )
+
     def credentials(
-        self, host: str, port: int, database: bytes, user: bytes, observer: LoginObserver
+        self,
+        host: str,
+        port: int,
+        database: bytes,
+        user: bytes,
+        observer: LoginObserver,
+        *,
+        queried: Secret | None = None,
+        has_auth_query: bool = False,
     ) -> Credentials:
         """What the role of a session can log in with once more, as the files say now.
 
@@ -492,6 +534,8 @@ class CredentialStore:
             database: of the session's StartupMessage; without one there it is the user's name.
             user: of the session's StartupMessage.
             observer: of the session's login, as that user.
+            queried: what auth_query has found, for a role that is in neither file.
+            has_auth_query: whether it was asked.
 
         Raises:
             ValueError: the server has not accepted that login (yet).
@@ -502,6 +546,8 @@ class CredentialStore:
         if password is None and self._passfile is not None:
             password = self._passfile.lookup(host, port, database, user)
         secret = None if self._auth_file is None else self._auth_file.lookup(user)
+        if secret is None:
+            secret = queried
         if password is None and isinstance(secret, Cleartext):
             password = secret.password
         return Credentials(
@@ -511,13 +557,14 @@ class CredentialStore:
             observer,
             has_passfile=self._passfile is not None,
             has_auth_file=self._auth_file is not None,
+            has_auth_query=has_auth_query,
         )
 
 
 # One login
 
 
-_HINT: Final = "Give the proxy the role's password in its passfile or auth_file."
+_HINT: Final = "Give the proxy the role's password in its passfile or auth_file, or set auth_query."
 _HINT_MD5: Final = f"{_HINT} In the auth_file, the MD5 secret from pg_authid is enough."
 _HINT_SCRAM: Final = (
     f"{_HINT} In the auth_file, the SCRAM secret from pg_authid is enough for clients that log in"
@@ -601,7 +648,7 @@ class Authenticator(_HoldsSecrets):
     def _no_password(self, request: AuthenticationRequest, hint: str) -> SQLError:
         return SQLError(
             INVALID_AUTHORIZATION_SPECIFICATION,
-            f'no password for role "{self._role}" to start a background worker with',
+            f'no password for role "{self._role}"{self._credentials.purpose}',
             detail=f"The server asks for {_method(request)}. {self._credentials.searched()}",
             hint=hint,
         )
@@ -609,10 +656,14 @@ class Authenticator(_HoldsSecrets):
     def _failed(self, detail: str, *, hint: str | None = None) -> SQLError:
         return SQLError(
             INVALID_AUTHORIZATION_SPECIFICATION,
-            f'could not log in as role "{self._role}" to start a background worker',
+            f'could not log in as role "{self._role}"{self._purpose}',
             detail=detail,
             hint=hint,
         )
+
+    @property
+    def _purpose(self) -> str:
+        return self._credentials.purpose.removesuffix(" with")
 
     @property
     def _role(self) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy import log
-from proxy.config import Config, ListenAddress, Upstream
+from proxy.config import Config, Host, ListenAddress, Upstream
 
 if TYPE_CHECKING:
     import psycopg
@@ -83,7 +83,7 @@ async def _serve_and_show(cluster: Cluster, programs: Path, *, once: bool) -> in
         serve(
             Config(
                 listen=(ListenAddress(cluster.host, port),),
-                upstream=Upstream(((cluster.host, cluster.port),)),
+                upstream=Upstream((Host(cluster.host, cluster.port),)),
                 shutdown_timeout=0.0,
             )
         )

@@ -38,6 +38,7 @@ from proxy import lexer
 from proxy.backend import READ_SIZE, Backend
 from proxy.lexer import LexError
 from proxy.settings import MAX_WORKERS
+from proxy.upstream import Route
 
 MIN_QUEUE_SIZE: Final = 64
 MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024
@@ -81,7 +82,7 @@ class Job:
     Attributes:
         pid: of its backend.
         role_id: OID of the current role at launch.
-        address: host and port of its server.
+        route: to its server.
         columns: of the result; None as long as they are not known, and if there are none.
         tags: the command tag of each statement that has ended.
         finished: whether the backend is done, one way or the other.
@@ -96,12 +97,12 @@ class Job:
         *,
         queue_size: int,
         role_id: int,
-        address: tuple[str, int],
+        route: Route,
         on_finish: Callable[[Job], None],
     ) -> None:
         self.pid = backend.pid
         self.role_id = role_id
-        self.address = address
+        self.route = route
         self.columns: tuple[Field, ...] | None = None
         self.tags: list[bytes] = []
         self.finished = False

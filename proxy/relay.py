@@ -36,7 +36,6 @@ FUNCTION_CALL: Final = ord("F")
 COPY_DATA: Final = ord("d")
 COPY_DONE: Final = ord("c")
 COPY_FAIL: Final = ord("f")
-PASSWORD: Final = ord("p")
 TERMINATE: Final = ord("X")
 
 # Message types of the backend.
@@ -44,7 +43,6 @@ ERROR: Final = ord("E")
 READY: Final = ord("Z")
 COPY_IN: Final = ord("G")
 PARAMETER_STATUS: Final = ord("S")
-AUTHENTICATION: Final = ord("R")
 BACKEND_KEY_DATA: Final = ord("K")
 
 IDLE: Final = ord("I")
@@ -57,7 +55,7 @@ _NAMES_SIZE: Final = 4096
 _NOTHING, _COUNT, _HANDLE = range(3)
 _ANSWERS: Final = b"123TnCIs"
 """The types that end the answer to a Parse, Bind, Close, Describe or Execute."""
-_HANDLED: Final = bytes([ERROR, READY, COPY_IN, PARAMETER_STATUS, AUTHENTICATION, BACKEND_KEY_DATA])
+_HANDLED: Final = bytes([ERROR, READY, COPY_IN, PARAMETER_STATUS, BACKEND_KEY_DATA])
 _ACTIONS: Final = bytes(
     _HANDLE if kind in _HANDLED else _COUNT if kind in _ANSWERS else _NOTHING for kind in range(256)
 )
@@ -66,12 +64,6 @@ _EXTENDED: Final = bytes([PARSE, BIND, DESCRIBE, EXECUTE, CLOSE])
 
 class Hooks(Protocol):
     """What the relay tells its session."""
-
-    def login_request(self, body: bytes) -> None:
-        """An Authentication… message of the server."""
-
-    def login_response(self, body: bytes) -> None:
-        """A password message of the client, whichever."""
 
     def backend_key(self, body: bytes) -> None:
         """The server's BackendKeyData."""
@@ -113,7 +105,7 @@ class Relay:
         self.batch = bytearray()
         self.failed = False
         # What will be answered by a ReadyForQuery: Query, Sync, FunctionCall; the first one stands
-        # for the login.
+        # for the startup packet (the login is over when the relay begins).
         self._awaited = deque([SYNC])
         self._answered = 0
         self._copy_in = False
@@ -184,11 +176,6 @@ class Relay:
                 self.batch.append(kind)
             elif kind in (COPY_DONE, COPY_FAIL):
                 self._end_copy_in()
-            elif kind == PASSWORD:
-                if end > size:
-                    self._hold(data, position, end - position)
-                    return
-                self._hooks.login_response(data[position + HEADER_SIZE : end])
             position = end
         if position < size:
             self._hold(data, position, HEADER_SIZE)
@@ -300,8 +287,6 @@ class Relay:
             self._copy_in = True
         elif kind == PARAMETER_STATUS:
             self.parameter_status(body)
-        elif kind == AUTHENTICATION:
-            self._hooks.login_request(body)
         else:
             self._hooks.backend_key(body)
         return None
@@ -323,6 +308,11 @@ class Relay:
         if status == IDLE:
             for name in tuple(self.portals):
                 self.forget_portal(name)
+
+    @property
+    def between_messages(self) -> bool:
+        """Whether the client has sent no part of a message that is still to come."""
+        return self._held is None and not self._client_skip
 
     # Taking turns with an interception
 

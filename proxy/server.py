@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
-import socket
-from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar, cast
 
-from protocol.startup import CancelRequest, SSLRequest
-from proxy.backend import send_cancel
-from proxy.config import Config, ConfigError, ListenAddress
-from proxy.connection import Connection
-from proxy.credentials import CredentialStore
+from protocol.startup import CancelRequest
+from proxy import tls
+from proxy.auth_query import AuthQuery
+from proxy.config import Config, ConfigError
+from proxy.credentials import Credentials, CredentialStore, LoginObserver, Secret
 from proxy.jobs import Job
+from proxy.keepalive import Keepalive
+from proxy.listeners import Listeners
 from proxy.log import logger
 from proxy.session import Session
 from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT
+from proxy.upstream import Dialer, Route
 
-P = TypeVar("P", bound=asyncio.BaseProtocol)
-
-Address = tuple[str, int]
-"""Host and port; a host that begins with a slash is the directory of a Unix socket."""
-
-_BACKLOG = 1024
 _LAST_WORDS = 2.0
 """Seconds that connections get to send what is left when the time to shut down is over."""
 
@@ -46,6 +40,9 @@ class Server:
             self.credentials = CredentialStore(config.passfile, config.auth_file)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        self.tls = tls.client_context(config)
+        self.dialer = Dialer(config, self.credentials)
+        self.auth_query = AuthQuery(config, self.dialer)
         self.own_settings = {
             MAX_WORKERS.name: str(config.max_workers),
             DEFAULT_QUEUE_SIZE.name: config.default_queue_size,
@@ -55,55 +52,32 @@ class Server:
 
     # The way to the server
 
-    async def connect(
-        self, address: Address, factory: Callable[[], P]
-    ) -> tuple[asyncio.Transport, P]:
-        """A connection to one server. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        host, port = address
-        if host.startswith("/"):
-            path = f"{host}/.s.PGSQL.{port}"
-            transport, protocol = await loop.create_unix_connection(factory, path)
-        else:
-            transport, protocol = await loop.create_connection(factory, host, port)
-        return transport, protocol
-
-    async def connect_upstream(self, factory: Callable[[], P]) -> tuple[Address, P]:
-        """A connection to the first of the servers that takes it, and which one it is.
-
-        Raises OSError, with the last server's reason, or TimeoutError.
-        """
-        *others, last = self.config.upstream.hosts
-        for address in others:
-            with contextlib.suppress(OSError):
-                return address, await self._connect_in_time(address, factory)
-        return last, await self._connect_in_time(last, factory)
-
-    async def _connect_in_time(self, address: Address, factory: Callable[[], P]) -> P:
-        try:
-            async with asyncio.timeout(self.config.connect_timeout or None):
-                return (await self.connect(address, factory))[1]
-        except TimeoutError:
-            host, port = address
-            raise TimeoutError(f"connection to {host}:{port} timed out") from None
-
     async def cancel(self, request: CancelRequest) -> None:
         """Cancel what waits in the proxy, or pass the request on to the server."""
         session = self.keys.get(request)
         if session is not None and session.cancel():
             return
-        address = session.address if session is not None else self.config.upstream.hosts[0]
-        await self._cancel_at(address, request)
+        await self.dialer.cancel(session.route if session is not None else None, request)
 
-    async def _cancel_at(self, address: Address, request: CancelRequest) -> None:
-        async def connect(factory: Callable[[], P]) -> tuple[asyncio.Transport, P]:
-            return await self.connect(address, factory)
+    async def credentials_of(
+        self, route: Route, database: bytes, user: bytes, login: LoginObserver
+    ) -> Credentials:
+        """What a role whose login was accepted can log in with once more."""
+        find = functools.partial(
+            self.credentials.credentials, route.host.name, route.host.port, database, user, login
+        )
+        found = find()
+        asked = login.method is not None and self.auth_query.enabled
+        if asked and found.password is None and found.secret is None:
+            queried = await self.auth_query.secret(route.host, database, user)
+            found = find(queried=queried, has_auth_query=True)
+        return found
 
-        try:
-            async with asyncio.timeout(self.config.connect_timeout or None):
-                await send_cancel(connect, request)
-        except OSError as error:
-            logger.warning("could not pass on a cancel request: %s", error)
+    async def secret_of(self, route: Route, database: bytes, user: bytes) -> Secret | None:
+        """What is known of a role, to check a client with that claims to be it."""
+        host = route.host
+        found = self.credentials.secret(host.name, host.port, database, user)
+        return found or await self.auth_query.secret(host, database, user)
 
     # Its life
 
@@ -112,7 +86,11 @@ class Server:
 
         Raises OSError if the server cannot be reached or an address is taken.
         """
-        await self._probe()
+        try:
+            route = await self.dialer.check()
+        except OSError as error:
+            raise OSError(f"cannot reach the server {self.config.upstream}: {error}") from None
+        logger.info("passing on to %s%s", route, " (TLS)" if route.encrypted else "")
         stop = asyncio.Event()
         now = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -122,64 +100,23 @@ class Server:
 
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, signalled)
-        async with contextlib.AsyncExitStack() as listeners:
+        listeners = Listeners(
+            lambda: Session(self),
+            self.tls,
+            Keepalive(
+                bool(self.config.tcp_keepalive),
+                self.config.tcp_keepidle,
+                self.config.tcp_keepintvl,
+                self.config.tcp_keepcnt,
+                self.config.tcp_user_timeout,
+            ),
+            self.config.client_login_timeout,
+        )
+        with contextlib.closing(listeners):
             for address in self.config.listen:
-                listener = await self._listen(address)
-                listeners.callback(listener.close)
-                if address.socket_path is not None:
-                    # Python removes it only from 3.13 on.
-                    listeners.callback(address.socket_path.unlink, missing_ok=True)
+                await listeners.listen(address)
             await stop.wait()
         await self._shut_down(now)
-
-    async def _probe(self) -> None:
-        """Is there a server? Asks it for TLS, as a client does first, and hangs up."""
-
-        class Probe(asyncio.Protocol):
-            def connection_made(self, transport: asyncio.BaseTransport) -> None:
-                self.answered = asyncio.get_running_loop().create_future()
-                self.transport = cast(asyncio.Transport, transport)
-                self.transport.write(SSLRequest().serialize())
-
-            def data_received(self, data: bytes) -> None:
-                self._done()
-
-            def connection_lost(self, exc: Exception | None) -> None:
-                self._done()
-
-            def _done(self) -> None:
-                if not self.answered.done():
-                    self.answered.set_result(None)
-
-        try:
-            (host, port), probe = await self.connect_upstream(Probe)
-        except (OSError, TimeoutError) as error:
-            raise OSError(f"cannot reach the server {self.config.upstream}: {error}") from None
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(probe.answered, self.config.connect_timeout or None)
-        probe.transport.close()
-        logger.info("passing on to %s:%s", host, port)
-
-    async def _listen(self, address: ListenAddress) -> asyncio.Server:
-        loop = asyncio.get_running_loop()
-        try:
-            if address.socket_path is not None:
-                _remove_stale(address.socket_path)
-                listener = await loop.create_unix_server(
-                    self._client, str(address.socket_path), backlog=_BACKLOG
-                )
-                logger.info("listening on Unix socket %s", address.socket_path)
-                return listener
-            host = None if address.host == "*" else address.host
-            listener = await loop.create_server(self._client, host, address.port, backlog=_BACKLOG)
-        except OSError as error:
-            raise OSError(f"cannot listen on {address}: {error.strerror or error}") from None
-        for name in sorted({listening.getsockname()[:2] for listening in listener.sockets}):
-            logger.info("listening on %s", ListenAddress(*name))
-        return listener
-
-    def _client(self) -> Connection:
-        return Session(self).client
 
     async def _shut_down(self, now: asyncio.Event) -> None:
         logger.info("shutting down: %s", self._what_runs())
@@ -200,7 +137,7 @@ class Server:
         jobs = tuple(self.jobs)
         for session in tuple(self.sessions):
             session.shut_down()
-        await asyncio.gather(*(self._cancel_at(job.address, job.cancel_request()) for job in jobs))
+        await asyncio.gather(*(self.dialer.cancel(job.route, job.cancel_request()) for job in jobs))
         for job in jobs:
             job.abandon()
         deadline = asyncio.get_running_loop().time() + _LAST_WORDS
@@ -229,23 +166,10 @@ class Server:
         self._idle.set()
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove the socket of a proxy that is gone. Raises OSError if one is listening there."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-    raise OSError("another process is listening there")
-
-
 async def serve(config: Config) -> int:
     """Run the proxy until it is told to stop; the exit code.
 
-    Raises OSError if it cannot start, ConfigError for a malformed auth_file.
+    Raises OSError if it cannot start, ConfigError for a file that is not what it should be.
     """
     await Server(config).run()
     return 0

@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import ipaddress
 import re
+import socket
+import ssl
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Final
 
 from protocol.errors import (
     ADMIN_SHUTDOWN,
+    CANNOT_CONNECT_NOW,
     CONNECTION_FAILURE,
+    FEATURE_NOT_SUPPORTED,
     INTERNAL_ERROR,
+    INVALID_AUTHORIZATION_SPECIFICATION,
     INVALID_PARAMETER_VALUE,
     PROTOCOL_VIOLATION,
     QUERY_CANCELED,
     ProtocolViolation,
     SQLError,
 )
-from protocol.messages import BackendKeyData
+from protocol.messages import BackendKeyData, Terminate
 from protocol.startup import (
     CancelRequest,
     GSSENCRequest,
@@ -32,8 +38,9 @@ from protocol.startup import (
     parse_startup_packet,
     startup_packet_length,
 )
-from proxy import encodings, lexer, statements
+from proxy import encodings, lexer, statements, tls
 from proxy.backend import ServerError, open_backend
+from proxy.config import Host
 from proxy.connection import Connection
 from proxy.context import Context, takeover_query
 from proxy.credentials import LoginObserver
@@ -42,9 +49,11 @@ from proxy.interception import Interception
 from proxy.jobs import Job, Jobs, checked_queue_size
 from proxy.lexer import LexError
 from proxy.log import logger
-from proxy.relay import AUTHENTICATION, PARSE, Relay
+from proxy.login import Login, RefusedError
+from proxy.relay import PARSE, Relay
 from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Setting
 from proxy.unserved import unserved
+from proxy.upstream import Route
 
 if TYPE_CHECKING:
     from proxy.server import Server
@@ -59,11 +68,18 @@ _CUSTOM_SETTING: Final = re.compile(
 )
 
 
+# The SQLSTATE of a connection that pg_hba.conf has no line for.
+_NOT_LIKE_THIS: Final = INVALID_AUTHORIZATION_SPECIFICATION
+
+_NEWEST: Final = "3.2"
+"""The newest version of the protocol; a server may know less, and says so itself."""
+
+
 class Session:
     """A client and what it has.
 
     Attributes:
-        address: host and port of its server.
+        route: to its server, once it is connected.
         jobs: those that it launched and has not fetched or detached.
         custom_settings: names with a dot that it may have set.
     """
@@ -74,14 +90,28 @@ class Session:
         self.primary: Connection | None = None
         self.jobs = Jobs()
         self.custom_settings: dict[bytes, None] = {}
+        self.route = Route(server.config.upstream.hosts[0])
         self._startup: StartupMessage | None = None
-        self.address: tuple[str, int] = server.config.upstream.hosts[0]
-        self._login = LoginObserver()
+        self._tls_asked = False
+        self._gss_asked = False
+        self._observer = LoginObserver()
+        self._login: Login | None = None
+        self._login_timer = self._start_timer(server.config.client_login_timeout)
         self._key: CancelRequest | None = None
         self._received = bytearray()
         self._task: asyncio.Task[None] | None = None
         self._interception: Interception | None = None
         server.sessions.add(self)
+
+    def _start_timer(self, timeout: float) -> asyncio.TimerHandle | None:
+        """One for the whole login."""
+        loop = asyncio.get_running_loop()
+        return loop.call_later(timeout, self._login_expired) if timeout else None
+
+    def _stop_timer(self) -> None:
+        if self._login_timer is not None:
+            self._login_timer.cancel()
+            self._login_timer = None
 
     # Startup packets
 
@@ -91,22 +121,106 @@ class Session:
             self._startup_packets()
         except ProtocolViolation as error:
             self._refuse(SQLError(PROTOCOL_VIOLATION, str(error), severity="FATAL"))
+        except SQLError as error:
+            self._refuse(error)
 
     def _startup_packets(self) -> None:
+        """Raises ProtocolViolation, or SQLError with the severity FATAL."""
         while len(self._received) >= 4 and self._task is None:
             size = 4 + startup_packet_length(bytes(self._received[:4]))
             if len(self._received) < size:
                 return
-            packet = parse_startup_packet(bytes(self._received[4:size]))
+            raw = bytes(self._received[:size])
             del self._received[:size]
+            packet = parse_startup_packet(raw[4:])
+            if self.client.is_encrypted and not self._tls_asked:
+                self._direct_tls()
             match packet:
-                case SSLRequest() | GSSENCRequest():
+                case SSLRequest() if not self._tls_asked:
+                    self._tls_asked = True
+                    self._answer_ssl_request()
+                case GSSENCRequest() if not self._gss_asked:
+                    self._gss_asked = True
                     self.client.write(b"N")
                 case CancelRequest():
                     self._task = self._spawn(self._cancel(packet))
-                case StartupMessage():
+                case StartupMessage(version=(3, _)):
+                    self._check_tls()
                     self.client.pause_reading()
-                    self._task = self._spawn(self._connect(packet))
+                    self._task = self._spawn(self._connect(packet, raw))
+                case _:
+                    raise _unsupported(raw)
+
+    def _direct_tls(self) -> None:
+        """TLS from the first byte on: both must have said that it is for PostgreSQL."""
+        self._tls_asked = True
+        if not tls.speaks_postgresql(self.client.transport):
+            raise ProtocolViolation(
+                "received direct SSL connection request without ALPN protocol negotiation extension"
+            )
+
+    def _answer_ssl_request(self) -> None:
+        if self._server.tls is None or self._peer_is_local():
+            self.client.write(b"N")
+        elif self._received:
+            raise SQLError(
+                PROTOCOL_VIOLATION,
+                "received unencrypted data after SSL request",
+                detail="This could be either a client-software bug or evidence of an attempted"
+                " man-in-the-middle attack.",
+                severity="FATAL",
+            )
+        else:
+            self.client.write(b"S")
+            self.client.pause_reading()
+            self._task = self._spawn(self._start_tls(self._server.tls))
+
+    async def _start_tls(self, context: ssl.SSLContext) -> None:
+        try:
+            await self.client.start_tls(context, self._server.config.client_login_timeout)
+        except OSError as error:
+            logger.debug("could not accept SSL connection: %s", tls.explain(error))
+            self._task = None
+            self.close()
+            return
+        self._task = None
+        self.client.resume_reading()
+
+    def _check_tls(self) -> None:
+        """Raises SQLError if client_tls_sslmode demands TLS, and there is none."""
+        mode = self._server.config.client_tls_sslmode
+        if mode in tls.REQUIRED and not (self.client.is_encrypted or self._peer_is_local()):
+            raise SQLError(
+                INVALID_AUTHORIZATION_SPECIFICATION,
+                "SSL required",
+                detail=f"The proxy takes no unencrypted connections (client_tls_sslmode = {mode}).",
+                severity="FATAL",
+            )
+
+    def _peer_is_local(self) -> bool:
+        """Whether the client came by a Unix socket."""
+        family = self.client.transport.get_extra_info("socket").family
+        return bool(family == socket.AF_UNIX)
+
+    def _may_send_password(self) -> bool:
+        """Whether nobody can listen to what the client sends."""
+        if self.client.is_encrypted or self._peer_is_local():
+            return True
+        peer = self.client.transport.get_extra_info("peername")
+        address = ipaddress.ip_address(peer[0].partition("%")[0])
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+    def _login_expired(self) -> None:
+        """End it; as a server does, with a word only to who has said who it is."""
+        if self._startup is None:
+            self.client.abort()
+            self.close()
+        else:
+            self._refuse(
+                SQLError(
+                    QUERY_CANCELED, "canceling authentication due to timeout", severity="FATAL"
+                )
+            )
 
     def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         return asyncio.get_running_loop().create_task(self._guard(work))
@@ -120,6 +234,9 @@ class Session:
             self.close()
         except ProtocolViolation as error:
             self._refuse(SQLError(PROTOCOL_VIOLATION, str(error), severity="FATAL"))
+        except SQLError as error:
+            error.severity = "FATAL"
+            self._refuse(error)
         except Exception:
             logger.exception("internal error; the session is closed")
             self._refuse(SQLError(INTERNAL_ERROR, "internal error of the proxy", severity="FATAL"))
@@ -128,37 +245,77 @@ class Session:
         await self._server.cancel(request)
         self.client.close()
 
-    async def _connect(self, startup: StartupMessage) -> None:
+    async def _connect(self, startup: StartupMessage, raw: bytes) -> None:
+        """Connect, have the client log in, and leave the rest to the relay."""
         self._startup = startup
-        try:
-            self.address, self.primary = await self._server.connect_upstream(
-                lambda: Connection(self._no_data, self._ended, self._lost)
-            )
-        except (OSError, TimeoutError) as error:
-            self._refuse(
-                SQLError(
-                    CONNECTION_FAILURE,
-                    "could not connect to the server behind the proxy",
-                    detail=f"{error}",
-                    severity="FATAL",
-                )
-            )
-            return
+        is_replication = startup.parameters.get(b"replication", b"false").lower() not in _FALSE
+        if not is_replication:
+            raw = self._with_own_settings(startup).serialize()
+        from_client, from_server = await self._log_in(startup.parameters, raw)
+        assert self.primary is not None
+        self._stop_timer()
+        self._login = self._task = None
         self.relay = Relay(self.client, self.primary, self)
-        self.primary.opposite = self.client
-        self.client.opposite = self.primary
         self.primary.receive = self.relay.from_server
-        if startup.parameters.get(b"replication", b"false") in _FALSE:
-            startup = self._with_own_settings(startup)
-            self.client.receive = self.relay.from_client
-        else:
-            self.client.receive = self.primary.write
-        self.primary.write(startup.serialize())
-        self._task = None
+        self.client.receive = self.primary.write if is_replication else self.relay.from_client
+        if from_server:
+            self.primary.receive(from_server)
+        if from_client:
+            self.client.receive(from_client)
+
+    async def _log_in(self, parameters: dict[bytes, bytes], startup: bytes) -> tuple[bytes, bytes]:
+        """Connect to a server that lets the client in; what the two have sent after that.
+
+        A server that refuses the connection at once may take it another way (`Dialer.alternative`),
+        or be starting up while another host is not.
+
+        Raises ConnectionError, SQLError, ProtocolViolation.
+        """
+        dialer = self._server.dialer
+        tried: set[Host] = set()
+        refusal: RefusedError | None = None
+        route: Route | None = None
         received, self._received = bytes(self._received), bytearray()
-        if received:
+        while True:
+            try:
+                self.route, self.primary = await dialer.connect(self._to_primary, tried, route)
+            except OSError as error:
+                if refusal is None:
+                    raise _no_connection(error) from None
+                self.client.write(refusal.messages)
+                raise ConnectionError(str(error)) from None
+            self.client.opposite, self.primary.opposite = self.primary, self.client
+            self.primary.write(startup)
+            self._login = self._new_login(self.primary, parameters)
             self.client.receive(received)
-        self.client.resume_reading()
+            try:
+                return await self._login.run()
+            except RefusedError as error:
+                refusal = error
+            received = self._login.take_rest()
+            sqlstate = refusal.response.sqlstate
+            route = dialer.alternative(self.route) if sqlstate == _NOT_LIKE_THIS else None
+            tried.add(self.route.host)
+            if route is None and not (sqlstate == CANNOT_CONNECT_NOW and dialer.others(tried)):
+                self.client.write(refusal.messages)
+                raise ConnectionError(str(refusal))
+            refused, self.primary = self.primary, None
+            refused.abort()
+
+    def _to_primary(self) -> Connection:
+        return Connection(self._no_data, self._ended, self._lost)
+
+    def _new_login(self, primary: Connection, parameters: dict[bytes, bytes]) -> Login:
+        user = parameters.get(b"user", b"")
+        plain = self._server.config.auth_type == "plain"
+        return Login(
+            self.client,
+            primary,
+            user,
+            self._observer,
+            lambda: self._server.secret_of(self.route, parameters.get(b"database", user), user),
+            asks_password=self._may_send_password() if plain else None,
+        )
 
     def _with_own_settings(self, startup: StartupMessage) -> StartupMessage:
         """Give the session our settings, so that SHOW, SET and RESET work; its own words win."""
@@ -180,12 +337,6 @@ class Session:
         self.close()
 
     # What the relay tells
-
-    def login_request(self, body: bytes) -> None:
-        self._login.backend_message(AUTHENTICATION, body)
-
-    def login_response(self, body: bytes) -> None:
-        self._login.frontend_message(body)
 
     def backend_key(self, body: bytes) -> None:
         key = BackendKeyData.parse(body)
@@ -276,10 +427,10 @@ class Session:
         }
         user = login[b"user"]
         backend = await open_backend(
-            functools.partial(server.connect, self.address),
+            functools.partial(server.dialer.connect_by, self.route),
             StartupMessage(login),
-            server.credentials.credentials(
-                *self.address, login.get(b"database", user), user, self._login
+            await server.credentials_of(
+                self.route, login.get(b"database", user), user, self._observer
             ),
             server.config.connect_timeout,
         )
@@ -298,7 +449,7 @@ class Session:
             sql,
             queue_size=size,
             role_id=context.role_id,
-            address=self.address,
+            route=self.route,
             on_finish=server.job_ended,
         )
         server.jobs.add(job)
@@ -329,19 +480,28 @@ class Session:
         """One side will send no more. If it is the client, the server may still have to answer."""
         if connection is self.primary:
             self._primary_lost()
-        elif self.primary is None or self._interception is not None:
+        elif connection is not self.client:
+            pass  # a server that we have turned away from
+        elif self.primary is None or self._login is not None or self._interception is not None:
             self.close()
-        else:
+        elif self.primary.can_write_eof:
             self.primary.write_eof()
+        elif self.relay.between_messages:
+            self.primary.write(Terminate().serialize())
+        else:
+            self.close()
 
     def _lost(self, connection: Connection, error: Exception | None) -> None:
         if connection is self.primary:
             self._primary_lost()
-        else:
+        elif connection is self.client:
             self.close()
 
     def _primary_lost(self) -> None:
         """Tell the client what the server said last, and that it is gone."""
+        if self._login is not None:
+            self._login.server_ended()
+            return
         if self._interception is not None:
             self._interception.server_lost(ConnectionError("the server closed the connection"))
             self.client.write(self._interception.last_words())
@@ -362,6 +522,7 @@ class Session:
         if self not in self._server.sessions:
             return
         self._server.session_ended(self)
+        self._stop_timer()
         if self._key is not None:
             self._server.keys.pop(self._key, None)
         if self._task is not None:
@@ -370,3 +531,21 @@ class Session:
         self.client.close()
         if self.primary is not None:
             self.primary.close()
+
+
+def _unsupported(raw: bytes) -> SQLError:
+    """A startup packet of another protocol, or a request that was answered already."""
+    major, minor = int.from_bytes(raw[4:6], "big"), int.from_bytes(raw[6:8], "big")
+    return SQLError(
+        FEATURE_NOT_SUPPORTED,
+        f"unsupported frontend protocol {major}.{minor}: server supports 3.0 to {_NEWEST}",
+        severity="FATAL",
+    )
+
+
+def _no_connection(error: OSError) -> SQLError:
+    return SQLError(
+        CONNECTION_FAILURE,
+        "could not connect to the server behind the proxy",
+        detail=f"{error}",
+    )

@@ -56,7 +56,7 @@ def test_help_tells_every_setting_and_gives_examples() -> None:
         (["serve", "--listen"], "argument --listen: expected one argument"),
         (["serve", "--listen", "::1"], '--listen: "::1" is no address'),
         (["serve", "--max-workers", "0"], "--max-workers: 0 is outside the valid range"),
-        (["serve", "--upstream", "sslmode=verify-full"], "sslmode=verify-full is not supported"),
+        (["serve", "--upstream", "sslmode=verify-full"], "sslmode=verify-full needs sslrootcert"),
         (["serve", "--config", "/no/such/file"], "cannot read /no/such/file"),
     ],
 )

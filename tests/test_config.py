@@ -14,6 +14,7 @@ from proxy.config import (
     SETTINGS,
     Config,
     ConfigError,
+    Host,
     ListenAddress,
     Upstream,
     load,
@@ -21,6 +22,7 @@ from proxy.config import (
     parse_upstream,
 )
 from proxy.conninfo import parse_conninfo
+from proxy.keepalive import Keepalive
 from proxy.settings import (
     DEFAULT_QUEUE_SIZE,
     MAX_WORKERS,
@@ -189,7 +191,7 @@ def test_a_broken_connection_string_is_refused(text: str) -> None:
         ("host=a,b", (("a", 5432), ("b", 5432))),
         ("host=a,b port=1,2", (("a", 1), ("b", 2))),
         ("host=a,b port=7", (("a", 7), ("b", 7))),
-        ("host=a hostaddr=10.0.0.1", (("10.0.0.1", 5432),)),
+        ("host=a hostaddr=10.0.0.1", (("a", 5432),)),
         ("host=/run/postgresql", (("/run/postgresql", 5432),)),
         ("postgresql://[::1]:5433", (("::1", 5433),)),
         ("postgresql://a,b:5433", (("a", 5432), ("b", 5433))),
@@ -197,7 +199,34 @@ def test_a_broken_connection_string_is_refused(text: str) -> None:
     ],
 )
 def test_upstream(text: str, hosts: tuple[tuple[str, int], ...]) -> None:
-    assert parse_upstream(text).hosts == hosts
+    assert tuple((host.name, host.port) for host in parse_upstream(text).hosts) == hosts
+
+
+def test_a_host_may_have_an_address_of_its_own() -> None:
+    assert parse_upstream("host=a hostaddr=10.0.0.1").hosts == (Host("a", 5432, "10.0.0.1"),)
+    assert parse_upstream("hostaddr=10.0.0.1").hosts == (Host("10.0.0.1", 5432, "10.0.0.1"),)
+
+
+def test_how_to_connect_is_read_as_libpq_reads_it() -> None:
+    upstream = parse_upstream(
+        "host=a sslmode=verify-ca sslrootcert=/ca.pem sslcert=/c.pem sslkey=/k.pem"
+        " sslnegotiation=direct target_session_attrs=read-write"
+        " keepalives=1 keepalives_idle=30 keepalives_interval=5 keepalives_count=3"
+        " tcp_user_timeout=20000"
+    )
+    assert upstream == Upstream(
+        (Host("a", 5432),),
+        sslmode="verify-ca",
+        sslnegotiation="direct",
+        sslrootcert="/ca.pem",
+        sslcert="/c.pem",
+        sslkey="/k.pem",
+        target_session_attrs="read-write",
+        keepalive=Keepalive(True, 30, 5, 3, 20000),
+    )
+    assert parse_upstream("").sslmode == "prefer"
+    assert parse_upstream("keepalives=0").keepalive == Keepalive(False)
+    assert parse_upstream("sslrootcert=system").sslmode == "verify-full"
 
 
 @pytest.mark.parametrize(
@@ -207,13 +236,18 @@ def test_upstream(text: str, hosts: tuple[tuple[str, int], ...]) -> None:
         ("port=70000", "invalid port number"),
         ("port=x", "invalid port number"),
         ("host=a,b port=1,2,3", "3 ports do not match 2 hosts"),
-        ("sslmode=require", "sslmode=require is not supported yet"),
-        ("postgresql://a?ssl=true", "sslmode=require is not supported yet"),
-        ("sslrootcert=x", '"sslrootcert" is not supported'),
+        ("sslmode=maybe", "sslmode=maybe is not supported"),
+        ("sslmode=verify-full", "sslmode=verify-full needs sslrootcert"),
+        ("sslnegotiation=direct", 'weak sslmode "prefer" may not be used with sslnegotiation'),
+        ("sslmode=require sslrootcert=system", 'weak sslmode "require" may not be used with sslr'),
+        ("sslkey=x", "sslkey needs sslcert"),
+        ("sslcrl=x", '"sslcrl" is not supported'),
+        ("keepalives_idle=soon", "keepalives_idle"),
+        ("host=a,b hostaddr=10.0.0.1", "2 hosts do not match 1 hostaddr"),
         ("user=alice", '"user" comes from each client'),
         ("postgresql://a/mydb", '"dbname" comes from each client'),
         ("password=secret", "--passfile"),
-        ("target_session_attrs=read-write", "not supported yet"),
+        ("target_session_attrs=left", "target_session_attrs=left is not supported"),
         ("hots=a", '"hots" is not supported'),
         ("connect_timeout=soon", "invalid value"),
     ],
@@ -226,9 +260,9 @@ def test_what_the_upstream_cannot_be_is_said(text: str, message: str) -> None:
 
 def test_libpqs_environment_fills_what_the_upstream_does_not_say() -> None:
     environ = {"PGHOST": "/run", "PGPORT": "7", "PGCONNECT_TIMEOUT": "3", "PGUSER": "alice"}
-    assert parse_upstream("", environ) == Upstream((("/run", 7),), 3.0)
-    assert parse_upstream("host=a", environ).hosts == (("a", 7),)
-    assert parse_upstream("host=a", {"PGHOSTADDR": "10.0.0.1"}).hosts == (("a", 5432),)
+    assert parse_upstream("", environ) == Upstream((Host("/run", 7),), 3.0)
+    assert parse_upstream("host=a", environ).hosts == (Host("a", 7),)
+    assert parse_upstream("host=a", {"PGHOSTADDR": "10.0.0.1"}).hosts == (Host("a", 5432),)
     with pytest.raises(ValueError, match="sslmode=verify-full"):
         parse_upstream("", {"PGSSLMODE": "verify-full"})
 
@@ -283,12 +317,12 @@ def test_flags_win_over_the_file_and_the_file_over_the_environment(tmp_path: Pat
     environ = {"PGHOST": "fromenv", "PGPORT": "7"}
     loaded = load({"max_workers": "4", "worker_timeout": None}, file=file, environ=environ)
     assert loaded.listen == (ListenAddress("/run/pg", 6543), ListenAddress("*", 7))
-    assert loaded.upstream.hosts == (("fromfile", 7),)
+    assert loaded.upstream.hosts == (Host("fromfile", 7),)
     assert loaded.max_workers == 4
     assert loaded.worker_timeout == "1min"
     assert loaded.shutdown_timeout == 1.5
     assert load({"listen": ["a:1"]}, file=file).listen == (ListenAddress("a", 1),)
-    assert load(environ=environ).upstream.hosts == (("fromenv", 7),)
+    assert load(environ=environ).upstream.hosts == (Host("fromenv", 7),)
 
 
 def test_the_connection_strings_timeout_holds_unless_the_setting_is_given() -> None:
@@ -332,6 +366,25 @@ def test_a_wrong_file_is_answered_with_one_line(tmp_path: Path, content: str, me
         load(file=file)
     assert str(caught.value).startswith(message.format(file=file))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"client_tls_sslmode": "on"}, '--client-tls-sslmode: "on" is none of disable, allow'),
+        ({"client_tls_sslmode": "require"}, "client_tls_sslmode: require needs client_tls_cert_fi"),
+        ({"auth_type": "md5"}, '--auth-type: "md5" is none of server, plain'),
+        ({"tcp_keepcnt": "-1"}, "--tcp-keepcnt: invalid value"),
+        (
+            {"upstream": "host=a,b target_session_attrs=primary"},
+            "upstream: target_session_attrs=primary needs auth_user",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(flags: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(flags)
+    assert str(caught.value).startswith(message)
 
 
 def test_a_wrong_flag_is_named() -> None:

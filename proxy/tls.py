@@ -1,0 +1,131 @@
+"""TLS contexts for both sides of the proxy, and what is PostgreSQL's own about TLS.
+
+The rule: every ssl.SSLContext is made here, once, when the program starts. So a file that cannot be
+used is an error of the configuration, and both sides have the same floor: TLS 1.2, the protocol
+name ``postgresql`` (ALPN), no renegotiation and no session tickets, as PostgreSQL has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from pathlib import Path
+from typing import Final, cast
+
+from proxy.config import Config, ConfigError, Upstream
+
+ALPN_PROTOCOL: Final = "postgresql"
+
+SHUTDOWN_TIMEOUT: Final = 2.0
+"""Seconds that the other side gets to answer our end of the TLS session."""
+
+REQUIRED: Final = ("require", "verify-ca", "verify-full")
+"""The modes that go without TLS never."""
+
+
+def client_context(config: Config) -> ssl.SSLContext | None:
+    """For connections from clients; None if there is to be no TLS.
+
+    As PgBouncer has it, a client's certificate is looked at with verify-ca and verify-full alone.
+    (There is no host name to compare in it; the two are the same.)
+
+    Raises:
+        ConfigError: a file is not what it should be.
+    """
+    mode = config.client_tls_sslmode
+    if mode == "disable":
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _set_floor(context)
+    context.num_tickets = 0
+    _load_certificate(
+        context,
+        "client_tls_cert_file",
+        str(config.client_tls_cert_file),
+        "client_tls_key_file",
+        str(config.client_tls_key_file),
+    )
+    if mode.startswith("verify-"):
+        context.verify_mode = ssl.CERT_REQUIRED
+        _load_authorities(context, "client_tls_ca_file", str(config.client_tls_ca_file))
+    return context
+
+
+def server_context(upstream: Upstream) -> ssl.SSLContext | None:
+    """For connections to the server; None if there is to be no TLS.
+
+    As libpq has it, a root certificate is used whenever there is one; so ``require`` with
+    sslrootcert is ``verify-ca``. Unlike libpq, no file of a home directory is used unasked.
+
+    Raises:
+        ConfigError: a file is not what it should be.
+    """
+    if upstream.sslmode == "disable":
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _set_floor(context)
+    context.check_hostname = upstream.sslmode == "verify-full"
+    if upstream.sslrootcert == "system":
+        context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+    elif upstream.sslrootcert:
+        _load_authorities(context, "sslrootcert", upstream.sslrootcert)
+    else:
+        context.verify_mode = ssl.CERT_NONE
+    if upstream.sslcert:
+        key = upstream.sslkey or upstream.sslcert
+        _load_certificate(context, "sslcert", upstream.sslcert, "sslkey", key)
+    return context
+
+
+def _set_floor(context: ssl.SSLContext) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
+    context.set_alpn_protocols([ALPN_PROTOCOL])
+
+
+def _load_certificate(
+    context: ssl.SSLContext, cert_name: str, cert: str, key_name: str, key: str
+) -> None:
+    def encrypted() -> str:
+        raise ValueError("the key is encrypted, and there is nobody to ask for its passphrase")
+
+    for name, file in ((cert_name, cert), (key_name, key)):
+        try:
+            with Path(file).expanduser().open("rb"):
+                pass
+        except OSError as error:
+            raise ConfigError(f"{name}: cannot read {file}: {error.strerror}") from None
+    try:
+        context.load_cert_chain(Path(cert).expanduser(), Path(key).expanduser(), password=encrypted)
+    except (ValueError, OSError) as error:
+        said = error.reason if isinstance(error, ssl.SSLError) else str(error)
+        raise ConfigError(f"{cert_name} and {key_name}: {said or error}") from None
+
+
+def _load_authorities(context: ssl.SSLContext, name: str, file: str) -> None:
+    try:
+        context.load_verify_locations(Path(file).expanduser())
+    except ssl.SSLError:
+        raise ConfigError(f"{name}: {file} has no certificate in PEM format") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot read {file}: {error.strerror}") from None
+
+
+def is_encrypted(transport: asyncio.BaseTransport) -> bool:
+    """Whether a connection has TLS."""
+    return transport.get_extra_info("ssl_object") is not None
+
+
+def speaks_postgresql(transport: asyncio.BaseTransport) -> bool:
+    """Whether both sides of a TLS connection have named the protocol, as direct TLS demands."""
+    tls = cast("ssl.SSLObject | None", transport.get_extra_info("ssl_object"))
+    return tls is not None and tls.selected_alpn_protocol() == ALPN_PROTOCOL
+
+
+def explain(error: OSError) -> str:
+    """What went wrong in connecting, without the inner workings of OpenSSL around it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate verify failed: {error.verify_message}"
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return f"TLS: {error.reason.lower().replace('_', ' ')}"
+    return error.strerror or str(error)
