@@ -52,7 +52,7 @@ def launch(conn: Connection, job: str, queue_size: int = 0) -> int:
 def result(conn: Connection, pid: int, columns: str | None = None) -> list[Row]:
     """A job's rows; ``columns`` is the column definition list, if there is to be one."""
     definition = f" AS ({columns})" if columns else ""
-    query = sql.SQL(f"SELECT * FROM pg_background_result({{}}){definition}")  # type: ignore[arg-type]
+    query = sql.SQL(f"SELECT * FROM pg_background_result({{}}){definition}")
     return conn.execute(query.format(pid)).fetchall()
 
 
