@@ -90,10 +90,15 @@ class Server:
     async def cancel(self, request: CancelRequest) -> None:
         """Cancel what waits in the proxy, or pass the request on to the server."""
         session = self.keys.get(request)
-        if session is not None and session.cancel():
+        call = session.interception if session is not None else None
+        if call is not None and call.is_waiting:
+            call.cancel()
             return
         address = session.address if session is not None else self.config.upstream.hosts[0]
         await self._cancel_at(address, request)
+        # The server may have done its part of the call before it heard of this.
+        if call is not None and call.is_calling:
+            call.cancel()
 
     async def _cancel_at(self, address: Address, request: CancelRequest) -> None:
         async def connect(factory: Callable[[], P]) -> tuple[asyncio.Transport, P]:

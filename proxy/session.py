@@ -19,7 +19,6 @@ from protocol.errors import (
     INTERNAL_ERROR,
     INVALID_PARAMETER_VALUE,
     PROTOCOL_VIOLATION,
-    QUERY_CANCELED,
     ProtocolViolation,
     SQLError,
 )
@@ -33,7 +32,7 @@ from protocol.startup import (
     startup_packet_length,
 )
 from proxy import encodings, lexer, statements
-from proxy.backend import ServerError, open_backend
+from proxy.backend import ServerError, no_backend, open_backend
 from proxy.connection import Connection
 from proxy.context import Context, takeover_query
 from proxy.credentials import LoginObserver
@@ -66,6 +65,7 @@ class Session:
         address: host and port of its server.
         jobs: those that it launched and has not fetched or detached.
         custom_settings: names with a dot that it may have set.
+        interception: what serves a batch with a call, as long as that lasts.
     """
 
     def __init__(self, server: Server) -> None:
@@ -80,7 +80,7 @@ class Session:
         self._key: CancelRequest | None = None
         self._received = bytearray()
         self._task: asyncio.Task[None] | None = None
-        self._interception: Interception | None = None
+        self.interception: Interception | None = None
         server.sessions.add(self)
 
     # Startup packets
@@ -207,12 +207,12 @@ class Session:
         return unserved(error)
 
     def take_over(self, data: bytes) -> None:
-        self._interception = Interception(self, data)
-        self._task = self._spawn(self._intercept(self._interception))
+        self.interception = Interception(self, data)
+        self._task = self._spawn(self._intercept(self.interception))
 
     async def _intercept(self, interception: Interception) -> None:
         await interception.run()
-        self._interception = self._task = None
+        self.interception = self._task = None
         interception.hand_back()
 
     # What an interception asks for
@@ -289,7 +289,12 @@ class Session:
             backend.pid = int(row[0] or 0)
         except ServerError as error:
             backend.terminate()
+            if error.is_fatal:
+                raise no_backend(str(error)) from None
             raise JobFailed(error.response) from None
+        except (ConnectionError, ProtocolViolation) as error:
+            backend.terminate()
+            raise no_backend(str(error)) from None
         except BaseException:
             backend.terminate()
             raise
@@ -316,20 +321,11 @@ class Session:
 
     # The end
 
-    def cancel(self) -> bool:
-        """Cancel what waits in the proxy; false if nothing does."""
-        if self._interception is None or not self._interception.is_waiting:
-            return False
-        self._interception.interrupt(
-            SQLError(QUERY_CANCELED, "canceling statement due to user request")
-        )
-        return True
-
     def _ended(self, connection: Connection) -> None:
         """One side will send no more. If it is the client, the server may still have to answer."""
         if connection is self.primary:
             self._primary_lost()
-        elif self.primary is None or self._interception is not None:
+        elif self.primary is None or self.interception is not None:
             self.close()
         else:
             self.primary.write_eof()
@@ -342,9 +338,9 @@ class Session:
 
     def _primary_lost(self) -> None:
         """Tell the client what the server said last, and that it is gone."""
-        if self._interception is not None:
-            self._interception.server_lost(ConnectionError("the server closed the connection"))
-            self.client.write(self._interception.last_words())
+        if self.interception is not None:
+            self.interception.server_lost(ConnectionError("the server closed the connection"))
+            self.client.write(self.interception.last_words())
         self.close()
 
     def shut_down(self) -> None:
@@ -364,7 +360,9 @@ class Session:
         self._server.session_ended(self)
         if self._key is not None:
             self._server.keys.pop(self._key, None)
-        if self._task is not None:
+        # A cancel request, which comes without a startup packet, is passed on also if whoever has
+        # sent it does not wait.
+        if self._task is not None and self._startup is not None:
             self._task.cancel()
         self.jobs.clear()
         self.client.close()
