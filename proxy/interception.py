@@ -42,31 +42,25 @@ from protocol.messages import (
 )
 from protocol.values import parse_array, to_binary
 from proxy import calls
+from proxy.asked import (
+    BIND,
+    CLOSE,
+    COPY_DONE,
+    COPY_FAIL,
+    DESCRIBE,
+    EXECUTE,
+    FUNCTION_CALL,
+    PARSE,
+    QUERY,
+    SYNC,
+)
 from proxy.calls import Value
 from proxy.context import Context, context_query, parse_context
 from proxy.fetch import Fetch, text_field
 from proxy.functions import INT4, TEXT, VOID, Type
 from proxy.inbox import Inbox
 from proxy.jobs import Job, Jobs
-from proxy.relay import (
-    BIND,
-    CLOSE,
-    COPY_DATA,
-    COPY_DONE,
-    COPY_FAIL,
-    COPY_IN,
-    DESCRIBE,
-    ERROR,
-    EXECUTE,
-    FUNCTION_CALL,
-    IDLE,
-    PARAMETER_STATUS,
-    PARSE,
-    QUERY,
-    READY,
-    SYNC,
-    TERMINATE,
-)
+from proxy.relay import COPY_DATA, COPY_IN, ERROR, IDLE, PARAMETER_STATUS, READY, TERMINATE
 from proxy.settings import parse_time_ms
 from proxy.sql import privileges_block, raise_block
 from proxy.statements import Call, Plan, ResultPlan, ScalarPlan, complaint
@@ -191,7 +185,7 @@ class Interception:
     async def run(self) -> None:
         """Serve the client's messages up to the end of the batch."""
         await self._relay.settle()
-        self._failed = self._relay.failed
+        self._failed = self._relay.asked.skipping
         self._server.receive = self._from_server.feed
         while not await self._message():
             pass

@@ -32,6 +32,7 @@ from protocol.startup import (
     startup_packet_length,
 )
 from proxy import encodings, lexer, statements
+from proxy.asked import PARSE
 from proxy.backend import ServerError, no_backend, open_backend
 from proxy.connection import Connection
 from proxy.context import Context, takeover_query
@@ -41,7 +42,7 @@ from proxy.interception import Interception
 from proxy.jobs import Job, Jobs, checked_queue_size
 from proxy.lexer import LexError
 from proxy.log import logger
-from proxy.relay import AUTHENTICATION, PARSE, Relay
+from proxy.relay import AUTHENTICATION, Relay
 from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Setting
 from proxy.unserved import unserved
 
