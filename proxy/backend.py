@@ -155,7 +155,7 @@ class Backend(asyncio.BufferedProtocol):
                     self.parameters[message.name] = message.value
                 case ErrorResponse():
                     error = ServerError(message)
-                    if message.severity in ("FATAL", "PANIC"):
+                    if error.is_fatal:
                         raise error
                 case ReadyForQuery():
                     if error:
@@ -193,6 +193,11 @@ class ServerError(Exception):
     def __str__(self) -> str:
         return self.response.message.decode("utf-8", "replace")
 
+    @property
+    def is_fatal(self) -> bool:
+        """Whether the server closes the connection after it."""
+        return self.response.severity in ("FATAL", "PANIC")
+
 
 async def open_backend(
     connect: Connect, startup: StartupMessage, credentials: Credentials, timeout: float
@@ -209,17 +214,18 @@ async def open_backend(
             await backend.login(startup, credentials)
             return backend
     except ServerError as error:
-        raise _no_backend(str(error), error.response.sqlstate) from None
+        raise no_backend(str(error), error.response.sqlstate) from None
     except TimeoutError:
-        raise _no_backend(f"The server did not answer within {timeout:g} seconds.") from None
+        raise no_backend(f"The server did not answer within {timeout:g} seconds.") from None
     except (OSError, ProtocolViolation) as error:
-        raise _no_backend(f"{error}") from None
+        raise no_backend(f"{error}") from None
     finally:
         if backend is not None and not backend.ready:
             backend.transport.abort()
 
 
-def _no_backend(reason: str, sqlstate: str = "") -> SQLError:
+def no_backend(reason: str, sqlstate: str = "") -> SQLError:
+    """The error of a launch that got no backend."""
     if sqlstate.startswith("28"):
         return SQLError(
             sqlstate,

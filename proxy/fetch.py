@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, Protocol
 
 from protocol.errors import (
     DATATYPE_MISMATCH,
@@ -37,6 +37,15 @@ class JobFailed(SQLError):  # noqa: N818 (it is the caller's error, not the job'
         return self._report
 
 
+class Write(Protocol):
+    """Sends to the client, and waits while the client is slow.
+
+    `cut`: the last message goes on in what is written next.
+    """
+
+    async def __call__(self, data: bytes, *, cut: bool = False) -> None: ...
+
+
 class Fetch:
     """One result on its way to the client.
 
@@ -53,7 +62,7 @@ class Fetch:
         *,
         defined: Sequence[Field],
         formats: Sequence[int],
-        write: Callable[[bytes], Awaitable[None]],
+        write: Write,
         wait: Callable[[Job], Awaitable[None]],
     ) -> None:
         """
@@ -62,7 +71,7 @@ class Fetch:
             outputs: what the client wants of its columns.
             defined: the column definition list; empty if there is none.
             formats: the result formats of the client's Bind.
-            write: sends to the client, and waits while the client is slow.
+            write: sends to the client.
             wait: waits until something happens to the job.
         """
         self.job = job
@@ -175,7 +184,7 @@ class Fetch:
             elif isinstance(output, Rows):
                 if self._as_it_is and not max_rows and not len(self._rows):
                     sent += output.count
-                    await self._write(output.data)
+                    await self._write(output.data, cut=output.cut)
                 else:
                     self._rows.feed(output.data)
             elif not self.job.finished:

@@ -42,31 +42,25 @@ from protocol.messages import (
 )
 from protocol.values import parse_array, to_binary
 from proxy import calls
+from proxy.asked import (
+    BIND,
+    CLOSE,
+    COPY_DONE,
+    COPY_FAIL,
+    DESCRIBE,
+    EXECUTE,
+    FUNCTION_CALL,
+    PARSE,
+    QUERY,
+    SYNC,
+)
 from proxy.calls import Value
 from proxy.context import Context, context_query, parse_context
 from proxy.fetch import Fetch, text_field
 from proxy.functions import INT4, TEXT, VOID, Type
 from proxy.inbox import Inbox
 from proxy.jobs import Job, Jobs
-from proxy.relay import (
-    BIND,
-    CLOSE,
-    COPY_DATA,
-    COPY_DONE,
-    COPY_FAIL,
-    COPY_IN,
-    DESCRIBE,
-    ERROR,
-    EXECUTE,
-    FUNCTION_CALL,
-    IDLE,
-    PARAMETER_STATUS,
-    PARSE,
-    QUERY,
-    READY,
-    SYNC,
-    TERMINATE,
-)
+from proxy.relay import COPY_DATA, COPY_IN, ERROR, IDLE, PARAMETER_STATUS, READY, TERMINATE
 from proxy.settings import parse_time_ms
 from proxy.sql import privileges_block, raise_block
 from proxy.statements import Call, Plan, ResultPlan, ScalarPlan, complaint
@@ -79,6 +73,9 @@ OWN_NAME: Final = b"_pg_background_proxy"
 
 _SYNC: Final = Sync().serialize()
 _FLUSH: Final = Flush().serialize()
+# Sync, and a message that does nothing: so the server does not take a session for idle that waits
+# for us, and idle_session_timeout does not end it.
+_SYNC_AHEAD: Final = _SYNC + _FLUSH
 
 # Message types of the backend.
 _DATA_ROW: Final = ord("D")
@@ -136,7 +133,12 @@ class _BatchFailedError(Exception):
 
 
 class Interception:
-    """Serves one batch, then hands both connections back to the relay."""
+    """Serves one batch, then hands both connections back to the relay.
+
+    Attributes:
+        is_calling: whether a call is being made, which cancel() would end.
+        is_waiting: whether the server has done its part of it, so that nothing else would.
+    """
 
     def __init__(self, session: Session, data: bytes) -> None:
         """
@@ -171,6 +173,9 @@ class Interception:
         # What a wait is told from outside, and a word that came between two waits.
         self._waiter: asyncio.Future[None] | None = None
         self._interrupt: SQLError | None = None
+        # The client has got a part of a row: all else would be taken for the rest of it.
+        self._in_row = False
+        self.is_calling = False
         self.is_waiting = False
         self._marker = ""
         self._marked = False
@@ -180,7 +185,7 @@ class Interception:
     async def run(self) -> None:
         """Serve the client's messages up to the end of the batch."""
         await self._relay.settle()
-        self._failed = self._relay.failed
+        self._failed = self._relay.asked.skipping
         self._server.receive = self._from_server.feed
         while not await self._message():
             pass
@@ -359,7 +364,12 @@ class Interception:
         raise _BatchFailedError
 
     async def _fail(self, error: SQLError) -> None:
-        """An error of ours: the server's transaction must fail too, then the client is told."""
+        """An error of ours: the server's transaction must fail too, then the client is told.
+
+        Raises ConnectionError if the client cannot be told, because the rest of a row is lost.
+        """
+        if self._in_row:
+            raise ConnectionError(f"in the middle of a row: {error}")
         out, self._out = self._out, []
         if out:  # never sent: forget their answers too
             for _ in out:
@@ -650,9 +660,14 @@ class Interception:
         if is_query:
             self._close_unnamed()
         self._synced = alone and (is_query or self._next_is_sync())
-        await self._settle(_SYNC if self._synced else _FLUSH)
-        for kind, body in kept:
-            await self._call_row(portal, kind, body)
+        self.is_calling = True
+        try:
+            await self._settle(_SYNC_AHEAD if self._synced else _FLUSH)
+            for kind, body in kept:
+                await self._call_row(portal, kind, body)
+        finally:
+            self.is_calling = False
+            self._interrupt = None
 
     async def _call_row(self, portal: Portal, kind: int, body: bytes) -> None:
         plan = portal.statement.plan
@@ -660,6 +675,7 @@ class Interception:
         if kind != _DATA_ROW:
             await self._pass(kind, body)
             return
+        self._check_interrupt()
         values = list(DataRow.parse(body).values)
         for column in plan.columns:
             result = await self._evaluate(column.call, parse_array(values[column.index] or b"{}"))
@@ -743,7 +759,12 @@ class Interception:
         if is_query:
             self._close_unnamed()
         self._synced = sync
-        await self._settle(_SYNC if sync else _FLUSH)
+        self.is_calling = True
+        try:
+            await self._settle(_SYNC_AHEAD if sync else _FLUSH)
+        except BaseException:
+            self.is_calling = False
+            raise
         timeout = parse_time_ms(self.context.statement_timeout.decode())
         timer = asyncio.get_running_loop().call_later(timeout / 1000, self._time_out)
         if not timeout:
@@ -759,7 +780,7 @@ class Interception:
             portal.close()
             raise
         finally:
-            self.is_waiting = False
+            self.is_calling = self.is_waiting = False
             self._interrupt = None
             timer.cancel()
             if portal.fetch is not None and portal.fetch.finished:
@@ -786,9 +807,11 @@ class Interception:
             wait=self._wait,
         )
 
-    async def _write(self, data: bytes) -> None:
-        """Send to the client, and wait while it is slow."""
+    async def _write(self, data: bytes, *, cut: bool = False) -> None:
+        """Send to the client, and wait while it is slow. `cut`: the last message goes on."""
+        self._check_interrupt()
         self._client.write(data)
+        self._in_row = cut
         if self._client.full is not None:
             await self._wait_for_client()
 
@@ -813,23 +836,30 @@ class Interception:
             job.remove_waiter(waiter)
 
     async def _pause(self, waiter: asyncio.Future[None]) -> None:
-        """Wait for a future, or until `interrupt` or `server_lost` is called."""
-        if self._interrupt is not None:
-            raise self._interrupt
+        """Wait for a future, or until `_end_call` or `server_lost` is called."""
+        self._check_interrupt()
         self._waiter = waiter
         try:
             await waiter
         finally:
             self._waiter = None
 
-    def interrupt(self, error: SQLError) -> None:
-        """End what waits in the proxy: the call fails with this error."""
+    def _check_interrupt(self) -> None:
+        if self._interrupt is not None and not self._in_row:
+            raise self._interrupt
+
+    def _end_call(self, error: SQLError) -> None:
+        """The call that is being made fails with this error."""
         self._interrupt = error
-        if self._waiter is not None and not self._waiter.done():
+        if self._waiter is not None and not self._waiter.done() and not self._in_row:
             self._waiter.set_exception(error)
 
+    def cancel(self) -> None:
+        """The client has asked for it."""
+        self._end_call(SQLError(QUERY_CANCELED, "canceling statement due to user request"))
+
     def _time_out(self) -> None:
-        self.interrupt(SQLError(QUERY_CANCELED, "canceling statement due to statement timeout"))
+        self._end_call(SQLError(QUERY_CANCELED, "canceling statement due to statement timeout"))
 
     # What the functions ask for (`calls.Caller`)
 

@@ -57,13 +57,14 @@ ReportT = TypeVar("ReportT", ErrorResponse, NoticeResponse)
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A piece of the result as it came: DataRow messages, cut anywhere.
+    """A piece of the result as it came: whole DataRow messages; or a part of a long one.
 
-    `count` messages begin in it.
+    `count` messages begin in it. `cut`: the last one goes on in the next piece.
     """
 
     data: bytes
     count: int
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +119,10 @@ class Job:
         self._dropping = False
         self._waiters: set[asyncio.Future[None]] = set()
         self._statements = 0
-        # Reading: a message that is not whole yet; bytes still to come of a row, which is passed
-        # on in pieces.
+        # Reading: a message that is not whole yet, and how much of it is missing; or bytes still
+        # to come of a long row, which is passed on in pieces.
         self._partial = b""
+        self._missing = 0
         self._rest_of_row = 0
         # What the server said before it closed the connection.
         self._fatal: ErrorResponse | None = None
@@ -231,7 +233,9 @@ class Job:
 
     def room(self) -> int:
         """Bytes that may come in: what is left of the queue."""
-        return READ_SIZE if self._dropping else max(self._queue_size - self._queued, 1)
+        if self._dropping:
+            return READ_SIZE
+        return max(self._queue_size - self._queued, self._missing, 1)
 
     def feed(self, data: memoryview) -> None:
         """Sort what came in. A stream that is none ends the job."""
@@ -248,17 +252,19 @@ class Job:
 
     def _read(self, data: bytes) -> None:
         size = len(data)
-        # data[rows:position] is rows that are not queued yet: they are queued a run at a time.
-        rows = count = 0
         position = min(self._rest_of_row, size)
         self._rest_of_row -= position
+        self._rows(data[:position], 0, cut=self._rest_of_row > 0)
+        # data[rows:position] is rows that are not queued yet: they are queued a run at a time.
+        rows, count = position, 0
+        self._missing = 0
         while size - position >= HEADER_SIZE:
             kind = data[position]
             (length,) = unpack_length(data, position + 1)
             if length < 4:
                 raise bad_length(kind, length)
             end = position + 1 + length
-            if kind == _DATA_ROW:
+            if kind == _DATA_ROW and end <= size:
                 position = end
                 count += 1
                 continue
@@ -266,20 +272,23 @@ class Job:
             rows = position
             count = 0
             if end > size:
+                if kind == _DATA_ROW and end - position > READ_SIZE:
+                    self._rows(data[position:], 1, cut=True)
+                    self._rest_of_row = end - size
+                    rows = position = size
+                else:
+                    self._missing = end - size
                 break
             self._message(kind, data[position + HEADER_SIZE : end])
             if self.finished:
                 return
             rows = position = end
-        if position > size:
-            self._rest_of_row = position - size
-            position = size
         self._rows(data[rows:position], count)
         self._partial = data[position:]
 
-    def _rows(self, data: bytes, count: int) -> None:
+    def _rows(self, data: bytes, count: int, *, cut: bool = False) -> None:
         if data and len(self.tags) == self._statements - 1:
-            self._queue(Rows(data, count))
+            self._queue(Rows(data, count, cut))
 
     def _queue(self, output: Output) -> None:
         if not self._dropping:
@@ -319,6 +328,7 @@ class Job:
         """The connection ended before the job did."""
         if self.finished:
             return
+        self._drop_cut_row()
         reason = self._fatal.message.decode("utf-8", "replace") if self._fatal else str(error)
         self.error = SQLError(
             CONNECTION_FAILURE,
@@ -326,6 +336,15 @@ class Job:
             detail=f"{reason[:1].upper()}{reason[1:]}.",
         ).response()
         self._finish()
+
+    def _drop_cut_row(self) -> None:
+        """Forget the pieces of a row whose rest will not come."""
+        while self._output:
+            piece = self._output[-1]
+            if isinstance(piece, Notice) or not piece.cut:
+                break
+            self._output.pop()
+            self._queued -= len(piece.data)
 
 
 class Jobs:

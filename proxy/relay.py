@@ -6,36 +6,36 @@ pg_background, a message about a statement or portal that holds a call, and a se
 may be the complaint that such a function does not exist. A message that may have to be changed is
 held until it is whole; all others are passed on in the pieces that they come in.
 
-It also counts: what the client has asked, and what the server has answered. So a call in the middle
-of a pipeline can wait until everything before it is answered (`settled`).
+It also keeps account of what the server has not answered yet (`Asked`). So a call in the middle of
+a pipeline can wait until everything before it is answered (`settle`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
 from protocol.framing import HEADER_SIZE, unpack_length
 from protocol.messages import Flush
+from proxy.asked import (
+    BIND,
+    COPY_DONE,
+    COPY_FAIL,
+    EXECUTE,
+    EXTENDED,
+    FUNCTION_CALL,
+    PARSE,
+    QUERY,
+    SYNC,
+    Asked,
+)
 from proxy.connection import Connection
 
 if TYPE_CHECKING:
     from proxy.interception import Portal, PreparedCall
 
-# Message types of the frontend.
-QUERY: Final = ord("Q")
-PARSE: Final = ord("P")
-BIND: Final = ord("B")
-DESCRIBE: Final = ord("D")
-EXECUTE: Final = ord("E")
-CLOSE: Final = ord("C")
-SYNC: Final = ord("S")
-FLUSH: Final = ord("H")
-FUNCTION_CALL: Final = ord("F")
+# Further message types of the frontend.
 COPY_DATA: Final = ord("d")
-COPY_DONE: Final = ord("c")
-COPY_FAIL: Final = ord("f")
 TERMINATE: Final = ord("X")
 
 # Message types of the backend.
@@ -59,7 +59,6 @@ _HANDLED: Final = bytes([ERROR, READY, COPY_IN, PARAMETER_STATUS, BACKEND_KEY_DA
 _ACTIONS: Final = bytes(
     _HANDLE if kind in _HANDLED else _COUNT if kind in _ANSWERS else _NOTHING for kind in range(256)
 )
-_EXTENDED: Final = bytes([PARSE, BIND, DESCRIBE, EXECUTE, CLOSE])
 
 
 class Hooks(Protocol):
@@ -89,7 +88,7 @@ class Relay:
         parameters: of ParameterStatus, those in WATCHED.
         status: of the last ReadyForQuery.
         batch: types of the extended-query messages that the client sent since its last Sync.
-        failed: whether the server has sent an error in this batch, and skips the rest of it.
+        asked: what the server has not answered yet.
     """
 
     WATCHED: Final = (b"client_encoding", b"server_version", b"standard_conforming_strings")
@@ -103,12 +102,7 @@ class Relay:
         self.parameters: dict[bytes, bytes] = {}
         self.status = IDLE
         self.batch = bytearray()
-        self.failed = False
-        # What will be answered by a ReadyForQuery: Query, Sync, FunctionCall; the first one stands
-        # for the startup packet (the login is over when the relay begins).
-        self._awaited = deque([SYNC])
-        self._answered = 0
-        self._copy_in = False
+        self.asked = Asked()
         self._settling: asyncio.Future[None] | None = None
         # The client's stream: bytes to pass on before the next message begins; or a message that
         # is held, until that many bytes of it are here.
@@ -154,17 +148,18 @@ class Relay:
                     return
                 if b"set" in text:
                     self._hooks.settings_mentioned(text)
-                if self.statements or self.portals:
-                    self._forget_unnamed(kind, data[position + HEADER_SIZE])
                 if kind == QUERY:
-                    self._awaited.append(QUERY)
                     self.batch.clear()
+                elif self.statements and self._concerns_call(kind, data[position + HEADER_SIZE :]):
+                    self._hand_over(data, position)
+                    return
                 else:
                     self.batch.append(PARSE)
+                self.asked.add(kind)
             elif kind in (SYNC, FUNCTION_CALL):
-                self._awaited.append(kind)
+                self.asked.add(kind)
                 self.batch.clear()
-            elif kind in _EXTENDED:
+            elif kind in EXTENDED:
                 if self.statements or self.portals:
                     known = min(end - position, _NAMES_SIZE)
                     if size - position < known:
@@ -174,8 +169,9 @@ class Relay:
                         self._hand_over(data, position)
                         return
                 self.batch.append(kind)
+                self.asked.add(kind)
             elif kind in (COPY_DONE, COPY_FAIL):
-                self._end_copy_in()
+                self.asked.add(kind)
             position = end
         if position < size:
             self._hold(data, position, HEADER_SIZE)
@@ -194,13 +190,6 @@ class Relay:
             self._server.write(data[:position])
         self._hooks.take_over(data[position:])
 
-    def _forget_unnamed(self, kind: int, first: int) -> None:
-        """A Query ends the unnamed statement and portal, a Parse without a name the statement."""
-        if kind == QUERY:
-            self.forget_portal(b"")
-        if kind == QUERY or not first:
-            self.statements.pop(b"", None)
-
     def forget_portal(self, name: bytes) -> None:
         """A portal is closed, or its name is taken by another."""
         portal = self.portals.pop(name, None)
@@ -208,7 +197,12 @@ class Relay:
             portal.close()
 
     def _concerns_call(self, kind: int, body: bytes) -> bool:
-        """Tell whether this Bind, Describe, Execute or Close is about one with a call."""
+        """Tell whether this message is about a statement or portal with a call.
+
+        A Parse is if it would replace one.
+        """
+        if kind == PARSE:
+            return body.partition(b"\0")[0] in self.statements
         if kind == BIND:
             portal, _, rest = body.partition(b"\0")
             if rest.partition(b"\0")[0] in self.statements:
@@ -220,18 +214,6 @@ class Relay:
             return body.partition(b"\0")[0] in self.portals
         name = body[1:].partition(b"\0")[0]
         return name in (self.statements if body[:1] == b"S" else self.portals)
-
-    def _end_copy_in(self) -> None:
-        """Forget the Syncs that the server has skipped while it was reading COPY data.
-
-        (libpq sends one right after Execute, and one more after CopyDone.)
-        """
-        if self._copy_in:
-            self._copy_in = False
-            query = bool(self._awaited) and self._awaited[0] == QUERY
-            self._awaited.clear()
-            if query:
-                self._awaited.append(QUERY)
 
     # From the server
 
@@ -254,7 +236,7 @@ class Relay:
             action = _ACTIONS[kind]
             if action:
                 if action == _COUNT:
-                    self._answered += 1
+                    self.asked.answered()
                 elif end > size:
                     break
                 else:
@@ -281,10 +263,10 @@ class Relay:
         if kind == READY:
             self.ready(body[0] if body else IDLE)
         elif kind == ERROR:
-            self.failed = True
+            self.asked.failed()
             return self._hooks.complaint(body)
         elif kind == COPY_IN:
-            self._copy_in = True
+            self.asked.copy_in()
         elif kind == PARAMETER_STATUS:
             self.parameter_status(body)
         else:
@@ -300,11 +282,10 @@ class Relay:
     def ready(self, status: int) -> None:
         """Note a ReadyForQuery."""
         self.status = status
-        self.failed = False
-        self._copy_in = False
-        self._answered = 0
-        if self._awaited:
-            self._awaited.popleft()
+        if self.asked.ready() == QUERY:
+            # It has ended the unnamed statement and portal.
+            self.statements.pop(b"", None)
+            self.forget_portal(b"")
         if status == IDLE:
             for name in tuple(self.portals):
                 self.forget_portal(name)
@@ -328,12 +309,7 @@ class Relay:
                 self._settling = None
 
     def _is_settled(self) -> bool:
-        return (
-            not self._awaited
-            and not self._server_skip
-            and not self._tail
-            and (self.failed or self._answered >= len(self.batch))
-        )
+        return not (self.asked or self._server_skip or self._tail)
 
     def _give_up(self, source: Connection, sink: Connection, data: bytes) -> None:
         """Not our protocol: the other side may judge the rest of the stream."""

@@ -55,9 +55,14 @@ class Server:
     async def cancel(self, request: CancelRequest) -> None:
         """Cancel what waits in the proxy, or pass the request on to the server."""
         session = self.keys.get(request)
-        if session is not None and session.cancel():
+        call = session.interception if session is not None else None
+        if call is not None and call.is_waiting:
+            call.cancel()
             return
         await self.dialer.cancel(session.route if session is not None else None, request)
+        # The server may have done its part of the call before it heard of this.
+        if call is not None and call.is_calling:
+            call.cancel()
 
     async def credentials_of(
         self, route: Route, database: bytes, user: bytes, login: LoginObserver

@@ -39,7 +39,8 @@ from protocol.startup import (
     startup_packet_length,
 )
 from proxy import encodings, lexer, statements, tls
-from proxy.backend import ServerError, open_backend
+from proxy.asked import PARSE
+from proxy.backend import ServerError, no_backend, open_backend
 from proxy.config import Host
 from proxy.connection import Connection
 from proxy.context import Context, takeover_query
@@ -50,7 +51,7 @@ from proxy.jobs import Job, Jobs, checked_queue_size
 from proxy.lexer import LexError
 from proxy.log import logger
 from proxy.login import Login, RefusedError
-from proxy.relay import PARSE, Relay
+from proxy.relay import Relay
 from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Setting
 from proxy.unserved import unserved
 from proxy.upstream import Route
@@ -82,6 +83,7 @@ class Session:
         route: to its server, once it is connected.
         jobs: those that it launched and has not fetched or detached.
         custom_settings: names with a dot that it may have set.
+        interception: what serves a batch with a call, as long as that lasts.
     """
 
     def __init__(self, server: Server) -> None:
@@ -92,6 +94,7 @@ class Session:
         self.custom_settings: dict[bytes, None] = {}
         self.route = Route(server.config.upstream.hosts[0])
         self._startup: StartupMessage | None = None
+        self._is_cancel_request = False
         self._tls_asked = False
         self._gss_asked = False
         self._observer = LoginObserver()
@@ -100,7 +103,7 @@ class Session:
         self._key: CancelRequest | None = None
         self._received = bytearray()
         self._task: asyncio.Task[None] | None = None
-        self._interception: Interception | None = None
+        self.interception: Interception | None = None
         server.sessions.add(self)
 
     def _start_timer(self, timeout: float) -> asyncio.TimerHandle | None:
@@ -143,6 +146,7 @@ class Session:
                     self._gss_asked = True
                     self.client.write(b"N")
                 case CancelRequest():
+                    self._is_cancel_request = True
                     self._task = self._spawn(self._cancel(packet))
                 case StartupMessage(version=(3, _)):
                     self._check_tls()
@@ -358,12 +362,12 @@ class Session:
         return unserved(error)
 
     def take_over(self, data: bytes) -> None:
-        self._interception = Interception(self, data)
-        self._task = self._spawn(self._intercept(self._interception))
+        self.interception = Interception(self, data)
+        self._task = self._spawn(self._intercept(self.interception))
 
     async def _intercept(self, interception: Interception) -> None:
         await interception.run()
-        self._interception = self._task = None
+        self.interception = self._task = None
         interception.hand_back()
 
     # What an interception asks for
@@ -440,7 +444,12 @@ class Session:
             backend.pid = int(row[0] or 0)
         except ServerError as error:
             backend.terminate()
+            if error.is_fatal:
+                raise no_backend(str(error)) from None
             raise JobFailed(error.response) from None
+        except (ConnectionError, ProtocolViolation) as error:
+            backend.terminate()
+            raise no_backend(str(error)) from None
         except BaseException:
             backend.terminate()
             raise
@@ -467,22 +476,13 @@ class Session:
 
     # The end
 
-    def cancel(self) -> bool:
-        """Cancel what waits in the proxy; false if nothing does."""
-        if self._interception is None or not self._interception.is_waiting:
-            return False
-        self._interception.interrupt(
-            SQLError(QUERY_CANCELED, "canceling statement due to user request")
-        )
-        return True
-
     def _ended(self, connection: Connection) -> None:
         """One side will send no more. If it is the client, the server may still have to answer."""
         if connection is self.primary:
             self._primary_lost()
         elif connection is not self.client:
             pass  # a server that we have turned away from
-        elif self.primary is None or self._login is not None or self._interception is not None:
+        elif self.primary is None or self._login is not None or self.interception is not None:
             self.close()
         elif self.primary.can_write_eof:
             self.primary.write_eof()
@@ -502,9 +502,9 @@ class Session:
         if self._login is not None:
             self._login.server_ended()
             return
-        if self._interception is not None:
-            self._interception.server_lost(ConnectionError("the server closed the connection"))
-            self.client.write(self._interception.last_words())
+        if self.interception is not None:
+            self.interception.server_lost(ConnectionError("the server closed the connection"))
+            self.client.write(self.interception.last_words())
         self.close()
 
     def shut_down(self) -> None:
@@ -525,7 +525,8 @@ class Session:
         self._stop_timer()
         if self._key is not None:
             self._server.keys.pop(self._key, None)
-        if self._task is not None:
+        # A cancel request is passed on also if whoever has sent it does not wait.
+        if self._task is not None and not self._is_cancel_request:
             self._task.cancel()
         self.jobs.clear()
         self.client.close()

@@ -1,0 +1,98 @@
+"""What the client has asked and the server has not answered yet.
+
+The rule: this is the server's own reading of the client's messages, in their order. After an error
+in the extended protocol it skips everything up to a Sync; while it reads COPY data it skips Sync.
+What it skips is never answered, so it must not be waited for (manual, "Extended Query", "COPY
+Operations").
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+# Message types of the frontend.
+QUERY: Final = ord("Q")
+PARSE: Final = ord("P")
+BIND: Final = ord("B")
+DESCRIBE: Final = ord("D")
+EXECUTE: Final = ord("E")
+CLOSE: Final = ord("C")
+SYNC: Final = ord("S")
+FUNCTION_CALL: Final = ord("F")
+COPY_DONE: Final = ord("c")
+COPY_FAIL: Final = ord("f")
+
+EXTENDED: Final = bytes([PARSE, BIND, DESCRIBE, EXECUTE, CLOSE])
+_COPY_ENDS: Final = bytes([COPY_DONE, COPY_FAIL])
+_READY_AFTER: Final = bytes([QUERY, SYNC, FUNCTION_CALL])
+
+
+class Asked:
+    """A queue of message types.
+
+    Attributes:
+        skipping: whether the server skips what comes, up to a Sync that the client has not sent.
+    """
+
+    __slots__ = ("_copying", "_queue", "skipping")
+
+    def __init__(self) -> None:
+        # The login is answered as a Sync is.
+        self._queue = deque([SYNC])
+        self._copying = False
+        self.skipping = False
+
+    def __bool__(self) -> bool:
+        """Whether an answer is due."""
+        return bool(self._queue)
+
+    def add(self, kind: int) -> None:
+        """The client has sent a message: one of the types above."""
+        if self._copying:
+            # Any other ends it too: the server fails, with this message read.
+            self._copying = kind == SYNC
+        elif self.skipping:
+            if kind == SYNC:
+                self.skipping = False
+                self._queue.append(SYNC)
+        elif self._queue or kind not in _COPY_ENDS:
+            self._queue.append(kind)
+
+    def answered(self) -> None:
+        """The server has sent what ends the answer to a message of the extended protocol."""
+        if self._queue and self._queue[0] in EXTENDED:
+            self._queue.popleft()
+            self._drop_strays()
+
+    def failed(self) -> None:
+        """The server has sent an error."""
+        self._copying = False
+        if self._queue and self._queue[0] in EXTENDED:
+            while self._queue and self._queue[0] != SYNC:
+                self._queue.popleft()
+            self.skipping = not self._queue
+
+    def copy_in(self) -> None:
+        """The server begins to read COPY data, for the first in the queue."""
+        self._copying = True
+        copier = self._queue.popleft() if self._queue else QUERY
+        while self._queue and self._copying:
+            self._copying = self._queue.popleft() == SYNC
+        self._queue.appendleft(copier)
+
+    def ready(self) -> int:
+        """The server is ready for the next query; after which type of message."""
+        self._copying = self.skipping = False
+        kind = SYNC
+        while self._queue:
+            kind = self._queue.popleft()
+            if kind in _READY_AFTER:
+                break
+        self._drop_strays()
+        return kind
+
+    def _drop_strays(self) -> None:
+        """The end of a COPY that was none, or has failed, is ignored."""
+        while self._queue and self._queue[0] in _COPY_ENDS:
+            self._queue.popleft()
