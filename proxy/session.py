@@ -215,6 +215,8 @@ class Session:
         await interception.run()
         self.interception = self._task = None
         interception.hand_back()
+        if interception.client_ended:
+            self._ended(self.client)
 
     # What an interception asks for
 
@@ -326,8 +328,10 @@ class Session:
         """One side will send no more. If it is the client, the server may still have to answer."""
         if connection is self.primary:
             self._primary_lost()
-        elif self.primary is None or self.interception is not None:
+        elif self.primary is None:
             self.close()
+        elif self.interception is not None:
+            self.interception.end_client()
         else:
             self.primary.write_eof()
 
