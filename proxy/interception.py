@@ -138,6 +138,7 @@ class Interception:
     Attributes:
         is_calling: whether a call is being made, which cancel() would end.
         is_waiting: whether the server has done its part of it, so that nothing else would.
+        client_ended: whether the client will send no more.
     """
 
     def __init__(self, session: Session, data: bytes) -> None:
@@ -177,6 +178,7 @@ class Interception:
         self._in_row = False
         self.is_calling = False
         self.is_waiting = False
+        self.client_ended = False
         self._marker = ""
         self._marked = False
 
@@ -202,6 +204,14 @@ class Interception:
         rest = ahead + self._from_client.take_rest()
         if rest:
             self._relay.from_client(rest)
+
+    def end_client(self) -> None:
+        """The client will send no more. It gets the answers to what it has sent, except that no
+        job is waited for: most probably nobody is there to read the result."""
+        self.client_ended = True
+        self._from_client.close(ConnectionError("the client has closed the connection"))
+        if self._waiter is not None and self._client.full is None and not self._waiter.done():
+            self._waiter.set_exception(ConnectionError("the client has closed the connection"))
 
     def server_lost(self, error: Exception) -> None:
         """The primary backend is gone."""
@@ -828,6 +838,8 @@ class Interception:
         await self._pause(waiter)
 
     async def _wait(self, job: Job) -> None:
+        if self.client_ended:
+            raise ConnectionError("the client has closed the connection")
         waiter = asyncio.get_running_loop().create_future()
         job.add_waiter(waiter)
         try:

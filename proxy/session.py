@@ -369,6 +369,8 @@ class Session:
         await interception.run()
         self.interception = self._task = None
         interception.hand_back()
+        if interception.client_ended:
+            self._ended(self.client)
 
     # What an interception asks for
 
@@ -482,8 +484,10 @@ class Session:
             self._primary_lost()
         elif connection is not self.client:
             pass  # a server that we have turned away from
-        elif self.primary is None or self._login is not None or self.interception is not None:
+        elif self.primary is None or self._login is not None:
             self.close()
+        elif self.interception is not None:
+            self.interception.end_client()
         elif self.primary.can_write_eof:
             self.primary.write_eof()
         elif self.relay.between_messages:
