@@ -204,7 +204,7 @@ class Cluster:
 
         When it returns, new connections are judged by the new lines.
         """
-        self._write("pg_hba.conf", self._hba if lines is None else lines)
+        self.write("pg_hba.conf", self._hba if lines is None else lines)
         if self.running:
             self.reload()
 
@@ -267,7 +267,7 @@ class Cluster:
         if done.returncode != 0:
             said = done.stdout.decode(errors="replace")
             raise ClusterError(f"initdb failed: {said.strip()[-2000:]}")
-        self._write("pg_hba.conf", self._hba)
+        self.write("pg_hba.conf", self._hba)
         with (self.data / "postgresql.conf").open("a") as file:
             file.write(f"unix_socket_directories = '{self.directory}'\n")
             file.writelines(f"{name} = {value}\n" for name, value in self._settings.items())
@@ -339,9 +339,11 @@ class Cluster:
     def _extra_groups(self) -> list[int] | None:
         return None if self._user is None else []
 
-    def _write(self, name: str, lines: Iterable[str]) -> None:
+    def write(self, name: str, lines: Iterable[str]) -> None:
+        """Writes a file in the data directory, for the server to read."""
         path = self.data / name
         path.write_text("".join(f"{line}\n" for line in lines))
+        path.chmod(0o600)
         if self._user is not None:
             os.chown(path, self._user, self._group or -1)
 

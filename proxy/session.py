@@ -189,6 +189,7 @@ class Session:
             return
         self._task = None
         self.client.resume_reading()
+        self._startup_data(b"")  # what came with the end of the handshake waits here
 
     def _check_tls(self) -> None:
         """Raises SQLError if client_tls_sslmode demands TLS, and there is none."""

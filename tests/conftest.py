@@ -20,6 +20,7 @@ import pytest
 from hypothesis import settings
 
 from proxy.embedded import find_system_bin, find_wheel_bin, server_version
+from tests.certificates import Certificates
 from tests.servers import Connection, Proxy, Server, database
 
 _live_proxies: list[Proxy] = []
@@ -90,6 +91,23 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     finally:
         server.close()
     assert not server.cluster.directory.exists()
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Certificates of an authority of our own."""
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def tls_server(server: Server, certificates: Certificates) -> Iterator[Server]:
+    """A further server like ``server``, with TLS; skipped where PostgreSQL was built without."""
+    tls_server = Server(server.bin)
+    try:
+        tls_server.start_tls(certificates)
+        yield tls_server
+    finally:
+        tls_server.close()
 
 
 class StartProxy(Protocol):

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
 import psycopg
+import pytest
 from psycopg.conninfo import make_conninfo
 
 from proxy.embedded import TRUST_LOCAL, Cluster
+from tests.certificates import Certificates
 
 REPOSITORY: Final = Path(__file__).parent.parent
 START_TIMEOUT: Final = 20.0
@@ -98,6 +100,23 @@ class Server(_Endpoint):
     def set_hba(self, lines: list[str] | None = None) -> None:
         """Replaces pg_hba.conf and reloads; ``None`` goes back to DEFAULT_HBA."""
         self.cluster.set_hba(lines)
+
+    def start_tls(self, certificates: Certificates) -> None:
+        """Offers TLS from now on, with the certificate ``server``; skips the test if it cannot."""
+        cluster = self.cluster
+        with self.connect() as conn:
+            try:
+                conn.execute("ALTER SYSTEM SET ssl = on")
+            except psycopg.Error:
+                pytest.skip("this PostgreSQL was built without TLS")
+            conn.execute("ALTER SYSTEM SET ssl_ca_file = 'ca.pem'")
+        for name, file in (
+            ("ca.pem", certificates.ca),
+            ("server.crt", certificates.server.cert),
+            ("server.key", certificates.server.key),
+        ):
+            cluster.write(name, file.read_text().splitlines())
+        cluster.reload()
 
     def log(self) -> str:
         """The server's log so far."""
