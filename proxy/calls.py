@@ -18,6 +18,9 @@ from proxy.sql import EXECUTOR_ROLE
 
 Value = int | bool | bytes | None
 
+VOID: Final = b""
+"""What a function that returns void returns."""
+
 
 class Caller(Protocol):
     """The session that calls, as the functions see it."""
@@ -39,9 +42,9 @@ async def launch(caller: Caller, sql: bytes, queue_size: int = 0) -> int:
     return (await caller.launch(sql, queue_size)).pid
 
 
-async def detach(caller: Caller, pid: int) -> None:
-    job = attached(caller, pid)
-    caller.jobs.remove(job)
+async def detach(caller: Caller, pid: int) -> bytes:
+    caller.jobs.remove(attached(caller, pid))
+    return VOID
 
 
 async def grant(caller: Caller, role_name: bytes | None, print_commands: bool = False) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from protocol.values import parse_array
+from proxy.encodings import parse_array
 from proxy.settings import SETTINGS
 from proxy.sql import EXECUTOR_ROLE, literal
 
@@ -107,18 +107,21 @@ def context_query(
 
 
 def parse_context(
-    values: Sequence[bytes | None], *, custom_settings: Sequence[bytes] = ()
+    values: Sequence[bytes | None],
+    *,
+    custom_settings: Sequence[bytes] = (),
+    client_encoding: bytes = b"UTF8",
 ) -> Context:
-    """The Context from the values of the row, in text format."""
+    """The Context from the values of the row, in text format and the client's encoding."""
     may_call, role_id, role, session_role, set_role, statement_timeout, *rest = values
     own, (usable_roles, *arrays) = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
     settings: list[tuple[bytes, bytes]] = []
     if arrays:
-        flat = [text or b"" for text in parse_array(arrays[0] or b"{}")]
+        flat = [text or b"" for text in parse_array(arrays[0] or b"{}", client_encoding)]
         pairs = zip(flat[::2], flat[1::2], strict=True)
         settings += [pair for pair in pairs if pair[0] not in _NOT_CARRIED_OVER]
     if len(arrays) > 1:
-        custom = zip(custom_settings, parse_array(arrays[1] or b"{}"), strict=True)
+        custom = zip(custom_settings, parse_array(arrays[1] or b"{}", client_encoding), strict=True)
         settings += [(name, value) for name, value in custom if value is not None]
     return Context(
         may_call=may_call == b"t",
@@ -132,7 +135,9 @@ def parse_context(
             for name, value in zip(SETTINGS, own, strict=True)
             if value is not None
         },
-        usable_roles=frozenset(int(oid or 0) for oid in parse_array(usable_roles or b"{}")),
+        usable_roles=frozenset(
+            int(oid or 0) for oid in parse_array(usable_roles or b"{}", client_encoding)
+        ),
         settings=tuple(settings),
     )
 

@@ -6,7 +6,11 @@ characters (an error's position) and for the words of our own errors.
 
 from __future__ import annotations
 
+import re
 from typing import Final
+
+from protocol import values
+from proxy.lexer import mask
 
 _CODECS: Final = {
     b"BIG5": "big5",
@@ -46,3 +50,27 @@ _CODECS: Final = {
 def codec(client_encoding: bytes) -> str:
     """The Python codec of a client_encoding; for those that Python lacks, one byte a character."""
     return _CODECS.get(client_encoding, "latin_1")
+
+
+_ELEMENT: Final = re.compile(rb'"((?:[^"\\]|\\.)*)"|([^{},"]+)', re.DOTALL)
+_ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL)
+
+
+def parse_array(text: bytes, client_encoding: bytes) -> list[bytes | None]:
+    """The elements of a text[] of one dimension, None for NULL; also where a byte of a multi-byte
+    character looks like a quote or a backslash."""
+    masked = mask(text, client_encoding.decode("ascii", "replace"))
+    if masked == text:
+        return values.parse_array(text)
+    elements: list[bytes | None] = []
+    for found in _ELEMENT.finditer(masked):
+        if found[2] == b"NULL":
+            elements.append(None)
+            continue
+        start, end = found.span(found.lastindex or 1)
+        kept = bytearray()
+        for escape in _ESCAPE.finditer(masked, start, end):
+            kept += text[start : escape.start()]
+            start = escape.start(1)
+        elements.append(bytes(kept + text[start:end]))
+    return elements

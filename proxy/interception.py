@@ -40,8 +40,8 @@ from protocol.messages import (
     RowDescription,
     Sync,
 )
-from protocol.values import parse_array, to_binary
-from proxy import calls
+from protocol.values import to_binary
+from proxy import calls, encodings
 from proxy.asked import (
     BIND,
     CLOSE,
@@ -57,7 +57,7 @@ from proxy.asked import (
 from proxy.calls import Value
 from proxy.context import Context, context_query, parse_context
 from proxy.fetch import Fetch, text_field
-from proxy.functions import INT4, TEXT, VOID, Type
+from proxy.functions import INT4, TEXT, Type
 from proxy.inbox import Inbox
 from proxy.jobs import Job, Jobs
 from proxy.relay import COPY_DATA, COPY_IN, ERROR, IDLE, PARAMETER_STATUS, READY, TERMINATE
@@ -231,11 +231,16 @@ class Interception:
         try:
             match chr(kind):
                 case "Q":
+                    self._session.settings_mentioned(body.lower())
                     await self._settle()
                     await self._query(body)
                 case "P":
+                    self._session.settings_mentioned(body.lower())
+                    if b"set_config" in body.lower():
+                        self._relay.setters.add(body.partition(b"\0")[0])
                     await self._parse(body)
                 case "B":
+                    self._session.setting_bound(body)
                     await self._bind(body)
                 case "D":
                     await self._describe(body)
@@ -688,10 +693,14 @@ class Interception:
         self._check_interrupt()
         values = list(DataRow.parse(body).values)
         for column in plan.columns:
-            result = await self._evaluate(column.call, parse_array(values[column.index] or b"{}"))
+            result = await self._evaluate(column.call, self._arguments(values[column.index]))
             binary = _format(portal.formats, column.index)
             values[column.index] = _encode(column.call, result, binary=bool(binary))
         await self._write(DataRow(tuple(values)).serialize())
+
+    def _arguments(self, text: bytes | None) -> list[bytes | None]:
+        client_encoding = self._relay.parameters.get(b"client_encoding", b"")
+        return encodings.parse_array(text or b"{}", client_encoding)
 
     async def _evaluate(self, call: Call, leaves: Sequence[bytes | None]) -> Value:
         """Make a call, the calls in its arguments first."""
@@ -799,7 +808,7 @@ class Interception:
     async def _begin_fetch(self, portal: Portal, arguments: bytes | None) -> Fetch | None:
         plan = portal.statement.plan
         assert isinstance(plan, ResultPlan)
-        pid = await self._evaluate(plan.call, parse_array(arguments or b"{}"))
+        pid = await self._evaluate(plan.call, self._arguments(arguments))
         if pid is None:
             return None
         job = calls.attached(self, int(pid))
@@ -912,7 +921,11 @@ class Interception:
 
         async def take(kind: int, body: bytes) -> None:
             if kind == _DATA_ROW:
-                self._context = parse_context(DataRow.parse(body).values, custom_settings=custom)
+                self._context = parse_context(
+                    DataRow.parse(body).values,
+                    custom_settings=custom,
+                    client_encoding=self._relay.parameters.get(b"client_encoding", b""),
+                )
 
         self._ask(sql, take)
 
@@ -968,8 +981,6 @@ def _decode(type: Type, text: bytes | None) -> Value:
 
 
 def _encode(call: Call, value: Value, *, binary: bool) -> bytes | None:
-    if call.function.result_type == VOID:
-        return b""
     if value is None:
         return None
     match value:

@@ -19,6 +19,7 @@ from protocol.framing import HEADER_SIZE, unpack_length
 from protocol.messages import Flush
 from proxy.asked import (
     BIND,
+    CLOSE,
     COPY_DONE,
     COPY_FAIL,
     EXECUTE,
@@ -73,6 +74,9 @@ class Hooks(Protocol):
     def settings_mentioned(self, sql: bytes) -> None:
         """A Query or Parse that has "set" in it, in lower case."""
 
+    def setting_bound(self, body: bytes) -> None:
+        """The beginning of a Bind whose statement calls set_config."""
+
     def complaint(self, error: bytes) -> bytes | None:
         """The message that replaces this ErrorResponse (given its body), if it is about us."""
 
@@ -85,6 +89,7 @@ class Relay:
 
     Attributes:
         statements, portals: those that hold calls, by name.
+        setters: names of statements that may call set_config.
         parameters: of ParameterStatus, those in WATCHED.
         status: of the last ReadyForQuery.
         batch: types of the extended-query messages that the client sent since its last Sync.
@@ -99,6 +104,7 @@ class Relay:
         self._hooks = hooks
         self.statements: dict[bytes, PreparedCall] = {}
         self.portals: dict[bytes, Portal] = {}
+        self.setters: set[bytes] = set()
         self.parameters: dict[bytes, bytes] = {}
         self.status = IDLE
         self.batch = bytearray()
@@ -148,6 +154,8 @@ class Relay:
                     return
                 if b"set" in text:
                     self._hooks.settings_mentioned(text)
+                    if kind == PARSE and b"set_config" in text:
+                        self.setters.add(data[position + HEADER_SIZE : end].split(b"\0", 1)[0])
                 if kind == QUERY:
                     self.batch.clear()
                 elif self.statements and self._concerns_call(kind, data[position + HEADER_SIZE :]):
@@ -160,7 +168,7 @@ class Relay:
                 self.asked.add(kind)
                 self.batch.clear()
             elif kind in EXTENDED:
-                if self.statements or self.portals:
+                if self.statements or self.portals or self.setters:
                     known = min(end - position, _NAMES_SIZE)
                     if size - position < known:
                         self._hold(data, position, known)
@@ -205,7 +213,10 @@ class Relay:
             return body.partition(b"\0")[0] in self.statements
         if kind == BIND:
             portal, _, rest = body.partition(b"\0")
-            if rest.partition(b"\0")[0] in self.statements:
+            statement = rest.partition(b"\0")[0]
+            if statement in self.setters:
+                self._hooks.setting_bound(body)
+            if statement in self.statements:
                 return True
             if not portal:
                 self.forget_portal(b"")
@@ -213,6 +224,8 @@ class Relay:
         if kind == EXECUTE:
             return body.partition(b"\0")[0] in self.portals
         name = body[1:].partition(b"\0")[0]
+        if kind == CLOSE and body[:1] == b"S":
+            self.setters.discard(name)
         return name in (self.statements if body[:1] == b"S" else self.portals)
 
     # From the server

@@ -62,11 +62,17 @@ if TYPE_CHECKING:
 # How a client says that it wants no replication.
 _FALSE: Final = (b"false", b"off", b"no", b"0", b"f", b"n")
 
-# What sets a custom setting, in lower-case SQL: SET [SESSION | LOCAL] a.b = …, set_config('a.b', …
+# What sets a custom setting, in lower-case SQL: SET [SESSION | LOCAL] a.b = …
 _CUSTOM_SETTING: Final = re.compile(
     rb"""\bset\s+(?:session\s+|local\s+)?("?[a-z_\x80-\xff][\w$\x80-\xff]*"?\."?[\w$.\x80-\xff]+"?)"""
-    rb"""|\bset_config\s*\(\s*'([^']+\.[^']+)'"""
 )
+# A constant that may be such a name, in SQL that mentions set_config.
+_NAME_CONSTANT: Final = re.compile(rb"'([a-z_\x80-\xff][\w$\x80-\xff]*(?:\.[\w$\x80-\xff]+)+)'")
+# The same as a parameter of a Bind: its length in bytes, and the name.
+_NAME_PARAMETER: Final = re.compile(
+    rb"(?=\0\0\0([\x03-\x3f])([A-Za-z_\x80-\xff][\w$\x80-\xff]*(?:\.[\w$\x80-\xff]+)+))"
+)
+_MAX_CUSTOM_SETTINGS: Final = 1000
 
 
 # The SQLSTATE of a connection that pg_hba.conf has no line for.
@@ -354,10 +360,22 @@ class Session:
         return any(self.analyze(text) is not None for _, text in self.split(sql))
 
     def settings_mentioned(self, sql: bytes) -> None:
-        for plain, argument in _CUSTOM_SETTING.findall(sql):
-            name = (plain or argument).replace(b'"', b"")
+        names = [name.replace(b'"', b"") for name in _CUSTOM_SETTING.findall(sql)]
+        if b"set_config" in sql:
+            names += _NAME_CONSTANT.findall(sql)
+        self._note_settings(names)
+
+    def setting_bound(self, body: bytes) -> None:
+        found = _NAME_PARAMETER.findall(body)
+        self._note_settings([name[: size[0]].lower() for size, name in found])
+
+    def _note_settings(self, names: list[bytes]) -> None:
+        for name in names:
             if b"." in name:
+                self.custom_settings.pop(name, None)
                 self.custom_settings[name] = None
+        while len(self.custom_settings) > _MAX_CUSTOM_SETTINGS:
+            del self.custom_settings[next(iter(self.custom_settings))]
 
     def complaint(self, error: bytes) -> bytes | None:
         return unserved(error)

@@ -15,10 +15,13 @@ EXECUTOR_ROLE = "pgbackground_role"
 
 
 def literal(text: bytes) -> bytes:
-    """A string constant.
-
-    In client encodings with ASCII bytes in multi-byte characters, only for ASCII text.
-    """
+    """A string constant; for text that is not ASCII an expression, since a quote or a backslash may
+    be a part of another character (in SJIS, BIG5, GBK and others)."""
+    if not text.isascii():
+        return (
+            b"pg_catalog.convert_from(pg_catalog.decode('%b', 'hex'),"
+            b" pg_catalog.current_setting('client_encoding'))" % text.hex().encode()
+        )
     quoted = text.replace(b"'", b"''")
     if b"\\" in text:
         return b" E'" + quoted.replace(b"\\", b"\\\\") + b"'"

@@ -16,6 +16,7 @@ from tests.servers import Connection
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
+Fields = dict[str, str | None]
 
 TIMEOUT: Final = 20.0
 
@@ -93,20 +94,24 @@ def message(error: psycopg.Error) -> tuple[str | None, str | None]:
     return error.sqlstate, error.diag.message_primary
 
 
-def fields(diagnostic: Diagnostic) -> dict[str, str | None]:
+def fields(diagnostic: Diagnostic) -> Fields:
     """All fields but CONTEXT."""
     return {name: getattr(diagnostic, name) for name in DIAGNOSTICS}
 
 
 @contextmanager
-def notices(conn: Connection) -> Iterator[list[Diagnostic]]:
-    """Collects the notices that come in."""
-    collected: list[Diagnostic] = []
-    conn.add_notice_handler(collected.append)
+def notices(conn: Connection) -> Iterator[list[Fields]]:
+    """Collects the fields of the notices that come in, CONTEXT too."""
+    collected: list[Fields] = []
+
+    def collect(diagnostic: Diagnostic) -> None:
+        collected.append({**fields(diagnostic), "context": diagnostic.context})
+
+    conn.add_notice_handler(collect)
     try:
         yield collected
     finally:
-        conn.remove_notice_handler(collected.append)
+        conn.remove_notice_handler(collect)
 
 
 def wait_until(look: Callable[[], T], timeout: float = TIMEOUT) -> T:

@@ -196,6 +196,30 @@ class Wire:
             raise EOFError
         self._buffer.feed(data)
 
+    def skim(self, pauses: Iterator[float]) -> dict[str, list[int]]:
+        """Reads up to ReadyForQuery and keeps nothing: the lengths of the messages, by type.
+
+        Sleeps as long as `pauses` says before each read of at most 4 kB, until there are no more;
+        then reads fast. Nothing may have been read ahead.
+        """
+        lengths: dict[str, list[int]] = {}
+        buffer = memoryview(bytearray(1024 * 1024))
+        while "Z" not in lengths:
+            header = b""
+            while len(header) < 5:
+                data = self.socket.recv(5 - len(header))
+                assert data, "the connection was closed"
+                header += data
+            kind, length = header[:1].decode(), int.from_bytes(header[1:]) - 4
+            lengths.setdefault(kind, []).append(length)
+            while length:
+                pause = next(pauses, 0.0)
+                time.sleep(pause)
+                size = self.socket.recv_into(buffer, min(length, 4096 if pause else len(buffer)))
+                assert size, "the connection was closed"
+                length -= size
+        return lengths
+
     def until_ready(self) -> list[tuple[str, bytes]]:
         """The messages up to ReadyForQuery, that one included."""
         messages = [self.message()]
