@@ -300,7 +300,7 @@ def _setting(
     default: str, read: Callable[[str], object], metavar: str, help: str, *, many: bool = False
 ) -> Any:
     """Declares a field of Config; the default is written as a user would, "" for none."""
-    value = read(default) if default else None
+    value = read(default) if default or read is str else None
     return dataclasses.field(
         default=(value,) if many else value,
         metadata={"read": read, "metavar": metavar, "help": help, "many": many, "default": default},

@@ -1,0 +1,411 @@
+"""Every way to log in, with TLS or without on each side, for the session and for its jobs.
+
+The rule: the server decides who gets in. So each way is tried with the right password and with a
+wrong one, and it is the server's own error that comes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import psycopg
+import pytest
+
+from protocol import messages as m
+from protocol.startup import StartupMessage
+from tests.certificates import Certificates
+from tests.conftest import StartProxy
+from tests.servers import PASSWORDS, Connection, Proxy, Server, psql
+from tests.test_tls import raw, rest, tls_options
+
+PASSWORD = PASSWORDS["pw_scram"]
+JOB = "SELECT * FROM pg_background_result(pg_background_launch('SELECT current_user::text')) AS (u text)"
+
+HBA = [
+    "local all postgres trust",
+    "host all postgres 127.0.0.1/32 trust",
+    *(
+        f"host all {role} 127.0.0.1/32 {method}"
+        for role, method in (
+            ("pw_plain", "password"),
+            ("pw_md5", "md5"),
+            ("pw_scram", "scram-sha-256"),
+        )
+    ),
+    "host all lookup 127.0.0.1/32 scram-sha-256",
+]
+TLS_HBA = [*HBA, "hostssl all alice 127.0.0.1/32 cert"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def roles(server: Server) -> Iterator[None]:
+    """Those of the tests may call the functions; ``lookup`` may read the secrets."""
+    yield from _with_roles(server, HBA)
+
+
+@pytest.fixture(scope="module")
+def tls_roles(tls_server: Server) -> Iterator[Server]:
+    for _ in _with_roles(tls_server, TLS_HBA):
+        yield tls_server
+
+
+def _with_roles(server: Server, hba: list[str]) -> Iterator[None]:
+    with server.connect() as conn:
+        conn.execute("SET password_encryption = 'scram-sha-256'")
+        conn.execute("CREATE ROLE pgbackground_role")
+        conn.execute("CREATE ROLE lookup LOGIN SUPERUSER PASSWORD 'lookup pass'")
+        for role in (*PASSWORDS, "alice"):
+            conn.execute(f"GRANT pgbackground_role TO {role}")
+    server.set_hba(hba)
+    yield
+    server.set_hba(None)
+    with server.connect() as conn:
+        conn.execute("DROP ROLE pgbackground_role, lookup")
+
+
+def secret_of(server: Server, role: str) -> str:
+    with server.connect() as conn:
+        row = conn.execute("SELECT rolpassword FROM pg_authid WHERE rolname = %s", [role])
+        secret: str = row.fetchall()[0][0]
+        return secret
+
+
+def auth_file(tmp_path: Path, **secrets: str) -> str:
+    path = tmp_path / "userlist.txt"
+    path.write_text("".join(f'"{role}" "{secret}"\n' for role, secret in secrets.items()))
+    return str(path)
+
+
+def upstream(server: Server, **params: str) -> str:
+    given = {"host": server.host, "port": str(server.port), **params}
+    return " ".join(f"{key}={value}" for key, value in given.items())
+
+
+def job_role(conn: Connection) -> str:
+    """The role that a job of this session runs as."""
+    role: str = conn.execute(JOB).fetchall()[0][0]
+    return role
+
+
+# SCRAM: TLS or not, on both sides
+
+
+def scram_proxy(
+    server: Server,
+    start_proxy: StartProxy,
+    certificates: Certificates,
+    *options: str,
+    client: str,
+    upstream_mode: str = "disable",
+) -> Proxy:
+    tls = tls_options(certificates, "allow") if client == "require" else []
+    return start_proxy(*tls, *options, upstream=upstream(server, sslmode=upstream_mode))
+
+
+@pytest.mark.parametrize("client", ["disable", "require"])
+def test_scram_passes_through_to_a_server_without_tls(
+    server: Server,
+    start_proxy: StartProxy,
+    certificates: Certificates,
+    tmp_path: Path,
+    client: str,
+) -> None:
+    file = auth_file(tmp_path, pw_scram=secret_of(server, "pw_scram"))
+    proxy = scram_proxy(server, start_proxy, certificates, "--auth-file", file, client=client)
+    _check_scram(proxy, client)
+
+
+@pytest.mark.parametrize("client", ["disable", "require"])
+def test_scram_to_a_server_with_tls(
+    tls_roles: Server,
+    start_proxy: StartProxy,
+    certificates: Certificates,
+    tmp_path: Path,
+    client: str,
+) -> None:
+    file = auth_file(tmp_path, pw_scram=secret_of(tls_roles, "pw_scram"))
+    proxy = scram_proxy(
+        tls_roles,
+        start_proxy,
+        certificates,
+        *("--auth-file", file, "--log-level", "debug"),
+        client=client,
+        upstream_mode="require",
+    )
+    _check_scram(proxy, client)
+    assert secret_of(tls_roles, "pw_scram") not in proxy.log
+    assert PASSWORD not in proxy.log
+
+
+def _check_scram(proxy: Proxy, sslmode: str) -> None:
+    login = {"user": "pw_scram", "password": PASSWORD, "sslmode": sslmode}
+    with proxy.connect(**login) as conn:
+        assert conn.pgconn.used_password
+        assert job_role(conn) == "pw_scram"
+    for wrong in ("wrong", PASSWORD + " "):
+        with pytest.raises(psycopg.OperationalError) as caught:
+            proxy.connect(**{**login, "password": wrong})
+        assert 'FATAL:  password authentication failed for user "pw_scram"' in str(caught.value)
+    # A binding is not offered; so a client that insists on it is told by its own library.
+    if sslmode == "require":
+        with pytest.raises(psycopg.OperationalError, match="channel binding"):
+            proxy.connect(**login, channel_binding="require")
+    assert psql(proxy.port, "-Atc", "SELECT current_user", **login).stdout == "pw_scram\n"
+
+
+async def test_a_client_that_cannot_bind_passes_through(
+    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates
+) -> None:
+    """TLS on both sides, nothing known of the role: asyncpg does not know of channel binding."""
+    proxy = scram_proxy(
+        tls_roles, start_proxy, certificates, client="require", upstream_mode="require"
+    )
+    conn = await asyncpg.connect(
+        host=proxy.host,
+        port=proxy.port,
+        user="pw_scram",
+        password=PASSWORD,
+        database="postgres",
+        ssl="require",
+        timeout=10,
+    )
+    assert await conn.fetchval("SELECT current_user") == "pw_scram"
+    await conn.close()
+    login = {"user": "pw_scram", "password": PASSWORD, "sslmode": "require"}
+    with proxy.connect(**login, channel_binding="disable") as direct:
+        assert direct.execute("SELECT 1").fetchone() == (1,)
+    with pytest.raises(psycopg.OperationalError, match="channel binding negotiation") as caught:
+        proxy.connect(**login)
+    assert "channel_binding=disable in the client" in str(caught.value)
+
+
+def test_scram_with_the_password_known(
+    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates, tmp_path: Path
+) -> None:
+    """TLS on both sides; the auth_file has the password itself. It lets in who knows it too."""
+    file = auth_file(tmp_path, pw_scram=PASSWORD)
+    proxy = scram_proxy(
+        tls_roles,
+        start_proxy,
+        certificates,
+        *("--auth-file", file),
+        client="require",
+        upstream_mode="require",
+    )
+    _check_scram(proxy, "require")
+
+
+def test_an_old_secret_lets_nobody_in(
+    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates, tmp_path: Path
+) -> None:
+    """The auth_file is right about the client, and the server no longer agrees."""
+    with tls_roles.connect() as conn:
+        conn.execute("SET password_encryption = 'scram-sha-256'")
+        conn.execute("CREATE ROLE moved LOGIN PASSWORD 'old'")
+        old = secret_of(tls_roles, "moved")
+        conn.execute("ALTER ROLE moved PASSWORD 'new'")
+    tls_roles.set_hba([*TLS_HBA, "host all moved 127.0.0.1/32 scram-sha-256"])
+    try:
+        proxy = scram_proxy(
+            tls_roles,
+            start_proxy,
+            certificates,
+            *("--auth-file", auth_file(tmp_path, moved=old)),
+            client="require",
+            upstream_mode="require",
+        )
+        for password in ("old", "new"):
+            with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+                proxy.connect(user="moved", password=password, sslmode="require")
+    finally:
+        tls_roles.set_hba(TLS_HBA)
+        with tls_roles.connect() as conn:
+            conn.execute("DROP ROLE moved")
+
+
+# auth_query
+
+
+@pytest.fixture
+def lookup_file(tmp_path: Path) -> str:
+    return auth_file(tmp_path, lookup="lookup pass")
+
+
+@pytest.mark.parametrize("role", ["pw_md5", "pw_scram"])
+def test_auth_query_finds_what_side_backends_log_in_with(
+    start_proxy: StartProxy, lookup_file: str, role: str
+) -> None:
+    proxy = start_proxy(
+        *("--auth-user", "lookup", "--auth-file", lookup_file, "--log-level", "debug")
+    )
+    with proxy.connect(user=role, password=PASSWORDS[role]) as conn:
+        assert job_role(conn) == role
+        # However the session's search_path is set: the query is run elsewhere, and is qualified.
+        conn.execute("SET search_path = pg_temp")
+        assert job_role(conn) == role
+    for secret in ("lookup pass", PASSWORDS[role], "SCRAM-SHA-256$"):
+        assert secret not in proxy.log
+
+
+def test_auth_query_makes_scram_by_tls_on_both_sides_work(
+    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates, lookup_file: str
+) -> None:
+    proxy = scram_proxy(
+        tls_roles,
+        start_proxy,
+        certificates,
+        *("--auth-user", "lookup", "--auth-file", lookup_file, "--auth-dbname", "template1"),
+        client="require",
+        upstream_mode="require",
+    )
+    _check_scram(proxy, "require")
+
+
+def test_auth_query_of_ones_own(server: Server, start_proxy: StartProxy, lookup_file: str) -> None:
+    secret = secret_of(server, "pw_md5")
+    query = f"SELECT $1::text, CASE $1 WHEN 'pw_md5' THEN '{secret}' END"
+    proxy = start_proxy(
+        *("--auth-user", "lookup", "--auth-file", lookup_file, "--auth-query", query)
+    )
+    with proxy.connect(user="pw_md5", password=PASSWORDS["pw_md5"]) as conn:
+        assert job_role(conn) == "pw_md5"
+    with (
+        proxy.connect(user="pw_scram", password=PASSWORD) as conn,
+        pytest.raises(psycopg.Error, match='no password for role "pw_scram"') as caught,
+    ):
+        job_role(conn)
+    assert "auth_query: nothing for this role" in str(caught.value.diag.message_detail)
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ("SELECT nonsense", 'column "nonsense" does not exist'),
+        ("SELECT $1::text", "it must return two columns"),
+        ("SELECT $1::text, 'SCRAM-SHA-256$1'", "malformed SCRAM-SHA-256 secret"),
+    ],
+)
+def test_an_auth_query_that_fails_is_logged(
+    start_proxy: StartProxy, lookup_file: str, query: str, reason: str
+) -> None:
+    proxy = start_proxy(
+        *("--auth-user", "lookup", "--auth-file", lookup_file, "--auth-query", query)
+    )
+    with (
+        proxy.connect(user="pw_md5", password=PASSWORDS["pw_md5"]) as conn,
+        pytest.raises(psycopg.Error, match="no password for role"),
+    ):
+        job_role(conn)
+    proxy.wait_for_log(f'auth_query for role "pw_md5" failed: .*{re.escape(reason)}')
+
+
+def test_an_auth_user_that_is_not_let_in_is_logged(start_proxy: StartProxy, tmp_path: Path) -> None:
+    file = auth_file(tmp_path, lookup="wrong")
+    proxy = start_proxy("--auth-user", "lookup", "--auth-file", file)
+    with (
+        proxy.connect(user="pw_md5", password=PASSWORDS["pw_md5"]) as conn,
+        pytest.raises(psycopg.Error, match="no password for role"),
+    ):
+        job_role(conn)
+    proxy.wait_for_log('failed: password authentication failed for user "lookup"')
+
+
+# auth_type = plain
+
+
+@pytest.mark.parametrize("role", sorted(PASSWORDS))
+def test_the_proxy_asks_for_the_password(start_proxy: StartProxy, role: str) -> None:
+    proxy = start_proxy("--auth-type", "plain", "--log-level", "debug")
+    login = {"user": role, "password": PASSWORDS[role]}
+    with proxy.connect(**login) as conn:
+        assert conn.execute("SELECT current_user").fetchone() == (role,)
+        assert job_role(conn) == role
+    with pytest.raises(psycopg.OperationalError) as caught:
+        proxy.connect(user=role, password="wrong pass")
+    assert f'FATAL:  password authentication failed for user "{role}"' in str(caught.value)
+    assert PASSWORDS[role] not in proxy.log
+    assert "wrong pass" not in proxy.log
+
+
+def test_the_proxy_asks_only_if_the_server_does(start_proxy: StartProxy) -> None:
+    proxy = start_proxy("--auth-type", "plain")
+    with proxy.connect() as conn:
+        assert not conn.pgconn.used_password
+    with pytest.raises(psycopg.OperationalError, match="no pg_hba.conf entry"):
+        proxy.connect(user="nobody_at_all")
+
+
+def test_the_proxy_asks_over_tls_and_logs_in_over_tls(
+    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates
+) -> None:
+    proxy = scram_proxy(
+        tls_roles,
+        start_proxy,
+        certificates,
+        *("--auth-type", "plain"),
+        client="require",
+        upstream_mode="require",
+    )
+    _check_scram(proxy, "require")
+
+
+def test_a_client_that_does_not_answer_is_ended_by_the_server(
+    server: Server, start_proxy: StartProxy
+) -> None:
+    """The server's patience counts, also while the proxy asks."""
+    with server.connect() as conn:
+        conn.execute("ALTER SYSTEM SET authentication_timeout = '1s'")
+    server.cluster.reload()
+    try:
+        proxy = start_proxy("--auth-type", "plain")
+        done = psql(proxy.port, "-c", "SELECT 1", user="pw_scram", passfile="/dev/null")
+        assert "no password supplied" in done.stderr
+
+        startup = StartupMessage({b"user": b"pw_scram", b"database": b"postgres"})
+        with raw(proxy, startup.serialize()) as connection:
+            # PostgreSQL tells this its log alone.
+            assert rest(connection) == m.AuthenticationCleartextPassword().serialize()
+    finally:
+        with server.connect() as conn:
+            conn.execute("ALTER SYSTEM RESET authentication_timeout")
+        server.cluster.reload()
+
+
+# Certificates
+
+
+def test_a_login_by_the_proxys_certificate(
+    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates
+) -> None:
+    """cert: the server sees the proxy's, which is one role's; its jobs have it too."""
+    given = {"sslcert": str(certificates.alice.cert), "sslkey": str(certificates.alice.key)}
+    proxy = start_proxy(upstream=upstream(tls_roles, sslmode="require", **given))
+    with proxy.connect(user="alice") as conn:
+        assert job_role(conn) == "alice"
+    without = start_proxy(upstream=upstream(tls_roles, sslmode="require"))
+    with pytest.raises(psycopg.OperationalError, match="requires a valid client certificate"):
+        without.connect(user="alice")
+
+
+# What comes before and beside the login
+
+
+def test_what_is_sent_ahead_of_the_login_is_served_after_it(proxy: Proxy) -> None:
+
+    startup = StartupMessage({b"user": b"postgres", b"database": b"postgres"})
+    query = m.Query(b"SELECT 'ahead'").serialize()
+    with raw(proxy, startup.serialize(), query, m.Terminate().serialize()) as connection:
+        received = rest(connection)
+    assert b"ahead" in received
+
+
+def test_something_else_than_a_password_is_refused(proxy: Proxy) -> None:
+
+    startup = StartupMessage({b"user": b"pw_scram", b"database": b"postgres"})
+    with raw(proxy, startup.serialize(), m.Query(b"SELECT 1").serialize()) as connection:
+        assert b"expected password response, got message type 81" in rest(connection)
+    with raw(proxy, startup.serialize(), b"p\x7f\xff\xff\xff" + b"x" * 100_000) as connection:
+        assert b"invalid message length" in rest(connection)
