@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -49,7 +50,6 @@ from proxy.asked import (
     COPY_FAIL,
     DESCRIBE,
     EXECUTE,
-    FUNCTION_CALL,
     PARSE,
     QUERY,
     SYNC,
@@ -87,7 +87,10 @@ _ASYNCHRONOUS: Final = b"NSA"
 _EXECUTED: Final = b"CIs"
 _DESCRIBED: Final = b"Tn"
 
+_CONSTANT: Final = re.compile(rb"'[^']*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
+
 Take = Callable[[int, bytes], Awaitable[None]]
+Undo = Callable[[bool], object]
 
 
 @dataclass(slots=True)
@@ -118,14 +121,15 @@ class _Reply:
     """What is done with the server's answer to one message.
 
     `ends`: the types of message that end it. `plan` and `offset`: of the statement that an error
-    is about, and where it begins in the client's text, in characters. `undo`: for an error.
+    is about, and where it begins in the client's text, in characters. `undo`: for an error; it is
+    told whether the server has read the message at all.
     """
 
     ends: bytes
     take: Take
     plan: Plan | None = None
     offset: int = 0
-    undo: Callable[[], object] | None = None
+    undo: Undo | None = None
 
 
 class _BatchFailedError(Exception):
@@ -167,8 +171,10 @@ class Interception:
         self._synced = False
         # Something was executed in this batch, which an error would have to undo.
         self._executed = EXECUTE in self._relay.batch
-        # A Sync that came while COPY data was being read has no ReadyForQuery.
+        # The server has begun to read COPY data: the Sync sent before that has no ReadyForQuery.
         self._copied = False
+        # Its next message, if it was waited for while the client's came.
+        self._early: asyncio.Task[tuple[int, bytes]] | None = None
         # Statements of ours that an error has kept us from closing.
         self._unclosed: set[bytes] = set()
         # What a wait is told from outside, and a word that came between two waits.
@@ -231,8 +237,10 @@ class Interception:
         try:
             match chr(kind):
                 case "Q":
-                    self._session.settings_mentioned(body.lower())
                     await self._settle()
+                    if not self._session.has_call(QUERY, body):
+                        return self._end_at(kind, body)
+                    self._session.settings_mentioned(body.lower())
                     await self._query(body)
                 case "P":
                     self._session.settings_mentioned(body.lower())
@@ -251,27 +259,35 @@ class Interception:
                 case "H":
                     await self._settle()
                 case "S":
+                    self._copied = False
                     await self._settle()
-                    if self._copied:
-                        self._copied = False
-                        return False
                 case "F":
                     await self._settle()
-                    self._server.write(frame(kind, body))
-                    self._synced = True
+                    return self._end_at(kind, body)
                 case "X":
                     self._server.write(b"".join(self._out) + frame(kind, body))
                     await self._from_server.next()  # raises: the server closes the connection
+                case _ if self._replies:
+                    # COPY data, perhaps for what has not been executed yet.
+                    self._ahead.appendleft((kind, body))
+                    await self._settle()
                 case _:
                     pass  # COPY data after its end: the server ignores it too
         except _BatchFailedError:
             pass
         except SQLError as error:
             await self._fail(error)
-        if kind in (SYNC, QUERY, FUNCTION_CALL) or self._synced:
+        if kind == SYNC and self._copied:
+            return False
+        if kind in (SYNC, QUERY) or self._synced:
             await self._ready()
             return True
         return False
+
+    def _end_at(self, kind: int, body: bytes) -> bool:
+        """Leave this message to the relay, and what comes after it."""
+        self._ahead.appendleft((kind, body))
+        return True
 
     async def _client_message(self) -> tuple[int, bytes]:
         """The client's next message. Whoever waits for it must not keep the server waiting."""
@@ -301,10 +317,10 @@ class Interception:
         self._ahead.popleft()
         return True
 
-    def _is_alone(self) -> bool:
+    def _is_alone(self, plan: Plan) -> bool:
         """Whether there is nothing that an error of ours would have to undo, so that Sync may go
         along with a call: then the server's transaction, and its snapshot, do not wait with us."""
-        return not self._executed and self._relay.status == IDLE
+        return not self._executed and self._relay.status == IDLE and _is_harmless(plan)
 
     # Talking to the server
 
@@ -316,7 +332,7 @@ class Interception:
         *,
         plan: Plan | None = None,
         offset: int = 0,
-        undo: Callable[[], object] | None = None,
+        undo: Undo | None = None,
     ) -> None:
         """Queue a message for the server, and what is to be done with the answer."""
         self._out.append(message)
@@ -341,6 +357,12 @@ class Interception:
 
     async def _server_message(self) -> tuple[int, bytes]:
         """The server's next message that belongs to an answer; others are passed on."""
+        if self._early is not None:
+            early, self._early = self._early, None
+            return await early
+        return await self._server_message_now()
+
+    async def _server_message_now(self) -> tuple[int, bytes]:
         while True:
             kind, body = await self._from_server.next()
             if kind not in _ASYNCHRONOUS:
@@ -372,11 +394,15 @@ class Interception:
             error = error.with_fields(P=b"%d" % (position + reply.offset))
         self._client.write(error.serialize())
         self._failed = True
-        for waiting in self._replies:
-            if waiting.undo is not None:
-                waiting.undo()
-        self._replies.clear()
+        self._forget_replies()
         raise _BatchFailedError
+
+    def _forget_replies(self) -> None:
+        """The server has failed with the first message that is not answered, and skips the rest."""
+        while self._replies:
+            reply = self._replies.pop()
+            if reply.undo is not None:
+                reply.undo(not self._replies)
 
     async def _fail(self, error: SQLError) -> None:
         """An error of ours: the server's transaction must fail too, then the client is told.
@@ -385,14 +411,10 @@ class Interception:
         """
         if self._in_row:
             raise ConnectionError(f"in the middle of a row: {error}")
-        out, self._out = self._out, []
-        if out:  # never sent: forget their answers too
-            for _ in out:
-                self._replies.pop()
         while self._replies:
             kind, _ = await self._server_message()
             if kind == ERROR:
-                self._replies.clear()
+                self._forget_replies()
                 self._failed = True
             elif kind in self._replies[0].ends:
                 self._replies.popleft()
@@ -426,9 +448,8 @@ class Interception:
             kind, body = await self._server_message()
             if kind == READY:
                 return body
-            # The answer to Close is of our own; an error is of the COMMIT at Sync, others are of
-            # a FunctionCall.
-            if kind not in b"3" and (kind == ERROR or not self._failed):
+            # The answer to Close is of our own; an error is of the COMMIT at Sync.
+            if kind == ERROR:
                 self._client.write(frame(kind, body))
 
     async def _pass(self, kind: int, body: bytes) -> None:
@@ -448,25 +469,44 @@ class Interception:
         await self._pass(kind, body)
         if kind != COPY_IN:
             return
+        self._copied = True
+        self._early = asyncio.ensure_future(self._server_message_now())
         while kind not in (COPY_DONE, COPY_FAIL):
-            kind, body = await self._client_message()
+            message = await self._unless_server_speaks(self._early)
+            if message is None:
+                return
+            kind, body = message
             if kind in (COPY_DATA, COPY_DONE, COPY_FAIL):
                 self._server.write(frame(kind, body))
                 if self._server.full is not None:
                     await asyncio.wait([self._server.full])
         self._server.write(_FLUSH)
-        self._copied = True
+
+    async def _unless_server_speaks(
+        self, early: asyncio.Task[tuple[int, bytes]]
+    ) -> tuple[int, bytes] | None:
+        """The client's next message; None if the server's comes first: its COPY has failed."""
+        waiting = asyncio.ensure_future(self._client_message())
+        try:
+            await asyncio.wait((waiting, early), return_when=asyncio.FIRST_COMPLETED)
+            return waiting.result() if waiting.done() else None
+        finally:
+            waiting.cancel()
 
     # A Query
 
     async def _query(self, body: bytes) -> None:
         sql = body.rstrip(b"\0")
         self._relay.statements.pop(b"", None)
+        self._relay.forget_portal(b"")
         parts = self._session.split(sql)
         for number, (start, text) in enumerate(parts):
             offset = len(sql[:start].decode(self._session.codec, "replace"))
             await self._statement(text, offset, is_last=number == len(parts) - 1)
-        self._copied = False
+        if b"" in self._unclosed:
+            self._close_unnamed()
+            self._synced = True
+            await self._settle(_SYNC)
 
     async def _statement(self, text: bytes, offset: int, *, is_last: bool) -> None:
         """One statement of a Query, through the extended protocol, so that it can be stopped
@@ -483,8 +523,8 @@ class Interception:
         describe = Describe(b"P", b"").serialize()
         if statement is None:
             self._send(describe, _DESCRIBED, self._pass_rows_only, offset=offset)
+            # Nothing may follow before its answer: it could be COPY FROM STDIN.
             self._send_execute(b"", 0, self._pass_execution, offset=offset)
-            self._close_unnamed()
             await self._settle()
             return
         portal = Portal(statement, ())
@@ -492,15 +532,16 @@ class Interception:
         if isinstance(plan, ScalarPlan):
             await self._call(b"", portal, 0, offset=offset, is_query=True, may_sync=is_last)
         else:
-            sync = is_last and self._is_alone()
+            sync = is_last and self._is_alone(statement.plan)
             await self._fetch(b"", portal, 0, offset=offset, is_query=True, sync=sync)
 
     def _close_unnamed(self) -> None:
-        """A Query leaves no unnamed statement behind."""
+        """A Query leaves no unnamed statement or portal behind."""
 
         async def closed(kind: int, body: bytes) -> None:
             self._unclosed.discard(b"")
 
+        self._send(Close(b"P", b"").serialize(), b"3", self._drop)
         self._send(Close(b"S", b"").serialize(), b"3", closed)
 
     # The extended protocol
@@ -510,18 +551,17 @@ class Interception:
         plan = self._session.analyze(message.query)
         statements = self._relay.statements
         old = statements.get(message.statement)
-        if plan is None:
-            if not message.statement:
-                statements.pop(b"", None)
-            self._send(frame(PARSE, body), b"1", self._pass)
-            return
 
-        def undo() -> None:
-            if old is None or not message.statement:
-                statements.pop(message.statement, None)
-            else:
+        def undo(was_read: bool) -> None:
+            statements.pop(message.statement, None)
+            # The unnamed statement goes with the attempt.
+            if old is not None and (message.statement or not was_read):
                 statements[message.statement] = old
 
+        if plan is None:
+            statements.pop(message.statement, None)
+            self._send(frame(PARSE, body), b"1", self._pass, undo=undo)
+            return
         prepared = PreparedCall(plan)
         statements[message.statement] = prepared
         self._send(
@@ -581,7 +621,7 @@ class Interception:
             b"2",
             self._pass,
             plan=statement.plan,
-            undo=lambda: portals.pop(message.portal, None),
+            undo=lambda _: portals.pop(message.portal, None),
         )
 
     async def _describe(self, body: bytes) -> None:
@@ -600,6 +640,7 @@ class Interception:
         )
         if not _shape_unknown(statement.plan):
             return
+        await self._settle()
         if portal is None:
             raise SQLError(
                 FEATURE_NOT_SUPPORTED,
@@ -607,8 +648,7 @@ class Interception:
                 hint="Give a column definition list:"
                 " SELECT * FROM pg_background_result(...) AS (column type, ...).",
             )
-        await self._settle()
-        if self._is_alone() and self._next_are(EXECUTE, SYNC):
+        if self._is_alone(portal.statement.plan) and self._next_are(EXECUTE, SYNC):
             execute = Execute.parse(self._ahead[0][1])
             if execute.portal == message.name:
                 self._ahead.clear()
@@ -619,11 +659,16 @@ class Interception:
 
     async def _close(self, body: bytes) -> None:
         message = Close.parse(body)
-        if message.kind == b"S":
-            self._relay.statements.pop(message.name, None)
-        else:
+        statements = self._relay.statements
+        old = statements.pop(message.name, None) if message.kind == b"S" else None
+        if message.kind == b"P":
             self._relay.forget_portal(message.name)
-        self._send(frame(CLOSE, body), b"3", self._pass)
+
+        def undo(was_read: bool) -> None:
+            if old is not None:
+                statements[message.name] = old
+
+        self._send(frame(CLOSE, body), b"3", self._pass, undo=undo)
 
     async def _execute(self, body: bytes) -> None:
         message = Execute.parse(body)
@@ -633,7 +678,8 @@ class Interception:
         elif isinstance(portal.statement.plan, ScalarPlan):
             await self._call(message.portal, portal, message.max_rows)
         else:
-            sync = portal.fetch is None and self._is_alone() and self._next_is_sync()
+            alone = portal.fetch is None and self._is_alone(portal.statement.plan)
+            sync = alone and self._next_is_sync()
             await self._fetch(message.portal, portal, message.max_rows, sync=sync)
 
     def _send_execute(
@@ -670,7 +716,7 @@ class Interception:
                 await self._call_row(portal, kind, body)
 
         self._ask_context(plan)
-        alone = may_sync and not on_primary and self._is_alone()
+        alone = may_sync and not on_primary and self._is_alone(plan)
         self._send_execute(name, max_rows, take, plan=plan, offset=offset)
         if is_query:
             self._close_unnamed()
@@ -775,6 +821,9 @@ class Interception:
 
             plan = portal.statement.plan
             self._send_execute(name, 0, take, plan=plan, offset=offset)
+        else:
+            # It may have gone with a savepoint; the server knows.
+            self._send(Describe(b"P", name).serialize(), _DESCRIBED, self._drop)
         if is_query:
             self._close_unnamed()
         self._synced = sync
@@ -936,6 +985,27 @@ class Interception:
         self._send(Execute(OWN_NAME, 0).serialize(), _EXECUTED, take)
         self._send(Close(b"P", OWN_NAME).serialize(), b"3", self._drop)
         self._send(Close(b"S", OWN_NAME).serialize(), b"3", self._drop)
+
+
+def _is_harmless(plan: Plan) -> bool:
+    """Whether the stand-in can have no effect: it holds but the calls, constants and parameters.
+
+    For what is not certain at a glance the answer is no, which costs a round trip.
+    """
+    text = plan.rewrite.original
+    if any(mark in text for mark in (b"\\", b"--", b"/*", b'"')):
+        return False
+    code = _CONSTANT.sub(b"", text).lower()
+    if isinstance(plan, ScalarPlan):
+        made = sum(map(_call_count, (column.call for column in plan.columns)))
+        return b"from" not in code and code.count(b"(") == made
+    before, _, _ = code.partition(b")")
+    return before.count(b"(") == _call_count(plan.call) and code.count(b"from") <= 1
+
+
+def _call_count(call: Call) -> int:
+    inner = (argument.value for argument in call.arguments)
+    return 1 + sum(_call_count(value) for value in inner if isinstance(value, Call))
 
 
 def _shape_unknown(plan: Plan) -> bool:

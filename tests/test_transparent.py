@@ -5,6 +5,8 @@ Then a job is launched and fetched on the proxied connection: a relay that has m
 an answer that never comes, or takes one for another.
 """
 
+# ruff: noqa: E501 (the tables of scripts are read in rows)
+
 from __future__ import annotations
 
 import contextlib
@@ -316,7 +318,11 @@ def test_a_call_in_the_same_flight_comes_after_them(proxy: Proxy, name: str) -> 
 
 
 def test_the_login_is_the_same(server: Server, proxy: Proxy) -> None:
-    parameters = {"application_name": "x", "options": "-c search_path=a,b", "DateStyle": "German"}
+    parameters: dict[str, Any] = {
+        "application_name": "x",
+        "options": "-c search_path=a,b",
+        "DateStyle": "German",
+    }
     with Frontend(server, **parameters) as direct, Frontend(proxy, **parameters) as proxied:
         assert_same(masked(direct.login, 0), masked(proxied.login, 0))
 
