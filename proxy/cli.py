@@ -47,7 +47,11 @@ Flags win over the file, the file over PGHOST, PGPORT and PGPASSFILE.
 Clients log in to the server through the proxy, with their own role and password. A side backend,
 the connection on which a job runs, logs in as the same role: without a password where the server
 trusts it, with the client's password if the server asked for it in clear text, else with what
---passfile or --auth-file has for the role.
+--passfile or --auth-file has for the role, or what --auth-query finds. With --auth-type plain the
+proxy asks for the password and logs in both with it: all that a managed server needs.
+
+TLS: --client-tls-sslmode and its files towards clients; sslmode, sslrootcert, sslcert, sslkey in
+--upstream towards the server.
 
 SIGTERM or SIGINT: no new clients; running sessions and jobs have --shutdown-timeout to end. A
 second signal ends them at once. Exit codes: 0 clean stop, 1 failure at run time, 2 wrong option or

@@ -101,6 +101,7 @@ class Session:
         self.route = Route(server.config.upstream.hosts[0])
         self._startup: StartupMessage | None = None
         self._is_cancel_request = False
+        self._is_replication = False
         self._tls_asked = False
         self._gss_asked = False
         self._observer = LoginObserver()
@@ -259,8 +260,9 @@ class Session:
     async def _connect(self, startup: StartupMessage, raw: bytes) -> None:
         """Connect, have the client log in, and leave the rest to the relay."""
         self._startup = startup
-        is_replication = startup.parameters.get(b"replication", b"false").lower() not in _FALSE
-        if not is_replication:
+        replication = startup.parameters.get(b"replication", b"false").lower()
+        self._is_replication = replication not in _FALSE
+        if not self._is_replication:
             raw = self._with_own_settings(startup).serialize()
         from_client, from_server = await self._log_in(startup.parameters, raw)
         assert self.primary is not None
@@ -268,7 +270,7 @@ class Session:
         self._login = self._task = None
         self.relay = Relay(self.client, self.primary, self)
         self.primary.receive = self.relay.from_server
-        self.client.receive = self.primary.write if is_replication else self.relay.from_client
+        self.client.receive = self.primary.write if self._is_replication else self.relay.from_client
         if from_server:
             self.primary.receive(from_server)
         if from_client:
@@ -378,7 +380,7 @@ class Session:
             del self.custom_settings[next(iter(self.custom_settings))]
 
     def complaint(self, error: bytes) -> bytes | None:
-        return unserved(error)
+        return None if self._is_replication else unserved(error)
 
     def take_over(self, data: bytes) -> None:
         self.interception = Interception(self, data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import psycopg
@@ -22,7 +23,10 @@ from tests.servers import PASSWORDS, Connection, Proxy, Server, psql
 from tests.test_tls import raw, rest, tls_options
 
 PASSWORD = PASSWORDS["pw_scram"]
-JOB = "SELECT * FROM pg_background_result(pg_background_launch('SELECT current_user::text')) AS (u text)"
+JOB = (
+    "SELECT * FROM pg_background_result("
+    "pg_background_launch('SELECT current_user::text')) AS (u text)"
+)
 
 HBA = [
     "local all postgres trust",
@@ -141,7 +145,7 @@ def test_scram_to_a_server_with_tls(
 
 
 def _check_scram(proxy: Proxy, sslmode: str) -> None:
-    login = {"user": "pw_scram", "password": PASSWORD, "sslmode": sslmode}
+    login: dict[str, Any] = {"user": "pw_scram", "password": PASSWORD, "sslmode": sslmode}
     with proxy.connect(**login) as conn:
         assert conn.pgconn.used_password
         assert job_role(conn) == "pw_scram"
@@ -174,7 +178,7 @@ async def test_a_client_that_cannot_bind_passes_through(
     )
     assert await conn.fetchval("SELECT current_user") == "pw_scram"
     await conn.close()
-    login = {"user": "pw_scram", "password": PASSWORD, "sslmode": "require"}
+    login: dict[str, Any] = {"user": "pw_scram", "password": PASSWORD, "sslmode": "require"}
     with proxy.connect(**login, channel_binding="disable") as direct:
         assert direct.execute("SELECT 1").fetchone() == (1,)
     with pytest.raises(psycopg.OperationalError, match="channel binding negotiation") as caught:
@@ -319,7 +323,7 @@ def test_an_auth_user_that_is_not_let_in_is_logged(start_proxy: StartProxy, tmp_
 @pytest.mark.parametrize("role", sorted(PASSWORDS))
 def test_the_proxy_asks_for_the_password(start_proxy: StartProxy, role: str) -> None:
     proxy = start_proxy("--auth-type", "plain", "--log-level", "debug")
-    login = {"user": role, "password": PASSWORDS[role]}
+    login: dict[str, Any] = {"user": role, "password": PASSWORDS[role]}
     with proxy.connect(**login) as conn:
         assert conn.execute("SELECT current_user").fetchone() == (role,)
         assert job_role(conn) == role

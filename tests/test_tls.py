@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import psycopg
@@ -98,7 +99,7 @@ def is_tls(conn: psycopg.Connection[tuple[object, ...]]) -> bool:
     ids=str,
 )
 def test_psycopg_by_tls(
-    tls_proxy: Proxy, certificates: Certificates, params: dict[str, str]
+    tls_proxy: Proxy, certificates: Certificates, params: dict[str, Any]
 ) -> None:
     with tls_proxy.connect(sslrootcert=str(certificates.ca), **params) as conn:
         assert is_tls(conn)
@@ -218,10 +219,13 @@ def test_a_client_certificate_is_demanded(
     start_proxy: StartProxy, certificates: Certificates
 ) -> None:
     proxy = start_proxy(*tls_options(certificates, "verify-full"))
-    alice = {"sslcert": certificates.alice.cert, "sslkey": certificates.alice.key}
+    alice: dict[str, Any] = {"sslcert": certificates.alice.cert, "sslkey": certificates.alice.key}
     with proxy.connect(sslmode="require", **alice) as conn:
         assert conn.execute("SELECT 1").fetchone() == (1,)
-    stranger = {"sslcert": certificates.stranger.cert, "sslkey": certificates.stranger.key}
+    stranger: dict[str, Any] = {
+        "sslcert": certificates.stranger.cert,
+        "sslkey": certificates.stranger.key,
+    }
     for wrong in ({"sslcertmode": "disable"}, stranger):
         with pytest.raises(psycopg.OperationalError):
             proxy.connect(sslmode="require", **wrong)
