@@ -162,6 +162,10 @@ class Login:
         """It will send no more."""
         self._from_server.end()
 
+    def client_ended(self) -> None:
+        """It will send no more; what it has sent may be enough."""
+        self._from_client.end()
+
     def take_rest(self) -> bytes:
         """What the client has sent and the login has not taken."""
         return self._from_client.take_rest()
@@ -189,6 +193,8 @@ class Login:
                 raise ConnectionError("the server closed the connection")
             if self._asked and (message := self._from_client.next()) is not None:
                 await self._client_message(_answer(*message))
+            elif self._asked and self._from_client.ended:
+                raise ConnectionError("the client closed the connection")
             else:
                 await self._news.wait()
         except _ServerSpokeError:
@@ -278,6 +284,8 @@ class Login:
         while (message := self._from_client.next()) is None:
             if self._from_server:
                 raise _ServerSpokeError
+            if self._from_client.ended:
+                raise ConnectionError("the client closed the connection")
             self._news.clear()
             await self._news.wait()
         body = _answer(*message)

@@ -102,6 +102,7 @@ class Session:
         self._startup: StartupMessage | None = None
         self._is_cancel_request = False
         self._is_replication = False
+        self._client_ended = False
         self._tls_asked = False
         self._gss_asked = False
         self._observer = LoginObserver()
@@ -275,6 +276,8 @@ class Session:
             self.primary.receive(from_server)
         if from_client:
             self.client.receive(from_client)
+        if self._client_ended:
+            self._ended(self.client)
 
     async def _log_in(self, parameters: dict[bytes, bytes], startup: bytes) -> tuple[bytes, bytes]:
         """Connect to a server that lets the client in; what the two have sent after that.
@@ -301,6 +304,8 @@ class Session:
             self.primary.write(startup)
             self._login = self._new_login(self.primary, parameters)
             self.client.receive(received)
+            if self._client_ended:
+                self._login.client_ended()
             try:
                 return await self._login.run()
             except RefusedError as error:
@@ -505,13 +510,17 @@ class Session:
             self._primary_lost()
         elif connection is not self.client:
             pass  # a server that we have turned away from
-        elif self.primary is None or self._login is not None:
+        elif self._startup is None:
             self.close()
+        elif self.primary is None or self._login is not None:
+            self._client_ended = True
+            if self._login is not None:
+                self._login.client_ended()
         elif self.interception is not None:
             self.interception.end_client()
         elif self.primary.can_write_eof:
             self.primary.write_eof()
-        elif self.relay.between_messages:
+        elif self.relay.between_messages and not self._is_replication:
             self.primary.write(Terminate().serialize())
         else:
             self.close()

@@ -7,6 +7,7 @@ wrong one, and it is the server's own error that comes.
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -404,6 +405,16 @@ def test_what_is_sent_ahead_of_the_login_is_served_after_it(proxy: Proxy) -> Non
     with raw(proxy, startup.serialize(), query, m.Terminate().serialize()) as connection:
         received = rest(connection)
     assert b"ahead" in received
+
+
+@pytest.mark.parametrize("role", ["postgres", "pw_scram"])
+def test_a_client_that_sends_no_more_gets_its_answers(proxy: Proxy, role: str) -> None:
+    """As far as it can come without an answer of its own."""
+    startup = StartupMessage({b"user": role.encode(), b"database": b"postgres"})
+    query = m.Query(b"SELECT 'ahead'").serialize()
+    with raw(proxy, startup.serialize(), query if role == "postgres" else b"") as connection:
+        connection.shutdown(socket.SHUT_WR)
+        assert (b"ahead" in rest(connection)) == (role == "postgres")
 
 
 def test_something_else_than_a_password_is_refused(proxy: Proxy) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from protocol.messages import Query
+from protocol.startup import StartupMessage
 from proxy.config import Host, load
 from proxy.credentials import CredentialStore
 from proxy.embedded import free_port
@@ -26,7 +28,7 @@ from proxy.upstream import Dialer, HostState
 from tests.certificates import Certificates
 from tests.conftest import StartProxy
 from tests.servers import REPOSITORY, Proxy, Server, clean_environment, psql
-from tests.test_tls import tls_options
+from tests.test_tls import raw, rest, tls_options
 from tests.wire import until
 
 JOB = "SELECT * FROM pg_background_result(pg_background_launch('SELECT 42')) AS (n int)"
@@ -165,6 +167,19 @@ def test_cancel_requests_go_by_tls(front: Proxy, start_proxy: StartProxy) -> Non
     proxy = start_proxy(upstream=f"host={front.host} port={front.port} sslmode=require")
     with proxy.connect() as conn:
         _cancel_works(conn)
+
+
+def test_a_client_that_sends_no_more_gets_its_answers(
+    front: Proxy, start_proxy: StartProxy
+) -> None:
+    """TLS cannot be half closed: the server is told in the words of the protocol."""
+    proxy = start_proxy(upstream=f"host={front.host} port={front.port} sslmode=require")
+    startup = StartupMessage({b"user": b"postgres", b"database": b"postgres"})
+    query = Query(b"SELECT 'answer' FROM pg_sleep(0.2)").serialize()
+    for cut in (len(query), len(query) - 3):
+        with raw(proxy, startup.serialize(), query[:cut]) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            assert (b"answer" in rest(connection)) == (cut == len(query))
 
 
 class Impostor:
