@@ -1,0 +1,56 @@
+"""Connections per second: pgbench -C, a new connection for each SELECT 1, by 4 clients at a time.
+
+With trust, where all the cost is the connection, and with SCRAM, where both ends compute. PgBouncer
+keeps the server's connections in a pool and so has no backend to start: this is what it is for,
+and what a proxy whose every session is a server's session cannot do.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from bench import pgbench
+from bench.harness import Bench, Turn
+from bench.results import CONNECTIONS, Outcome
+from bench.targets import SCRAM_PASSWORD, SCRAM_ROLE, Target
+
+CLIENTS: Final = 4
+
+
+def run(bench: Bench) -> None:
+    """Each way to log in that the server can be told to ask for."""
+    logins = {"trust": ("", "")}
+    if bench.targets.own_server:
+        logins["SCRAM"] = (SCRAM_ROLE, SCRAM_PASSWORD)
+    else:
+        bench.skip("on a running server: only what it asks for")
+        logins = {"as the server asks": ("", "")}
+    for name, (user, password) in logins.items():
+        bench.alternate(
+            [
+                Turn((f"connect, {name}",), target.name, partial(load, bench, target))
+                for target in (
+                    replace(t, user=user, password=password) if user else t
+                    for t in bench.targets.all()
+                )
+            ]
+        )
+
+
+def load(bench: Bench, target: Target) -> Outcome:
+    """One run of pgbench against one target."""
+    with tempfile.NamedTemporaryFile("w", prefix="pgbg-bench-", suffix=".sql") as script:
+        script.write("SELECT 1;\n")
+        script.flush()
+        done = pgbench.run(
+            bench.targets.pgbench,
+            target,
+            *("-C", "-f", str(Path(script.name))),
+            clients=CLIENTS,
+            seconds=bench.effort.pgbench_seconds,
+        )
+    return {CONNECTIONS: done.tps}

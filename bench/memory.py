@@ -1,0 +1,129 @@
+"""Memory of the process in between, for each connection of a client.
+
+Resident memory, which leaves out the kernel's socket buffers. Each figure is from a process of its
+own, as memory that was used once is seldom given back: before and after the connections came (idle:
+each has run ``SELECT 1``), or before and at the most while pgbench was at it (busy). A few
+connections may fit into what the process has already: the large number tells. Behind that are no
+real backends, but a `playback`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Final, TypeAlias
+
+from bench import pgbench
+from bench.client import BenchError
+from bench.harness import Bench, Turn
+from bench.playback import QUERY, Playback
+from bench.results import MEMORY, PGBOUNCER, PROXY, Outcome
+from bench.targets import Target, Usage, pgbouncer, proxy
+
+SPARE_FILES: Final = 200
+SETTLE: Final = 0.5
+WARM_UP: Final = 5
+
+Figure: TypeAlias = Callable[[Target], float]
+"""Bytes for each connection through a target."""
+
+
+def run(bench: Bench) -> None:
+    """Some connections idle and busy, then very many that are idle."""
+    bench.make_tables()
+    few = bench.effort.memory_clients
+    server = bench.targets.direct
+    _measure(bench, f"{few} connections, idle", partial(_idle, few), server)
+    _measure(bench, f"{few} connections, busy", partial(_busy, bench, few), server)
+    if not bench.targets.own_server:
+        bench.skip("on a running server: no more connections than these")
+        return
+    many = min(bench.effort.idle_connections, _room())
+    if many < bench.effort.idle_connections:
+        bench.skip(f"no more open files than for {many} connections")
+    with Playback(server) as playback:
+        _measure(bench, f"{many:,} connections, idle", partial(_idle, many), playback.target)
+
+
+def _room() -> int:
+    """How many connections a process may have, two open files each.
+
+    The proxy has both ends in between, and this process has the two outer ends.
+    """
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (files - SPARE_FILES) // 2
+
+
+def _measure(bench: Bench, case: str, figure: Figure, server: Target) -> None:
+    turns = [
+        Turn((case,), name, partial(_fresh, bench, name, server, figure))
+        for name in [target.name for target in bench.targets.relays()]
+    ]
+    bench.alternate(turns, rounds=1)
+
+
+def _fresh(bench: Bench, name: str, server: Target, figure: Figure) -> Outcome:
+    with _started(bench, name, server) as target:
+        for _ in range(WARM_UP):
+            with target.connect() as session:
+                session.value("SELECT 1")
+        time.sleep(SETTLE)
+        return {MEMORY: figure(target) / 1000}
+
+
+@contextlib.contextmanager
+def _started(bench: Bench, name: str, server: Target) -> Iterator[Target]:
+    options = bench.targets.options
+    if name == PROXY:
+        with proxy(server, *options.proxy) as target:
+            yield target
+        return
+    assert name == PGBOUNCER
+    program = bench.targets.pgbouncer_program
+    assert program is not None
+    with pgbouncer(program, server) as target:
+        yield target
+
+
+def _idle(count: int, target: Target) -> float:
+    before = _memory(target)
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(target.connect()).value(QUERY)
+        time.sleep(SETTLE)
+        return (_memory(target) - before) / count
+
+
+def _busy(bench: Bench, count: int, target: Target) -> float:
+    before = most = _memory(target)
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.1):
+            most = max(most, _memory(target))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        pgbench.run(
+            bench.targets.pgbench,
+            target,
+            *("-S", "-M", "prepared"),
+            clients=count,
+            seconds=bench.effort.pgbench_seconds,
+        )
+    finally:
+        done.set()
+        watcher.join(5.0)
+    return (most - before) / count
+
+
+def _memory(target: Target) -> int:
+    if target.pid is None:
+        raise BenchError("there is no process in between")
+    return Usage.of(target.pid).memory

@@ -1,0 +1,120 @@
+"""What a run has found, as text: ratios for the terminal, a shorter table for the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from bench import goals
+from bench.results import DIRECT, PGBOUNCER, TARGETS, YARDSTICKS, Metric, Results, Spread
+
+_NONE: Final = "–"
+_PROXY_OVER: Final = {DIRECT: "÷ direct", PGBOUNCER: "÷ PgBouncer"}
+
+
+def terminal(results: Results) -> str:
+    """Every row that was measured: medians, ratios with their range, goals."""
+    blocks = [_about(results)]
+    for measure in results.measures():
+        head = (f"{measure}{_yardstick(measure)}", "", *TARGETS, *_PROXY_OVER.values(), "goal", "")
+        rows = [_row(results, *row) for row in results.rows(measure)]
+        blocks.append(_aligned(head, rows))
+    if results.notes:
+        blocks.append("\n".join(f"note: {note}" for note in results.notes))
+    return "\n\n".join(blocks)
+
+
+def markdown(results: Results) -> str:
+    """The goals, and a table for each measure with a line for each case."""
+    lines = [f"{_about(results)}", "", *_goal_table(results)]
+    for measure in results.measures():
+        lines += ["", *_case_table(results, measure)]
+    if results.notes:
+        lines += ["", *(f"- {note}" for note in results.notes)]
+    return "\n".join(lines)
+
+
+def _about(results: Results) -> str:
+    about = results.about
+    return (
+        f"{about['date']}, {about['machine']}, PostgreSQL {about['PostgreSQL']},"
+        f" Python {about['Python']}, PgBouncer {about['PgBouncer']}"
+        f" ({about['effort']} run{', ' + about['options'] if about['options'] else ''})"
+    )
+
+
+def _row(results: Results, measure: str, case: str, metric: Metric) -> list[str]:
+    verdict = goals.verdict(results, measure, case, metric)
+    return [
+        case,
+        str(metric),
+        *(_number(results.median(measure, case, metric, target)) for target in TARGETS),
+        *(_ratio(results.ratio(measure, case, metric, over)) for over in _PROXY_OVER),
+        "" if verdict is None else str(verdict.goal),
+        "" if verdict is None else _said(verdict),
+    ]
+
+
+def _goal_table(results: Results) -> Iterator[str]:
+    yield "| | measured | goal | |"
+    yield "| --- | --- | --- | --- |"
+    for verdict in goals.verdicts(results):
+        found = _ratio(verdict.found)
+        label = f"{verdict.case}: {verdict.goal.metric.name}"
+        yield f"| {label} | {found} | {verdict.goal} | {_said(verdict)} |"
+
+
+def _case_table(results: Results, measure: str) -> Iterator[str]:
+    rows = list(results.rows(measure))
+    cases = list(dict.fromkeys(case for _, case, _ in rows))
+    metrics = list(dict.fromkeys(metric for _, _, metric in rows))
+    targets = results.targets(measure)
+    yield f"**{measure}**: {' · '.join(targets)}{_yardstick(measure)}"
+    yield ""
+    head = ["", *map(str, metrics)]
+    yield f"| {' | '.join(head)} |"
+    yield "|" + " --- |" * len(head)
+    for case in cases:
+        cells = [
+            " · ".join(_number(results.median(measure, case, m, target)) for target in targets)
+            for m in metrics
+        ]
+        yield f"| {case} | {' | '.join(cells)} |"
+
+
+def _yardstick(measure: str) -> str:
+    return f" ({YARDSTICKS[measure]})" if measure in YARDSTICKS else ""
+
+
+def _said(verdict: goals.Verdict) -> str:
+    return {True: "met", False: "**not met**", None: "not measured"}[verdict.met]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return _NONE
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _ratio(spread: Spread | None) -> str:
+    if spread is None:
+        return _NONE
+    median = _number(spread.median)
+    if spread.low == spread.high:
+        return median
+    return f"{median} ({_number(spread.low)}–{_number(spread.high)})"
+
+
+def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Texts to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = []
+    for row in (head, ["-" * width for width in widths], *rows):
+        cells = [
+            text.ljust(width) if number < 2 or number >= len(row) - 2 else text.rjust(width)
+            for number, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).replace("**", "").rstrip())
+    return "\n".join(lines)

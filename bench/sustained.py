@@ -1,0 +1,55 @@
+"""Launches without pause, by 4 sessions at a time, for as long as it takes to run out of spares.
+
+Each transaction of pgbench's launches a job and fetches its result, so that what is counted is jobs
+done. The yardstick is a fresh connection and ``SELECT 1`` instead, to the server directly: no
+way to start a backend for each job can be faster than the server starts backends.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from bench import connecting, pgbench
+from bench.harness import Bench, Turn
+from bench.results import CONNECTIONS, DIRECT, LAUNCHES, Outcome
+from bench.targets import Target
+
+CASE: Final = "launch and result, 4 sessions, no pause"
+SCRIPT: Final = """\
+SELECT pg_background_launch('SELECT 1') AS pid \\gset
+SELECT * FROM pg_background_result(:pid) AS (n int);
+"""
+
+
+def run(bench: Bench) -> None:
+    """One long round."""
+    turns = [
+        Turn((CASE,), DIRECT, partial(_yardstick, bench)),
+        *(
+            Turn((CASE,), target.name, partial(_load, bench, target))
+            for target in bench.targets.launchers()
+        ),
+    ]
+    bench.alternate(turns, rounds=1)
+
+
+def _yardstick(bench: Bench) -> Outcome:
+    done = connecting.load(bench, bench.targets.direct)
+    return {LAUNCHES: done[CONNECTIONS]}
+
+
+def _load(bench: Bench, target: Target) -> Outcome:
+    with tempfile.NamedTemporaryFile("w", prefix="pgbg-bench-", suffix=".sql") as script:
+        script.write(SCRIPT)
+        script.flush()
+        done = pgbench.run(
+            bench.targets.pgbench,
+            target,
+            *("-f", str(Path(script.name))),
+            clients=connecting.CLIENTS,
+            seconds=bench.effort.sustained_seconds,
+        )
+    return {LAUNCHES: done.tps}
