@@ -33,7 +33,6 @@ from bench import (
     select_only,
     sustained,
 )
-from bench.client import BenchError
 from bench.effort import FULL, QUICK, Effort
 from bench.harness import FAILURES, Bench, Progress
 from bench.results import Results
@@ -51,13 +50,14 @@ MEASURES: Final[dict[str, Callable[[Bench], None]]] = {
     "memory": memory.run,
     "scaling": scaling.run,
 }
+MAY_BE_ABSENT: Final = {"scaling"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what was asked for; returns the exit code: 1 if something could not be measured."""
     arguments = _parser().parse_args(argv)
     if arguments.report:
-        print(report.markdown(Results.load(arguments.report)))
+        print(report.markdown(Results.load(arguments.report), arguments.report))
         return 0
     # Ended from outside, we still stop what we have started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with open_targets(options) as targets:
             results = measure(targets, effort, arguments.only or list(MEASURES))
-    except BenchError as error:
+    except FAILURES as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 1
     print(f"\n{report.terminal(results)}\n")
@@ -108,6 +108,7 @@ def about(targets: Targets, effort: Effort) -> dict[str, str]:
         else f"{version // 10000}.{version // 100 % 100}",
         "Python": platform.python_version(),
         "PgBouncer": _pgbouncer_version(targets),
+        "load": f"{os.getloadavg()[0]:.1f}",
         "options": " ".join(targets.options.proxy),
         "effort": effort.name,
     }
@@ -116,8 +117,10 @@ def about(targets: Targets, effort: Effort) -> dict[str, str]:
 def save(results: Results, folder: Path) -> None:
     """Writes the JSON and the pictures."""
     kind = f"{platform.system().lower()}-{os.cpu_count()}cores-{_gibibytes()}gib"
+    # A part of a run does not replace a whole one.
+    part = "" if set(results.measures()) >= MEASURES.keys() - MAY_BE_ABSENT else "-part"
     quick = "-quick" if results.about["effort"] == QUICK.name else ""
-    stem = f"{results.about['date']}-{kind}{quick}"
+    stem = f"{results.about['date']}-{kind}{part}{quick}"
     results.save(folder / f"{stem}.json")
     print(f"written: {folder / stem}.json")
     try:
@@ -168,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="OPTION",
-        help="for `serve`, one word each: --proxy-option=--log-level --proxy-option=error",
+        help="for `serve`, one word each: -o=--max-workers -o=32; it must log where it listens",
     )
     parser.add_argument("--only", action="append", choices=MEASURES, help="may be given repeatedly")
     parser.add_argument(

@@ -68,5 +68,5 @@ QUICK: Final = Effort(
     sustained_seconds=2,
     rows=200_000,
     memory_clients=32,
-    idle_connections=200,
+    idle_connections=500,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 from bench import goals
@@ -24,14 +25,19 @@ def terminal(results: Results) -> str:
     return "\n\n".join(blocks)
 
 
-def markdown(results: Results) -> str:
-    """The goals, and a table for each measure with a line for each case."""
-    lines = [f"{_about(results)}", "", *_goal_table(results)]
+def markdown(results: Results, path: Path) -> str:
+    """The goals, and folded away: each measure's picture, and its table, a line for each case.
+
+    The pictures are beside ``path``, the JSON file, which is as the reader will see it.
+    """
+    lines = [f"{_about(results)}.", "", *_goal_table(results)]
+    lines += ["", "<details>", "<summary>All that was measured</summary>"]
     for measure in results.measures():
-        lines += ["", *_case_table(results, measure)]
+        picture = path.with_name(f"{path.stem}-{measure}.svg")
+        lines += ["", *_case_table(results, measure), "", f"![{measure}]({picture.as_posix()})"]
     if results.notes:
         lines += ["", *(f"- {note}" for note in results.notes)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "</details>"])
 
 
 def _about(results: Results) -> str:
@@ -39,7 +45,8 @@ def _about(results: Results) -> str:
     return (
         f"{about['date']}, {about['machine']}, PostgreSQL {about['PostgreSQL']},"
         f" Python {about['Python']}, PgBouncer {about['PgBouncer']}"
-        f" ({about['effort']} run{', ' + about['options'] if about['options'] else ''})"
+        f"; {about['effort']} run, load before it {about['load']}"
+        f"{'; proxy with ' + about['options'] if about['options'] else ''}"
     )
 
 
@@ -56,7 +63,7 @@ def _row(results: Results, measure: str, case: str, metric: Metric) -> list[str]
 
 
 def _goal_table(results: Results) -> Iterator[str]:
-    yield "| | measured | goal | |"
+    yield "| the proxy | median (range over the rounds) | goal | |"
     yield "| --- | --- | --- | --- |"
     for verdict in goals.verdicts(results):
         found = _ratio(verdict.found)
