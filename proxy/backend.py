@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol, TypeVar, cast
+from typing import Final, Protocol, TypeVar, cast
 
 from protocol import messages
 from protocol.errors import (
@@ -24,6 +24,7 @@ from protocol.messages import (
     DataRow,
     ErrorResponse,
     Execute,
+    Flush,
     Parse,
     Query,
     ReadyForQuery,
@@ -37,6 +38,9 @@ from proxy.inbox import Inbox
 AUTHENTICATION = messages.AuthenticationOk.type
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
+
+# Parse of nothing, and Flush: answered at once, and nothing is done for it.
+_TAKE_UP: Final = Parse(b"", b"", ()).serialize() + Flush().serialize()
 
 READ_SIZE = 64 * 1024
 """The most bytes taken from the kernel at once."""
@@ -167,9 +171,28 @@ class Backend(asyncio.BufferedProtocol):
         return messages.parse_backend(kind, body)
 
     def start(self, sql: bytes, receiver: Receiver) -> None:
-        """Send a query whose answer somebody else reads."""
+        """Send a query whose answer somebody else reads.
+
+        The answer begins with a ParseComplete: the server sends it when it takes up the query, so
+        from then on the query can be seen in pg_stat_activity, and canceled.
+        """
         self.receiver = receiver
-        self.transport.write(Query(sql).serialize())
+        self.transport.write(_TAKE_UP + Query(sql).serialize())
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the connection is up."""
+        return self.receiver is not None
+
+    def pause_reading(self) -> None:
+        """Let what the server sends wait there."""
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read again."""
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def terminate(self) -> None:
         """End the session as a client does."""

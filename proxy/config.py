@@ -256,6 +256,17 @@ def parse_file(text: str) -> Path:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
+def parse_api_version(text: str) -> int:
+    """Takes 1 or 2; 2.0 too.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if text.removesuffix(".0") not in ("1", "2"):
+        raise ValueError(f'"{text}" is no version of the API (1 or 2)')
+    return int(text[0])
+
+
 def _one_of(*choices: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text.lower() not in choices:
@@ -439,6 +450,32 @@ class Config:
         "TIME",
         "default of pg_background.worker_timeout: how long a job may run, in milliseconds unless a"
         " unit is given; 0: the session's statement_timeout",
+    )
+    spares: int = _setting(
+        "2",
+        parse_count,
+        "N",
+        "how many logged-in connections to keep ready for the next jobs of a role and database that"
+        " has launched one; 0 for none",
+    )
+    spare_lifetime: float = _setting(
+        "60s",
+        parse_seconds,
+        "TIME",
+        "how long one of them is kept; after that a changed password, membership or role setting"
+        " holds for all new jobs",
+    )
+    api_version: int = _setting(
+        "1",
+        parse_api_version,
+        "N",
+        "what pg_background_launch returns: 1: the pid, as version 1 of the extension; 2: a handle",
+    )
+    outcome_retention: float = _setting(
+        "10min",
+        parse_seconds,
+        "TIME",
+        "how long a job's outcome stays known after its end, to other sessions of its role too",
     )
     log_level: str = _setting(
         "info", _one_of(*LOG_LEVELS), "LEVEL", f"what is logged: {', '.join(LOG_LEVELS)}"

@@ -159,3 +159,15 @@ def takeover_query(context: Context, login_role: bytes, overrides: dict[bytes, b
         for name, value in settings
     ]
     return b"SELECT " + b", ".join([b"pg_catalog.pg_backend_pid()", *calls])
+
+
+def activity_query(pids: Sequence[int], server_version: int) -> bytes:
+    """What pg_stat_activity has on these backends: pid, and the columns that the view
+    pg_background_activity takes from there."""
+    # The wait events came with 9.6.
+    waits = b"wait_event_type, wait_event" if server_version >= 90600 else b"NULL, NULL"
+    return (
+        b"SELECT pid, state, %b, xact_start, query_start, backend_start, query"
+        b" FROM pg_catalog.pg_stat_activity WHERE pid OPERATOR(pg_catalog.=)"
+        b" ANY (CAST('{%b}' AS pg_catalog.int4[]))" % (waits, b",".join(b"%d" % p for p in pids))
+    )

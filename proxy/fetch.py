@@ -7,19 +7,21 @@ when the client wants some of the columns, binary format, or a limited number of
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from typing import Final, Protocol
 
 from protocol.errors import (
     DATATYPE_MISMATCH,
     FEATURE_NOT_SUPPORTED,
+    QUERY_CANCELED,
     ProtocolViolation,
     SQLError,
 )
 from protocol.framing import MessageBuffer
 from protocol.messages import DataRow, ErrorResponse, Field
 from protocol.values import NoBinaryForm, oids, to_binary
-from proxy.jobs import Job, Notice, Rows
+from proxy.jobs import Job
+from proxy.results import choose, with_formats
+from proxy.rows import Notice, Rows
 from proxy.statements import Output
 
 _NO_BINARY_FORM: Final = frozenset({1033, 3642})
@@ -50,8 +52,7 @@ class Fetch:
     """One result on its way to the client.
 
     Attributes:
-        described: whether the job's columns are known, and fit.
-        fields: of the client's result, then.
+        fields: of the client's result; known once described.
         finished: whether all of it was handed over.
     """
 
@@ -75,7 +76,6 @@ class Fetch:
             wait: waits until something happens to the job.
         """
         self.job = job
-        self.described = False
         self.fields: tuple[Field, ...] = ()
         self.finished = False
         self._outputs = outputs
@@ -83,7 +83,8 @@ class Fetch:
         self._formats = formats
         self._write = write
         self._wait = wait
-        self._columns: list[int] | None = None
+        self._described = False
+        self._columns: tuple[int, ...] = ()
         self._as_it_is = False
         self._rows = MessageBuffer()
         self._tags_sent = 0
@@ -94,6 +95,8 @@ class Fetch:
 
         Raises SQLError: the job's own, or 42804 if they do not fit the column definition list.
         """
+        if self._described:
+            return
         await self._notices()
         while not self._columns_known():
             await self._wait(self.job)
@@ -102,21 +105,19 @@ class Fetch:
             raise self._failed(self.job.error)
         self._check_shape()
         given = (text_field(),) if self.job.columns is None else self.job.columns
-        self._columns, fields = self._select(given)
-        formats = _expand(self._formats, len(fields))
-        self.fields = tuple(
-            replace(field, table_oid=0, column_number=0, format=format)
-            for field, format in zip(fields, formats, strict=True)
+        self._columns, fields = choose(self._outputs, self._defined or given)
+        self.fields = with_formats(fields, self._formats)
+        self._described = True
+        self._as_it_is = self._columns == tuple(range(len(given))) and not any(
+            field.format for field in self.fields
         )
-        self.described = True
-        self._as_it_is = self._columns == list(range(len(given))) and not any(formats)
 
     def _columns_known(self) -> bool:
         return self.job.columns is not None or self.job.finished
 
     async def _notices(self) -> None:
         """Pass on the notices that came before the first row."""
-        while (notice := self.job.take_notice()) is not None:
+        while (notice := self.job.output.take_notice()) is not None:
             await self._write(self.job.notice(notice))
 
     def _check_shape(self) -> None:
@@ -141,27 +142,6 @@ class Fetch:
                 "remote query result rowtype does not match the specified FROM clause rowtype",
             )
 
-    def _select(self, given: Sequence[Field]) -> tuple[list[int], list[Field]]:
-        """The columns that the client wants: their places in the job's rows, and their fields."""
-        source = self._defined or given
-        columns: list[int] = []
-        fields: list[Field] = []
-        for output in self._outputs:
-            if output.column is None:
-                chosen = range(len(source))
-            elif isinstance(output.column, int):
-                chosen = range(output.column, output.column + 1)
-            else:
-                chosen = _named(source, output.column)
-            columns += chosen
-            for column in chosen:
-                rename = output.label is not None and (
-                    output.column is not None or len(source) == 1
-                )
-                name = output.label if rename and output.label else source[column].name
-                fields.append(replace(source[column], name=name))
-        return columns, fields
-
     async def send(self, max_rows: int = 0) -> int:
         """Hand over rows, all or at most `max_rows`, and the job's notices among them.
 
@@ -178,7 +158,7 @@ class Fetch:
                 sent += await self._send_rows(max_rows - sent if max_rows else 0)
                 if max_rows and sent == max_rows:
                     return sent
-            output = self.job.take()
+            output = self.job.output.take()
             if isinstance(output, Notice):
                 await self._write(self.job.notice(output))
             elif isinstance(output, Rows):
@@ -191,6 +171,13 @@ class Fetch:
                 await self._wait(self.job)
             elif self.job.error is not None:
                 raise self._failed(self.job.error)
+            elif self.job.canceled:
+                # Too late, or in vain; but what it has sent since was dropped.
+                self.finished = True
+                raise SQLError(
+                    QUERY_CANCELED,
+                    f"results for PID {self.job.pid} were dropped when it was canceled",
+                )
             else:
                 self.finished = True
                 return sent
@@ -222,7 +209,6 @@ class Fetch:
         return len(rows)
 
     def _convert(self, values: Sequence[bytes | None]) -> bytes:
-        assert self._columns is not None
         chosen = [values[column] for column in self._columns]
         return DataRow(
             tuple(
@@ -230,6 +216,11 @@ class Fetch:
                 for value, field in zip(chosen, self.fields, strict=True)
             )
         ).serialize()
+
+    def abandon(self) -> None:
+        """Nobody wants the rest: the job must not wait for us."""
+        if not self.finished:
+            self.job.forget_output()
 
     def _failed(self, report: ErrorResponse) -> JobFailed:
         self.finished = True
@@ -239,25 +230,6 @@ class Fetch:
 def text_field() -> Field:
     """The one column of the result of a job that returns no rows."""
     return Field(b"result", 0, 0, oids.TEXT, -1, -1, 0)
-
-
-def _named(fields: Sequence[Field], name: bytes) -> range:
-    for column, field in enumerate(fields):
-        if field.name == name:
-            return range(column, column + 1)
-    raise SQLError("42703", f'column "{name.decode("utf-8", "replace")}" does not exist')
-
-
-def _expand(formats: Sequence[int], count: int) -> Sequence[int]:
-    """One format a column (Bind: none means all text, one is for all)."""
-    if len(formats) <= 1:
-        return [formats[0] if formats else 0] * count
-    if len(formats) != count:
-        raise SQLError(
-            "08P01",
-            f"bind message has {len(formats)} result formats but query has {count} columns",
-        )
-    return formats
 
 
 def _binary(field: Field, text: bytes) -> bytes:

@@ -3,27 +3,28 @@
 The rule: the primary backend does everything that it can do. It parses, describes, binds and
 executes a stand-in in the place of each statement with a call (see `statements`), so it is the
 server that infers parameters, evaluates arguments and keeps the transaction. The interception
-takes the stand-in's rows off the stream and puts the call's in. When a call fails, the same error
-is raised in the server, so its transaction fails as well.
+takes the stand-in's rows off the stream and puts the call's in.
 
 An interception begins when everything before its first message is answered, and ends with the
-ReadyForQuery of its batch. What it sends to the server is queued with what is to be done with the
-answer (`_send`), and goes out together (`_settle`): a batch costs as few round trips as its calls
-allow.
+ReadyForQuery of its batch. How it talks to the server is in `dialogue`, who calls in `caller`, what
+ends a wait in `waits`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
-import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
-from protocol.errors import FEATURE_NOT_SUPPORTED, QUERY_CANCELED, UNDEFINED_OBJECT, SQLError
+from protocol.errors import (
+    FEATURE_NOT_SUPPORTED,
+    QUERY_CANCELED,
+    ProtocolViolation,
+    SQLError,
+)
 from protocol.framing import frame
 from protocol.messages import (
     Bind,
@@ -31,18 +32,12 @@ from protocol.messages import (
     CommandComplete,
     DataRow,
     Describe,
-    ErrorResponse,
     Execute,
-    Field,
-    Flush,
-    NoticeResponse,
     Parse,
     PortalSuspended,
     RowDescription,
-    Sync,
 )
-from protocol.values import to_binary
-from proxy import calls, encodings
+from protocol.values import NoBinaryForm
 from proxy.asked import (
     BIND,
     CLOSE,
@@ -54,96 +49,51 @@ from proxy.asked import (
     QUERY,
     SYNC,
 )
-from proxy.calls import Value
-from proxy.context import Context, context_query, parse_context
+from proxy.caller import SessionCaller
+from proxy.dialogue import (
+    EXECUTED,
+    FLUSH,
+    SYNC_AHEAD,
+    SYNC_MESSAGE,
+    BatchFailedError,
+    PrimaryDialogue,
+    Take,
+    drop,
+)
 from proxy.fetch import Fetch, text_field
-from proxy.functions import INT4, TEXT, Type
+from proxy.functions import TEXT, Column, Needs, Type
 from proxy.inbox import Inbox
-from proxy.jobs import Job, Jobs
-from proxy.relay import COPY_DATA, COPY_IN, ERROR, IDLE, PARAMETER_STATUS, READY, TERMINATE
-from proxy.settings import parse_time_ms
-from proxy.sql import privileges_block, raise_block
-from proxy.statements import Call, Plan, ResultPlan, ScalarPlan, complaint
+from proxy.jobs import Job
+from proxy.prepared import (
+    Portal,
+    PreparedCall,
+    as_defined,
+    call_types,
+    client_fields,
+    format_of,
+    is_harmless,
+    needs_of,
+    outputs_of,
+    shape_unknown,
+    stand_in_formats,
+)
+from proxy.relay import COPY_DATA, COPY_IN, IDLE, TERMINATE
+from proxy.results import Table, encode, with_formats
+from proxy.statements import Plan, ResultPlan, ScalarPlan
+from proxy.waits import Waits
 
 if TYPE_CHECKING:
     from proxy.session import Session
 
-OWN_NAME: Final = b"_pg_background_proxy"
-"""Of the statement and the portal with which we ask the primary backend; closed after use."""
-
-_SYNC: Final = Sync().serialize()
-_FLUSH: Final = Flush().serialize()
-# Sync, and a message that does nothing: so the server does not take a session for idle that waits
-# for us, and idle_session_timeout does not end it.
-_SYNC_AHEAD: Final = _SYNC + _FLUSH
-
 # Message types of the backend.
 _DATA_ROW: Final = ord("D")
-_NOTICE: Final = ord("N")
 _ROW_DESCRIPTION: Final = ord("T")
 _PARAMETER_DESCRIPTION: Final = ord("t")
-_PARSE_COMPLETE: Final = ord("1")
-_ASYNCHRONOUS: Final = b"NSA"
-_EXECUTED: Final = b"CIs"
 _DESCRIBED: Final = b"Tn"
-
-_CONSTANT: Final = re.compile(rb"'[^']*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
-
-Take = Callable[[int, bytes], Awaitable[None]]
-Undo = Callable[[bool], object]
-
-
-@dataclass(slots=True)
-class PreparedCall:
-    """A prepared statement with a call. `fields` are the server's, of the stand-in."""
-
-    plan: Plan
-    fields: tuple[Field, ...] = ()
-    has_parameters: bool = False
-
-
-@dataclass(slots=True)
-class Portal:
-    """A portal of such a statement, and its result, once somebody has asked for it."""
-
-    statement: PreparedCall
-    formats: tuple[int, ...]
-    fetch: Fetch | None = None
-
-    def close(self) -> None:
-        """Nobody will fetch the rest: the job must not wait for us."""
-        if self.fetch is not None and not self.fetch.finished:
-            self.fetch.job.drop_output()
-
-
-@dataclass(slots=True)
-class _Reply:
-    """What is done with the server's answer to one message.
-
-    `ends`: the types of message that end it. `plan` and `offset`: of the statement that an error
-    is about, and where it begins in the client's text, in characters. `undo`: for an error; it is
-    told whether the server has read the message at all.
-    """
-
-    ends: bytes
-    take: Take
-    plan: Plan | None = None
-    offset: int = 0
-    undo: Undo | None = None
-
-
-class _BatchFailedError(Exception):
-    """The server sent an error, which has been passed on; it skips the rest of the batch."""
 
 
 class Interception:
-    """Serves one batch, then hands both connections back to the relay.
-
-    Attributes:
-        is_calling: whether a call is being made, which cancel() would end.
-        is_waiting: whether the server has done its part of it, so that nothing else would.
-        client_ended: whether the client will send no more.
-    """
+    """Serves one batch, then hands both connections back to the relay."""
 
     def __init__(self, session: Session, data: bytes) -> None:
         """
@@ -156,45 +106,26 @@ class Interception:
         self._relay = session.relay
         self._client = session.client
         self._server = session.primary
+        self.waits = Waits()
+        self._primary = PrimaryDialogue(session, self._client, self._server, self.waits)
+        self._caller = SessionCaller(session, self._primary, self.waits)
         self._from_client = Inbox(self._client)
         self._from_client.feed(data)
         self._client.receive = self._from_client.feed
-        self._from_server = Inbox(self._server)
-        self._out: list[bytes] = []
-        self._replies: deque[_Reply] = deque()
         # The client's messages that were looked at ahead of their turn.
         self._ahead: deque[tuple[int, bytes]] = deque()
-        self._context: Context | None = None
-        # The server skips everything up to the next Sync.
-        self._failed = False
-        # Sync has been sent already, ahead of the client's own.
-        self._synced = False
         # Something was executed in this batch, which an error would have to undo.
         self._executed = EXECUTE in self._relay.batch
         # The server has begun to read COPY data: the Sync sent before that has no ReadyForQuery.
         self._copied = False
-        # Its next message, if it was waited for while the client's came.
-        self._early: asyncio.Task[tuple[int, bytes]] | None = None
-        # Statements of ours that an error has kept us from closing.
-        self._unclosed: set[bytes] = set()
-        # What a wait is told from outside, and a word that came between two waits.
-        self._waiter: asyncio.Future[None] | None = None
-        self._interrupt: SQLError | None = None
-        # The client has got a part of a row: all else would be taken for the rest of it.
-        self._in_row = False
-        self.is_calling = False
-        self.is_waiting = False
-        self.client_ended = False
-        self._marker = ""
-        self._marked = False
 
     # The batch
 
     async def run(self) -> None:
         """Serve the client's messages up to the end of the batch."""
         await self._relay.settle()
-        self._failed = self._relay.asked.skipping
-        self._server.receive = self._from_server.feed
+        self._primary.failed = self._relay.asked.skipping
+        self._server.receive = self._primary.inbox.feed
         while not await self._message():
             pass
 
@@ -203,7 +134,7 @@ class Interception:
         self._relay.batch.clear()
         self._server.receive = self._relay.from_server
         self._client.receive = self._relay.from_client
-        rest = self._from_server.take_rest()
+        rest = self._primary.inbox.take_rest()
         if rest:
             self._relay.from_server(rest)
         ahead = b"".join(frame(kind, body) for kind, body in self._ahead)
@@ -213,31 +144,28 @@ class Interception:
 
     def end_client(self) -> None:
         """The client will send no more. It gets the answers to what it has sent, except that no
-        job is waited for: most probably nobody is there to read the result."""
-        self.client_ended = True
+        job is waited for."""
         self._from_client.close(ConnectionError("the client has closed the connection"))
-        if self._waiter is not None and self._client.full is None and not self._waiter.done():
-            self._waiter.set_exception(ConnectionError("the client has closed the connection"))
+        self.waits.end_client(reads=self._client.full is None)
 
     def server_lost(self, error: Exception) -> None:
         """The primary backend is gone."""
-        self._from_server.close(error)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(error)
+        self._primary.inbox.close(error)
+        self.waits.fail(error)
 
     def last_words(self) -> bytes:
         """Messages that the server sent before it went, and that were not read."""
-        return b"".join(frame(kind, body) for kind, body in self._from_server if kind in b"EN")
+        return b"".join(frame(kind, body) for kind, body in self._primary.inbox if kind in b"EN")
 
     async def _message(self) -> bool:
         """Serve one message of the client; true if it ended the batch."""
         kind, body = await self._client_message()
-        if self._failed and kind not in (SYNC, TERMINATE):
+        if self._primary.failed and kind not in (SYNC, TERMINATE):
             return False
         try:
             match chr(kind):
                 case "Q":
-                    await self._settle()
+                    await self._primary.settle()
                     if not self._session.has_call(QUERY, body):
                         return self._end_at(kind, body)
                     self._session.settings_mentioned(body.lower())
@@ -257,30 +185,31 @@ class Interception:
                 case "C":
                     await self._close(body)
                 case "H":
-                    await self._settle()
+                    await self._primary.settle()
                 case "S":
                     self._copied = False
-                    await self._settle()
+                    await self._primary.settle()
                 case "F":
-                    await self._settle()
+                    await self._primary.settle()
                     return self._end_at(kind, body)
                 case "X":
-                    self._server.write(b"".join(self._out) + frame(kind, body))
-                    await self._from_server.next()  # raises: the server closes the connection
-                case _ if self._replies:
+                    self._primary.push()
+                    self._server.write(frame(kind, body))
+                    await self._primary.inbox.next()  # raises: the server closes the connection
+                case _ if self._primary.owes:
                     # COPY data, perhaps for what has not been executed yet.
                     self._ahead.appendleft((kind, body))
-                    await self._settle()
+                    await self._primary.settle()
                 case _:
                     pass  # COPY data after its end: the server ignores it too
-        except _BatchFailedError:
+        except BatchFailedError:
             pass
         except SQLError as error:
-            await self._fail(error)
+            await self._primary.fail(error)
         if kind == SYNC and self._copied:
             return False
-        if kind in (SYNC, QUERY) or self._synced:
-            await self._ready()
+        if kind in (SYNC, QUERY) or self._primary.synced:
+            await self._primary.ready()
             return True
         return False
 
@@ -295,9 +224,7 @@ class Interception:
             return self._ahead.popleft()
         message = self._from_client.next_nowait()
         if message is None:
-            if self._out:
-                self._server.write(b"".join(self._out))
-                self._out.clear()
+            self._primary.push()
             message = await self._from_client.next()
         return message
 
@@ -320,159 +247,23 @@ class Interception:
     def _is_alone(self, plan: Plan) -> bool:
         """Whether there is nothing that an error of ours would have to undo, so that Sync may go
         along with a call: then the server's transaction, and its snapshot, do not wait with us."""
-        return not self._executed and self._relay.status == IDLE and _is_harmless(plan)
-
-    # Talking to the server
-
-    def _send(
-        self,
-        message: bytes,
-        ends: bytes,
-        take: Take,
-        *,
-        plan: Plan | None = None,
-        offset: int = 0,
-        undo: Undo | None = None,
-    ) -> None:
-        """Queue a message for the server, and what is to be done with the answer."""
-        self._out.append(message)
-        self._replies.append(_Reply(ends, take, plan, offset, undo))
-
-    async def _settle(self, end: bytes = _FLUSH) -> None:
-        """Send what is queued and deal with the answers, in order.
-
-        Raises _BatchFailedError if the server answers with an error, and what takers raise.
-        """
-        if self._out:
-            self._server.write(b"".join(self._out) + end)
-            self._out.clear()
-        while self._replies:
-            kind, body = await self._server_message()
-            reply = self._replies[0]
-            if kind == ERROR:
-                self._server_failed(reply, body)
-            if kind in reply.ends:
-                self._replies.popleft()
-            await reply.take(kind, body)
-
-    async def _server_message(self) -> tuple[int, bytes]:
-        """The server's next message that belongs to an answer; others are passed on."""
-        if self._early is not None:
-            early, self._early = self._early, None
-            return await early
-        return await self._server_message_now()
-
-    async def _server_message_now(self) -> tuple[int, bytes]:
-        while True:
-            kind, body = await self._from_server.next()
-            if kind not in _ASYNCHRONOUS:
-                return kind, body
-            if kind == PARAMETER_STATUS:
-                self._relay.parameter_status(body)
-            if self._marker and kind == _NOTICE and self._is_marker(body):
-                self._marked = True
-            else:
-                self._client.write(frame(kind, body))
-
-    def _is_marker(self, notice: bytes) -> bool:
-        return NoticeResponse.parse(notice).message == self._marker.encode()
-
-    def _server_failed(self, reply: _Reply, body: bytes) -> None:
-        """Pass an error on, in the words and with the position of the client's own text."""
-        error = ErrorResponse.parse(body)
-        position = int(error.fields.get("P", b"0"))
-        codec = self._session.codec
-        if reply.plan is not None:
-            words = complaint(reply.plan, error.message, position or None, codec)
-            if words is not None:
-                error = error.with_fields(M=words)
-            if position:
-                position = reply.plan.rewrite.original_position(position, codec)
-        elif (replaced := self._session.complaint(body)) is not None:
-            error = ErrorResponse.parse(replaced[5:])
-        if position:
-            error = error.with_fields(P=b"%d" % (position + reply.offset))
-        self._client.write(error.serialize())
-        self._failed = True
-        self._forget_replies()
-        raise _BatchFailedError
-
-    def _forget_replies(self) -> None:
-        """The server has failed with the first message that is not answered, and skips the rest."""
-        while self._replies:
-            reply = self._replies.pop()
-            if reply.undo is not None:
-                reply.undo(not self._replies)
-
-    async def _fail(self, error: SQLError) -> None:
-        """An error of ours: the server's transaction must fail too, then the client is told.
-
-        Raises ConnectionError if the client cannot be told, because the rest of a row is lost.
-        """
-        if self._in_row:
-            raise ConnectionError(f"in the middle of a row: {error}")
-        while self._replies:
-            kind, _ = await self._server_message()
-            if kind == ERROR:
-                self._forget_replies()
-                self._failed = True
-            elif kind in self._replies[0].ends:
-                self._replies.popleft()
-        if not self._synced and not self._failed:
-            self._unclosed.add(OWN_NAME)
-            self._server.write(
-                Parse(OWN_NAME, raise_block(error), ()).serialize()
-                + Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize()
-                + Execute(OWN_NAME, 0).serialize()
-                + _FLUSH
-            )
-            while (await self._server_message())[0] != ERROR:
-                pass
-        self._failed = True
-        self._client.write(error.response(self._session.codec).serialize())
-
-    async def _ready(self) -> None:
-        """End the batch: Sync, unless it was sent ahead, and ReadyForQuery."""
-        if not self._synced:
-            self._server.write(_SYNC)
-        body = await self._until_ready()
-        if self._unclosed:
-            closes = [Close(b"S", name).serialize() for name in self._unclosed]
-            self._server.write(b"".join(closes) + _SYNC)
-            await self._until_ready()
-        self._relay.ready(body[0])
-        self._client.write(frame(READY, body))
-
-    async def _until_ready(self) -> bytes:
-        while True:
-            kind, body = await self._server_message()
-            if kind == READY:
-                return body
-            # The answer to Close is of our own; an error is of the COMMIT at Sync.
-            if kind == ERROR:
-                self._client.write(frame(kind, body))
-
-    async def _pass(self, kind: int, body: bytes) -> None:
-        self._client.write(frame(kind, body))
-        if self._client.full is not None:
-            await self._wait_for_client()
-
-    async def _drop(self, kind: int, body: bytes) -> None:
-        pass
+        if self._executed or self._relay.status != IDLE:
+            return False
+        return Needs.PRIMARY not in needs_of(plan) and is_harmless(plan)
 
     async def _pass_rows_only(self, kind: int, body: bytes) -> None:
         """For the answer to Describe in a Query, where NoData is not said."""
         if kind == _ROW_DESCRIPTION:
-            await self._pass(kind, body)
+            await self._primary.pass_on(kind, body)
 
     async def _pass_execution(self, kind: int, body: bytes) -> None:
-        await self._pass(kind, body)
+        await self._primary.pass_on(kind, body)
         if kind != COPY_IN:
             return
         self._copied = True
-        self._early = asyncio.ensure_future(self._server_message_now())
+        early = self._primary.listen()
         while kind not in (COPY_DONE, COPY_FAIL):
-            message = await self._unless_server_speaks(self._early)
+            message = await self._unless_server_speaks(early)
             if message is None:
                 return
             kind, body = message
@@ -480,7 +271,7 @@ class Interception:
                 self._server.write(frame(kind, body))
                 if self._server.full is not None:
                     await asyncio.wait([self._server.full])
-        self._server.write(_FLUSH)
+        self._server.write(FLUSH)
 
     async def _unless_server_speaks(
         self, early: asyncio.Task[tuple[int, bytes]]
@@ -503,10 +294,10 @@ class Interception:
         for number, (start, text) in enumerate(parts):
             offset = len(sql[:start].decode(self._session.codec, "replace"))
             await self._statement(text, offset, is_last=number == len(parts) - 1)
-        if b"" in self._unclosed:
+        if b"" in self._primary.unclosed:
             self._close_unnamed()
-            self._synced = True
-            await self._settle(_SYNC)
+            self._primary.synced = True
+            await self._primary.settle(SYNC_MESSAGE)
 
     async def _statement(self, text: bytes, offset: int, *, is_last: bool) -> None:
         """One statement of a Query, through the extended protocol, so that it can be stopped
@@ -515,20 +306,22 @@ class Interception:
         statement = PreparedCall(plan) if plan is not None else None
         if plan is not None:
             text = plan.rewrite.sql
-        self._unclosed.add(b"")
-        self._send(Parse(b"", text, ()).serialize(), b"1", self._drop, plan=plan, offset=offset)
-        self._send(
-            Bind(b"", b"", (), (), ()).serialize(), b"2", self._drop, plan=plan, offset=offset
+        self._primary.unclosed.add(b"")
+        self._primary.send(Parse(b"", text, ()).serialize(), b"1", drop, plan=plan, offset=offset)
+        self._primary.send(
+            Bind(b"", b"", (), (), ()).serialize(), b"2", drop, plan=plan, offset=offset
         )
         describe = Describe(b"P", b"").serialize()
         if statement is None:
-            self._send(describe, _DESCRIBED, self._pass_rows_only, offset=offset)
+            self._primary.send(describe, _DESCRIBED, self._pass_rows_only, offset=offset)
             # Nothing may follow before its answer: it could be COPY FROM STDIN.
             self._send_execute(b"", 0, self._pass_execution, offset=offset)
-            await self._settle()
+            await self._primary.settle()
             return
         portal = Portal(statement, ())
-        self._send(describe, _DESCRIBED, self._described(statement, ()), plan=plan, offset=offset)
+        self._primary.send(
+            describe, _DESCRIBED, self._described(statement, ()), plan=plan, offset=offset
+        )
         if isinstance(plan, ScalarPlan):
             await self._call(b"", portal, 0, offset=offset, is_query=True, may_sync=is_last)
         else:
@@ -539,10 +332,10 @@ class Interception:
         """A Query leaves no unnamed statement or portal behind."""
 
         async def closed(kind: int, body: bytes) -> None:
-            self._unclosed.discard(b"")
+            self._primary.unclosed.discard(b"")
 
-        self._send(Close(b"P", b"").serialize(), b"3", self._drop)
-        self._send(Close(b"S", b"").serialize(), b"3", closed)
+        self._primary.send(Close(b"P", b"").serialize(), b"3", drop)
+        self._primary.send(Close(b"S", b"").serialize(), b"3", closed)
 
     # The extended protocol
 
@@ -560,18 +353,18 @@ class Interception:
 
         if plan is None:
             statements.pop(message.statement, None)
-            self._send(frame(PARSE, body), b"1", self._pass, undo=undo)
+            self._primary.send(frame(PARSE, body), b"1", self._primary.pass_on, undo=undo)
             return
         prepared = PreparedCall(plan)
         statements[message.statement] = prepared
-        self._send(
+        self._primary.send(
             replace(message, query=plan.rewrite.sql).serialize(),
             b"1",
-            self._pass,
+            self._primary.pass_on,
             plan=plan,
             undo=undo,
         )
-        self._send(
+        self._primary.send(
             Describe(b"S", message.statement).serialize(),
             _DESCRIBED,
             self._described(prepared),
@@ -589,11 +382,12 @@ class Interception:
             if kind == _PARAMETER_DESCRIPTION:
                 statement.has_parameters = len(body) > 2
                 if shown is not None:
-                    await self._pass(kind, body)
+                    await self._primary.pass_on(kind, body)
             elif kind == _ROW_DESCRIPTION:
                 statement.fields = RowDescription.parse(body).fields
-                if shown is not None and not _shape_unknown(statement.plan):
-                    await self._write(RowDescription(_client_fields(statement)).serialize())
+                if shown is not None and not shape_unknown(statement.plan):
+                    fields = with_formats(client_fields(statement), shown)
+                    await self._primary.write(RowDescription(fields).serialize())
 
         return take
 
@@ -604,22 +398,17 @@ class Interception:
         if statement is None:
             if not message.portal:
                 self._relay.forget_portal(b"")
-            self._send(frame(BIND, body), b"2", self._pass)
+            self._primary.send(frame(BIND, body), b"2", self._primary.pass_on)
             return
         formats = message.result_formats
-        if isinstance(statement.plan, ResultPlan):
-            hidden = statement.plan.defined_columns + 1
-            if _shape_unknown(statement.plan):
-                message = replace(message, result_formats=())
-            elif len(formats) > 1:
-                message = replace(message, result_formats=(*formats, *[0] * hidden))
+        message = replace(message, result_formats=stand_in_formats(statement, formats))
         if not message.portal:
             self._relay.forget_portal(b"")
         portals[message.portal] = Portal(statement, formats)
-        self._send(
+        self._primary.send(
             message.serialize(),
             b"2",
-            self._pass,
+            self._primary.pass_on,
             plan=statement.plan,
             undo=lambda _: portals.pop(message.portal, None),
         )
@@ -633,14 +422,18 @@ class Interception:
         else:
             portal, statement = None, relay.statements.get(message.name)
         if statement is None:
-            self._send(frame(DESCRIBE, body), _DESCRIBED, self._pass)
+            self._primary.send(frame(DESCRIBE, body), _DESCRIBED, self._primary.pass_on)
             return
-        self._send(
-            frame(DESCRIBE, body), _DESCRIBED, self._described(statement, ()), plan=statement.plan
+        formats = () if portal is None else portal.formats
+        self._primary.send(
+            frame(DESCRIBE, body),
+            _DESCRIBED,
+            self._described(statement, formats),
+            plan=statement.plan,
         )
-        if not _shape_unknown(statement.plan):
+        if not shape_unknown(statement.plan):
             return
-        await self._settle()
+        await self._primary.settle()
         if portal is None:
             raise SQLError(
                 FEATURE_NOT_SUPPORTED,
@@ -654,8 +447,8 @@ class Interception:
                 self._ahead.clear()
                 await self._fetch(message.name, portal, execute.max_rows, describe=True, sync=True)
                 return
-        async with self._result(message.name, portal) as fetch:
-            await self._write_description(fetch)
+        async with self._result(message.name, portal) as result:
+            await self._primary.write(RowDescription(result.fields).serialize())
 
     async def _close(self, body: bytes) -> None:
         message = Close.parse(body)
@@ -668,7 +461,7 @@ class Interception:
             if old is not None:
                 statements[message.name] = old
 
-        self._send(frame(CLOSE, body), b"3", self._pass, undo=undo)
+        self._primary.send(frame(CLOSE, body), b"3", self._primary.pass_on, undo=undo)
 
     async def _execute(self, body: bytes) -> None:
         message = Execute.parse(body)
@@ -678,7 +471,7 @@ class Interception:
         elif isinstance(portal.statement.plan, ScalarPlan):
             await self._call(message.portal, portal, message.max_rows)
         else:
-            alone = portal.fetch is None and self._is_alone(portal.statement.plan)
+            alone = portal.result is None and self._is_alone(portal.statement.plan)
             sync = alone and self._next_is_sync()
             await self._fetch(message.portal, portal, message.max_rows, sync=sync)
 
@@ -686,7 +479,9 @@ class Interception:
         self, portal: bytes, max_rows: int, take: Take, *, plan: Plan | None = None, offset: int = 0
     ) -> None:
         self._executed = True
-        self._send(Execute(portal, max_rows).serialize(), _EXECUTED, take, plan=plan, offset=offset)
+        self._primary.send(
+            Execute(portal, max_rows).serialize(), EXECUTED, take, plan=plan, offset=offset
+        )
 
     # Calls
 
@@ -703,68 +498,64 @@ class Interception:
         """Execute a stand-in whose rows make calls, and send the rows with the calls' results."""
         plan = portal.statement.plan
         assert isinstance(plan, ScalarPlan)
-        on_primary = any(
-            calls.IMPLEMENTATIONS[column.call.function.name] in calls.ON_PRIMARY
-            for column in plan.columns
-        )
+        needs = needs_of(plan)
         kept: list[tuple[int, bytes]] = []
 
         async def take(kind: int, body: bytes) -> None:
-            if on_primary:
+            if Needs.PRIMARY in needs:
                 kept.append((kind, body))
             else:
                 await self._call_row(portal, kind, body)
 
-        self._ask_context(plan)
-        alone = may_sync and not on_primary and self._is_alone(plan)
+        self._caller.ask_context(plan)
+        alone = may_sync and self._is_alone(plan)
         self._send_execute(name, max_rows, take, plan=plan, offset=offset)
         if is_query:
             self._close_unnamed()
-        self._synced = alone and (is_query or self._next_is_sync())
-        self.is_calling = True
-        try:
-            await self._settle(_SYNC_AHEAD if self._synced else _FLUSH)
+        self._primary.synced = alone and (is_query or self._next_is_sync())
+        with self.waits.calling(limited=Needs.TIME in needs):
+            await self._primary.settle(SYNC_AHEAD if self._primary.synced else FLUSH)
             for kind, body in kept:
                 await self._call_row(portal, kind, body)
-        finally:
-            self.is_calling = False
-            self._interrupt = None
 
     async def _call_row(self, portal: Portal, kind: int, body: bytes) -> None:
         plan = portal.statement.plan
         assert isinstance(plan, ScalarPlan)
         if kind != _DATA_ROW:
-            await self._pass(kind, body)
+            await self._primary.pass_on(kind, body)
             return
-        self._check_interrupt()
+        self.waits.check()
         values = list(DataRow.parse(body).values)
+        results: dict[int, Any] = {}
         for column in plan.columns:
-            result = await self._evaluate(column.call, self._arguments(values[column.index]))
-            binary = _format(portal.formats, column.index)
-            values[column.index] = _encode(column.call, result, binary=bool(binary))
-        await self._write(DataRow(tuple(values)).serialize())
+            place = column.index % len(values)
+            results[place] = await self._caller.evaluate(
+                column.call, self._caller.arguments(values[place]), results
+            )
+        outputs = outputs_of(plan, len(values))
+        types = call_types(plan, len(values))
+        row: list[bytes | None] = []
+        for number, output in enumerate(outputs):
+            if output.column not in results:
+                row.append(values[output.column])
+                continue
+            value, type = results[output.column], types[output.column]
+            if output.field is not None:
+                value = None if value is None else value[output.field]
+                type = type.columns[output.field].type
+            binary = format_of(portal.formats, number) == 1
+            row.append(self._encode(value, type, binary=binary))
+        await self._primary.write(DataRow(tuple(row)).serialize())
 
-    def _arguments(self, text: bytes | None) -> list[bytes | None]:
-        client_encoding = self._relay.parameters.get(b"client_encoding", b"")
-        return encodings.parse_array(text or b"{}", client_encoding)
-
-    async def _evaluate(self, call: Call, leaves: Sequence[bytes | None]) -> Value:
-        """Make a call, the calls in its arguments first."""
-        function = call.function
-        calls.check_privilege(self.context, function)
-        arguments: dict[str, Value] = {}
-        for argument in call.arguments:
-            if isinstance(argument.value, Call):
-                value = await self._evaluate(argument.value, leaves)
-            else:
-                value = _decode(argument.parameter.type, leaves[argument.value])
-            if value is None and function.strict:
-                return None
-            arguments[argument.parameter.name] = value
-        if function.returns_set:
-            [pid] = arguments.values()
-            return pid
-        return await calls.IMPLEMENTATIONS[function.name](self, **arguments)
+    def _encode(self, value: Any, type: Type, *, binary: bool) -> bytes | None:
+        try:
+            return encode(value, type, self._session.zone, binary=binary)
+        except (NoBinaryForm, ProtocolViolation):
+            raise SQLError(
+                FEATURE_NOT_SUPPORTED,
+                f"binary format is not available for type {type.name}",
+                hint="Ask for results in text format.",
+            ) from None
 
     # Results
 
@@ -779,22 +570,20 @@ class Interception:
         describe: bool = False,
         sync: bool = False,
     ) -> None:
-        """Execute a portal that is a job's result.
+        """Execute a portal whose rows a function makes, or a job.
 
         `describe`: the client has asked for its columns too. `sync`: Sync goes along.
         """
-        async with self._result(name, portal, offset=offset, is_query=is_query, sync=sync) as fetch:
-            if describe or (is_query and _shape_unknown(portal.statement.plan)):
-                await self._write_description(fetch)
-            sent = 0 if fetch is None else await fetch.send(max_rows)
+        async with self._result(
+            name, portal, offset=offset, is_query=is_query, sync=sync
+        ) as result:
+            if describe or (is_query and shape_unknown(portal.statement.plan)):
+                await self._primary.write(RowDescription(result.fields).serialize())
+            sent = await result.send(max_rows)
             if max_rows and sent == max_rows:
-                await self._write(PortalSuspended().serialize())
+                await self._primary.write(PortalSuspended().serialize())
             else:
-                await self._write(CommandComplete(b"SELECT %d" % sent).serialize())
-
-    async def _write_description(self, fetch: Fetch | None) -> None:
-        fields = (text_field(),) if fetch is None else fetch.fields
-        await self._write(RowDescription(fields).serialize())
+                await self._primary.write(CommandComplete(b"SELECT %d" % sent).serialize())
 
     @contextlib.asynccontextmanager
     async def _result(
@@ -805,259 +594,87 @@ class Interception:
         offset: int = 0,
         is_query: bool = False,
         sync: bool = False,
-    ) -> AsyncIterator[Fetch | None]:
-        """The fetch of a portal, begun if it was not yet, its columns known and checked.
-
-        None for the job whose pid is NULL. While it lasts, a cancel request and statement_timeout
-        end what waits.
-        """
-        self._ask_context(portal.statement.plan)
-        row: list[tuple[bytes | None, ...]] = []
-        if portal.fetch is None:
+    ) -> AsyncIterator[Fetch | Table]:
+        """The result of a portal, begun if it was not yet, its columns known and checked."""
+        plan = portal.statement.plan
+        assert isinstance(plan, ResultPlan)
+        self._caller.ask_context(plan)
+        rows: list[tuple[bytes | None, ...]] = []
+        if portal.result is None:
 
             async def take(kind: int, body: bytes) -> None:
                 if kind == _DATA_ROW:
-                    row.append(DataRow.parse(body).values)
+                    rows.append(DataRow.parse(body).values)
 
-            plan = portal.statement.plan
             self._send_execute(name, 0, take, plan=plan, offset=offset)
         else:
             # It may have gone with a savepoint; the server knows.
-            self._send(Describe(b"P", name).serialize(), _DESCRIBED, self._drop)
+            self._primary.send(Describe(b"P", name).serialize(), _DESCRIBED, drop)
         if is_query:
             self._close_unnamed()
-        self._synced = sync
-        self.is_calling = True
-        try:
-            await self._settle(_SYNC_AHEAD if sync else _FLUSH)
-        except BaseException:
-            self.is_calling = False
-            raise
-        timeout = parse_time_ms(self.context.statement_timeout.decode())
-        timer = asyncio.get_running_loop().call_later(timeout / 1000, self._time_out)
-        if not timeout:
-            timer.cancel()
-        self.is_waiting = True
-        try:
-            if row:
-                portal.fetch = await self._begin_fetch(portal, row[0][-1])
-            if portal.fetch is not None and not portal.fetch.described:
-                await portal.fetch.describe()
-            yield portal.fetch
-        except BaseException:
-            portal.close()
-            raise
-        finally:
-            self.is_calling = self.is_waiting = False
-            self._interrupt = None
-            timer.cancel()
-            if portal.fetch is not None and portal.fetch.finished:
-                self.jobs.remove(portal.fetch.job)
+        self._primary.synced = sync
+        with self.waits.calling(limited=Needs.TIME in needs_of(plan)):
+            await self._primary.settle(SYNC_AHEAD if sync else FLUSH)
+            self.waits.is_waiting = True
+            try:
+                if portal.result is None:
+                    portal.result = await self._open(portal, rows[0][-1])
+                await portal.result.describe()
+                yield portal.result
+            except BaseException as error:
+                portal.close()
+                if isinstance(portal.result, Fetch) and _is_interrupt(error):
+                    self._interrupted(portal.result.job)
+                raise
+            finally:
+                if isinstance(portal.result, Fetch) and portal.result.finished:
+                    self._session.jobs.remove(portal.result.job)
 
-    async def _begin_fetch(self, portal: Portal, arguments: bytes | None) -> Fetch | None:
+    def _interrupted(self, job: Job) -> None:
+        """Its reader waits no longer. If that was its only way out, it shall stop."""
+        if not (job.has_handle or job.finished):
+            self._session.jobs.remove(job)
+            self._session.cancel_job(job)
+
+    async def _open(self, portal: Portal, arguments: bytes | None) -> Fetch | Table:
+        """Call the function in FROM."""
         plan = portal.statement.plan
         assert isinstance(plan, ResultPlan)
-        pid = await self._evaluate(plan.call, self._arguments(arguments))
-        if pid is None:
-            return None
-        job = calls.attached(self, int(pid))
-        if job.consumed:
-            raise SQLError(
-                UNDEFINED_OBJECT, f"results for PID {job.pid} have already been consumed"
-            )
+        function = plan.call.function
+        value = await self._caller.evaluate(plan.call, self._caller.arguments(arguments))
         defined = portal.statement.fields[-1 - plan.defined_columns : -1]
-        return Fetch(
-            job,
+        if isinstance(value, Job):
+            return Fetch(
+                value,
+                plan.outputs,
+                defined=defined,
+                formats=portal.formats,
+                write=self._primary.write,
+                wait=self._wait_for,
+            )
+        if function.returns_set:
+            rows = value or []
+        else:
+            rows = [value or (None,) * len(function.columns)]
+        columns: Sequence[Column] = function.columns
+        if not columns:
+            # A job whose pid is NULL has no rows, of whatever columns.
+            columns = [Column(field.name.decode(), TEXT) for field in defined or (text_field(),)]
+        elif defined:
+            columns = as_defined(columns, defined)
+        return Table(
+            rows,
+            columns,
             plan.outputs,
-            defined=defined,
-            formats=portal.formats,
-            write=self._write,
-            wait=self._wait,
+            portal.formats,
+            zone=self._session.zone,
+            write=self._primary.write,
         )
 
-    async def _write(self, data: bytes, *, cut: bool = False) -> None:
-        """Send to the client, and wait while it is slow. `cut`: the last message goes on."""
-        self._check_interrupt()
-        self._client.write(data)
-        self._in_row = cut
-        if self._client.full is not None:
-            await self._wait_for_client()
-
-    async def _wait_for_client(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        full = self._client.full
-        assert full is not None
-
-        def drained(_: asyncio.Future[None]) -> None:
-            if not waiter.done():
-                waiter.set_result(None)
-
-        full.add_done_callback(drained)
-        await self._pause(waiter)
-
-    async def _wait(self, job: Job) -> None:
-        if self.client_ended:
-            raise ConnectionError("the client has closed the connection")
-        waiter = asyncio.get_running_loop().create_future()
-        job.add_waiter(waiter)
-        try:
-            await self._pause(waiter)
-        finally:
-            job.remove_waiter(waiter)
-
-    async def _pause(self, waiter: asyncio.Future[None]) -> None:
-        """Wait for a future, or until `_end_call` or `server_lost` is called."""
-        self._check_interrupt()
-        self._waiter = waiter
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-
-    def _check_interrupt(self) -> None:
-        if self._interrupt is not None and not self._in_row:
-            raise self._interrupt
-
-    def _end_call(self, error: SQLError) -> None:
-        """The call that is being made fails with this error."""
-        self._interrupt = error
-        if self._waiter is not None and not self._waiter.done() and not self._in_row:
-            self._waiter.set_exception(error)
-
-    def cancel(self) -> None:
-        """The client has asked for it."""
-        self._end_call(SQLError(QUERY_CANCELED, "canceling statement due to user request"))
-
-    def _time_out(self) -> None:
-        self._end_call(SQLError(QUERY_CANCELED, "canceling statement due to statement timeout"))
-
-    # What the functions ask for (`calls.Caller`)
-
-    @property
-    def jobs(self) -> Jobs:
-        return self._session.jobs
-
-    @property
-    def context(self) -> Context:
-        assert self._context is not None
-        return self._context
-
-    async def launch(self, sql: bytes, queue_size: int) -> Job:
-        return await self._session.launch(sql, queue_size, self.context)
-
-    async def change_privileges(self, verb: str, role: bytes, *, print_commands: bool) -> bool:
-        self._marker = secrets.token_hex(16)
-        self._marked = False
-        try:
-            sql = privileges_block(verb, role, print_commands=print_commands, marker=self._marker)
-            self._ask(sql, self._drop)
-            await self._settle()
-        finally:
-            self._marker = ""
-        return self._marked
-
-    def _ask_context(self, plan: Plan) -> None:
-        """Have the context of the next call sent along."""
-        session = self._session
-        called = [plan.call] if isinstance(plan, ResultPlan) else [c.call for c in plan.columns]
-        custom = tuple(session.custom_settings)
-        sql = context_query(
-            server_version=session.server_version,
-            roles=self.jobs.roles,
-            settings=any(_launches(call) for call in called),
-            custom_settings=custom,
-        )
-
-        async def take(kind: int, body: bytes) -> None:
-            if kind == _DATA_ROW:
-                self._context = parse_context(
-                    DataRow.parse(body).values,
-                    custom_settings=custom,
-                    client_encoding=self._relay.parameters.get(b"client_encoding", b""),
-                )
-
-        self._ask(sql, take)
-
-    def _ask(self, sql: bytes, take: Take) -> None:
-        """Have a query of ours run in the primary backend, within the client's batch."""
-        self._send(Parse(OWN_NAME, sql, ()).serialize(), b"1", self._drop)
-        self._send(Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize(), b"2", self._drop)
-        self._send(Execute(OWN_NAME, 0).serialize(), _EXECUTED, take)
-        self._send(Close(b"P", OWN_NAME).serialize(), b"3", self._drop)
-        self._send(Close(b"S", OWN_NAME).serialize(), b"3", self._drop)
+    async def _wait_for(self, job: Job) -> None:
+        await self.waits.for_jobs([job])
 
 
-def _is_harmless(plan: Plan) -> bool:
-    """Whether the stand-in can have no effect: it holds but the calls, constants and parameters.
-
-    For what is not certain at a glance the answer is no, which costs a round trip.
-    """
-    text = plan.rewrite.original
-    if any(mark in text for mark in (b"\\", b"--", b"/*", b'"')):
-        return False
-    code = _CONSTANT.sub(b"", text).lower()
-    if isinstance(plan, ScalarPlan):
-        made = sum(map(_call_count, (column.call for column in plan.columns)))
-        return b"from" not in code and code.count(b"(") == made
-    before, _, _ = code.partition(b")")
-    return before.count(b"(") == _call_count(plan.call) and code.count(b"from") <= 1
-
-
-def _call_count(call: Call) -> int:
-    inner = (argument.value for argument in call.arguments)
-    return 1 + sum(_call_count(value) for value in inner if isinstance(value, Call))
-
-
-def _shape_unknown(plan: Plan) -> bool:
-    """A result whose columns only its job knows."""
-    return isinstance(plan, ResultPlan) and not plan.defined_columns
-
-
-def _client_fields(statement: PreparedCall) -> tuple[Field, ...]:
-    """The columns of the client's statement, from those of its stand-in."""
-    plan = statement.plan
-    if isinstance(plan, ResultPlan):
-        return statement.fields[: -1 - plan.defined_columns]
-    fields = list(statement.fields)
-    for column in plan.columns:
-        result_type = column.call.function.result_type
-        fields[column.index] = replace(
-            fields[column.index],
-            type_oid=result_type.oid,
-            type_size=result_type.size,
-            type_modifier=-1,
-        )
-    return tuple(fields)
-
-
-def _launches(call: Call) -> bool:
-    return call.function.name == "pg_background_launch" or any(
-        isinstance(argument.value, Call) and _launches(argument.value)
-        for argument in call.arguments
-    )
-
-
-def _format(formats: Sequence[int], column: int) -> int:
-    """The result format of a column (Bind: none means all text, one is for all)."""
-    if len(formats) <= 1:
-        return formats[0] if formats else 0
-    return formats[column]
-
-
-def _decode(type: Type, text: bytes | None) -> Value:
-    if text is None or type == TEXT:
-        return text
-    return int(text) if type == INT4 else text[:1] == b"t"
-
-
-def _encode(call: Call, value: Value, *, binary: bool) -> bytes | None:
-    if value is None:
-        return None
-    match value:
-        case bool():
-            text = b"t" if value else b"f"
-        case int():
-            text = b"%d" % value
-        case bytes():
-            text = value
-    return to_binary(call.function.result_type.oid, text) if binary else text
+def _is_interrupt(error: BaseException) -> bool:
+    """Not an error in what was asked for, but that it is no longer wanted."""
+    return not isinstance(error, SQLError) or error.sqlstate == QUERY_CANCELED

@@ -3,16 +3,17 @@
 The rule: a job is one Query message in a backend of its own. PostgreSQL runs such a message as one
 transaction, so the string commits or fails as a whole, and a single statement may be one that
 refuses transaction blocks. Only the last statement's rows are results; what comes before is
-dropped as it arrives, and what nobody fetches stays in the server: a job holds `queue_size` bytes
-of output, then stops reading.
+dropped as it arrives, and what nobody fetches stays in the server (`rows`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Final, TypeVar
 
 from protocol.errors import (
@@ -20,6 +21,7 @@ from protocol.errors import (
     CONNECTION_FAILURE,
     FEATURE_NOT_SUPPORTED,
     INVALID_PARAMETER_VALUE,
+    QUERY_CANCELED,
     UNDEFINED_OBJECT,
     ProtocolViolation,
     SQLError,
@@ -37,11 +39,17 @@ from protocol.startup import CancelRequest
 from proxy import lexer
 from proxy.backend import READ_SIZE, Backend
 from proxy.lexer import LexError
+from proxy.rows import Notice, OutputQueue, Rows
 from proxy.settings import MAX_WORKERS
+from proxy.statements import parse_progress, progress_statement
 from proxy.upstream import Route
 
 MIN_QUEUE_SIZE: Final = 64
 MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024
+PREVIEW_SIZE: Final = 120
+FULL_SQL_SIZE: Final = 64 * 1024
+
+_MILLISECOND: Final = timedelta(milliseconds=1)
 
 # Message types of the backend.
 _DATA_ROW = ord("D")
@@ -50,45 +58,32 @@ _COMMAND_COMPLETE = ord("C")
 _ERROR = ord("E")
 _NOTICE = ord("N")
 _READY = ord("Z")
+_PARSE_COMPLETE = ord("1")
 _COPY_IN = ord("G")
 
 ReportT = TypeVar("ReportT", ErrorResponse, NoticeResponse)
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """A piece of the result as it came: whole DataRow messages; or a part of a long one.
-
-    `count` messages begin in it. `cut`: the last one goes on in the next piece.
-    """
-
-    data: bytes
-    count: int
-    cut: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """The body of a NoticeResponse."""
-
-    data: bytes
-
-
-Output = Rows | Notice
-
-
 class Job:
-    """One job: its backend while it runs, its output until somebody takes it.
+    """One job: its backend while it runs, its output until somebody takes it, how it went.
 
     Attributes:
-        pid: of its backend.
+        pid, cookie: of its backend, and a random number that tells it from others of that pid.
+        label: what its launcher called it.
         role_id: OID of the current role at launch.
         route: to its server.
+        queue_size: bytes of output that are held at the most.
+        output: rows and notices that nobody has taken yet.
+        keeps_rows: whether its rows are kept for somebody to fetch.
+        launched_at, finished_at: in UTC.
         columns: of the result; None as long as they are not known, and if there are none.
         tags: the command tag of each statement that has ended.
+        progress: percentage and message that it has last reported.
         finished: whether the backend is done, one way or the other.
+        canceled, timed_out: whether it was told to stop, and because it took too long.
         error: what went wrong; fields as the server sent them, CONTEXT extended.
         consumed: whether somebody has begun to fetch the result.
+        has_handle: whether anybody knows it by one; if not, only its reader can stop it.
     """
 
     def __init__(
@@ -99,26 +94,41 @@ class Job:
         queue_size: int,
         role_id: int,
         route: Route,
+        label: bytes | None = None,
+        keeps_rows: bool = True,
         on_finish: Callable[[Job], None],
     ) -> None:
         self.pid = backend.pid
+        self.cookie = int.from_bytes(secrets.token_bytes(8), "big", signed=True)
+        self.label = label
         self.role_id = role_id
         self.route = route
+        self.queue_size = queue_size
+        self.keeps_rows = keeps_rows
+        self.launched_at = datetime.now(UTC)
+        self.finished_at: datetime | None = None
         self.columns: tuple[Field, ...] | None = None
         self.tags: list[bytes] = []
+        self.progress: tuple[int | None, bytes | None] = (None, None)
         self.finished = False
+        self.canceled = False
+        self.timed_out = False
         self.error: ErrorResponse | None = None
         self.consumed = False
+        self.has_handle = True
         self._backend = backend
         self._sql = sql
-        self._queue_size = queue_size
         self._on_finish = on_finish
-        self._output: deque[Output] = deque()
-        self._queued = 0
-        self._paused = False
-        self._dropping = False
+        self.output = OutputQueue(queue_size, backend)
+        if not keeps_rows:
+            self.output.drop()
         self._waiters: set[asyncio.Future[None]] = set()
         self._statements = 0
+        self._taken_up = False
+        # Statements, by their place, that stand for a call of pg_background_progress, and the word
+        # by which their messages are known.
+        self._progress_calls: frozenset[int] = frozenset()
+        self._marker = b""
         # Reading: a message that is not whole yet, and how much of it is missing; or bytes still
         # to come of a long row, which is passed on in pieces.
         self._partial = b""
@@ -130,45 +140,122 @@ class Job:
     def __repr__(self) -> str:
         return f"<Job pid={self.pid} finished={self.finished}>"
 
+    # What is known of it
+
+    @property
+    def handle(self) -> tuple[int, int]:
+        """Pid and cookie."""
+        return self.pid, self.cookie
+
+    @property
+    def state(self) -> bytes:
+        """running, stopped, canceled or error."""
+        if not self.finished:
+            return b"running"
+        if self.error is None:
+            return b"stopped"
+        canceled = self.canceled and self.error.sqlstate == QUERY_CANCELED
+        return b"canceled" if canceled else b"error"
+
+    @property
+    def elapsed_ms(self) -> int:
+        """How long it has run."""
+        return round(((self.finished_at or datetime.now(UTC)) - self.launched_at) / _MILLISECOND)
+
+    @property
+    def command_tag(self) -> bytes | None:
+        """Of the last statement that has ended, without the counts: INSERT, CREATE TABLE."""
+        return self.tags[-1].rstrip(b" 0123456789") if self.tags else None
+
+    @property
+    def row_count(self) -> int | None:
+        """Of that statement, if its command tag has one."""
+        count = self.tags[-1].rpartition(b" ")[2] if self.tags else b""
+        return int(count) if count.isdigit() else None
+
+    def error_field(self, code: str) -> bytes | None:
+        """A field of its error; None without one."""
+        return None if self.error is None else self.error.fields.get(code)
+
+    @property
+    def preview(self) -> bytes:
+        """The beginning of its SQL: 120 characters."""
+        return self._sql.decode("utf-8", "surrogateescape")[:PREVIEW_SIZE].encode(
+            "utf-8", "surrogateescape"
+        )
+
+    @property
+    def full_sql(self) -> bytes:
+        """Its SQL; what is longer than 64 KiB is cut and marked so."""
+        if len(self._sql) <= FULL_SQL_SIZE:
+            return self._sql
+        whole_characters = self._sql[:FULL_SQL_SIZE].decode("utf-8", "ignore").encode()
+        return (whole_characters or self._sql[:FULL_SQL_SIZE]) + b"[...]"
+
     # Its life
 
-    def start(self) -> None:
-        """Run the string, unless it holds a statement that a job may not run."""
-        refused = self._refusal()
-        if refused is None:
-            self._backend.start(self._sql, self)
-        else:
-            self.error = self._with_context(refused.response())
+    async def start(self) -> None:
+        """Run the string, unless it holds a statement that a job may not run.
+
+        Returns when the backend has taken it up.
+        """
+        try:
+            sql = self._prepared()
+        except SQLError as refusal:
+            self.error = self._with_context(refusal.response())
             self._finish()
+        else:
+            self._backend.start(sql, self)
+            while not (self._taken_up or self.finished):
+                waiter = asyncio.get_running_loop().create_future()
+                self.add_waiter(waiter)
+                await waiter
 
-    def _refusal(self) -> SQLError | None:
-        """Count the statements, and look for one that would break transaction or protocol.
+    def _prepared(self) -> bytes:
+        """The string for the server. Its statements are counted, and looked at one by one.
 
-        What cannot be lexed is left to the server, which will say what is wrong with it.
+        What cannot be lexed is left to the server, which will say what is wrong with it. Raises
+        SQLError for a statement that would break the job's transaction or the protocol.
         """
         parameters = self._backend.parameters
+        conforming = parameters.get(b"standard_conforming_strings") != b"off"
+        encoding = parameters.get(b"client_encoding", b"").decode("ascii", "replace")
         try:
             statements = lexer.split(
-                self._sql,
-                standard_conforming_strings=parameters.get(b"standard_conforming_strings")
-                != b"off",
-                encoding=parameters.get(b"client_encoding", b"").decode("ascii", "replace"),
+                self._sql, standard_conforming_strings=conforming, encoding=encoding
             )
         except LexError:
-            return None
+            return self._sql
         self._statements = len(statements)
-        for statement in statements:
+        marker = secrets.token_hex(16).encode()
+        blocks: dict[int, bytes] = {}
+        for number, statement in enumerate(statements):
             if lexer.is_transaction_control(self._sql, statement):
-                return SQLError(
+                raise SQLError(
                     FEATURE_NOT_SUPPORTED,
                     "transaction control statements are not allowed in pg_background",
                 )
             if lexer.is_client_copy(self._sql, statement):
-                return SQLError(FEATURE_NOT_SUPPORTED, "COPY protocol not allowed in pg_background")
-        return None
+                raise SQLError(FEATURE_NOT_SUPPORTED, "COPY protocol not allowed in pg_background")
+            block = progress_statement(self._sql, statement, marker, encoding=encoding)
+            if block is not None:
+                blocks[number] = block
+        if not blocks:
+            return self._sql
+        self._marker = marker
+        self._progress_calls = frozenset(blocks)
+        parts: list[bytes] = []
+        end = 0
+        for number, statement in enumerate(statements):
+            parts.append(self._sql[end : statement.start])
+            parts.append(blocks.get(number) or self._sql[statement.start : statement.end])
+            end = statement.end
+        return b"".join([*parts, self._sql[end:]])
 
     def _finish(self) -> None:
         self.finished = True
+        self._sql = self._sql[: FULL_SQL_SIZE + 1]
+        self.finished_at = datetime.now(UTC)
         self._partial = b""
         self._backend.receiver = None
         self._backend.terminate()
@@ -184,36 +271,16 @@ class Job:
         """What makes the server cancel it."""
         return self._backend.cancel_request()
 
-    # Its output
+    # Who follows it
 
-    def drop_output(self) -> None:
+    def leave(self) -> None:
+        """Its session is done with it: of what it holds only the outcome is of use, to others."""
+        self.forget_output()
+        self._sql = self._sql[: 4 * PREVIEW_SIZE]
+
+    def forget_output(self) -> None:
         """Nobody will fetch it: from now on it is read and dropped, so the job never waits."""
-        self._dropping = True
-        self._output.clear()
-        self._took(self._queued)
-
-    def take(self) -> Output | None:
-        """The next piece of output, if there is any by now."""
-        if not self._output:
-            return None
-        output = self._output.popleft()
-        self._took(len(output.data))
-        return output
-
-    def take_notice(self) -> Notice | None:
-        """The next piece of output if it is a notice."""
-        output = self._output[0] if self._output else None
-        if not isinstance(output, Notice):
-            return None
-        self.take()
-        return output
-
-    def _took(self, size: int) -> None:
-        self._queued -= size
-        if self._paused and self._queued < self._queue_size:
-            self._paused = False
-            if not self.finished:
-                self._backend.transport.resume_reading()
+        self.output.drop()
 
     def add_waiter(self, waiter: asyncio.Future[None]) -> None:
         """Have a future resolved at the next change: output, columns, the end."""
@@ -233,9 +300,8 @@ class Job:
 
     def room(self) -> int:
         """Bytes that may come in: what is left of the queue."""
-        if self._dropping:
-            return READ_SIZE
-        return max(self._queue_size - self._queued, self._missing, 1)
+        room = self.output.room
+        return READ_SIZE if room is None else max(room, self._missing)
 
     def feed(self, data: memoryview) -> None:
         """Sort what came in. A stream that is none ends the job."""
@@ -244,9 +310,7 @@ class Job:
         except ProtocolViolation as error:
             self.close(error)
             return
-        if self._queued >= self._queue_size and not self._paused and not self.finished:
-            self._paused = True
-            self._backend.transport.pause_reading()
+        self.output.stop_if_full()
         if self._waiters:
             self._wake()
 
@@ -288,21 +352,20 @@ class Job:
 
     def _rows(self, data: bytes, count: int, *, cut: bool = False) -> None:
         if data and len(self.tags) == self._statements - 1:
-            self._queue(Rows(data, count, cut))
-
-    def _queue(self, output: Output) -> None:
-        if not self._dropping:
-            self._output.append(output)
-            self._queued += len(output.data)
+            self.output.put(Rows(data, count, cut))
 
     def _message(self, kind: int, body: bytes) -> None:
         if kind == _ROW_DESCRIPTION:
             if len(self.tags) == self._statements - 1:
                 self.columns = RowDescription.parse(body).fields
         elif kind == _COMMAND_COMPLETE:
-            self.tags.append(CommandComplete.parse(body).tag)
+            is_progress = len(self.tags) in self._progress_calls
+            self.tags.append(b"SELECT 1" if is_progress else CommandComplete.parse(body).tag)
         elif kind == _NOTICE:
-            self._queue(Notice(body))
+            if self._marker and self._marker in body:
+                self._report_progress(NoticeResponse.parse(body).message)
+            else:
+                self.output.put(Notice(body))
         elif kind == _ERROR:
             error = ErrorResponse.parse(body)
             if error.severity in ("FATAL", "PANIC"):
@@ -312,8 +375,16 @@ class Job:
         elif kind == _COPY_IN:
             # A COPY that the lexer did not recognise; without this the server waits for ever.
             self._backend.transport.write(CopyFail(b"not allowed in pg_background").serialize())
+        elif kind == _PARSE_COMPLETE:
+            self._taken_up = True
         elif kind == _READY:
             self._finish()
+
+    def _report_progress(self, message: bytes) -> None:
+        """What a call of pg_background_progress has said (`statements.progress_statement`)."""
+        percentage, text = parse_progress(message, self._marker)
+        clamped = None if percentage is None else min(max(percentage, 0), 100)
+        self.progress = (clamped, text)
 
     def notice(self, output: Notice) -> bytes:
         """A message of the job as its caller gets it: the whole NoticeResponse."""
@@ -328,7 +399,7 @@ class Job:
         """The connection ended before the job did."""
         if self.finished:
             return
-        self._drop_cut_row()
+        self.output.drop_cut_row()
         reason = self._fatal.message.decode("utf-8", "replace") if self._fatal else str(error)
         self.error = SQLError(
             CONNECTION_FAILURE,
@@ -337,14 +408,42 @@ class Job:
         ).response()
         self._finish()
 
-    def _drop_cut_row(self) -> None:
-        """Forget the pieces of a row whose rest will not come."""
-        while self._output:
-            piece = self._output[-1]
-            if isinstance(piece, Notice) or not piece.cut:
-                break
-            self._output.pop()
-            self._queued -= len(piece.data)
+
+@dataclass(slots=True)
+class Counts:
+    """How many jobs a session had, and how they ended; active is how many run now."""
+
+    launched: int = 0
+    completed: int = 0
+    failed: int = 0
+    canceled: int = 0
+    timed_out: int = 0
+    total_ms: int = 0
+
+    @property
+    def active(self) -> int:
+        """Those that have not ended."""
+        return self.launched - self._ended
+
+    @property
+    def mean_ms(self) -> float:
+        """Of those that have ended; 0 if there are none."""
+        return self.total_ms / self._ended if self._ended else 0.0
+
+    @property
+    def _ended(self) -> int:
+        return self.completed + self.failed + self.canceled
+
+    def ended(self, job: Job) -> None:
+        """One more has ended."""
+        self.total_ms += job.elapsed_ms
+        self.timed_out += job.timed_out
+        if job.state == b"canceled":
+            self.canceled += 1
+        elif job.error is not None:
+            self.failed += 1
+        else:
+            self.completed += 1
 
 
 class Jobs:
@@ -352,17 +451,13 @@ class Jobs:
 
     def __init__(self) -> None:
         self._jobs: dict[int, Job] = {}
-
-    def __len__(self) -> int:
-        return len(self._jobs)
+        self.counts = Counts()
 
     def __iter__(self) -> Iterator[Job]:
         return iter(tuple(self._jobs.values()))
 
-    @property
-    def roles(self) -> set[int]:
-        """OIDs of the roles that have launched them."""
-        return {job.role_id for job in self._jobs.values()}
+    def __contains__(self, job: Job) -> bool:
+        return self._jobs.get(job.pid) is job
 
     def check_limit(self, max_workers: int) -> None:
         """Raises SQLError 53400 if as many as that are running."""
@@ -379,7 +474,10 @@ class Jobs:
 
     def add(self, job: Job) -> None:
         """Attach a job. An older one of the same pid is history: its backend is gone."""
+        if job.pid in self._jobs:
+            self.remove(self._jobs[job.pid])
         self._jobs[job.pid] = job
+        self.counts.launched += 1
 
     def get(self, pid: int) -> Job:
         """The job of this pid. Raises SQLError 42704."""
@@ -389,15 +487,68 @@ class Jobs:
             raise SQLError(UNDEFINED_OBJECT, f"PID {pid} is not attached to this session") from None
 
     def remove(self, job: Job) -> None:
-        """The session is done with it. If it runs, it runs on to its end."""
-        if self._jobs.get(job.pid) is job:
+        """The session is done with it. If it runs, it runs on to its end. Those of other sessions
+        are not touched."""
+        if job in self:
             del self._jobs[job.pid]
-        job.drop_output()
+            job.leave()
 
     def clear(self) -> None:
         """The session ends."""
         for job in self:
             self.remove(job)
+
+
+class KnownJobs:
+    """The jobs of all sessions: those that run, and for a while those that have ended.
+
+    So another session of the same role can follow a job and stop it. What is kept of one that has
+    ended is how it went, never its rows.
+    """
+
+    MOST = 10_000
+    """How many that have ended are kept; beyond that the oldest are forgotten."""
+
+    def __init__(self, retention: float) -> None:
+        """`retention`: seconds for which a job that has ended is known."""
+        self._retention = retention
+        self._jobs: dict[tuple[int, int], Job] = {}
+        # When those that have ended did so, in that order.
+        self._ended: dict[tuple[int, int], float] = {}
+        self.running: set[Job] = set()
+
+    def __iter__(self) -> Iterator[Job]:
+        self._forget()
+        return iter(tuple(self._jobs.values()))
+
+    @property
+    def roles(self) -> set[int]:
+        """OIDs of the roles that have launched them."""
+        return {job.role_id for job in self}
+
+    def get(self, pid: int, cookie: int) -> Job | None:
+        """The job of this handle, if it is known."""
+        self._forget()
+        return self._jobs.get((pid, cookie))
+
+    def add(self, job: Job) -> None:
+        """A new one."""
+        self._jobs[job.handle] = job
+        self.running.add(job)
+
+    def ended(self, job: Job) -> None:
+        """It has ended; it will be forgotten later."""
+        self.running.discard(job)
+        self._ended[job.handle] = time.monotonic()
+        self._forget()
+
+    def _forget(self) -> None:
+        too_old = time.monotonic() - self._retention
+        while self._ended:
+            handle, when = next(iter(self._ended.items()))
+            if when > too_old and len(self._ended) <= self.MOST:
+                break
+            del self._ended[handle], self._jobs[handle]
 
 
 def checked_queue_size(queue_size: int, default: int) -> int:

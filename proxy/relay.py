@@ -33,7 +33,7 @@ from proxy.asked import (
 from proxy.connection import Connection
 
 if TYPE_CHECKING:
-    from proxy.interception import Portal, PreparedCall
+    from proxy.prepared import Portal, PreparedCall
 
 # Further message types of the frontend.
 COPY_DATA: Final = ord("d")
@@ -96,7 +96,12 @@ class Relay:
         asked: what the server has not answered yet.
     """
 
-    WATCHED: Final = (b"client_encoding", b"server_version", b"standard_conforming_strings")
+    WATCHED: Final = (
+        b"client_encoding",
+        b"server_version",
+        b"standard_conforming_strings",
+        b"TimeZone",
+    )
 
     def __init__(self, client: Connection, server: Connection, hooks: Hooks) -> None:
         self._client = client

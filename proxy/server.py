@@ -10,19 +10,26 @@ import asyncio
 import contextlib
 import functools
 import signal
+from collections.abc import Coroutine
 
 from protocol.startup import CancelRequest
 from proxy import tls
 from proxy.auth_query import AuthQuery
 from proxy.config import Config, ConfigError
 from proxy.credentials import Credentials, CredentialStore, LoginObserver, Secret
-from proxy.jobs import Job
+from proxy.functions import catalog
+from proxy.jobs import Job, KnownJobs
 from proxy.keepalive import Keepalive
 from proxy.listeners import Listeners
 from proxy.log import logger
 from proxy.session import Session
 from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT
+from proxy.spares import Spares
 from proxy.upstream import Dialer, Route
+
+_CANCEL_AGAIN = 0.02
+_CANCEL_SELDOM = 1.0
+"""Seconds between cancel requests to a job that goes on: the first time, and at most."""
 
 _LAST_WORDS = 2.0
 """Seconds that connections get to send what is left when the time to shut down is over."""
@@ -34,7 +41,9 @@ class Server:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.sessions: set[Session] = set()
-        self.jobs: set[Job] = set()
+        self.jobs = KnownJobs(config.outcome_retention)
+        self.functions = catalog(config.api_version)
+        self.spares = Spares(config.spares, config.spare_lifetime)
         self.keys: dict[CancelRequest, Session] = {}
         try:
             self.credentials = CredentialStore(config.passfile, config.auth_file)
@@ -49,20 +58,22 @@ class Server:
             WORKER_TIMEOUT.name: config.worker_timeout,
         }
         self._idle = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     # The way to the server
 
     async def cancel(self, request: CancelRequest) -> None:
         """Cancel what waits in the proxy, or pass the request on to the server."""
         session = self.keys.get(request)
-        call = session.interception if session is not None else None
-        if call is not None and call.is_waiting:
-            call.cancel()
+        interception = session.interception if session is not None else None
+        waits = interception.waits if interception is not None else None
+        if waits is not None and waits.is_waiting:
+            waits.cancel()
             return
         await self.dialer.cancel(session.route if session is not None else None, request)
         # The server may have done its part of the call before it heard of this.
-        if call is not None and call.is_calling:
-            call.cancel()
+        if waits is not None and waits.is_calling:
+            waits.cancel()
 
     async def credentials_of(
         self, route: Route, database: bytes, user: bytes, login: LoginObserver
@@ -136,10 +147,10 @@ class Server:
         )
         for way in ways_out:
             way.cancel()
-        if self.sessions or self.jobs:
+        if self.sessions or self.jobs.running:
             logger.warning("ending what still runs: %s", self._what_runs())
         closing = [session.client for session in self.sessions]
-        jobs = tuple(self.jobs)
+        jobs = tuple(self.jobs.running)
         for session in tuple(self.sessions):
             session.shut_down()
         await asyncio.gather(*(self.dialer.cancel(job.route, job.cancel_request()) for job in jobs))
@@ -150,15 +161,16 @@ class Server:
             if asyncio.get_running_loop().time() > deadline:
                 break
             await asyncio.sleep(0.01)
+        self.spares.close()
         logger.info("shut down")
 
     async def _all_done(self) -> None:
-        while self.sessions or self.jobs:
+        while self.sessions or self.jobs.running:
             self._idle.clear()
             await self._idle.wait()
 
     def _what_runs(self) -> str:
-        return f"{len(self.sessions)} sessions, {len(self.jobs)} jobs"
+        return f"{len(self.sessions)} sessions, {len(self.jobs.running)} jobs"
 
     def session_ended(self, session: Session) -> None:
         """One that has closed its connections."""
@@ -167,8 +179,41 @@ class Server:
 
     def job_ended(self, job: Job) -> None:
         """One whose backend is done."""
-        self.jobs.discard(job)
+        self.jobs.ended(job)
         self._idle.set()
+
+    def cancel_job(self, job: Job) -> asyncio.Task[None]:
+        """Tell the server to stop a job. The task ends when it was told once; it is told again
+        until the job ends, since a backend that has only just got its query does not listen."""
+        job.canceled = True
+        job.forget_output()
+        told = self._spawn(self.dialer.cancel(job.route, job.cancel_request()))
+        self._spawn(self._cancel_until_finished(job))
+        return told
+
+    async def _cancel_until_finished(self, job: Job) -> None:
+        delay = _CANCEL_AGAIN
+        while not job.finished:
+            await asyncio.sleep(delay)
+            if not job.finished:
+                await self.dialer.cancel(job.route, job.cancel_request())
+            delay = min(delay * 2, _CANCEL_SELDOM)
+
+    def limit(self, job: Job, timeout_ms: int) -> None:
+        """Cancel a job that runs longer than that."""
+
+        def time_out() -> None:
+            if not job.finished:
+                job.timed_out = True
+                self.cancel_job(job)
+
+        asyncio.get_running_loop().call_later(timeout_ms / 1000, time_out)
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
 async def serve(config: Config) -> int:

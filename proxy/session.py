@@ -14,7 +14,9 @@ import re
 import socket
 import ssl
 from collections.abc import Coroutine
+from datetime import UTC, tzinfo
 from typing import TYPE_CHECKING, Final
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from protocol.errors import (
     ADMIN_SHUTDOWN,
@@ -40,14 +42,13 @@ from protocol.startup import (
 )
 from proxy import encodings, lexer, statements, tls
 from proxy.asked import PARSE
-from proxy.backend import ServerError, no_backend, open_backend
 from proxy.config import Host
 from proxy.connection import Connection
-from proxy.context import Context, takeover_query
+from proxy.context import Context
 from proxy.credentials import LoginObserver
-from proxy.fetch import JobFailed
 from proxy.interception import Interception
-from proxy.jobs import Job, Jobs, checked_queue_size
+from proxy.jobs import Job, Jobs, KnownJobs, checked_queue_size
+from proxy.launcher import Launcher
 from proxy.lexer import LexError
 from proxy.log import logger
 from proxy.login import Login, RefusedError
@@ -395,7 +396,7 @@ class Session:
         await interception.run()
         self.interception = self._task = None
         interception.hand_back()
-        if interception.client_ended:
+        if interception.waits.client_ended:
             self._ended(self.client)
 
     # What an interception asks for
@@ -432,6 +433,7 @@ class Session:
             sql,
             standard_conforming_strings=self._standard_conforming_strings,
             encoding=self._encoding,
+            functions=self._server.functions,
         )
 
     @property
@@ -442,60 +444,76 @@ class Session:
     def _encoding(self) -> str:
         return self.relay.parameters.get(b"client_encoding", b"").decode("ascii", "replace")
 
-    async def launch(self, sql: bytes, queue_size: int, context: Context) -> Job:
-        """Start a job in a new backend, with the session's role and settings.
-
-        Raises SQLError.
-        """
-        server = self._server
-        self.jobs.check_limit(self._setting(MAX_WORKERS, context))
-        size = checked_queue_size(queue_size, self._setting(DEFAULT_QUEUE_SIZE, context))
-        timeout = self._setting(WORKER_TIMEOUT, context)
-        assert self._startup is not None
-        login = {
-            **self._startup.parameters,
-            b"client_encoding": self.relay.parameters.get(b"client_encoding", b"UTF8"),
-            b"application_name": b"pg_background",
-        }
-        user = login[b"user"]
-        backend = await open_backend(
-            functools.partial(server.dialer.connect_by, self.route),
-            StartupMessage(login),
-            await server.credentials_of(
-                self.route, login.get(b"database", user), user, self._observer
-            ),
-            server.config.connect_timeout,
-        )
+    @property
+    def zone(self) -> tzinfo:
+        """The session's time zone; UTC if Python does not know it."""
+        name = self.relay.parameters.get(b"TimeZone", b"UTC").decode("ascii", "replace")
         try:
-            overrides = {b"statement_timeout": b"%d" % timeout} if timeout else {}
-            row = await backend.query(takeover_query(context, user, overrides))
-            backend.pid = int(row[0] or 0)
-        except ServerError as error:
-            backend.terminate()
-            if error.is_fatal:
-                raise no_backend(str(error)) from None
-            raise JobFailed(error.response) from None
-        except (ConnectionError, ProtocolViolation) as error:
-            backend.terminate()
-            raise no_backend(str(error)) from None
-        except BaseException:
-            backend.terminate()
-            raise
+            return ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError):
+            return UTC
+
+    @property
+    def known_jobs(self) -> KnownJobs:
+        """The jobs of all sessions."""
+        return self._server.jobs
+
+    def cancel_job(self, job: Job) -> asyncio.Task[None]:
+        """Have the server told to stop a job."""
+        return self._server.cancel_job(job)
+
+    def limit(self, job: Job, timeout_ms: int) -> None:
+        """Stop a job that runs longer than that."""
+        self._server.limit(job, timeout_ms)
+
+    async def launch(
+        self,
+        sql: bytes,
+        queue_size: int,
+        context: Context,
+        *,
+        label: bytes | None = None,
+        keeps_rows: bool = True,
+    ) -> Job:
+        """Start a job in a new backend, with the session's role and settings. Raises SQLError."""
+        self.jobs.check_limit(self.setting(MAX_WORKERS, context))
+        size = checked_queue_size(queue_size, self.setting(DEFAULT_QUEUE_SIZE, context))
+        backend = await self._launcher.backend(
+            context,
+            client_encoding=self.relay.parameters.get(b"client_encoding", b"UTF8"),
+            label=label,
+            worker_timeout=self.setting(WORKER_TIMEOUT, context),
+        )
         job = Job(
             backend,
             sql,
             queue_size=size,
             role_id=context.role_id,
             route=self.route,
-            on_finish=server.job_ended,
+            label=label,
+            keeps_rows=keeps_rows,
+            on_finish=self._job_ended,
         )
-        server.jobs.add(job)
+        self._server.jobs.add(job)
         self.jobs.add(job)
-        job.start()
+        await job.start()
         logger.debug("launched %r", job)
         return job
 
-    def _setting(self, setting: Setting, context: Context) -> int:
+    @functools.cached_property
+    def _launcher(self) -> Launcher:
+        assert self._startup is not None
+        assert self._key is not None
+        return Launcher(
+            self._server, self._startup.parameters, self.route, self._observer, self._key.pid
+        )
+
+    def _job_ended(self, job: Job) -> None:
+        self.jobs.counts.ended(job)
+        self._server.job_ended(job)
+
+    def setting(self, setting: Setting, context: Context) -> int:
+        """A setting of ours, as it is in a session. Raises SQLError 22023."""
         text = context.own_settings.get(setting.name, self._server.own_settings[setting.name])
         try:
             return setting.parse(text)

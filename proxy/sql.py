@@ -53,7 +53,7 @@ def raise_block(error: SQLError) -> bytes:
     return _do(b"BEGIN RAISE EXCEPTION USING " + b", ".join(using) + b"; END")
 
 
-def privileges_block(verb: str, role: bytes, *, print_commands: bool, marker: str) -> bytes:
+def privileges_block(verb: str, role: bytes, marker: str, *, print_commands: bool) -> bytes:
     """Lets a role call the functions, or no longer.
 
     That it went well is said by an INFO message, the marker. What went wrong is a NOTICE.
@@ -61,8 +61,8 @@ def privileges_block(verb: str, role: bytes, *, print_commands: bool, marker: st
     Args:
         verb: GRANT or REVOKE.
         role: its name, in the client's encoding.
-        print_commands: whether each command is printed as INFO.
         marker: a random word.
+        print_commands: whether each command is printed as INFO.
     """
     executor = EXECUTOR_ROLE.encode()
     granting = verb == "GRANT"
@@ -93,4 +93,13 @@ def privileges_block(verb: str, role: bytes, *, print_commands: bool, marker: st
             _ascii(marker),
             failure,
         )
+    )
+
+
+def drop_role_block(marker: str) -> bytes:
+    """Drops the role whose members may call the functions; says how it went as they do."""
+    role = EXECUTOR_ROLE.encode()
+    return _do(
+        b"BEGIN EXECUTE 'DROP ROLE %b'; RAISE INFO %b; EXCEPTION WHEN OTHERS THEN"
+        b" RAISE NOTICE 'Error dropping role %b: %%', SQLERRM; END" % (role, _ascii(marker), role)
     )

@@ -13,7 +13,7 @@ from typing import Final
 
 from protocol.errors import FEATURE_NOT_SUPPORTED, UNDEFINED_FUNCTION
 from protocol.messages import ErrorResponse
-from proxy.functions import BOOL, FUNCTIONS, INT4, TEXT, Function, Type
+from proxy.functions import BOOL, FUNCTIONS, HANDLES, INT4, INT8, TEXT, Function, Type
 
 _CALL: Final = re.compile(r"(?:(?:\w+|\"[^\"]+\")\.)?(\w*pg_background\w*)\((.*?)\)(?=\W*\s|$)")
 
@@ -21,7 +21,9 @@ _CALL: Final = re.compile(r"(?:(?:\w+|\"[^\"]+\")\.)?(\w*pg_background\w*)\((.*?
 _ACCEPTED: Final[dict[Type, frozenset[str]]] = {
     TEXT: frozenset({"text", "character varying", "character", "name", "unknown", '"char"'}),
     INT4: frozenset({"integer", "smallint", "unknown"}),
+    INT8: frozenset({"bigint", "integer", "smallint", "unknown"}),
     BOOL: frozenset({"boolean", "unknown"}),
+    HANDLES: frozenset({"pg_background_handle[]", "record[]", "text", "unknown"}),
 }
 
 

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import settings
 
 from proxy.embedded import find_system_bin, find_wheel_bin, server_version
+from tests import api_clients
 from tests.certificates import Certificates
 from tests.servers import Connection, Proxy, Server, database
 
@@ -189,6 +190,22 @@ def observer(server: Server, scratch: str) -> Iterator[Connection]:
     """A superuser's session in the module's database, past the proxy."""
     with server.connect(dbname=scratch) as conn:
         yield conn
+
+
+@pytest.fixture(params=api_clients.KINDS)
+def client(
+    request: pytest.FixtureRequest, proxy: Proxy, scratch: str
+) -> Iterator[api_clients.Client]:
+    """A superuser's session of each kind of client, through the proxy."""
+    yield from api_clients.each_client(request, proxy, scratch)
+
+
+@pytest.fixture
+def gate(observer: Connection) -> Iterator[api_clients.Gate]:
+    """A closed gate for jobs; open at the end."""
+    gate = api_clients.Gate(observer)
+    yield gate
+    gate.open()
 
 
 @pytest.hookimpl(wrapper=True)

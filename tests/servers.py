@@ -166,7 +166,9 @@ class Proxy(_Endpoint):
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "proxy", "serve"),
-                *("--listen", "127.0.0.1:0", "--upstream", upstream, *options),
+                *("--listen", "127.0.0.1:0", "--upstream", upstream),
+                # So that what is left over can be told from spares within a moment.
+                *("--spare-lifetime", "1s", *options),
             ],
             cwd=REPOSITORY,
             env={**clean_environment(), "PYTHONUNBUFFERED": "1", **(env or {})},

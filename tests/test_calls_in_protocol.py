@@ -321,7 +321,7 @@ SCRIPTS: dict[str, Script] = {
         p("SELECT * FROM pg_background_result('x'::text) AS (n int)"), S, READY,
         p("SELECT * FROM pg_background_result(1) AS (n none)"), S, READY],
     "functions that are none": [
-        q("SELECT pg_background_launch()"), READY, q("SELECT pg_background_launch('x', 1, 2)"), READY,
+        q("SELECT pg_background_launch()"), READY, q("SELECT pg_background_launch('x', 1, 'l', 2)"), READY,
         q("SELECT pg_background_launch(nope => 'x')"), READY],
     "named arguments": [
         q("SELECT pg_background_launch(sql => 'SELECT 1'), pg_background_launch(queue_size => 0, sql := 'SELECT 1')"),

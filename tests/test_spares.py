@@ -1,0 +1,150 @@
+"""Spares: side backends that are logged in before they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psycopg
+import pytest
+
+from tests.background import launch, message, run, value, wait_until
+from tests.conftest import StartProxy
+from tests.servers import Connection, Server
+
+SPARE = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
+
+
+@pytest.fixture
+def spares(server: Server) -> Callable[[], set[int]]:
+    """The pids of the spares that there are now."""
+
+    def look() -> set[int]:
+        with server.connect() as conn:
+            return {pid for (pid,) in conn.execute(SPARE)}
+
+    return look
+
+
+def test_none_is_opened_for_who_never_launches(
+    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+) -> None:
+    with start_proxy("--spare-lifetime", "60s").connect() as conn:
+        conn.execute("SELECT 1")
+        assert not spares()
+
+
+def test_the_next_launch_takes_one_and_it_is_replaced(
+    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+) -> None:
+    with start_proxy("--spare-lifetime", "60s", "--spares", "3").connect() as conn:
+        run(conn, "SELECT 1")
+        wait_until(lambda: len(spares()) == 3)
+        before = spares()
+        pid = launch(conn, "SELECT pg_sleep(60)")
+        assert pid in before
+        wait_until(lambda: len(spares()) == 3)
+        assert pid not in spares()
+        conn.execute("SELECT pg_cancel_backend(%s)", [pid])
+
+
+def test_a_job_in_a_spare_is_the_sessions_own(
+    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+) -> None:
+    with start_proxy("--spare-lifetime", "60s").connect() as conn:
+        run(conn, "SELECT 1")
+        wait_until(spares)
+        conn.execute("SET search_path = pg_catalog; SET my.own = 'x'")
+        job = "SELECT concat_ws(' ', current_user, current_setting('search_path'), "
+        job += "current_setting('my.own'), current_setting('application_name'), pg_backend_pid())"
+        before = spares()
+        *words, pid = str(value(conn, job)).split()
+        assert words == ["postgres", "pg_catalog", "x", "pg_background"]
+        assert int(pid) in before
+
+
+def test_one_that_nobody_needs_is_closed(
+    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+) -> None:
+    with start_proxy("--spare-lifetime", "1s").connect() as conn:
+        run(conn, "SELECT 1")
+        wait_until(spares)
+        wait_until(lambda: not spares())
+
+
+def test_none_at_all_if_told_so(
+    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+) -> None:
+    with start_proxy("--spares", "0", "--spare-lifetime", "60s").connect() as conn:
+        for _ in range(3):
+            run(conn, "SELECT 1")
+        assert not spares()
+
+
+def test_one_that_was_killed_is_no_loss(
+    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+) -> None:
+    with start_proxy("--spare-lifetime", "60s").connect() as conn:
+        run(conn, "SELECT 1")
+        wait_until(lambda: len(spares()) == 2)
+        with server.connect() as admin:
+            admin.execute(f"SELECT pg_terminate_backend(pid) FROM ({SPARE}) s")
+        assert run(conn, "SELECT 2") == [(2,)]
+
+
+def test_none_for_a_role_with_a_connection_limit(
+    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+) -> None:
+    with server.connect() as admin:
+        admin.execute("CREATE ROLE limited LOGIN SUPERUSER CONNECTION LIMIT 20")
+    try:
+        with start_proxy("--spare-lifetime", "60s").connect(user="limited") as conn:
+            run(conn, "SELECT 1")
+            run(conn, "SELECT 1")
+            wait_until(lambda: len(server.clients()) == 1)
+            assert not spares()
+    finally:
+        with server.connect() as admin:
+            admin.execute("DROP ROLE limited")
+
+
+def test_each_role_and_database_has_its_own(
+    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]], db: str
+) -> None:
+    proxy = start_proxy("--spare-lifetime", "60s", "--spares", "1")
+    with server.connect() as admin:
+        admin.execute("CREATE ROLE launcher LOGIN SUPERUSER")
+    try:
+        with proxy.connect() as one, proxy.connect(user="launcher", dbname=db) as other:
+            run(one, "SELECT 1")
+            wait_until(lambda: len(spares()) == 1)
+            before = spares()
+            job = "SELECT concat_ws(' ', session_user, current_database())"
+            assert value(other, job) == f"launcher {db}"
+            wait_until(lambda: len(spares()) == 2)
+            assert before < spares()
+        proxy.stop()
+    finally:
+        wait_until(lambda: not server.clients())
+        with server.connect() as admin:
+            admin.execute("DROP ROLE launcher")
+
+
+def test_the_last_free_connection_slots_are_left_alone(
+    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+) -> None:
+    conn: Connection = start_proxy("--spare-lifetime", "60s", "--spares", "1").connect()
+    others: list[Connection] = []
+    with conn:
+        slots = int(value(conn, "SHOW max_connections"))
+        wait_until(spares)
+        try:
+            while len(others) < slots - slots // 10:
+                others.append(server.connect())
+        except psycopg.OperationalError as error:
+            pytest.fail(f"no slot for a client: {message(error)}")
+        finally:
+            run(conn, "SELECT 1")
+            left = spares()
+            for other in others:
+                other.close()
+        assert not left
