@@ -57,7 +57,11 @@ class SessionCaller:
 
         async def take(kind: int, body: bytes) -> None:
             if kind == _DATA_ROW:
-                self._context = parse_context(DataRow.parse(body).values, custom_settings=custom)
+                self._context = parse_context(
+                    DataRow.parse(body).values,
+                    custom_settings=custom,
+                    client_encoding=session.relay.parameters.get(b"client_encoding", b""),
+                )
                 timeout = self._context.statement_timeout.decode()
                 self._waits.start_timer(parse_time_ms(timeout))
 
