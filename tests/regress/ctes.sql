@@ -1,0 +1,23 @@
+-- WITH: recursive, data-modifying, search and cycle.
+WITH a AS (SELECT 1 AS x), b AS (SELECT x + 1 AS y FROM a) SELECT x, y FROM a, b;
+WITH RECURSIVE t (n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM t WHERE n < 10) SELECT sum(n), array_agg(n) FROM t;
+WITH RECURSIVE fib (a, b) AS (SELECT 0, 1 UNION ALL SELECT b, a + b FROM fib WHERE b < 100) SELECT a FROM fib;
+CREATE TABLE tree (id int PRIMARY KEY, parent int REFERENCES tree, name text);
+INSERT INTO tree VALUES (1, NULL, 'root'), (2, 1, 'left'), (3, 1, 'right'), (4, 2, 'leaf'), (5, 4, 'twig');
+WITH RECURSIVE path AS (SELECT id, name::text AS way, 0 AS depth FROM tree WHERE parent IS NULL UNION ALL SELECT t.id, way || '/' || t.name, depth + 1 FROM tree t JOIN path p ON t.parent = p.id) SELECT * FROM path ORDER BY way;
+WITH RECURSIVE s AS (SELECT id, parent FROM tree WHERE id = 1 UNION ALL SELECT t.id, t.parent FROM tree t JOIN s ON t.parent = s.id) SEARCH DEPTH FIRST BY id SET o SELECT id, o FROM s ORDER BY o;
+WITH RECURSIVE g (f, t) AS (SELECT 1, 2 UNION ALL SELECT t, CASE t WHEN 2 THEN 3 ELSE 1 END FROM g) CYCLE f SET looped USING way SELECT f, t, looped FROM g;
+WITH RECURSIVE t (n) AS (SELECT 1 UNION ALL SELECT n FROM t ORDER BY n) SELECT * FROM t;
+WITH RECURSIVE t AS (SELECT 1 UNION ALL SELECT 2.5 FROM t) SELECT * FROM t LIMIT 2;
+WITH t AS (SELECT 1), t AS (SELECT 2) SELECT * FROM t;
+WITH t (a, b) AS (SELECT 1) SELECT * FROM t;
+WITH gone AS (DELETE FROM tree WHERE id = 5 RETURNING *) SELECT * FROM gone;
+WITH new AS (INSERT INTO tree VALUES (6, 3, 'new') RETURNING id, name) SELECT n.name, (SELECT count(*) FROM tree) AS before FROM new n;
+WITH up AS (UPDATE tree SET name = upper(name) WHERE parent = 1 RETURNING id, name) SELECT * FROM up ORDER BY id;
+WITH m AS MATERIALIZED (SELECT id FROM tree), n AS NOT MATERIALIZED (SELECT id FROM tree) SELECT count(*) FROM m JOIN n USING (id);
+WITH x AS (SELECT * FROM nowhere) SELECT 1;
+WITH x AS (DELETE FROM tree) SELECT * FROM x;
+SELECT * FROM (WITH q AS (DELETE FROM tree RETURNING *) SELECT * FROM q) s;
+INSERT INTO tree WITH v AS (SELECT 7, 1, 'seven') SELECT * FROM v RETURNING *;
+SELECT * FROM tree ORDER BY id;
+DROP TABLE tree;

@@ -1,0 +1,67 @@
+-- Roles, grants, row security; SET ROLE.
+CREATE ROLE regress_one LOGIN;
+CREATE ROLE regress_two NOLOGIN CREATEDB;
+CREATE ROLE regress_one;
+GRANT regress_two TO regress_one;
+CREATE TABLE secret (owner name, v int);
+INSERT INTO secret VALUES ('regress_one', 1), ('regress_two', 2);
+SET ROLE regress_one;
+SELECT current_user, session_user;
+SELECT * FROM secret;
+INSERT INTO secret VALUES ('x', 1);
+DROP TABLE secret;
+CREATE ROLE regress_three;
+CREATE DATABASE regress_denied;
+SELECT pg_read_file('/etc/passwd');
+SET ROLE regress_two;
+SELECT current_user;
+RESET ROLE;
+GRANT SELECT (owner), INSERT ON secret TO regress_one;
+SET ROLE regress_one;
+SELECT owner FROM secret ORDER BY 1;
+SELECT v FROM secret;
+INSERT INTO secret VALUES ('regress_one', 3);
+RESET ROLE;
+GRANT ALL ON secret TO regress_one, regress_two;
+ALTER TABLE secret ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own ON secret USING (owner = current_user) WITH CHECK (v < 100);
+SET ROLE regress_one;
+SELECT * FROM secret ORDER BY v;
+INSERT INTO secret VALUES ('regress_one', 1000);
+INSERT INTO secret VALUES ('regress_one', 10);
+SET row_security = off;
+SELECT * FROM secret;
+RESET row_security;
+RESET ROLE;
+SET SESSION AUTHORIZATION regress_two;
+SELECT current_user, session_user;
+SELECT * FROM secret ORDER BY v;
+SET ROLE regress_one;
+SET ROLE NONE;
+RESET SESSION AUTHORIZATION;
+CREATE FUNCTION as_owner() RETURNS text LANGUAGE sql SECURITY DEFINER AS 'SELECT current_user::text';
+REVOKE EXECUTE ON FUNCTION as_owner() FROM PUBLIC;
+SET ROLE regress_one;
+SELECT as_owner();
+RESET ROLE;
+GRANT EXECUTE ON FUNCTION as_owner() TO regress_one;
+SET ROLE regress_one;
+SELECT as_owner();
+RESET ROLE;
+SELECT has_table_privilege('regress_one', 'secret', 'SELECT'), has_table_privilege('regress_one', 'secret', 'NOTHING');
+SELECT pg_has_role('regress_one', 'regress_two', 'member');
+\dp secret
+\c - regress_one
+SELECT current_user, session_user;
+SELECT count(*) FROM secret;
+CREATE TEMP TABLE mine (x int);
+\c - postgres
+ALTER ROLE regress_one SET work_mem = '2MB';
+DROP ROLE regress_one;
+DROP OWNED BY regress_one, regress_two;
+REASSIGN OWNED BY regress_one TO postgres;
+DROP ROLE regress_one, regress_two;
+DROP ROLE regress_one;
+DROP TABLE secret;
+SET ROLE nobody_at_all;
+\c - nobody_at_all

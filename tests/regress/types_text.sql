@@ -1,0 +1,51 @@
+-- Strings, bytea, patterns, Unicode.
+SELECT 'it''s', E'tab\tnewline\n', U&'\0441\043B\043E\043D', $$dollar$$, $tag$a $$ b$tag$;
+SELECT 'two'
+  'parts' AS joined;
+SELECT 'unterminated ;
+';
+SELECT length('naïve café'), octet_length('naïve café'), char_length('日本語'), bit_length('ö');
+SELECT '🐘' AS elephant, '日本語' AS "名前", 'Ελληνικά' AS "größe";
+SELECT upper('straße'), lower('ÀÉÎ'), initcap('hello wORLD'), reverse('añb'), repeat('ab', 3);
+SELECT substr('abcdef', 2, 3), substring('abcdef' from 3), left('abc', -1), right('abc', 2), overlay('Txxxxas' placing 'hom' from 2 for 4);
+SELECT substring('foobar' from 'o(.)b'), regexp_replace('abc123def', '\d+', '<\&>'), regexp_matches('a1b2', '\w\d', 'g');
+SELECT regexp_split_to_table('a, b,c', ',\s*');
+SELECT 'abc' ~ '(';
+SELECT 'abc' LIKE 'a%', 'a_c' LIKE 'a\_c', 'ABC' ILIKE 'abc', 'abc' SIMILAR TO '(a|b)%', 'abc' ~* 'B';
+SELECT 'abc' LIKE 'a\';
+SELECT position('b' in 'abc'), strpos('abc', 'z'), split_part('a.b.c', '.', 2), translate('12345', '143', 'ax');
+SELECT trim(both 'x' from 'xxabcxx'), ltrim('  a'), rtrim('a  '), lpad('7', 3, '0'), rpad('ab', 5, '.-');
+SELECT concat('a', NULL, 1), concat_ws('-', 'a', NULL, 'b'), 'a' || NULL IS NULL, format('%s %I %L %%', 1, 'Two words', 'it''s');
+SELECT format('%d', 1);
+SELECT ascii('A'), chr(8364), md5('x'), to_hex(255), quote_ident('Sel"ect'), quote_literal(E'a\\b'), quote_nullable(NULL);
+SELECT chr(0);
+SELECT 'abc'::char(5) || '|', 'abc'::char(2), 'abc'::varchar(2), 'x'::"char", 'abc'::name;
+CREATE TEMP TABLE short (v varchar(3), c char(2));
+INSERT INTO short VALUES ('abcd', 'a');
+INSERT INTO short VALUES ('abc  ', 'a');
+SELECT v || '|', c || '|', length(c) FROM short;
+SELECT '\xDEADBEEF'::bytea, 'abc\000def'::bytea, encode('\x0102', 'base64'), decode('ff00', 'hex'), get_byte('\x0a0b', 1);
+SELECT '\xZZ'::bytea;
+SELECT decode('a', 'hex');
+SET bytea_output = escape;
+SELECT '\x41ff00'::bytea;
+RESET bytea_output;
+SELECT sha256('abc'), length('\x000102'::bytea), '\x01'::bytea || '\x02'::bytea;
+SELECT convert_from('\xe4', 'LATIN1'), convert_to('ä', 'LATIN1');
+SELECT convert_from('\xff', 'UTF8');
+SELECT E'\xff';
+SELECT U&'\+01F600', U&'!0061' UESCAPE '!';
+SELECT U&'\XYZ';
+SELECT E'\u00zz';
+SELECT normalize(U&'\0061\0308', NFC) = 'ä', U&'\0061\0308' IS NFD NORMALIZED;
+SELECT 'a' < 'B' COLLATE "C", 'a' COLLATE "C" < 'b' COLLATE "POSIX";
+SELECT 'a' COLLATE "nowhere";
+SELECT string_agg(c, '' ORDER BY c COLLATE "C") FROM regexp_split_to_table('hello', '') AS c;
+SELECT to_tsvector('simple', 'the quick brown fox') @@ to_tsquery('simple', 'quick & fox');
+SELECT ts_headline('simple', 'a quick fox', to_tsquery('simple', 'quick'));
+SELECT to_tsquery('simple', 'quick &');
+\encoding LATIN1
+SELECT 'plain', chr(228), length(chr(228));
+SELECT chr(8364);
+\encoding UTF8
+SELECT 'wörld' AS "back again";
