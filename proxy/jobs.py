@@ -116,9 +116,10 @@ class Job:
         self.error: ErrorResponse | None = None
         self.consumed = False
         self.has_handle = True
-        self._backend = backend
+        # None once it has ended: many are known for a while after that.
+        self._backend: Backend | None = backend
         self._sql = sql
-        self._on_finish = on_finish
+        self._on_finish: Callable[[Job], None] | None = on_finish
         self.output = OutputQueue(queue_size, backend)
         if not keeps_rows:
             self.output.drop()
@@ -199,8 +200,9 @@ class Job:
 
         Returns when the backend has taken it up.
         """
+        assert self._backend is not None
         try:
-            sql = self._prepared()
+            sql = self._prepared(self._backend.parameters)
         except SQLError as refusal:
             self.error = self._with_context(refusal.response())
             self._finish()
@@ -211,13 +213,12 @@ class Job:
                 self.add_waiter(waiter)
                 await waiter
 
-    def _prepared(self) -> bytes:
+    def _prepared(self, parameters: dict[bytes, bytes]) -> bytes:
         """The string for the server. Its statements are counted, and looked at one by one.
 
         What cannot be lexed is left to the server, which will say what is wrong with it. Raises
         SQLError for a statement that would break the job's transaction or the protocol.
         """
-        parameters = self._backend.parameters
         conforming = parameters.get(b"standard_conforming_strings") != b"off"
         encoding = parameters.get(b"client_encoding", b"").decode("ascii", "replace")
         try:
@@ -257,10 +258,16 @@ class Job:
         self._sql = self._sql[: FULL_SQL_SIZE + 1]
         self.finished_at = datetime.now(UTC)
         self._partial = b""
-        self._backend.receiver = None
-        self._backend.terminate()
+        if self._backend is not None:
+            self._backend.receiver = None
+            self._backend.terminate()
+            self._backend = None
+        self.output.end()
         self._wake()
-        self._on_finish(self)
+        if self._on_finish is not None:
+            # Nothing of its session is kept by what is kept of the job.
+            on_finish, self._on_finish = self._on_finish, None
+            on_finish(self)
 
     def abandon(self) -> None:
         """The proxy stops: hang up."""
@@ -268,7 +275,8 @@ class Job:
             self._finish()
 
     def cancel_request(self) -> CancelRequest:
-        """What makes the server cancel it."""
+        """What makes the server cancel it, while it runs."""
+        assert self._backend is not None
         return self._backend.cancel_request()
 
     # Who follows it
@@ -374,7 +382,9 @@ class Job:
                 self.error = self._with_context(error)
         elif kind == _COPY_IN:
             # A COPY that the lexer did not recognise; without this the server waits for ever.
-            self._backend.transport.write(CopyFail(b"not allowed in pg_background").serialize())
+            assert self._backend is not None
+            refusal = CopyFail(b"not allowed in pg_background")
+            self._backend.transport.write(refusal.serialize())
         elif kind == _PARSE_COMPLETE:
             self._taken_up = True
         elif kind == _READY:
@@ -506,7 +516,7 @@ class KnownJobs:
     ended is how it went, never its rows.
     """
 
-    MOST = 10_000
+    MOST = 2_000
     """How many that have ended are kept; beyond that the oldest are forgotten."""
 
     def __init__(self, retention: float) -> None:

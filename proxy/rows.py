@@ -41,7 +41,7 @@ class OutputQueue:
 
     def __init__(self, limit: int, source: Source) -> None:
         self._limit = limit
-        self._source = source
+        self._source: Source | None = source
         self._items: deque[Output] = deque()
         self._held = 0
         self._paused = False
@@ -60,7 +60,7 @@ class OutputQueue:
 
     def stop_if_full(self) -> None:
         """Stop the source when the queue is full; take() lets it go on."""
-        if self._held >= self._limit and not self._paused:
+        if self._source is not None and self._held >= self._limit and not self._paused:
             self._paused = True
             self._source.pause_reading()
 
@@ -89,6 +89,10 @@ class OutputQueue:
             self._items.pop()
             self._release(len(piece.data))
 
+    def end(self) -> None:
+        """The source has ended."""
+        self._source = None
+
     def drop(self) -> None:
         """Drop what is here, and from now on what comes."""
         self._dropping = True
@@ -97,6 +101,6 @@ class OutputQueue:
 
     def _release(self, size: int) -> None:
         self._held -= size
-        if self._paused and self._held < self._limit:
+        if self._source is not None and self._paused and self._held < self._limit:
             self._paused = False
             self._source.resume_reading()

@@ -26,6 +26,7 @@ Row = tuple[Any, ...]
 
 _NULL: Final = "∅"
 _SEPARATOR: Final = "\x1f"
+_END: Final = "\x1e"
 
 _gates = itertools.count(8_000_000)
 
@@ -127,7 +128,7 @@ class Psql(Client):
         assert program is not None
         self._process = subprocess.Popen(
             [
-                *(program, "-XqAt", "-F", _SEPARATOR, "-P", f"null={_NULL}"),
+                *(program, "-XqAt", "-F", _SEPARATOR, "-R", _END, "-P", f"null={_NULL}"),
                 *("-v", "VERBOSITY=verbose", "-d", proxy.dsn(**params)),
             ],
             stdin=subprocess.PIPE,
@@ -153,7 +154,7 @@ class Psql(Client):
         assert not any(line.startswith("ERROR:") for line in lines), lines
         return [
             tuple(None if value == _NULL else value for value in line.split(_SEPARATOR))
-            for line in lines
+            for line in ("\n".join(lines).split(_END) if lines else [])
         ]
 
     def error(self, sql: str) -> Refused:

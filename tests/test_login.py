@@ -60,15 +60,20 @@ def tls_roles(tls_server: Server) -> Iterator[Server]:
 def _with_roles(server: Server, hba: list[str]) -> Iterator[None]:
     with server.connect() as conn:
         conn.execute("SET password_encryption = 'scram-sha-256'")
-        conn.execute("CREATE ROLE pgbackground_role")
+        had = conn.execute("SELECT FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone()
+        if had is None:
+            conn.execute("CREATE ROLE pgbackground_role")
         conn.execute("CREATE ROLE lookup LOGIN SUPERUSER PASSWORD 'lookup pass'")
-        for role in (*PASSWORDS, "alice"):
-            conn.execute(f"GRANT pgbackground_role TO {role}")
+        roles = ", ".join((*PASSWORDS, "alice"))
+        conn.execute(f"GRANT pgbackground_role TO {roles}")
     server.set_hba(hba)
     yield
     server.set_hba(None)
     with server.connect() as conn:
-        conn.execute("DROP ROLE pgbackground_role, lookup")
+        conn.execute(f"REVOKE pgbackground_role FROM {roles}")
+        conn.execute("DROP ROLE lookup")
+        if had is None:
+            conn.execute("DROP ROLE pgbackground_role")
 
 
 def secret_of(server: Server, role: str) -> str:
