@@ -32,15 +32,16 @@ class Asked:
     """A queue of message types.
 
     Attributes:
+        copying: whether the server reads COPY data, and the client has not sent its end.
         skipping: whether the server skips what comes, up to a Sync that the client has not sent.
     """
 
-    __slots__ = ("_copying", "_queue", "skipping")
+    __slots__ = ("_queue", "copying", "skipping")
 
     def __init__(self) -> None:
         # The login is answered as a Sync is.
         self._queue = deque([SYNC])
-        self._copying = False
+        self.copying = False
         self.skipping = False
 
     def __bool__(self) -> bool:
@@ -49,9 +50,9 @@ class Asked:
 
     def add(self, kind: int) -> None:
         """The client has sent a message: one of the types above."""
-        if self._copying:
+        if self.copying:
             # Any other ends it too: the server fails, with this message read.
-            self._copying = kind == SYNC
+            self.copying = kind == SYNC
         elif self.skipping:
             if kind == SYNC:
                 self.skipping = False
@@ -67,23 +68,25 @@ class Asked:
 
     def failed(self) -> None:
         """The server has sent an error."""
-        self._copying = False
+        self.copying = False
         if self._queue and self._queue[0] in EXTENDED:
             while self._queue and self._queue[0] != SYNC:
                 self._queue.popleft()
             self.skipping = not self._queue
+        elif not self._queue:
+            self.skipping = True  # the error is about a Flush, which has no answer
 
     def copy_in(self) -> None:
         """The server begins to read COPY data, for the first in the queue."""
-        self._copying = True
+        self.copying = True
         copier = self._queue.popleft() if self._queue else QUERY
-        while self._queue and self._copying:
-            self._copying = self._queue.popleft() == SYNC
+        while self._queue and self.copying:
+            self.copying = self._queue.popleft() == SYNC
         self._queue.appendleft(copier)
 
     def ready(self) -> int:
         """The server is ready for the next query; after which type of message."""
-        self._copying = self.skipping = False
+        self.copying = self.skipping = False
         kind = SYNC
         while self._queue:
             kind = self._queue.popleft()

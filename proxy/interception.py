@@ -124,6 +124,8 @@ class Interception:
     async def run(self) -> None:
         """Serve the client's messages up to the end of the batch."""
         await self._relay.settle()
+        if self._relay.asked.copying:
+            return  # the server will say that this is no COPY data
         self._primary.failed = self._relay.asked.skipping
         self._server.receive = self._primary.inbox.feed
         while not await self._message():

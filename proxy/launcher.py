@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from protocol.errors import ProtocolViolation
 from protocol.startup import StartupMessage
 from proxy.backend import Backend, ServerError, no_backend, open_backend
 from proxy.context import Context, takeover_query
@@ -82,19 +81,20 @@ class Launcher:
             backend, is_spare = await self._server.spares.take(key, open_one)
             try:
                 row = await backend.query(takeover)
+                backend.pid = int(row[0] or 0)
             except ServerError as error:
                 backend.terminate()
                 if not error.is_fatal:
                     raise JobFailed(error.response) from None
                 reason = str(error)
-            except (ConnectionError, ProtocolViolation) as error:
+            except (ConnectionError, ValueError, LookupError) as error:
+                # The last two, ProtocolViolation among them, are about an answer that is none.
                 backend.terminate()
                 reason = str(error)
             except BaseException:
                 backend.terminate()
                 raise
             else:
-                backend.pid = int(row[0] or 0)
                 return backend
             if not is_spare:
                 raise no_backend(reason)

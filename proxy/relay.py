@@ -122,7 +122,8 @@ class Relay:
         self._held_size = 0
         # The server's stream: the same.
         self._server_skip = 0
-        self._tail = b""
+        self._tail = bytearray()
+        self._tail_size = 0
 
     # From the client
 
@@ -152,8 +153,10 @@ class Relay:
                     self._hold(data, position, end - position)
                     return
                 text = data[position:end].lower()
-                if b"pg_background" in text and self._hooks.has_call(
-                    kind, data[position + HEADER_SIZE : end]
+                if (
+                    b"pg_background" in text
+                    and not self.asked.copying
+                    and self._hooks.has_call(kind, data[position + HEADER_SIZE : end])
                 ):
                     self._hand_over(data, position)
                     return
@@ -238,8 +241,11 @@ class Relay:
     def from_server(self, data: bytes) -> None:
         """Pass on what came in, and count the answers in it."""
         if self._tail:
-            data = self._tail + data
-            self._tail = b""
+            self._tail += data
+            if len(self._tail) < self._tail_size:
+                return
+            data = bytes(self._tail)
+            self._tail = bytearray()
         size = len(data)
         position = self._server_skip
         if position >= size:
@@ -248,6 +254,7 @@ class Relay:
             return
         self._server_skip = 0
         passed_on = 0
+        needed = HEADER_SIZE
         while size - position >= HEADER_SIZE:
             kind = data[position]
             end = position + 1 + unpack_length(data, position + 1)[0]
@@ -256,6 +263,7 @@ class Relay:
                 if action == _COUNT:
                     self.asked.answered()
                 elif end > size:
+                    needed = end - position
                     break
                 else:
                     replacement = self._handle(kind, data[position + HEADER_SIZE : end])
@@ -267,7 +275,8 @@ class Relay:
                 return
             position = end
         if position < size:
-            self._tail = data[position:]
+            self._tail = bytearray(memoryview(data)[position:])
+            self._tail_size = needed
         else:
             self._server_skip = position - size
         if passed_on or position < size:
@@ -327,7 +336,8 @@ class Relay:
                 self._settling = None
 
     def _is_settled(self) -> bool:
-        return not (self.asked or self._server_skip or self._tail)
+        # Who copies gets no answer until the client goes on.
+        return self.asked.copying or not (self.asked or self._server_skip or self._tail)
 
     def _give_up(self, source: Connection, sink: Connection, data: bytes) -> None:
         """Not our protocol: the other side may judge the rest of the stream."""

@@ -237,7 +237,9 @@ class Session:
             )
 
     def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        return asyncio.get_running_loop().create_task(self._guard(work))
+        task = asyncio.get_running_loop().create_task(self._guard(work))
+        task.add_done_callback(lambda _: work.close())  # it may have been cancelled before it began
+        return task
 
     async def _guard(self, work: Coroutine[object, object, None]) -> None:
         """Whatever goes wrong in a session ends this session, and is logged."""
@@ -358,7 +360,10 @@ class Session:
     # What the relay tells
 
     def backend_key(self, body: bytes) -> None:
-        key = BackendKeyData.parse(body)
+        try:
+            key = BackendKeyData.parse(body)
+        except ProtocolViolation:
+            return  # the client will say what is wrong with it
         self._key = CancelRequest(key.pid, key.secret_key)
         self._server.keys[self._key] = self
 

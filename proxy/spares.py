@@ -135,15 +135,15 @@ class Spares:
             backend = await open_one()
             try:
                 row = await backend.query(_WARM_UP)
+                if row[2] is None or int(row[2]) <= 0:
+                    raise ConnectionError("the server has no connection to spare")
             except BaseException:
                 backend.terminate()
                 raise
-            if row[2] is None or int(row[2]) <= 0:
-                backend.terminate()
-                raise ConnectionError("the server has no connection to spare")
             pool.ready.append(backend)
             loop.call_later(self._lifetime, self._expire, login, pool, backend)
-        except (SQLError, ServerError, OSError) as error:
+        except (SQLError, ServerError, OSError, ValueError, LookupError) as error:
+            # The last two, ProtocolViolation among them, are about an answer that is none.
             logger.debug("no spare backend: %s", error)
             pool.not_before = loop.time() + _RETRY
         finally:
