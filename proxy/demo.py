@@ -84,7 +84,7 @@ async def _serve_and_show(cluster: Cluster, programs: Path, *, once: bool) -> in
             Config(
                 listen=(ListenAddress(cluster.host, port),),
                 upstream=Upstream((Host(cluster.host, cluster.port),)),
-                shutdown_timeout=0.0,
+                shutdown_timeout=1.0,
             )
         )
     )

@@ -2,8 +2,8 @@
 
 The rule: such a statement goes to the server as it is. Functions of ours do not exist there, so
 the server stops at the call, wherever it stands (a DO block, a view, a function's body), with
-undefined_function. Only this error is replaced; whatever else is wrong with a statement, the
-server says it first, and says it as it does without us.
+undefined_function, and at our views with undefined_table. Only these errors are replaced; whatever
+else is wrong with a statement, the server says it first, and says it as it does without us.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from protocol.errors import FEATURE_NOT_SUPPORTED, UNDEFINED_FUNCTION
+from protocol.errors import FEATURE_NOT_SUPPORTED, UNDEFINED_FUNCTION, UNDEFINED_TABLE
 from protocol.messages import ErrorResponse
-from proxy.functions import BOOL, FUNCTIONS, HANDLES, INT4, INT8, TEXT, Function, Type
+from proxy.functions import BOOL, FUNCTIONS, HANDLES, INT4, INT8, TEXT, VIEWS, Function, Type
 
 _CALL: Final = re.compile(r"(?:(?:\w+|\"[^\"]+\")\.)?(\w*pg_background\w*)\((.*?)\)(?=\W*\s|$)")
+
+_VIEW: Final = re.compile(rf'["«„.]({"|".join(VIEWS)})["»“]')
 
 # What the server converts to a parameter's type by itself.
 _ACCEPTED: Final[dict[Type, frozenset[str]]] = {
@@ -29,24 +31,47 @@ _ACCEPTED: Final[dict[Type, frozenset[str]]] = {
 
 def unserved(body: bytes) -> bytes | None:
     """The ErrorResponse in place of one with this body, or None if it is not about such a call."""
-    if b"C42883\0" not in body or b"pg_background" not in body:
+    if b"pg_background" not in body or not (b"C42883\0" in body or b"C42P01\0" in body):
         return None
     error = ErrorResponse.parse(body)
+    if error.sqlstate == UNDEFINED_TABLE:
+        return _unserved_view(error)
     call = _CALL.search(error.message.decode("utf-8", "replace"))
     if call is None or error.sqlstate != UNDEFINED_FUNCTION:
         return None
     name, arguments = call.groups()
     if not any(_accepts(function, arguments) for function in FUNCTIONS.get(name, ())):
         return None
+    return _replacement(
+        error,
+        f"{name} cannot be called in this place",
+        "The proxy serves calls in the select list of a plain SELECT, and functions that are"
+        " alone in FROM.",
+        f"Call it directly, as in SELECT {name}(...).",
+    )
+
+
+def _replacement(error: ErrorResponse, message: str, detail: str, hint: str) -> bytes:
+    """The error in our words; it is still about the same place."""
     fields = {code: value for code, value in error.fields.items() if code in "SVPpqW"}
     fields["C"] = FEATURE_NOT_SUPPORTED.encode()
-    fields["M"] = f"{name} cannot be called in this place".encode()
-    fields["D"] = (
-        b"The proxy serves calls in the select list of a plain SELECT, and functions that are"
-        b" alone in FROM."
-    )
-    fields["H"] = f"Call it directly, as in SELECT {name}(...).".encode()
+    fields["M"] = message.encode()
+    fields["D"] = detail.encode()
+    fields["H"] = hint.encode()
     return ErrorResponse(fields).serialize()
+
+
+def _unserved_view(error: ErrorResponse) -> bytes | None:
+    found = _VIEW.search(error.message.decode("utf-8", "replace"))
+    name = found[1] if found else None
+    if name is None:
+        return None
+    return _replacement(
+        error,
+        f"{name} cannot be selected from in this place",
+        "The proxy serves the view where it is alone in FROM, with plain columns.",
+        f"Select from it directly, as in SELECT * FROM {name}.",
+    )
 
 
 def _accepts(function: Function, arguments: str) -> bool:

@@ -545,3 +545,11 @@ def test_looking_at_a_job_of_a_wrong_kind_of_handle(conn: Connection) -> None:
     assert error.sqlstate == "22P02"
     error = failure(conn, "SELECT * FROM pg_background_result_info(1)")
     assert message(error)[0] in ("42883", "0A000")
+
+
+@pytest.mark.parametrize("view", ["pg_background_list", "public.pg_background_activity"])
+def test_a_view_in_another_place_says_so(conn: Connection, view: str) -> None:
+    error = failure(conn, f"SELECT count(*) FROM {view} WHERE pid > 0".encode())
+    name = view.rpartition(".")[2]
+    assert message(error) == ("0A000", f"{name} cannot be selected from in this place")
+    assert error.diag.message_hint
