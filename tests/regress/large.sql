@@ -9,8 +9,8 @@ SELECT repeat('very long ', 20000) AS literal \gset
 SELECT md5(:'literal'), length(:'literal');
 SELECT repeat(' + 1', 2000) AS terms \gset
 SELECT 0 :terms AS sum;
-SELECT repeat('(', 20000) AS parens \gset
-SELECT :parens 1;
+SELECT repeat('(', 20000) || '1' || repeat(')', 20000) AS parens \gset
+SELECT :parens;
 CREATE TABLE big (id int, t text);
 INSERT INTO big SELECT i, repeat(md5(i::text), 50) FROM generate_series(1, 500) AS i;
 SELECT * FROM big ORDER BY id LIMIT 100;
