@@ -50,7 +50,7 @@ class SessionCaller:
         custom = tuple(session.custom_settings)
         sql = context_query(
             server_version=session.server_version,
-            roles=session.known_jobs.roles,
+            roles=session.known_jobs.roles.union(job.role_id for job in self.jobs),
             settings=Needs.SETTINGS in needs_of(plan),
             custom_settings=custom,
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -523,6 +524,8 @@ class KnownJobs:
         """`retention`: seconds for which a job that has ended is known."""
         self._retention = retention
         self._jobs: dict[tuple[int, int], Job] = {}
+        # How many of them each role has launched: every call asks about their roles.
+        self._roles: Counter[int] = Counter()
         # When those that have ended did so, in that order.
         self._ended: dict[tuple[int, int], float] = {}
         self.running: set[Job] = set()
@@ -534,7 +537,8 @@ class KnownJobs:
     @property
     def roles(self) -> set[int]:
         """OIDs of the roles that have launched them."""
-        return {job.role_id for job in self}
+        self._forget()
+        return set(self._roles)
 
     def get(self, pid: int, cookie: int) -> Job | None:
         """The job of this handle, if it is known."""
@@ -544,6 +548,7 @@ class KnownJobs:
     def add(self, job: Job) -> None:
         """A new one."""
         self._jobs[job.handle] = job
+        self._roles[job.role_id] += 1
         self.running.add(job)
 
     def ended(self, job: Job) -> None:
@@ -558,7 +563,11 @@ class KnownJobs:
             handle, when = next(iter(self._ended.items()))
             if when > too_old and len(self._ended) <= self.MOST:
                 break
-            del self._ended[handle], self._jobs[handle]
+            del self._ended[handle]
+            role_id = self._jobs.pop(handle).role_id
+            self._roles[role_id] -= 1
+            if not self._roles[role_id]:
+                del self._roles[role_id]
 
 
 def checked_queue_size(queue_size: int, default: int) -> int:
