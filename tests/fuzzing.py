@@ -150,6 +150,8 @@ def comparable(data: bytes, *, texts: bool = True) -> list[tuple[str, bytes]]:
     def compared(kind: str, body: bytes) -> tuple[str, bytes]:
         if kind == "K":
             return kind, b""
+        if kind == "A":
+            return kind, body[4:]
         if kind in "EN":
             fields = m.ErrorResponse.parse(body).fields
             kept = "SVCMDHP" if texts else "VC"
@@ -163,9 +165,10 @@ def same_at_startup(stream: bytes, direct: bytes, proxied: bytes) -> bool:
     """Whether the proxy's answer to a client that has not logged in is the server's.
 
     Where the server closes without a word, the proxy may say why; it says so in today's format,
-    also to a client of 1998. Of a packet with two faults each may name its own. Behind SSLRequest
-    and GSSENCRequest the server's own answer depends on how it was built, and on what of the rest
-    has come already: there is nothing to compare.
+    also to a client of 1998. Of a packet with two faults each may name its own. What should be a
+    password the server judges by its type, the proxy when it is whole, which it may never be. Behind
+    SSLRequest and GSSENCRequest the server's own answer depends on how it was built, and on what of
+    the rest has come already: there is nothing to compare.
     """
     if _ENCRYPTION_REQUEST.search(stream):
         return True
@@ -174,7 +177,7 @@ def same_at_startup(stream: bytes, direct: bytes, proxied: bytes) -> bool:
         return ours == [("E", _fatal(b"0A000"))]
     if ours == [("E", _fatal(b"08P01"))]:
         return not theirs or theirs[-1][0] == "E"
-    return ours == theirs
+    return theirs in (ours, [*ours, ("E", _fatal(b"08P01"))])
 
 
 def _fatal(sqlstate: bytes) -> bytes:
