@@ -172,7 +172,8 @@ class PrimaryDialogue:
 
         Raises BatchFailedError if the server answers with an error, and what takers raise.
         """
-        if self._out:
+        if self._replies:
+            # What was pushed is not flushed yet, so `end` is due even if nothing else is.
             self._server.write(b"".join(self._out) + end)
             self._out.clear()
         while self._replies:

@@ -33,25 +33,9 @@ FLIGHTS: Final[dict[str, list[list[Sent | None]]]] = {
     "PBD H EHS": [[P, None, D], [H], [E, H, S]],
     "P B D H E H S": [[P], [None], [D], [H], [E], [H], [S]],
 }
-WAITS_FOR_EVER: Final = {
-    *("PBDEH P S", "PBDEH C S", "PBDH C H S"),
-    *("PBD H S", "PBD H EHS", "P B D H E H S"),
-}
 
 
-@pytest.mark.parametrize(
-    "flights",
-    [
-        pytest.param(
-            flights,
-            id=name,
-            marks=[pytest.mark.xfail(reason="the proxy waits for ever", strict=False)]
-            if name in WAITS_FOR_EVER
-            else [],
-        )
-        for name, flights in FLIGHTS.items()
-    ],
-)
+@pytest.mark.parametrize("flights", FLIGHTS.values(), ids=FLIGHTS.keys())
 def test_batches_in_flights(start_proxy: StartProxy, flights: list[list[Sent | None]]) -> None:
     # Of its own: a session that waits for ever would keep the others' proxy from stopping.
     proxy = start_proxy()
