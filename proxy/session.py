@@ -21,7 +21,6 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from protocol.errors import (
     ADMIN_SHUTDOWN,
     CANNOT_CONNECT_NOW,
-    CONNECTION_FAILURE,
     FEATURE_NOT_SUPPORTED,
     INTERNAL_ERROR,
     INVALID_AUTHORIZATION_SPECIFICATION,
@@ -602,8 +601,10 @@ def _unsupported(raw: bytes) -> SQLError:
 
 
 def _no_connection(error: OSError) -> SQLError:
+    # Of all SQLSTATEs this one tells libpq that there is no server: pg_isready says so, and a
+    # client with several hosts tries the next.
     return SQLError(
-        CONNECTION_FAILURE,
+        CANNOT_CONNECT_NOW,
         "could not connect to the server behind the proxy",
         detail=f"{error}",
     )

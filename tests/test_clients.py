@@ -803,9 +803,6 @@ def test_isready(server: Server, proxy: Proxy) -> None:
     assert [done.code for done in same(server, proxy, act)] == [0, 0, 0]
 
 
-@pytest.mark.xfail(
-    reason="the proxy answers 08006, which pg_isready takes for a server", strict=True
-)
 def test_isready_says_no_when_the_server_is_away(server: Server, start_proxy: StartProxy) -> None:
     """An error of any kind but 57P03 means to libpq that there is a server."""
     pg_isready = tool(server, "pg_isready")

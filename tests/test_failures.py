@@ -234,7 +234,7 @@ def test_server_crashes_while_jobs_run_and_a_client_waits(
     until(lambda: footprint.fds <= before)
 
 
-def test_no_server_at_connect_is_a_clean_08006(
+def test_no_server_at_connect_is_a_clean_57p03(
     server: Server, start_proxy: StartProxy, tmp_path: Path
 ) -> None:
     upstream = tmp_path / "s"
@@ -246,7 +246,7 @@ def test_no_server_at_connect_is_a_clean_08006(
         error = error_of([wire.message()])
         with pytest.raises(EOFError):
             wire.message()
-    assert (error.severity, error.sqlstate) == ("FATAL", "08006")
+    assert (error.severity, error.sqlstate) == ("FATAL", "57P03")
     assert error.message == b"could not connect to the server behind the proxy"
     assert error.fields["D"]
 
