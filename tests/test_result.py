@@ -52,8 +52,8 @@ def names(cursor: psycopg.Cursor[Any]) -> list[str]:
         ),
         ("SELECT b FROM {} AS (a int, b text, c int)", ["b"], [(b,) for _, b, _ in ROWS]),
         (
-            "SELECT c, b AS other, a first, b FROM {} AS (a int4, b text, c int)",
-            ["c", "other", "first", "b"],
+            "SELECT c, b AS other, a leading_one, b FROM {} AS (a int4, b text, c int)",
+            ["c", "other", "leading_one", "b"],
             [(c, b, a, b) for a, b, c in ROWS],
         ),
         (

@@ -672,6 +672,8 @@ def test_terminate_ends_both_connections(server: Server, proxy: Proxy) -> None:
 
 
 def test_terminate_in_the_middle_of_a_copy(server: Server, proxy: Proxy) -> None:
+    if server.version < 140000:
+        pytest.skip("the server answers with an error, and stays")
     answers = []
     for endpoint in (server, proxy):
         with Frontend(endpoint) as client:
