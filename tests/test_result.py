@@ -434,6 +434,9 @@ def test_verbose_vacuum_shows_its_messages(proxy: Proxy, scratch: str) -> None:
 
 def test_cancelled_job(conn: Connection, observer: Connection) -> None:
     pid = launch(conn, "SELECT pg_sleep(60)")
+    # The backend has said that it takes the job up, a moment before it can be cancelled.
+    active = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
+    wait_until(lambda: observer.execute(active, [pid]).fetchone())
     observer.execute("SELECT pg_cancel_backend(%s)", [pid])
     error = failure(conn, "SELECT pg_background_result(%s)", [pid])
     assert message(error) == ("57014", "canceling statement due to user request")
