@@ -17,6 +17,7 @@ from tests.background import (
     result,
     run,
     value,
+    wait_until,
     wait_until_ended,
 )
 from tests.servers import Connection, Proxy, psql
