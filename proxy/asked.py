@@ -73,8 +73,6 @@ class Asked:
             while self._queue and self._queue[0] != SYNC:
                 self._queue.popleft()
             self.skipping = not self._queue
-        elif not self._queue:
-            self.skipping = True  # the error is about a Flush, which has no answer
 
     def copy_in(self) -> None:
         """The server begins to read COPY data, for the first in the queue."""

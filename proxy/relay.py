@@ -22,6 +22,7 @@ from proxy.asked import (
     CLOSE,
     COPY_DONE,
     COPY_FAIL,
+    DESCRIBE,
     EXECUTE,
     EXTENDED,
     FUNCTION_CALL,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 # Further message types of the frontend.
 COPY_DATA: Final = ord("d")
+FLUSH: Final = Flush.type
 TERMINATE: Final = ord("X")
 
 # Message types of the backend.
@@ -186,6 +188,9 @@ class Relay:
                         return
                 self.batch.append(kind)
                 self.asked.add(kind)
+            elif kind == FLUSH and end - position > HEADER_SIZE and not self.asked.copying:
+                # It should be empty. The server fails as at a Describe, and skips up to a Sync.
+                self.asked.add(DESCRIBE)
             elif kind in (COPY_DONE, COPY_FAIL):
                 self.asked.add(kind)
             position = end

@@ -32,6 +32,7 @@ from protocol.errors import (
 )
 from protocol.messages import BackendKeyData, Terminate
 from protocol.startup import (
+    MAX_STARTUP_PACKET_LENGTH,
     CancelRequest,
     GSSENCRequest,
     SSLRequest,
@@ -266,7 +267,9 @@ class Session:
         replication = startup.parameters.get(b"replication", b"false").lower()
         self._is_replication = replication not in _FALSE
         if not self._is_replication:
-            raw = self._with_own_settings(startup).serialize()
+            with_ours = self._with_own_settings(startup).serialize()
+            if len(with_ours) - 4 <= MAX_STARTUP_PACKET_LENGTH:
+                raw = with_ours
         from_client, from_server = await self._log_in(startup.parameters, raw)
         assert self.primary is not None
         self._stop_timer()
