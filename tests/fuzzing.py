@@ -166,9 +166,9 @@ def same_at_startup(stream: bytes, direct: bytes, proxied: bytes) -> bool:
 
     Where the server closes without a word, the proxy may say why; it says so in today's format,
     also to a client of 1998. Of a packet with two faults each may name its own. What should be a
-    password the server judges by its type, the proxy when it is whole, which it may never be. Behind
-    SSLRequest and GSSENCRequest the server's own answer depends on how it was built, and on what of
-    the rest has come already: there is nothing to compare.
+    password the server judges by its type, the proxy when it is whole, which it may never be.
+    Behind SSLRequest and GSSENCRequest the server's own answer depends on how it was built, and on
+    what of the rest has come already: there is nothing to compare.
     """
     if _ENCRYPTION_REQUEST.search(stream):
         return True

@@ -221,11 +221,22 @@ def test_a_call_after_a_flush_that_is_none_is_skipped_as_by_the_server(
             client.until_type(m.ErrorResponse)
             client.send(CALL, m.Sync())
             assert kinds(client.until_ready()) == "Z"
-            client.send(BAD_FLUSH)
-            client.until_type(m.ErrorResponse)
-            client.send(CALL)
+            client.send(q(""), BAD_FLUSH, q("SELECT 1"), CALL, m.CopyFail(b""))
             client.send_eof()
-            assert client.until_closed() == []
+            assert kinds(client.until_closed()) == "IZE"
+
+
+@pytest.mark.parametrize("size", [9990, 10000, 10001])
+def test_a_startup_packet_of_the_greatest_length_is_taken(
+    server: Server, watched: Watched, size: int
+) -> None:
+    """The server refused it without a word: the proxy's own settings had made it too long."""
+    given = {b"user": b"postgres", b"application_name": b""}
+    missing = size + 4 - len(StartupMessage(given).serialize())
+    stream = StartupMessage({**given, b"application_name": b"x" * missing}).serialize()
+    direct, proxied = (exchange(endpoint, [stream]) for endpoint in (server, watched.proxy))
+    assert same_at_startup(stream, direct, proxied)
+    assert (messages_of(direct)[-1:] == [("Z", b"I")]) == (size <= 10000)
 
 
 def test_an_error_of_60_mb_is_not_gathered_in_quadratic_time(watched: Watched) -> None:
