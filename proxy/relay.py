@@ -51,6 +51,9 @@ BACKEND_KEY_DATA: Final = ord("K")
 IDLE: Final = ord("I")
 """ReadyForQuery: not in a transaction block."""
 
+_LONGEST: Final = 1 << 30
+"""No message of the frontend is longer; the server closes the connection at once."""
+
 _NAMES_SIZE: Final = 4096
 """How much of a message is held, at the most, to see which statement or portal it is about."""
 
@@ -147,7 +150,7 @@ class Relay:
         while size - position >= HEADER_SIZE:
             kind = data[position]
             end = position + 1 + unpack_length(data, position + 1)[0]
-            if end < position + HEADER_SIZE:
+            if not HEADER_SIZE <= end - position <= _LONGEST:
                 self._give_up(self._client, self._server, data)
                 return
             if kind in (QUERY, PARSE):

@@ -216,7 +216,8 @@ class Dialer:
         try:
             async with self._in_time(host):
                 in_recovery, read_only = await backend.query(_STATE_QUERY)
-        except ServerError as error:
+        except (ServerError, ValueError) as error:
+            # The latter, ProtocolViolation among them, is about an answer that is none.
             raise ConnectionError(str(error)) from None
         finally:
             backend.terminate()

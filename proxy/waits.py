@@ -35,6 +35,7 @@ class Waits:
         self.in_row = False
         self.client_ended = False
         self._waiter: asyncio.Future[None] | None = None
+        self._waits_for_jobs = False
         # A word that came between two waits.
         self._interrupt: SQLError | None = None
         # Ends the call that is being made, if it takes its statement_timeout.
@@ -77,9 +78,11 @@ class Waits:
         timer = None if until is None else loop.call_at(until, _resolve, waiter)
         for job in jobs:
             job.add_waiter(waiter)
+        self._waits_for_jobs = True
         try:
             await self._wait(waiter)
         finally:
+            self._waits_for_jobs = False
             for job in jobs:
                 job.remove_waiter(waiter)
             if timer is not None:
@@ -118,7 +121,7 @@ class Waits:
         """The client will send no more: no job is waited for, since most probably nobody is
         there to read the result. `reads`: whether it reads what is sent."""
         self.client_ended = True
-        if reads:
+        if reads and self._waits_for_jobs:
             self.fail(_client_gone())
 
     def fail(self, error: Exception) -> None:
