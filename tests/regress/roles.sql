@@ -55,6 +55,7 @@ SELECT pg_has_role('regress_one', 'regress_two', 'member');
 SELECT current_user, session_user;
 SELECT count(*) FROM secret;
 CREATE TEMP TABLE mine (x int);
+DROP TABLE mine;
 \c - postgres
 ALTER ROLE regress_one SET work_mem = '2MB';
 DROP ROLE regress_one;
