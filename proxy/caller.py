@@ -47,7 +47,10 @@ class SessionCaller:
     def ask_context(self, plan: Plan) -> None:
         """Have the context of the next call sent along."""
         session = self._session
-        custom = tuple(session.custom_settings)
+        # What was taken for a name may be none, or come from before a change of client_encoding.
+        custom = tuple(
+            name for name in session.custom_settings if encodings.is_valid(name, session.codec)
+        )
         sql = context_query(
             server_version=session.server_version,
             roles=session.known_jobs.roles.union(job.role_id for job in self.jobs),

@@ -52,6 +52,15 @@ def codec(client_encoding: bytes) -> str:
     return _CODECS.get(client_encoding, "latin_1")
 
 
+def is_valid(text: bytes, codec: str) -> bool:
+    """Whether these bytes are text in that codec."""
+    try:
+        text.decode(codec)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 _ELEMENT: Final = re.compile(rb'"((?:[^"\\]|\\.)*)"|([^{},"]+)', re.DOTALL)
 _ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL)
 

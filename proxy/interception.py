@@ -178,7 +178,6 @@ class Interception:
                         self._relay.setters.add(body.partition(b"\0")[0])
                     await self._parse(body)
                 case "B":
-                    self._session.setting_bound(body)
                     await self._bind(body)
                 case "D":
                     await self._describe(body)
@@ -395,6 +394,8 @@ class Interception:
 
     async def _bind(self, body: bytes) -> None:
         message = Bind.parse(body)
+        if message.statement in self._relay.setters:
+            self._session.setting_bound(body)
         portals = self._relay.portals
         statement = self._relay.statements.get(message.statement)
         if statement is None:

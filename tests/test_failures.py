@@ -510,8 +510,7 @@ def test_psql_is_killed_while_it_waits(
         client = start_psql(proxy, db, wait)
         primary = backend_of(monitor, db, "psql")
         monitor.wait_until_fetching(primary)
-        job_pid = backend_of(monitor, db, "pg_background")
-        monitor.wait_until_at_gate(job_pid)
+        job_pid = backend_at_gate(monitor, db)
         client.kill()
         client.communicate(timeout=30)
         monitor.wait_until_gone(primary)
@@ -539,6 +538,15 @@ def start_psql(proxy: Proxy, db: str, *commands: str) -> subprocess.Popen[str]:
 def backend_of(monitor: Monitor, db: str, application: str) -> int:
     """The pid of its backend, once there is one."""
     [pid, *_] = until(lambda: [b[0] for b in monitor.backends(db) if b[1] == application])
+    return int(pid)
+
+
+def backend_at_gate(monitor: Monitor, db: str) -> int:
+    """The pid of a job's backend that has come to its gate; a spare may be logging in beside it."""
+    at_gate = ("active", "advisory")
+    [pid, *_] = until(
+        lambda: [b[0] for b in monitor.backends(db) if monitor.state(b[0]) == at_gate]
+    )
     return int(pid)
 
 

@@ -395,3 +395,11 @@ def test_nothing_of_the_job_stays_in_the_session(conn: Connection) -> None:
     assert conn.execute("SELECT current_user::text").fetchone() == ("postgres",)
     assert failure(conn, "SHOW myapp.job").sqlstate == "42704"
     assert conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+
+
+def test_a_parameter_that_looks_like_the_name_of_a_setting(conn: Connection) -> None:
+    """The bytes of a number in binary form may do; they are not even text."""
+    cookie = int.from_bytes(b"\xbe23456.b", "big", signed=True)
+    conn.execute("SELECT pg_background_outcome(%s, %s)", [1, cookie])
+    conn.execute("SELECT set_config('a.b', %s::int8::text, false)", [cookie])
+    assert custom(conn, "a.b") == str(cookie)
