@@ -8,6 +8,10 @@ held until it is whole; all others are passed on in the pieces that they come in
 
 It also keeps account of what the server has not answered yet (`Asked`). So a call in the middle of
 a pipeline can wait until everything before it is answered (`settle`).
+
+Most of the traffic of most clients is one batch, then its whole answer, with nothing of interest in
+either. For these two chunks there is a short way, which reads the same headers and skips the
+bookkeeping; all else goes the long ways, `_follow_client` and `_follow_server`.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final, Protocol
 
 from protocol.framing import HEADER_SIZE, unpack_length
-from protocol.messages import Flush
+from protocol.messages import Flush, Sync
 from proxy.asked import (
     BIND,
     CLOSE,
@@ -65,6 +69,16 @@ _HANDLED: Final = bytes([ERROR, READY, COPY_IN, PARAMETER_STATUS, BACKEND_KEY_DA
 _ACTIONS: Final = bytes(
     _HANDLE if kind in _HANDLED else _COUNT if kind in _ANSWERS else _NOTHING for kind in range(256)
 )
+
+# The short ways: which types they pass over.
+_SHORT: Final = 4096
+"""The longest batch that takes the short way, in bytes, since it is kept until it is answered."""
+_WITH_TEXT: Final = frozenset((QUERY, PARSE))
+_IN_BATCH: Final = bytes(kind in (BIND, DESCRIBE, EXECUTE, CLOSE) for kind in range(256))
+_IN_ANSWER: Final = bytes(kind in b"123TtDnCIs" for kind in range(256))
+_SYNC: Final = Sync().serialize()
+_READY: Final = b"Z\0\0\0\5"
+_READY_SIZE: Final = len(_READY) + 1
 
 
 class Hooks(Protocol):
@@ -120,6 +134,11 @@ class Relay:
         self.batch = bytearray()
         self.asked = Asked()
         self._settling: asyncio.Future[None] | None = None
+        # Nothing is unanswered or partly here, and no later message can be about a call unless it
+        # says so: the next batch may take the short way.
+        self._at_rest = False
+        # The batch that took it, until it is answered.
+        self._sent = b""
         # The client's stream: bytes to pass on before the next message begins; or a message that
         # is held, until that many bytes of it are here.
         self._client_skip = 0
@@ -134,6 +153,16 @@ class Relay:
 
     def from_client(self, data: bytes) -> None:
         """Pass on what came in, up to a call."""
+        if self._at_rest and _is_plain_batch(data):
+            self._at_rest = False
+            self._sent = data
+            self._server.write(data)
+            return
+        self._follow_client(data)
+
+    def _follow_client(self, data: bytes) -> None:
+        self._at_rest = False
+        self._note_sent()
         if self._held is not None:
             self._held += data
             if len(self._held) < self._held_size:
@@ -248,6 +277,25 @@ class Relay:
 
     def from_server(self, data: bytes) -> None:
         """Pass on what came in, and count the answers in it."""
+        if self._sent and _is_plain_answer(data):
+            self.status = data[-1]
+            self._sent = b""
+            self._at_rest = True
+            self._client.write(data)
+        else:
+            self._follow_server(data)
+
+    def _note_sent(self) -> None:
+        """What took the short way will be answered on the long one."""
+        if self._sent:
+            position = 0
+            while position < len(self._sent):
+                self.asked.add(self._sent[position])
+                position += unpack_length(self._sent, position + 1)[0] + 1
+            self._sent = b""
+
+    def _follow_server(self, data: bytes) -> None:
+        self._note_sent()
         if self._tail:
             self._tail += data
             if len(self._tail) < self._tail_size:
@@ -291,8 +339,22 @@ class Relay:
             data = data[passed_on:position]
         if data:
             self._client.write(data)
-        if self._settling is not None and self._is_settled() and not self._settling.done():
-            self._settling.set_result(None)
+        if self._settling is not None:
+            if self._is_settled() and not self._settling.done():
+                self._settling.set_result(None)
+        else:
+            self._at_rest = not (
+                self.asked
+                or self.asked.skipping
+                or self._server_skip
+                or self._tail
+                or self._client_skip
+                or self._held is not None
+                or self.batch
+                or self.statements
+                or self.portals
+                or self.setters
+            )
 
     def _handle(self, kind: int, body: bytes) -> bytes | None:
         if kind == READY:
@@ -350,4 +412,33 @@ class Relay:
     def _give_up(self, source: Connection, sink: Connection, data: bytes) -> None:
         """Not our protocol: the other side may judge the rest of the stream."""
         sink.write(data)
-        source.receive = sink.write
+        source.receive = lambda rest: sink.write(rest)  # which changes when it is gone
+
+
+def _is_plain_batch(data: bytes) -> bool:
+    """Whether this is one whole batch, a short one, that says nothing of calls or settings."""
+    size = len(data)
+    if not HEADER_SIZE <= size <= _SHORT:
+        return False
+    end = 0
+    kind = data[0]
+    if kind in _WITH_TEXT:
+        text = data.lower()
+        if b"pg_background" in text or b"set" in text:
+            return False
+        end = unpack_length(data, 1)[0] + 1
+        if kind == QUERY:
+            return bool(end == size)
+    last = size - HEADER_SIZE
+    while 0 <= end <= last and _IN_BATCH[data[end]]:
+        end += unpack_length(data, end + 1)[0] + 1
+    return end == last and data.endswith(_SYNC)
+
+
+def _is_plain_answer(data: bytes) -> bool:
+    """Whether this is the whole answer to a batch, of messages that are only passed on."""
+    last = len(data) - _READY_SIZE
+    end = 0
+    while 0 <= end < last and _IN_ANSWER[data[end]]:
+        end += unpack_length(data, end + 1)[0] + 1
+    return end == last and data.startswith(_READY, end)

@@ -276,7 +276,9 @@ class Session:
         self._login = self._task = None
         self.relay = Relay(self.client, self.primary, self)
         self.primary.receive = self.relay.from_server
-        self.client.receive = self.primary.write if self._is_replication else self.relay.from_client
+        self.client.receive = (
+            self._to_replication if self._is_replication else self.relay.from_client
+        )
         if from_server:
             self.primary.receive(from_server)
         if from_client:
@@ -324,6 +326,10 @@ class Session:
                 raise ConnectionError(str(refusal))
             refused, self.primary = self.primary, None
             refused.abort()
+
+    def _to_replication(self, data: bytes) -> None:
+        assert self.primary is not None
+        self.primary.write(data)
 
     def _to_primary(self) -> Connection:
         return Connection(self._no_data, self._ended, self._lost)
