@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final, Protocol
 
-from protocol.framing import HEADER_SIZE, unpack_length
+from protocol.framing import HEADER_SIZE, skip_run, unpack_length
 from protocol.messages import Flush, Sync
 from proxy.asked import (
     BIND,
@@ -62,13 +62,18 @@ _NAMES_SIZE: Final = 4096
 """How much of a message is held, at the most, to see which statement or portal it is about."""
 
 # What the relay does about a message of the backend.
-_NOTHING, _COUNT, _HANDLE = range(3)
+_NOTHING, _COUNT, _HANDLE, _SKIP = range(4)
 _ANSWERS: Final = b"123TnCIs"
 """The types that end the answer to a Parse, Bind, Close, Describe or Execute."""
 _HANDLED: Final = bytes([ERROR, READY, COPY_IN, PARAMETER_STATUS, BACKEND_KEY_DATA])
-_ACTIONS: Final = bytes(
-    _HANDLE if kind in _HANDLED else _COUNT if kind in _ANSWERS else _NOTHING for kind in range(256)
-)
+_SKIPPED: Final = b"Dd"
+"""The types that come in thousands."""
+_ACTION: Final = {
+    **dict.fromkeys(_SKIPPED, _SKIP),
+    **dict.fromkeys(_ANSWERS, _COUNT),
+    **dict.fromkeys(_HANDLED, _HANDLE),
+}
+_ACTIONS: Final = bytes(_ACTION.get(kind, _NOTHING) for kind in range(256))
 
 # The short ways: which types they pass over.
 _SHORT: Final = 4096
@@ -225,6 +230,8 @@ class Relay:
                 self.asked.add(DESCRIBE)
             elif kind in (COPY_DONE, COPY_FAIL):
                 self.asked.add(kind)
+            elif kind == COPY_DATA:
+                end = skip_run(data, position)
             position = end
         if position < size:
             self._hold(data, position, HEADER_SIZE)
@@ -314,9 +321,14 @@ class Relay:
         while size - position >= HEADER_SIZE:
             kind = data[position]
             end = position + 1 + unpack_length(data, position + 1)[0]
+            if end < position + HEADER_SIZE:
+                self._give_up(self._server, self._client, data[passed_on:])
+                return
             action = _ACTIONS[kind]
             if action:
-                if action == _COUNT:
+                if action == _SKIP:
+                    end = skip_run(data, position)
+                elif action == _COUNT:
                     self.asked.answered()
                 elif end > size:
                     needed = end - position
@@ -326,9 +338,6 @@ class Relay:
                     if replacement is not None:
                         self._client.write(data[passed_on:position] + replacement)
                         passed_on = end
-            if end < position + HEADER_SIZE:
-                self._give_up(self._server, self._client, data[passed_on:])
-                return
             position = end
         if position < size:
             self._tail = bytearray(memoryview(data)[position:])
