@@ -27,7 +27,6 @@ from protocol.messages import (
     Flush,
     Parse,
     Query,
-    ReadyForQuery,
     Sync,
     Terminate,
 )
@@ -35,7 +34,13 @@ from protocol.startup import CancelRequest, StartupMessage
 from proxy.credentials import Credentials
 from proxy.inbox import Inbox
 
-AUTHENTICATION = messages.AuthenticationOk.type
+# Message types of the backend.
+_AUTHENTICATION: Final = messages.AuthenticationOk.type
+_BACKEND_KEY_DATA: Final = BackendKeyData.type
+_DATA_ROW: Final = DataRow.type
+_ERROR: Final = ErrorResponse.type
+_PARAMETER_STATUS: Final = messages.ParameterStatus.type
+_READY: Final = messages.ReadyForQuery.type
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 
@@ -119,22 +124,23 @@ class Backend(asyncio.BufferedProtocol):
         self.transport.write(startup.serialize())
         authenticator = credentials.authenticator()
         while True:
-            message = await self._next()
-            match message:
-                case BackendKeyData():
-                    self.pid = message.pid
-                    self._key = message
-                case messages.ParameterStatus():
-                    self.parameters[message.name] = message.value
-                case ErrorResponse():
-                    raise ServerError(message)
-                case ReadyForQuery():
-                    self.ready = True
-                    return
-                case _ if message.type == AUTHENTICATION:
-                    answer = authenticator.respond(cast(messages.AuthenticationRequest, message))
-                    if answer is not None:
-                        self.transport.write(answer)
+            kind, body = await self._inbox.next()
+            if kind == _PARAMETER_STATUS:
+                self._parameter_status(body)
+            elif kind == _READY:
+                self.ready = True
+                return
+            elif kind == _BACKEND_KEY_DATA:
+                self._key = BackendKeyData.parse(body)
+                self.pid = self._key.pid
+            elif kind == _AUTHENTICATION:
+                answer = authenticator.respond(
+                    cast(messages.AuthenticationRequest, messages.parse_backend(kind, body))
+                )
+                if answer is not None:
+                    self.transport.write(answer)
+            elif kind == _ERROR:
+                raise ServerError(ErrorResponse.parse(body))
 
     async def query(self, sql: bytes, *parameters: bytes) -> tuple[bytes | None, ...]:
         """The first row that a query of ours returns, in text; empty if there is none.
@@ -151,24 +157,23 @@ class Backend(asyncio.BufferedProtocol):
         row: tuple[bytes | None, ...] = ()
         error: ServerError | None = None
         while True:
-            message = await self._next()
-            match message:
-                case DataRow():
-                    row = message.values
-                case messages.ParameterStatus():
-                    self.parameters[message.name] = message.value
-                case ErrorResponse():
-                    error = ServerError(message)
-                    if error.is_fatal:
-                        raise error
-                case ReadyForQuery():
-                    if error:
-                        raise error
-                    return row
+            kind, body = await self._inbox.next()
+            if kind == _DATA_ROW:
+                row = DataRow.parse(body).values
+            elif kind == _READY:
+                if error:
+                    raise error
+                return row
+            elif kind == _PARAMETER_STATUS:
+                self._parameter_status(body)
+            elif kind == _ERROR:
+                error = ServerError(ErrorResponse.parse(body))
+                if error.is_fatal:
+                    raise error
 
-    async def _next(self) -> messages.BackendMessage:
-        kind, body = await self._inbox.next()
-        return messages.parse_backend(kind, body)
+    def _parameter_status(self, body: bytes) -> None:
+        name, _, value = body.rstrip(b"\0").partition(b"\0")
+        self.parameters[name] = value
 
     def start(self, sql: bytes, receiver: Receiver) -> None:
         """Send a query whose answer somebody else reads.

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Coroutine
 
 from protocol.startup import CancelRequest
-from proxy import tls
+from proxy import lexer, statements, tls
 from proxy.auth_query import AuthQuery
 from proxy.config import Config, ConfigError
 from proxy.credentials import Credentials, CredentialStore, LoginObserver, Secret
@@ -31,6 +31,9 @@ _CANCEL_AGAIN = 0.02
 _CANCEL_SELDOM = 1.0
 """Seconds between cancel requests to a job that goes on: the first time, and at most."""
 
+_REMEMBERED = 256
+"""SQL texts whose reading is remembered, for all sessions."""
+
 _LAST_WORDS = 2.0
 """Seconds that connections get to send what is left when the time to shut down is over."""
 
@@ -42,7 +45,11 @@ class Server:
         self.config = config
         self.sessions: set[Session] = set()
         self.jobs = KnownJobs(config.outcome_retention)
-        self.functions = catalog(config.api_version)
+        # Both are asked several times about each statement, and clients repeat themselves.
+        self.split = functools.lru_cache(_REMEMBERED)(lexer.split)
+        self.analyze = functools.lru_cache(_REMEMBERED)(
+            functools.partial(statements.analyze, functions=catalog(config.api_version))
+        )
         self.spares = Spares(config.spares, config.spare_lifetime)
         self.keys: dict[CancelRequest, Session] = {}
         try:

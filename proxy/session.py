@@ -75,6 +75,9 @@ _NAME_PARAMETER: Final = re.compile(
 )
 _MAX_CUSTOM_SETTINGS: Final = 1000
 
+_SHORT: Final = 4096
+"""Bytes of an SQL text whose reading is remembered."""
+
 
 # The SQLSTATE of a connection that pg_hba.conf has no line for.
 _NOT_LIKE_THIS: Final = INVALID_AUTHORIZATION_SPECIFICATION
@@ -430,8 +433,9 @@ class Session:
 
     def split(self, sql: bytes) -> list[tuple[int, bytes]]:
         """The statements of a Query string and where they begin; all as one if it is no SQL."""
+        split = self._server.split if len(sql) <= _SHORT else lexer.split
         try:
-            parts = lexer.split(
+            parts = split(
                 sql,
                 standard_conforming_strings=self._standard_conforming_strings,
                 encoding=self._encoding,
@@ -442,11 +446,11 @@ class Session:
 
     def analyze(self, sql: bytes) -> statements.Plan | None:
         """How to serve a statement; None if it holds no call that we serve."""
-        return statements.analyze(
+        remembered = self._server.analyze
+        return (remembered if len(sql) <= _SHORT else remembered.__wrapped__)(
             sql,
             standard_conforming_strings=self._standard_conforming_strings,
             encoding=self._encoding,
-            functions=self._server.functions,
         )
 
     @property

@@ -10,6 +10,7 @@ an ALTER ROLE … SET is obeyed by launches after `spare_lifetime` at the latest
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,25 +27,29 @@ _GIVE_WAY: Final = (0.02, 0.1, 0.3)
 
 Open = Callable[[], Awaitable[Backend]]
 
+_REPLACE_AFTER: Final = 0.002
+"""Seconds until a spare that was taken is replaced: the launch comes first."""
+
 _WARM_UP: Final = b"""
 SELECT pg_catalog.pg_backend_pid(),
        pg_catalog.set_config('application_name', 'pg_background spare', false),
        LEAST(
-           m.setting::pg_catalog.int4 OPERATOR(pg_catalog.-) r.reserved OPERATOR(pg_catalog.-)
-           a.used OPERATOR(pg_catalog.-) (m.setting::pg_catalog.int4 OPERATOR(pg_catalog./) 10),
+           s.most OPERATOR(pg_catalog.-) s.reserved OPERATOR(pg_catalog.-) a.used
+           OPERATOR(pg_catalog.-) (s.most OPERATOR(pg_catalog./) 10),
            CASE WHEN o.rolconnlimit OPERATOR(pg_catalog.>=) 0 OR
                      d.datconnlimit OPERATOR(pg_catalog.>=) 0 THEN 0 END
        )
-FROM pg_catalog.pg_settings m,
-     (SELECT pg_catalog.sum(s.setting::pg_catalog.int4)::pg_catalog.int4 AS reserved
-      FROM pg_catalog.pg_settings s
-      WHERE s.name OPERATOR(pg_catalog.=) 'superuser_reserved_connections'
-         OR s.name OPERATOR(pg_catalog.=) 'reserved_connections') r,
+FROM (SELECT pg_catalog.current_setting('max_connections')::pg_catalog.int4 AS most,
+             pg_catalog.current_setting('superuser_reserved_connections')::pg_catalog.int4
+             OPERATOR(pg_catalog.+) CASE
+                 WHEN pg_catalog.current_setting('server_version_num')::pg_catalog.int4
+                      OPERATOR(pg_catalog.>=) 160000
+                 THEN pg_catalog.current_setting('reserved_connections')::pg_catalog.int4
+                 ELSE 0 END AS reserved) s,
      (SELECT pg_catalog.count(*)::pg_catalog.int4 AS used
-      FROM pg_catalog.pg_stat_activity) a,
+      FROM pg_catalog.pg_stat_get_activity(NULL)) a,
      pg_catalog.pg_roles o, pg_catalog.pg_database d
-WHERE m.name OPERATOR(pg_catalog.=) 'max_connections'
-  AND o.rolname OPERATOR(pg_catalog.=) session_user
+WHERE o.rolname OPERATOR(pg_catalog.=) session_user
   AND d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()
 """
 """Fills the backend's caches; the third column is above 0 if the server can spare the slot."""
@@ -52,11 +57,16 @@ WHERE m.name OPERATOR(pg_catalog.=) 'max_connections'
 
 @dataclass(slots=True)
 class _Pool:
-    """The spares of one login, oldest first, and those that are being opened."""
+    """The spares of one login, oldest first, and those that are being opened.
+
+    ``waiting``: launches that found none ready, and wait for one that is being opened.
+    """
 
     ready: list[Backend] = field(default_factory=list)
     opening: int = 0
     not_before: float = 0.0
+    waiting: deque[asyncio.Future[Backend | None]] = field(default_factory=deque)
+    refill: asyncio.TimerHandle | None = None
 
 
 class Spares:
@@ -84,14 +94,46 @@ class Spares:
             open_one: opens and logs in a backend; raises SQLError.
         """
         pool = self._pools.setdefault(login, _Pool())
+        spare = self._ready(pool) or await self._opening(pool)
+        backend = spare or await self._open_now(open_one)
+        if pool.refill is None:
+            pool.refill = asyncio.get_running_loop().call_later(
+                _REPLACE_AFTER, self._fill, login, pool, open_one
+            )
+        return backend, spare is not None
+
+    def _ready(self, pool: _Pool) -> Backend | None:
         while pool.ready:
             backend = pool.ready.pop()
             if backend.is_alive:
-                self._fill(login, pool, open_one)
-                return backend, True
-        backend = await self._open_now(open_one)
-        self._fill(login, pool, open_one)
-        return backend, False
+                return backend
+        return None
+
+    async def _opening(self, pool: _Pool) -> Backend | None:
+        """One that is being opened, if nobody else waits for it: it is there sooner than another
+        that would be begun now. None if that fails."""
+        if pool.opening <= len(pool.waiting):
+            return None
+        waiter: asyncio.Future[Backend | None] = asyncio.get_running_loop().create_future()
+        pool.waiting.append(waiter)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and (backend := waiter.result()):
+                backend.terminate()
+            raise
+        finally:
+            if waiter in pool.waiting:
+                pool.waiting.remove(waiter)
+
+    def _hand_on(self, pool: _Pool, backend: Backend | None) -> bool:
+        """Give a new spare, or the news that there is none, to a launch that waits for it."""
+        while pool.waiting:
+            waiter = pool.waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(backend)
+                return True
+        return False
 
     async def _open_now(self, open_one: Open) -> Backend:
         """Open one for a job. Spares give way to it if there is no room for both."""
@@ -121,9 +163,10 @@ class Spares:
         return now < self._closing_until
 
     def _fill(self, login: Hashable, pool: _Pool, open_one: Open) -> None:
+        pool.refill = None
         if asyncio.get_running_loop().time() < pool.not_before:
             return
-        for _ in range(self._count - len(pool.ready) - pool.opening):
+        for _ in range(self._count - len(pool.ready) - pool.opening + len(pool.waiting)):
             pool.opening += 1
             task = asyncio.get_running_loop().create_task(self._add(login, pool, open_one))
             self._tasks.add(task)
@@ -131,32 +174,40 @@ class Spares:
 
     async def _add(self, login: Hashable, pool: _Pool, open_one: Open) -> None:
         loop = asyncio.get_running_loop()
+        taken = False
         try:
             backend = await open_one()
             try:
                 row = await backend.query(_WARM_UP)
-                if row[2] is None or int(row[2]) <= 0:
+                taken = self._hand_on(pool, backend)
+                if not taken and (row[2] is None or int(row[2]) <= 0):
                     raise ConnectionError("the server has no connection to spare")
             except BaseException:
                 backend.terminate()
                 raise
-            pool.ready.append(backend)
-            loop.call_later(self._lifetime, self._expire, login, pool, backend)
+            if not taken:
+                pool.ready.append(backend)
+                loop.call_later(self._lifetime, self._expire, login, pool, backend)
         except (SQLError, ServerError, OSError, ValueError, LookupError) as error:
             # The last two, ProtocolViolation among them, are about an answer that is none.
             logger.debug("no spare backend: %s", error)
             pool.not_before = loop.time() + _RETRY
         finally:
             pool.opening -= 1
+            if len(pool.waiting) > pool.opening:
+                self._hand_on(pool, None)
 
     def _expire(self, login: Hashable, pool: _Pool, backend: Backend) -> None:
         if backend in pool.ready:
             pool.ready.remove(backend)
             backend.terminate()
-        if not pool.ready and not pool.opening:
-            self._pools.pop(login, None)
+        if not (pool.ready or pool.opening or pool.refill) and self._pools.get(login) is pool:
+            del self._pools[login]
 
     def close(self) -> None:
         """Close them all."""
+        for pool in self._pools.values():
+            if pool.refill is not None:
+                pool.refill.cancel()
         self._give_way()
         self._pools.clear()
