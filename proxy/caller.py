@@ -10,6 +10,7 @@ import asyncio
 import functools
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +23,8 @@ from proxy.calls import check_privilege
 from proxy.context import Context, activity_query, context_query, parse_context
 from proxy.dialogue import PrimaryDialogue
 from proxy.functions import BOOL, HANDLES, TEXT, Needs, Type
-from proxy.prepared import needs_of
+from proxy.prepared import is_harmless, needs_of
+from proxy.relay import IDLE
 from proxy.settings import MAX_WORKERS, parse_time_ms
 from proxy.sql import drop_role_block, privileges_block
 from proxy.statements import Call, FieldOf, Plan
@@ -44,9 +46,16 @@ class SessionCaller:
         self._waits = waits
         self._context: Context | None = None
 
-    def ask_context(self, plan: Plan) -> None:
-        """Have the context of the next call sent along."""
-        session = self._session
+    def ask_context(self, plan: Plan, *, first: bool) -> None:
+        """Have the context of the next call sent along; `first`: of what its batch executes.
+
+        The settings, the expensive part, are those read before if nothing can have changed them:
+        between calls that follow each other directly, outside a transaction block.
+        """
+        session, relay = self._session, self._session.relay
+        wanted = Needs.SETTINGS in needs_of(plan)
+        lasting = first and relay.status == IDLE
+        known = relay.untouched and lasting
         # What was taken for a name may be none, or come from before a change of client_encoding.
         custom = tuple(
             name for name in session.custom_settings if encodings.is_valid(name, session.codec)
@@ -54,7 +63,7 @@ class SessionCaller:
         sql = context_query(
             server_version=session.server_version,
             roles=session.known_jobs.roles.union(job.role_id for job in self.jobs),
-            settings=Needs.SETTINGS in needs_of(plan),
+            settings=wanted and not known,
             custom_settings=custom,
         )
 
@@ -63,8 +72,13 @@ class SessionCaller:
                 self._context = parse_context(
                     DataRow.parse(body).values,
                     custom_settings=custom,
-                    client_encoding=session.relay.parameters.get(b"client_encoding", b""),
+                    client_encoding=relay.parameters.get(b"client_encoding", b""),
                 )
+                if wanted and known:
+                    self._context = replace(self._context, settings=session.settings)
+                elif wanted and lasting and is_harmless(plan):
+                    session.settings = self._context.settings
+                    relay.untouched = True
                 timeout = self._context.statement_timeout.decode()
                 self._waits.start_timer(parse_time_ms(timeout))
 

@@ -482,6 +482,8 @@ class Interception:
         self, portal: bytes, max_rows: int, take: Take, *, plan: Plan | None = None, offset: int = 0
     ) -> None:
         self._executed = True
+        if plan is None or not is_harmless(plan):
+            self._relay.untouched = False
         self._primary.send(
             Execute(portal, max_rows).serialize(), EXECUTED, take, plan=plan, offset=offset
         )
@@ -510,7 +512,7 @@ class Interception:
             else:
                 await self._call_row(portal, kind, body)
 
-        self._caller.ask_context(plan)
+        self._caller.ask_context(plan, first=not self._executed)
         alone = may_sync and self._is_alone(plan)
         self._send_execute(name, max_rows, take, plan=plan, offset=offset)
         if is_query:
@@ -601,7 +603,7 @@ class Interception:
         """The result of a portal, begun if it was not yet, its columns known and checked."""
         plan = portal.statement.plan
         assert isinstance(plan, ResultPlan)
-        self._caller.ask_context(plan)
+        self._caller.ask_context(plan, first=not self._executed)
         rows: list[tuple[bytes | None, ...]] = []
         if portal.result is None:
 

@@ -118,6 +118,7 @@ class Relay:
         status: of the last ReadyForQuery.
         batch: types of the extended-query messages that the client sent since its last Sync.
         asked: what the server has not answered yet.
+        untouched: nothing was passed on to the server since an interception has set this.
     """
 
     WATCHED: Final = (
@@ -138,6 +139,7 @@ class Relay:
         self.status = IDLE
         self.batch = bytearray()
         self.asked = Asked()
+        self.untouched = False
         self._settling: asyncio.Future[None] | None = None
         # Nothing is unanswered or partly here, and no later message can be about a call unless it
         # says so: the next batch may take the short way.
@@ -178,7 +180,7 @@ class Relay:
         position = self._client_skip
         if position >= size:
             self._client_skip = position - size
-            self._server.write(data)
+            self._pass_on(data)
             return
         self._client_skip = 0
         while size - position >= HEADER_SIZE:
@@ -237,17 +239,21 @@ class Relay:
             self._hold(data, position, HEADER_SIZE)
         else:
             self._client_skip = position - size
-            self._server.write(data)
+            self._pass_on(data)
+
+    def _pass_on(self, data: bytes) -> None:
+        self.untouched = False
+        self._server.write(data)
 
     def _hold(self, data: bytes, position: int, size: int) -> None:
         if position:
-            self._server.write(data[:position])
+            self._pass_on(data[:position])
         self._held = bytearray(memoryview(data)[position:])
         self._held_size = size
 
     def _hand_over(self, data: bytes, position: int) -> None:
         if position:
-            self._server.write(data[:position])
+            self._pass_on(data[:position])
         self._hooks.take_over(data[position:])
 
     def forget_portal(self, name: bytes) -> None:
@@ -353,7 +359,8 @@ class Relay:
                 self._settling.set_result(None)
         else:
             self._at_rest = not (
-                self.asked
+                self.untouched
+                or self.asked
                 or self.asked.skipping
                 or self._server_skip
                 or self._tail

@@ -93,6 +93,7 @@ class Session:
         route: to its server, once it is connected.
         jobs: those that it launched and has not fetched or detached.
         custom_settings: names with a dot that it may have set.
+        settings: what was set in it, as last read; good as long as `relay.untouched` is.
         interception: what serves a batch with a call, as long as that lasts.
     """
 
@@ -102,6 +103,7 @@ class Session:
         self.primary: Connection | None = None
         self.jobs = Jobs()
         self.custom_settings: dict[bytes, None] = {}
+        self.settings: tuple[tuple[bytes, bytes], ...] = ()
         self.route = Route(server.config.upstream.hosts[0])
         self._startup: StartupMessage | None = None
         self._is_cancel_request = False

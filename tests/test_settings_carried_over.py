@@ -403,3 +403,46 @@ def test_a_parameter_that_looks_like_the_name_of_a_setting(conn: Connection) -> 
     conn.execute("SELECT pg_background_outcome(%s, %s)", [1, cookie])
     conn.execute("SELECT set_config('a.b', %s::int8::text, false)", [cookie])
     assert custom(conn, "a.b") == str(cookie)
+
+
+def test_settings_are_read_again_after_whatever_may_have_changed_them(conn: Connection) -> None:
+    """Launches that follow each other directly share what was read."""
+    launches = "SELECT pg_background_launch('SHOW work_mem')"
+
+    def in_job() -> Any:
+        [[pid]] = conn.execute(launches)
+        [[shown]] = result(conn, pid, "shown text")
+        return shown
+
+    conn.execute(
+        "CREATE OR REPLACE FUNCTION give(memory text) RETURNS text LANGUAGE sql AS"
+        " $$SELECT set_config('work_mem', memory, false)$$"
+    )
+    conn.execute("SET work_mem = '1MB'")
+    assert [in_job() for _ in range(3)] == ["1MB"] * 3
+    conn.execute("SELECT give('2MB')")
+    assert [in_job() for _ in range(2)] == ["2MB"] * 2
+    [[pid]] = conn.execute("SELECT pg_background_launch('SELECT ' || give('3MB')::bytea::text)")
+    conn.execute("SELECT pg_background_detach(%s)", [pid])
+    assert in_job() == "3MB"
+    with conn.transaction():
+        conn.execute("SET LOCAL work_mem = '4MB'")
+        assert [in_job() for _ in range(2)] == ["4MB"] * 2
+    assert in_job() == "3MB"
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        run_in_pipeline(conn, "SET work_mem = '5MB'", launches, "SELECT 1 / 0")
+    assert in_job() == "3MB"
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        conn.execute("SET work_mem = '5MB'; " + launches + "; SELECT 1 / 0")
+    assert in_job() == "3MB"
+    conn.execute("SET work_mem = '6MB'; " + launches)
+    assert in_job() == "6MB"
+    conn.execute("RESET ALL")
+    assert in_job() == "4MB"
+
+
+def run_in_pipeline(conn: Connection, *statements: str) -> None:
+    """All in one implicit transaction."""
+    with conn.pipeline():
+        for statement in statements:
+            conn.execute(statement)
