@@ -31,42 +31,45 @@ _COMPARED = (16, 1024)
 _PAUSE = (4, 256)
 
 
-def skip_run(data: bytes, position: int) -> int:
-    """Where the messages of one type end that begin at `position`, with no other between them.
+def skip_run(data: bytes, position: int) -> tuple[int, int]:
+    """Where the whole messages end that begin at `position` and are all of one type; how many.
 
-    The first header must be whole. The last message may end behind the data; one with an
-    impossible length is not skipped. Rows are often of one length for long: where one message is
-    as long as the last, many headers are compared at once, as slices with that length for a step.
-    If all are equal, then that is where the messages begin. (7 ns a message, 100 one by one.)
+    One with an impossible length ends the run. Rows are often of one length for long: where a
+    message is as long as the last, many headers are compared at once, as slices with that length
+    for a step. If all are equal, then that is where the messages begin. (7 ns a message, 100 one
+    by one.)
     """
     kind = data[position]
-    last = len(data) - HEADER_SIZE
-    size = 0
+    end = len(data)
+    last = end - HEADER_SIZE
+    count = size = 0
     compared, _ = _COMPARED
     wait = pause = _PAUSE[0]
     while position <= last and data[position] == kind:
         length = unpack_length(data, position + 1)[0] + 1
-        if length < HEADER_SIZE:
+        if length < HEADER_SIZE or position + length > end:
             break
+        alike = 1
         if length != size:
             size = length
         elif wait:
             wait -= 1
         else:
-            count = min((last - position) // size + 1, compared)
-            stop = position + size * (count - 1) + 1
+            alike = min((end - position) // size, compared)
+            stop = position + size * (alike - 1) + 1
             for index in range(HEADER_SIZE):
                 column = data[position + index : stop + index : size]
-                if column != data[position + index : position + index + 1] * count:
+                if column != data[position + index : position + index + 1] * alike:
                     compared = _COMPARED[0]
                     wait = pause = min(pause * 2, _PAUSE[1])
+                    alike = 1
                     break
             else:
                 compared = min(compared * 2, _COMPARED[1])
                 pause = _PAUSE[0]
-                length = size * count
-        position += length
-    return position
+        position += size * alike
+        count += alike
+    return position, count
 
 
 class MessageBuffer:

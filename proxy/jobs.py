@@ -27,7 +27,7 @@ from protocol.errors import (
     ProtocolViolation,
     SQLError,
 )
-from protocol.framing import HEADER_SIZE, bad_length, unpack_length
+from protocol.framing import HEADER_SIZE, bad_length, skip_run, unpack_length
 from protocol.messages import (
     CommandComplete,
     CopyFail,
@@ -338,8 +338,8 @@ class Job:
                 raise bad_length(kind, length)
             end = position + 1 + length
             if kind == _DATA_ROW and end <= size:
-                position = end
-                count += 1
+                position, whole = skip_run(data, position)
+                count += whole
                 continue
             self._rows(data[rows:position], count)
             rows = position

@@ -232,8 +232,8 @@ class Relay:
                 self.asked.add(DESCRIBE)
             elif kind in (COPY_DONE, COPY_FAIL):
                 self.asked.add(kind)
-            elif kind == COPY_DATA:
-                end = skip_run(data, position)
+            elif kind == COPY_DATA and end < size:
+                end, _ = skip_run(data, position)
             position = end
         if position < size:
             self._hold(data, position, HEADER_SIZE)
@@ -333,7 +333,8 @@ class Relay:
             action = _ACTIONS[kind]
             if action:
                 if action == _SKIP:
-                    end = skip_run(data, position)
+                    if end < size:
+                        end, _ = skip_run(data, position)
                 elif action == _COUNT:
                     self.asked.answered()
                 elif end > size:

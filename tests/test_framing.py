@@ -11,15 +11,17 @@ from protocol.framing import HEADER_SIZE, frame, skip_run, unpack_length
 ROW = ord("D")
 
 
-def one_by_one(data: bytes, position: int) -> int:
+def one_by_one(data: bytes, position: int) -> tuple[int, int]:
     """The same, the simple way."""
     kind = data[position]
+    count = 0
     while position + HEADER_SIZE <= len(data) and data[position] == kind:
         (length,) = unpack_length(data, position + 1)
-        if length < 4:
+        if length < 4 or position + 1 + length > len(data):
             break
         position += 1 + length
-    return position
+        count += 1
+    return position, count
 
 
 runs = st.lists(
