@@ -288,7 +288,7 @@ class Interception:
     # A Query
 
     async def _query(self, body: bytes) -> None:
-        sql = body.rstrip(b"\0")
+        sql = body.removesuffix(b"\0")
         self._relay.statements.pop(b"", None)
         self._relay.forget_portal(b"")
         parts = self._session.split(sql)

@@ -41,7 +41,7 @@ from protocol.startup import (
     startup_packet_length,
 )
 from proxy import encodings, lexer, statements, tls
-from proxy.asked import PARSE
+from proxy.asked import PARSE, QUERY
 from proxy.config import Host
 from proxy.connection import Connection
 from proxy.context import Context
@@ -381,8 +381,9 @@ class Session:
         self._server.keys[self._key] = self
 
     def has_call(self, kind: int, body: bytes) -> bool:
-        sql = body.partition(b"\0")[2] if kind == PARSE else body
-        sql = sql.partition(b"\0")[0]
+        sql, end, rest = (body.partition(b"\0")[2] if kind == PARSE else body).partition(b"\0")
+        if not end or (kind == QUERY and rest):
+            return False  # malformed, as the server will say
         return any(self.analyze(text) is not None for _, text in self.split(sql))
 
     def settings_mentioned(self, sql: bytes) -> None:

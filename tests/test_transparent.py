@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import messages as m
-from protocol.framing import MessageBuffer
+from protocol.framing import MessageBuffer, frame
 from protocol.startup import StartupMessage
 from protocol.values import oids
 from proxy.relay import Relay
@@ -256,6 +256,10 @@ SCRIPTS: dict[str, Script] = {
         q(f"DO $_$ BEGIN RAISE EXCEPTION $${MENTION} does not exist$$; END $_$"), READY,
         q("DO $$ BEGIN RAISE 'pg_background_launch(x) does not exist' USING ERRCODE = '42883'; END $$"),
         READY],
+    "a call in a malformed message": [
+        frame(ord("Q"), b"SELECT pg_background_launch('SELECT 1')\0SELECT 2\0"), READY,
+        frame(ord("Q"), b"SELECT pg_background_launch('SELECT 1')"), READY,
+        frame(ord("P"), b"\0SELECT pg_background_launch('SELECT 1')"), S, READY],
     "prepared in SQL, mentioned in a string": [
         q("PREPARE s AS SELECT 'pg_background_launch(1)'"), READY, q("EXECUTE s"), READY],
 }
