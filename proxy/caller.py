@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from protocol.errors import INVALID_TEXT_REPRESENTATION, ProtocolViolation, SQLError
 from protocol.messages import DataRow
 from protocol.values import parse_array
 from protocol.values.records import parse_record
 from proxy import encodings
-from proxy.calls import check_privilege
+from proxy.calls import Handle, check_privilege
 from proxy.context import Context, activity_query, context_query, parse_context
 from proxy.dialogue import PrimaryDialogue
 from proxy.functions import BOOL, HANDLES, TEXT, Needs, Type
@@ -32,7 +32,10 @@ from proxy.waits import Waits
 
 if TYPE_CHECKING:
     from proxy.jobs import Job, Jobs
+    from proxy.known import KnownJob
     from proxy.session import Session
+
+T = TypeVar("T")
 
 _DATA_ROW: Final = ord("D")
 
@@ -62,7 +65,9 @@ class SessionCaller:
         )
         sql = context_query(
             server_version=session.server_version,
-            roles=session.known_jobs.roles.union(job.role_id for job in self.jobs),
+            roles=session.known_jobs.roles.union(
+                session.peers.roles, (job.role_id for job in self.jobs)
+            ),
             settings=wanted and not known,
             custom_settings=custom,
         )
@@ -137,33 +142,47 @@ class SessionCaller:
     def max_workers(self) -> int:
         return self._session.setting(MAX_WORKERS, self.context)
 
-    def known_jobs(self) -> Iterable[Job]:
-        return self._session.known_jobs
+    async def known_jobs(self) -> Sequence[KnownJob]:
+        here = self._session.known_jobs
+        if not self._session.peers.exist:
+            return list(here)
+        roles = {self.context.role_id, *self.context.usable_roles}
+        return [*here, *await self._for(self._session.peers.jobs_of(roles))]
 
-    def find(self, pid: int, cookie: int) -> Job | None:
+    async def find(self, handles: Sequence[Handle]) -> list[KnownJob | None]:
         # Its own are known to a session as long as it has not detached them.
-        own = (job for job in self.jobs if job.handle == (pid, cookie))
-        return next(own, None) or self._session.known_jobs.get(pid, cookie)
+        own = {job.handle: job for job in self.jobs}
+        found: dict[Handle, KnownJob | None] = {
+            handle: own.get(handle) or self._session.known_jobs.get(*handle) for handle in handles
+        }
+        missing = [handle for handle, job in found.items() if job is None]
+        if missing and self._session.peers.exist:
+            found |= await self._for(self._session.peers.find(missing))
+        return [found[handle] for handle in handles]
 
     async def launch(
         self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
     ) -> Job:
-        launching = asyncio.ensure_future(
+        return await self._for(
             self._session.launch(sql, queue_size, self.context, label=label, keeps_rows=keep_rows)
         )
-        try:
-            return await self._waits.for_future(launching)
-        finally:
-            launching.cancel()
 
-    async def cancel_job(self, job: Job) -> None:
+    async def _for(self, work: Coroutine[Any, Any, T]) -> T:
+        """Its result; if the wait for it is ended, so is the work."""
+        working = asyncio.ensure_future(work)
+        try:
+            return await self._waits.for_future(working)
+        finally:
+            working.cancel()
+
+    async def cancel_job(self, job: KnownJob) -> None:
         if not job.finished:
             await self._waits.for_future(self._session.cancel_job(job))
 
     def limit(self, job: Job, timeout_ms: int) -> None:
         self._session.limit(job, timeout_ms)
 
-    async def wait(self, jobs: Sequence[Job], until: float | None = None) -> None:
+    async def wait(self, jobs: Sequence[KnownJob], until: float | None = None) -> None:
         await self._waits.for_jobs(jobs, until)
 
     async def activity(self, jobs: Sequence[Job]) -> dict[int, tuple[bytes | None, ...]]:

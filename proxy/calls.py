@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -29,6 +29,7 @@ from proxy.sql import EXECUTOR_ROLE
 
 if TYPE_CHECKING:
     from proxy.jobs import Job, Jobs
+    from proxy.known import KnownJob
 
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 24 * HOUR_MS
@@ -52,21 +53,22 @@ class Caller(Protocol):
     @property
     def context(self) -> Context: ...
 
-    def known_jobs(self) -> Iterable[Job]:
-        """Of all sessions of the proxy, those that ended a while ago included."""
+    async def known_jobs(self) -> Sequence[KnownJob]:
+        """Of all sessions of the proxy, those that ended a while ago included; at least those that
+        the current role may touch."""
 
-    def find(self, pid: int, cookie: int) -> Job | None:
-        """One of them, or of this session's."""
+    async def find(self, handles: Sequence[Handle]) -> list[KnownJob | None]:
+        """Those of them, or of this session's, that have these handles; as they are now."""
 
     async def launch(
         self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
     ) -> Job:
         """Start a job with the context's role and settings."""
 
-    async def cancel_job(self, job: Job) -> None:
+    async def cancel_job(self, job: KnownJob) -> None:
         """Have the server told to stop it."""
 
-    async def wait(self, jobs: Sequence[Job], until: float | None = None) -> None:
+    async def wait(self, jobs: Sequence[KnownJob], until: float | None = None) -> None:
         """Wait until something happens to one of them, or until that time of the loop."""
 
     @property
@@ -123,13 +125,22 @@ async def result(caller: Caller, pid: int, cookie: int | None = None) -> Job:
     return job
 
 
-def _with_cookie(caller: Caller, pid: int, cookie: int) -> Job:
+async def _with_cookie(caller: Caller, pid: int, cookie: int) -> KnownJob:
     """A job of this session, or of another one of the same role. Raises SQLError."""
-    job = caller.find(pid, cookie)
-    if job is None:
-        return _own_with_cookie(caller, pid, cookie)
-    _check_role(caller, job)
+    [job] = await _with_cookies(caller, [(pid, cookie)])
     return job
+
+
+async def _with_cookies(caller: Caller, handles: Sequence[Handle]) -> list[KnownJob]:
+    """Several of them. Raises SQLError."""
+    jobs: list[KnownJob] = []
+    for handle, job in zip(handles, await caller.find(handles), strict=True):
+        if job is None:
+            jobs.append(_own_with_cookie(caller, *handle))
+        else:
+            _check_role(caller, job)
+            jobs.append(job)
+    return jobs
 
 
 def _own_with_cookie(caller: Caller, pid: int, cookie: int) -> Job:
@@ -144,12 +155,12 @@ def _own_with_cookie(caller: Caller, pid: int, cookie: int) -> Job:
     return job
 
 
-def _may_touch(caller: Caller, job: Job) -> bool:
+def _may_touch(caller: Caller, job: KnownJob) -> bool:
     context = caller.context
     return job.role_id == context.role_id or job.role_id in context.usable_roles
 
 
-def _check_role(caller: Caller, job: Job) -> None:
+def _check_role(caller: Caller, job: KnownJob) -> None:
     if not _may_touch(caller, job):
         raise SQLError(
             INSUFFICIENT_PRIVILEGE, f'permission denied for background worker with PID "{job.pid}"'
@@ -197,7 +208,7 @@ async def detach(caller: Caller, pid: int, cookie: int | None = None) -> bytes:
 
 
 async def cancel(caller: Caller, pid: int, cookie: int, grace_ms: int = 0) -> bytes:
-    job = _with_cookie(caller, pid, cookie)
+    job = await _with_cookie(caller, pid, cookie)
     await caller.cancel_job(job)
     await _wait_for([job], caller, min(max(grace_ms, 0), HOUR_MS))
     return VOID
@@ -230,7 +241,7 @@ async def purge(caller: Caller) -> int:
     return _detach(caller, [job for job in _own(caller) if job.finished])
 
 
-def _detach(caller: Caller, jobs: list[Job]) -> int:
+def _detach(caller: Caller, jobs: Sequence[KnownJob]) -> int:
     for job in jobs:
         caller.jobs.remove(job)
     return len(jobs)
@@ -261,7 +272,7 @@ def like(text: bytes, pattern: bytes) -> bool:
 # Waiting
 
 
-async def _wait_for(jobs: Sequence[Job], caller: Caller, timeout_ms: int | None) -> bool:
+async def _wait_for(jobs: Sequence[KnownJob], caller: Caller, timeout_ms: int | None) -> bool:
     """Wait until all have ended, at most that long (None: for ever); whether they have."""
     loop = asyncio.get_running_loop()
     until = None if timeout_ms is None else loop.time() + timeout_ms / 1000
@@ -278,7 +289,7 @@ def _limit(timeout_ms: int) -> int | None:
 
 
 async def wait(caller: Caller, pid: int, cookie: int, timeout_ms: int = 0) -> bool:
-    return await _wait_for([_with_cookie(caller, pid, cookie)], caller, _limit(timeout_ms))
+    return await _wait_for([await _with_cookie(caller, pid, cookie)], caller, _limit(timeout_ms))
 
 
 async def wait_void(caller: Caller, pid: int, cookie: int) -> bytes:
@@ -287,12 +298,12 @@ async def wait_void(caller: Caller, pid: int, cookie: int) -> bytes:
 
 
 async def wait_timeout(caller: Caller, pid: int, cookie: int, timeout_ms: int) -> bool:
-    job = _with_cookie(caller, pid, cookie)
+    job = await _with_cookie(caller, pid, cookie)
     return await _wait_for([job], caller, min(max(timeout_ms, 0), DAY_MS))
 
 
 async def wait_any(caller: Caller, handles: list[Handle], timeout_ms: int = 0) -> Handle | None:
-    jobs = [_with_cookie(caller, *handle) for handle in handles]
+    jobs = await _with_cookies(caller, handles)
     limit = _limit(timeout_ms)
     loop = asyncio.get_running_loop()
     until = None if limit is None else loop.time() + limit / 1000
@@ -307,13 +318,13 @@ async def wait_any(caller: Caller, handles: list[Handle], timeout_ms: int = 0) -
 
 
 async def drain(caller: Caller, handles: list[Handle], timeout_ms: int = 0) -> list[Row]:
-    found = [caller.find(*handle) for handle in handles]
+    found = await caller.find(handles)
     jobs = [job for job in found if job is not None and _may_touch(caller, job)]
-    for job in jobs:
-        if job in caller.jobs:
-            job.forget_output()
-    await _wait_for(jobs, caller, _limit(timeout_ms))
-    rows = [_outcome(caller, *handle) for handle in handles]
+    for job in set(caller.jobs).intersection(jobs):
+        job.forget_output()
+    if not await _wait_for(jobs, caller, _limit(timeout_ms)):
+        await caller.find(handles)  # what runs elsewhere is looked at once more
+    rows = [_outcome(caller, handle, job) for handle, job in zip(handles, found, strict=True)]
     _detach(caller, jobs)
     return rows
 
@@ -326,10 +337,10 @@ async def list_jobs(caller: Caller) -> list[Row]:
 
 
 async def list_all(caller: Caller) -> list[Row]:
-    return [_list_row(job) for job in caller.known_jobs() if _may_touch(caller, job)]
+    return [_list_row(job) for job in await caller.known_jobs() if _may_touch(caller, job)]
 
 
-def _list_row(job: Job) -> Row:
+def _list_row(job: KnownJob) -> Row:
     return (
         job.pid,
         job.cookie,
@@ -371,11 +382,11 @@ async def stats_2(caller: Caller) -> Row:
 
 
 async def get_progress(caller: Caller, pid: int, cookie: int) -> Row:
-    return _with_cookie(caller, pid, cookie).progress
+    return (await _with_cookie(caller, pid, cookie)).progress
 
 
 async def result_info(caller: Caller, pid: int, cookie: int) -> Row:
-    job = _with_cookie(caller, pid, cookie)
+    job = await _with_cookie(caller, pid, cookie)
     return (
         job.row_count,
         job.command_tag,
@@ -387,20 +398,19 @@ async def result_info(caller: Caller, pid: int, cookie: int) -> Row:
 
 
 async def error_info(caller: Caller, pid: int, cookie: int) -> Row | None:
-    job = _with_cookie(caller, pid, cookie)
+    job = await _with_cookie(caller, pid, cookie)
     if job.error is None:
         return None
     return tuple(job.error_field(code) for code in "CMDHWstcn")
 
 
-def _outcome(caller: Caller, pid: int, cookie: int) -> Row:
-    job = caller.find(pid, cookie)
+def _outcome(caller: Caller, handle: Handle, job: KnownJob | None) -> Row:
     if job is None or not _may_touch(caller, job):
-        return (pid, cookie, None, False, False, False, None, None, None, None, None, None)
+        return (*handle, None, False, False, False, None, None, None, None, None, None)
     return outcome_of(job)
 
 
-def outcome_of(job: Job) -> Row:
+def outcome_of(job: KnownJob) -> Row:
     return (
         job.pid,
         job.cookie,
@@ -418,11 +428,12 @@ def outcome_of(job: Job) -> Row:
 
 
 async def outcome(caller: Caller, pid: int, cookie: int) -> Row:
-    return _outcome(caller, pid, cookie)
+    [job] = await caller.find([(pid, cookie)])
+    return _outcome(caller, (pid, cookie), job)
 
 
 async def status(caller: Caller, pid: int, cookie: int) -> bytes:
-    row = zip(OUTCOME_NAMES, _outcome(caller, pid, cookie), strict=True)
+    row = zip(OUTCOME_NAMES, await outcome(caller, pid, cookie), strict=True)
     return json.dumps(
         {name: _json(value) for name, value in row}, ensure_ascii=False, separators=(", ", ": ")
     ).encode("utf-8", "surrogateescape")
@@ -451,7 +462,7 @@ def _json(value: object) -> object:
 
 
 async def full_sql(caller: Caller, pid: int, cookie: int) -> bytes:
-    return _with_cookie(caller, pid, cookie).full_sql
+    return (await _with_cookie(caller, pid, cookie)).full_sql
 
 
 # Launch and wait at once

@@ -54,8 +54,11 @@ TLS: --client-tls-sslmode and its files towards clients; sslmode, sslrootcert, s
 --upstream towards the server.
 
 SIGTERM or SIGINT: no new clients; running sessions and jobs have --shutdown-timeout to end. A
-second signal ends them at once. Exit codes: 0 clean stop, 1 failure at run time, 2 wrong option or
-configuration.
+second signal ends them at once. SIGHUP: the configuration and its files are read again. Exit codes:
+0 clean stop, 1 failure at run time, 2 wrong option or configuration.
+
+With --workers the clients are shared out over so many processes, to whichever has the fewest; a
+supervisor, the process that was started, listens, restarts one that dies and passes signals on.
 
 examples:
   {PROGRAM} serve --upstream "host=127.0.0.1 port=5432"
@@ -143,11 +146,24 @@ def _parser() -> _Parser:
 
 
 def _serve(arguments: dict[str, Any]) -> int:
-    settings = config.load(arguments, file=arguments.pop("config"), environ=os.environ)
-    log.configure(settings.log_level)
+    file = arguments.pop("config")
+
+    def given() -> config.Texts:
+        return config.collect(arguments, file=file, environ=os.environ)
+
+    def settings() -> config.Config:
+        return config.build(given(), os.environ)
+
+    first = settings()
+    if first.workers > 1:
+        from proxy.supervisor import supervise
+
+        log.configure(first.log_level, who="supervisor")
+        return run(supervise(given))
     from proxy.server import serve
 
-    return run(serve(settings))
+    log.configure(first.log_level)
+    return run(serve(first, settings))
 
 
 def _demo(arguments: dict[str, Any]) -> int:

@@ -9,6 +9,7 @@ nobody knows, is an error that says so in one line; nothing is ignored.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, pars
 
 DEFAULT_PORT: Final = 6543
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+MAX_PROCESSES: Final = 256
 AUTH_TYPES: Final = ("server", "plain")
 DEFAULT_AUTH_QUERY: Final = (
     "SELECT rolname, CASE WHEN rolvaliduntil OPERATOR(pg_catalog.<) pg_catalog.now() THEN NULL"
@@ -276,6 +278,21 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return read
 
 
+def parse_workers(text: str) -> int:
+    """Reads a number of processes, 1 or more; ``auto`` is one for each core that we may use.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text.strip().lower() == "auto":
+        affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+    count = parse_count(text)
+    if not 1 <= count <= MAX_PROCESSES:
+        raise ValueError(f'"{text}" is none of auto, 1 to {MAX_PROCESSES}')
+    return count
+
+
 def parse_count(text: str) -> int:
     """Reads a whole number, 0 or more.
 
@@ -398,6 +415,12 @@ class Config:
         "TIME",
         "how long a client may take from connecting to being logged in; 0: for ever",
     )
+    workers: int = _setting(
+        "1",
+        parse_workers,
+        "N|auto",
+        "how many processes serve the clients; auto: one for each core",
+    )
     tcp_keepalive: int = _setting(
         "1",
         parse_count,
@@ -487,6 +510,10 @@ SETTINGS: Final = tuple(dataclasses.fields(Config))
 Given: TypeAlias = Mapping[str, "str | list[str] | None"]
 
 
+Texts: TypeAlias = "dict[str, tuple[str, list[str]]]"
+"""What was given, by field name: where, for the user to read, and the values as typed."""
+
+
 def load(
     flags: Given | None = None,
     *,
@@ -503,8 +530,22 @@ def load(
     Raises:
         ConfigError: a value or key that cannot be used.
     """
+    return build(collect(flags, file=file, environ=environ), environ)
+
+
+def collect(
+    flags: Given | None = None,
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Texts:
+    """The first half of `load`: what was given, the one that wins where there are several.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a key that nobody knows.
+    """
     environ = environ or {}
-    given: dict[str, tuple[str, list[str]]] = {}
+    given: Texts = {}
     if environ.get("PGPASSFILE"):
         given["passfile"] = ("PGPASSFILE", [environ["PGPASSFILE"]])
     given["upstream"] = ("upstream", [""])
@@ -514,7 +555,15 @@ def load(
         if value is not None:
             texts = value if isinstance(value, list) else [value]
             given[name] = (f"--{name.replace('_', '-')}", texts)
+    return given
 
+
+def build(given: Texts, environ: Mapping[str, str] | None = None) -> Config:
+    """The second half of `load`: the values are read.
+
+    Raises:
+        ConfigError: one cannot be used.
+    """
     values: dict[str, Any] = {}
     for field in SETTINGS:
         if field.name not in given:
@@ -532,11 +581,11 @@ def load(
     if timeout is not None:
         values.setdefault("connect_timeout", timeout)
     config = Config(**values)
-    _check_together(config)
+    check_together(config)
     return config
 
 
-def _check_together(config: Config) -> None:
+def check_together(config: Config) -> None:
     """Settings that need others. Raises ConfigError."""
     mode = config.client_tls_sslmode
     needed = {

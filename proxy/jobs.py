@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Final, TypeVar
 
 from protocol.errors import (
@@ -22,7 +20,6 @@ from protocol.errors import (
     CONNECTION_FAILURE,
     FEATURE_NOT_SUPPORTED,
     INVALID_PARAMETER_VALUE,
-    QUERY_CANCELED,
     UNDEFINED_OBJECT,
     ProtocolViolation,
     SQLError,
@@ -39,6 +36,7 @@ from protocol.messages import (
 from protocol.startup import CancelRequest
 from proxy import lexer
 from proxy.backend import READ_SIZE, Backend
+from proxy.known import FULL_SQL_SIZE, LISTED_SQL_SIZE, KnownJob
 from proxy.lexer import LexError
 from proxy.rows import Notice, OutputQueue, Rows
 from proxy.settings import MAX_WORKERS
@@ -47,10 +45,6 @@ from proxy.upstream import Route
 
 MIN_QUEUE_SIZE: Final = 64
 MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024
-PREVIEW_SIZE: Final = 120
-FULL_SQL_SIZE: Final = 64 * 1024
-
-_MILLISECOND: Final = timedelta(milliseconds=1)
 
 # Message types of the backend.
 _DATA_ROW = ord("D")
@@ -65,25 +59,14 @@ _COPY_IN = ord("G")
 ReportT = TypeVar("ReportT", ErrorResponse, NoticeResponse)
 
 
-class Job:
+class Job(KnownJob):
     """One job: its backend while it runs, its output until somebody takes it, how it went.
 
     Attributes:
-        pid, cookie: of its backend, and a random number that tells it from others of that pid.
-        label: what its launcher called it.
-        role_id: OID of the current role at launch.
         route: to its server.
-        queue_size: bytes of output that are held at the most.
         output: rows and notices that nobody has taken yet.
         keeps_rows: whether its rows are kept for somebody to fetch.
-        launched_at, finished_at: in UTC.
         columns: of the result; None as long as they are not known, and if there are none.
-        tags: the command tag of each statement that has ended.
-        progress: percentage and message that it has last reported.
-        finished: whether the backend is done, one way or the other.
-        canceled, timed_out: whether it was told to stop, and because it took too long.
-        error: what went wrong; fields as the server sent them, CONTEXT extended.
-        consumed: whether somebody has begun to fetch the result.
         has_handle: whether anybody knows it by one; if not, only its reader can stop it.
     """
 
@@ -99,32 +82,24 @@ class Job:
         keeps_rows: bool = True,
         on_finish: Callable[[Job], None],
     ) -> None:
-        self.pid = backend.pid
-        self.cookie = int.from_bytes(secrets.token_bytes(8), "big", signed=True)
-        self.label = label
-        self.role_id = role_id
+        super().__init__(
+            backend.pid,
+            int.from_bytes(secrets.token_bytes(8), "big", signed=True),
+            sql,
+            queue_size=queue_size,
+            role_id=role_id,
+            label=label,
+        )
         self.route = route
-        self.queue_size = queue_size
         self.keeps_rows = keeps_rows
-        self.launched_at = datetime.now(UTC)
-        self.finished_at: datetime | None = None
         self.columns: tuple[Field, ...] | None = None
-        self.tags: list[bytes] = []
-        self.progress: tuple[int | None, bytes | None] = (None, None)
-        self.finished = False
-        self.canceled = False
-        self.timed_out = False
-        self.error: ErrorResponse | None = None
-        self.consumed = False
         self.has_handle = True
         # None once it has ended: many are known for a while after that.
         self._backend: Backend | None = backend
-        self._sql = sql
         self._on_finish: Callable[[Job], None] | None = on_finish
         self.output = OutputQueue(queue_size, backend)
         if not keeps_rows:
             self.output.drop()
-        self._waiters: set[asyncio.Future[None]] = set()
         self._statements = 0
         self._taken_up = False
         # Statements, by their place, that stand for a call of pg_background_progress, and the word
@@ -138,61 +113,6 @@ class Job:
         self._rest_of_row = 0
         # What the server said before it closed the connection.
         self._fatal: ErrorResponse | None = None
-
-    def __repr__(self) -> str:
-        return f"<Job pid={self.pid} finished={self.finished}>"
-
-    # What is known of it
-
-    @property
-    def handle(self) -> tuple[int, int]:
-        """Pid and cookie."""
-        return self.pid, self.cookie
-
-    @property
-    def state(self) -> bytes:
-        """running, stopped, canceled or error."""
-        if not self.finished:
-            return b"running"
-        if self.error is None:
-            return b"stopped"
-        canceled = self.canceled and self.error.sqlstate == QUERY_CANCELED
-        return b"canceled" if canceled else b"error"
-
-    @property
-    def elapsed_ms(self) -> int:
-        """How long it has run."""
-        return round(((self.finished_at or datetime.now(UTC)) - self.launched_at) / _MILLISECOND)
-
-    @property
-    def command_tag(self) -> bytes | None:
-        """Of the last statement that has ended, without the counts: INSERT, CREATE TABLE."""
-        return self.tags[-1].rstrip(b" 0123456789") if self.tags else None
-
-    @property
-    def row_count(self) -> int | None:
-        """Of that statement, if its command tag has one."""
-        count = self.tags[-1].rpartition(b" ")[2] if self.tags else b""
-        return int(count) if count.isdigit() else None
-
-    def error_field(self, code: str) -> bytes | None:
-        """A field of its error; None without one."""
-        return None if self.error is None else self.error.fields.get(code)
-
-    @property
-    def preview(self) -> bytes:
-        """The beginning of its SQL: 120 characters."""
-        return self._sql.decode("utf-8", "surrogateescape")[:PREVIEW_SIZE].encode(
-            "utf-8", "surrogateescape"
-        )
-
-    @property
-    def full_sql(self) -> bytes:
-        """Its SQL; what is longer than 64 KiB is cut and marked so."""
-        if len(self._sql) <= FULL_SQL_SIZE:
-            return self._sql
-        whole_characters = self._sql[:FULL_SQL_SIZE].decode("utf-8", "ignore").encode()
-        return (whole_characters or self._sql[:FULL_SQL_SIZE]) + b"[...]"
 
     # Its life
 
@@ -280,30 +200,16 @@ class Job:
         assert self._backend is not None
         return self._backend.cancel_request()
 
-    # Who follows it
+    # When nobody reads it
 
     def leave(self) -> None:
         """Its session is done with it: of what it holds only the outcome is of use, to others."""
         self.forget_output()
-        self._sql = self._sql[: 4 * PREVIEW_SIZE]
+        self._sql = self._sql[:LISTED_SQL_SIZE]
 
     def forget_output(self) -> None:
         """Nobody will fetch it: from now on it is read and dropped, so the job never waits."""
         self.output.drop()
-
-    def add_waiter(self, waiter: asyncio.Future[None]) -> None:
-        """Have a future resolved at the next change: output, columns, the end."""
-        self._waiters.add(waiter)
-
-    def remove_waiter(self, waiter: asyncio.Future[None]) -> None:
-        """Forget a future of add_waiter()."""
-        self._waiters.discard(waiter)
-
-    def _wake(self) -> None:
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._waiters.clear()
 
     # What its backend sends
 
@@ -467,7 +373,7 @@ class Jobs:
     def __iter__(self) -> Iterator[Job]:
         return iter(tuple(self._jobs.values()))
 
-    def __contains__(self, job: Job) -> bool:
+    def __contains__(self, job: KnownJob) -> bool:
         return self._jobs.get(job.pid) is job
 
     def check_limit(self, max_workers: int) -> None:
@@ -497,77 +403,16 @@ class Jobs:
         except KeyError:
             raise SQLError(UNDEFINED_OBJECT, f"PID {pid} is not attached to this session") from None
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: KnownJob) -> None:
         """The session is done with it. If it runs, it runs on to its end. Those of other sessions
         are not touched."""
         if job in self:
-            del self._jobs[job.pid]
-            job.leave()
+            self._jobs.pop(job.pid).leave()
 
     def clear(self) -> None:
         """The session ends."""
         for job in self:
             self.remove(job)
-
-
-class KnownJobs:
-    """The jobs of all sessions: those that run, and for a while those that have ended.
-
-    So another session of the same role can follow a job and stop it. What is kept of one that has
-    ended is how it went, never its rows.
-    """
-
-    MOST = 2_000
-    """How many that have ended are kept; beyond that the oldest are forgotten."""
-
-    def __init__(self, retention: float) -> None:
-        """`retention`: seconds for which a job that has ended is known."""
-        self._retention = retention
-        self._jobs: dict[tuple[int, int], Job] = {}
-        # How many of them each role has launched: every call asks about their roles.
-        self._roles: Counter[int] = Counter()
-        # When those that have ended did so, in that order.
-        self._ended: dict[tuple[int, int], float] = {}
-        self.running: set[Job] = set()
-
-    def __iter__(self) -> Iterator[Job]:
-        self._forget()
-        return iter(tuple(self._jobs.values()))
-
-    @property
-    def roles(self) -> set[int]:
-        """OIDs of the roles that have launched them."""
-        self._forget()
-        return set(self._roles)
-
-    def get(self, pid: int, cookie: int) -> Job | None:
-        """The job of this handle, if it is known."""
-        self._forget()
-        return self._jobs.get((pid, cookie))
-
-    def add(self, job: Job) -> None:
-        """A new one."""
-        self._jobs[job.handle] = job
-        self._roles[job.role_id] += 1
-        self.running.add(job)
-
-    def ended(self, job: Job) -> None:
-        """It has ended; it will be forgotten later."""
-        self.running.discard(job)
-        self._ended[job.handle] = time.monotonic()
-        self._forget()
-
-    def _forget(self) -> None:
-        too_old = time.monotonic() - self._retention
-        while self._ended:
-            handle, when = next(iter(self._ended.items()))
-            if when > too_old and len(self._ended) <= self.MOST:
-                break
-            del self._ended[handle]
-            role_id = self._jobs.pop(handle).role_id
-            self._roles[role_id] -= 1
-            if not self._roles[role_id]:
-                del self._roles[role_id]
 
 
 def checked_queue_size(queue_size: int, default: int) -> int:

@@ -1,9 +1,11 @@
 """The sockets that clients connect to.
 
-The rule: a listener makes a session of each connection, and decides from the first byte alone how
-the connection begins. With TLS that may be with the handshake (``sslnegotiation=direct``). So there
-we accept connections ourselves, look at that byte without taking it, and hand the socket to the
-loop. Without TLS, and on Unix sockets, which have none, the loop does it all.
+The rule: what listens decides nothing about the connections that come in. With one process, each
+goes to the `Reception` there, which makes a session of it and decides from the first byte alone how
+it begins: with TLS that may be with the handshake (``sslnegotiation=direct``). So where there is
+TLS we accept connections ourselves, look at that byte without taking it, and hand the socket to the
+loop; without TLS, and on Unix sockets, which have none, the loop does it all. With several
+processes the supervisor listens, and its workers have the receptions.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import functools
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -40,28 +41,94 @@ class NewSession(Protocol):
         """The connection has come to nothing."""
 
 
-class Listeners:
-    """All addresses.
+class Reception:
+    """Makes sessions of connections.
 
     Args:
         new_session: makes a session, whose `client` is not connected yet.
-        context: for TLS; None for none.
-        login_timeout: seconds until the first byte must have come; 0 for ever.
+        context: tells what TLS is made with now; None for none.
+        login_timeout: tells the seconds until the first byte must have come; 0 for ever.
     """
 
     def __init__(
         self,
         new_session: Callable[[], NewSession],
-        context: ssl.SSLContext | None,
-        keepalive: Keepalive,
-        login_timeout: float,
+        context: Callable[[], ssl.SSLContext | None],
+        login_timeout: Callable[[], float],
     ) -> None:
         self._new_session = new_session
         self._context = context
-        self._keepalive = keepalive
         self._login_timeout = login_timeout
-        self._open = contextlib.ExitStack()
         self._welcoming: set[asyncio.Task[None]] = set()
+
+    def client(self) -> Connection:
+        """The client's side of a new session, for a connection that the loop accepts."""
+        return self._new_session().client
+
+    def take(self, connection: socket.socket) -> None:
+        """Make a session of a connection, once it has said how it begins."""
+        task = asyncio.get_running_loop().create_task(self._welcome(connection))
+        self._welcoming.add(task)
+        task.add_done_callback(self._welcoming.discard)
+
+    async def _welcome(self, connection: socket.socket) -> None:
+        session = self._new_session()
+        connected = False
+        timeout = self._login_timeout() or None
+        context = None if connection.family == socket.AF_UNIX else self._context()
+        try:
+            direct = False
+            if context is not None:
+                async with asyncio.timeout(timeout):
+                    direct = await _peek(connection) == _HANDSHAKE
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: session.client,
+                connection,
+                ssl=context if direct else None,
+                ssl_handshake_timeout=timeout if direct else None,
+                ssl_shutdown_timeout=tls.SHUTDOWN_TIMEOUT if direct else None,
+            )
+            connected = True
+        except OSError as error:
+            logger.debug("a client did not connect: %s", tls.explain(error))
+        finally:
+            if not connected:
+                connection.close()
+                session.close()
+
+    def close(self) -> None:
+        """Let go of those that have not said anything yet."""
+        for task in self._welcoming:
+            task.cancel()
+
+
+class Listeners:
+    """All addresses.
+
+    Args:
+        take: what becomes of a connection.
+        client: makes the protocol of one that the loop may accept for us, on Unix sockets and,
+            if `peek` is false, TCP; None: all go to `take`.
+        peek: whether the first byte of a TCP connection is to be looked at.
+        keepalive: of the connections.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[socket.socket], None],
+        keepalive: Keepalive,
+        client: Callable[[], Connection] | None = None,
+        *,
+        peek: bool = True,
+    ) -> None:
+        self._take = take
+        self._keepalive = keepalive
+        self._client = client
+        self._peek = peek
+        self._open = contextlib.ExitStack()
+        # Those whose connections we accept ourselves.
+        self._ours: list[socket.socket] = []
+        self._paused = False
 
     async def listen(self, address: ListenAddress) -> None:
         """Take clients at one more address. Raises OSError, for the user to read."""
@@ -79,16 +146,19 @@ class Listeners:
             logger.info("listening on %s", ListenAddress(*name))
 
     def close(self) -> None:
-        """Take no more clients, and let go of those that have not said anything yet."""
+        """Take no more clients."""
+        self._ours.clear()
         self._open.close()
-        for task in self._welcoming:
-            task.cancel()
-
-    def _client(self) -> Connection:
-        return self._new_session().client
 
     async def _listen_unix(self, path: Path) -> None:
         _remove_stale(path)
+        if self._client is None:
+            listening = self._open.enter_context(socket.socket(socket.AF_UNIX))
+            listening.setblocking(False)
+            listening.bind(str(path))
+            self._open.callback(path.unlink, missing_ok=True)
+            self._accept_from(listening)
+            return
         loop = asyncio.get_running_loop()
         server = await loop.create_unix_server(self._client, str(path), backlog=_BACKLOG)
         # Python removes the file only from 3.13 on.
@@ -127,53 +197,50 @@ class Listeners:
         return listening
 
     async def _serve(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        if self._context is None:
-            server = await loop.create_server(self._client, sock=listening, backlog=_BACKLOG)
-            self._open.callback(server.close)
+        if self._client is None or self._peek:
+            self._accept_from(listening)
             return
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(self._client, sock=listening, backlog=_BACKLOG)
+        self._open.callback(server.close)
+
+    # Those that we accept ourselves
+
+    def _accept_from(self, listening: socket.socket) -> None:
         listening.listen(_BACKLOG)
-        loop.add_reader(listening, self._accept, listening)
+        self._ours.append(listening)
+        loop = asyncio.get_running_loop()
+        if not self._paused:
+            loop.add_reader(listening, self._accept, listening)
         self._open.callback(loop.remove_reader, listening)
 
-    # With TLS
+    def pause(self) -> None:
+        """Leave new connections in the sockets' backlog."""
+        self._paused = True
+        for listening in self._ours:
+            asyncio.get_running_loop().remove_reader(listening)
+
+    def resume(self) -> None:
+        """Take them again."""
+        self._paused = False
+        for listening in self._ours:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
 
     def _accept(self, listening: socket.socket) -> None:
         for connection in _accepted(listening, self._wait_a_bit):
-            task = asyncio.get_running_loop().create_task(self._welcome(connection))
-            self._welcoming.add(task)
-            task.add_done_callback(self._welcoming.discard)
+            self._take(connection)
+            if self._paused:
+                return
 
     def _wait_a_bit(self, listening: socket.socket, error: OSError) -> None:
         logger.error("could not accept new connection: %s", error.strerror)
         loop = asyncio.get_running_loop()
         loop.remove_reader(listening)
-        add = functools.partial(loop.add_reader, listening, self._accept, listening)
-        self._open.callback(loop.call_later(_RETRY, add).cancel)
+        self._open.callback(loop.call_later(_RETRY, self._go_on, listening).cancel)
 
-    async def _welcome(self, connection: socket.socket) -> None:
-        """Make a session of a connection, once it has said how it begins."""
-        session = self._new_session()
-        connected = False
-        timeout = self._login_timeout or None
-        try:
-            async with asyncio.timeout(timeout):
-                first = await _peek(connection)
-            direct = first == _HANDSHAKE
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: session.client,
-                connection,
-                ssl=self._context if direct else None,
-                ssl_handshake_timeout=timeout if direct else None,
-                ssl_shutdown_timeout=tls.SHUTDOWN_TIMEOUT if direct else None,
-            )
-            connected = True
-        except OSError as error:
-            logger.debug("a client did not connect: %s", tls.explain(error))
-        finally:
-            if not connected:
-                connection.close()
-                session.close()
+    def _go_on(self, listening: socket.socket) -> None:
+        if not self._paused:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
 
 
 def _accepted(

@@ -18,7 +18,14 @@ _SEVERITIES: Final = {"INFO": "LOG", "CRITICAL": "FATAL"}
 
 
 class PostgresFormatter(logging.Formatter):
-    """``2026-11-22 06:40:01.123 UTC [4711] LOG:  listening on 127.0.0.1:6543``."""
+    """``2026-11-22 06:40:01.123 UTC [4711] LOG:  listening on 127.0.0.1:6543``.
+
+    `who`: which of several processes this is; it stands behind the pid.
+    """
+
+    def __init__(self, who: str = "") -> None:
+        super().__init__()
+        self._who = who and f" {who}"
 
     def format(self, record: logging.LogRecord) -> str:
         """Writes one event; further lines of it begin with a tab, so none can pass for another."""
@@ -28,14 +35,22 @@ class PostgresFormatter(logging.Formatter):
         if record.exc_info:
             text = f"{text}\n{self.formatException(record.exc_info)}"
         text = text.replace("\r", "\\r").replace("\n", "\n\t")
-        return f"{when}.{int(record.msecs):03d} UTC [{record.process}] {severity}:  {text}"
+        return (
+            f"{when}.{int(record.msecs):03d} UTC [{record.process}]{self._who} {severity}:  {text}"
+        )
 
 
-def configure(level: str, stream: TextIO | None = None) -> None:
-    """Sends the log to stderr from a level on: debug, info, warning or error."""
+def configure(level: str, stream: TextIO | None = None, *, who: str = "") -> None:
+    """Sends the log to stderr from a level on: debug, info, warning or error. `who`: which of
+    several processes this is."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(PostgresFormatter())
+    handler.setFormatter(PostgresFormatter(who))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel("WARNING")  # libraries
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """From now on: debug, info, warning or error."""
     logger.setLevel(level.upper())

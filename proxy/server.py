@@ -1,7 +1,9 @@
 """The proxy itself: it listens, makes a session of each client, and ends them all in good order.
 
-The rule: what belongs to no single session is here: the listening sockets, the way to the server,
-the cancel keys, and the jobs that are running, also those whose session has ended.
+The rule: what belongs to no single session is here: the way to the server, the cancel keys, and
+the jobs that are running, also those whose session has ended. A `Server` is all that there is of it
+in one process; who takes its clients, and what tells it to stop, is up to those below (`serve`,
+`worker`).
 """
 
 from __future__ import annotations
@@ -10,22 +12,22 @@ import asyncio
 import contextlib
 import functools
 import signal
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 
 from protocol.startup import CancelRequest
-from proxy import lexer, statements, tls
-from proxy.auth_query import AuthQuery
-from proxy.config import Config, ConfigError
-from proxy.credentials import Credentials, CredentialStore, LoginObserver, Secret
+from proxy import lexer, log, statements
+from proxy.config import Config
+from proxy.credentials import Credentials, LoginObserver, Secret
 from proxy.functions import catalog
-from proxy.jobs import Job, KnownJobs
-from proxy.keepalive import Keepalive
-from proxy.listeners import Listeners
+from proxy.jobs import Job
+from proxy.known import KnownJob, KnownJobs, RemoteJob
+from proxy.listeners import Listeners, Reception
 from proxy.log import logger
+from proxy.peers import Peers
 from proxy.session import Session
-from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT
+from proxy.setup import LAST_WORDS, Setup, client_keepalive, reload, reloaded
 from proxy.spares import Spares
-from proxy.upstream import Dialer, Route
+from proxy.upstream import Route
 
 _CANCEL_AGAIN = 0.02
 _CANCEL_SELDOM = 1.0
@@ -34,44 +36,65 @@ _CANCEL_SELDOM = 1.0
 _REMEMBERED = 256
 """SQL texts whose reading is remembered, for all sessions."""
 
-_LAST_WORDS = 2.0
-"""Seconds that connections get to send what is left when the time to shut down is over."""
-
 
 class Server:
-    """What all sessions share."""
+    """What all sessions share.
+
+    Raises:
+        ConfigError: from the constructor, for a file that is not what it should be.
+    """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self._use(Setup(config))
         self.sessions: set[Session] = set()
-        self.jobs = KnownJobs(config.outcome_retention)
+        self.peers = Peers(self)
+        self.jobs: KnownJobs[Job] = KnownJobs(config.outcome_retention, self.peers.role_gone)
+        self.spares = Spares(config.spares, config.spare_lifetime, self.peers.give_way)
+        self.keys: dict[CancelRequest, Session] = {}
+        self.on_session_end: Callable[[], None] | None = None
+        self.reception = Reception(
+            lambda: Session(self), lambda: self.tls, lambda: self.config.client_login_timeout
+        )
+        self._idle = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _use(self, setup: Setup) -> None:
+        self.setup = setup
+        self.config = setup.config
+        self.credentials = setup.credentials
+        self.tls = setup.tls
+        self.dialer = setup.dialer
+        self.auth_query = setup.auth_query
+        self.own_settings = setup.own_settings
         # Both are asked several times about each statement, and clients repeat themselves.
         self.split = functools.lru_cache(_REMEMBERED)(lexer.split)
         self.analyze = functools.lru_cache(_REMEMBERED)(
-            functools.partial(statements.analyze, functions=catalog(config.api_version))
+            functools.partial(statements.analyze, functions=catalog(setup.config.api_version))
         )
-        self.spares = Spares(config.spares, config.spare_lifetime)
-        self.keys: dict[CancelRequest, Session] = {}
-        try:
-            self.credentials = CredentialStore(config.passfile, config.auth_file)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        self.tls = tls.client_context(config)
-        self.dialer = Dialer(config, self.credentials)
-        self.auth_query = AuthQuery(config, self.dialer)
-        self.own_settings = {
-            MAX_WORKERS.name: str(config.max_workers),
-            DEFAULT_QUEUE_SIZE.name: config.default_queue_size,
-            WORKER_TIMEOUT.name: config.worker_timeout,
-        }
-        self._idle = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+
+    def reload(self, config: Config) -> list[str]:
+        """Take over another configuration; the settings that cannot be changed any more.
+
+        What runs goes on: new sessions, launches and logins go by the new one.
+
+        Raises ConfigError: nothing has changed then.
+        """
+        config, fixed = reloaded(self.config, config)
+        self._use(Setup(config))
+        self.jobs.retention = config.outcome_retention
+        self.spares.count = config.spares
+        self.spares.lifetime = config.spare_lifetime
+        log.set_level(config.log_level)
+        return fixed
 
     # The way to the server
 
     async def cancel(self, request: CancelRequest) -> None:
         """Cancel what waits in the proxy, or pass the request on to the server."""
         session = self.keys.get(request)
+        if session is None and await self.peers.cancel(request):
+            logger.debug("a cancel request was for a session of another worker")
+            return
         interception = session.interception if session is not None else None
         waits = interception.waits if interception is not None else None
         if waits is not None and waits.is_waiting:
@@ -104,47 +127,15 @@ class Server:
 
     # Its life
 
-    async def run(self) -> None:
-        """Serve until SIGINT or SIGTERM, then let sessions and jobs end.
-
-        Raises OSError if the server cannot be reached or an address is taken.
-        """
-        try:
-            route = await self.dialer.check()
-        except OSError as error:
-            raise OSError(f"cannot reach the server {self.config.upstream}: {error}") from None
-        logger.info("passing on to %s%s", route, " (TLS)" if route.encrypted else "")
-        stop = asyncio.Event()
-        now = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def signalled() -> None:
-            (now if stop.is_set() else stop).set()
-
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(signum, signalled)
-        listeners = Listeners(
-            lambda: Session(self),
-            self.tls,
-            Keepalive(
-                bool(self.config.tcp_keepalive),
-                self.config.tcp_keepidle,
-                self.config.tcp_keepintvl,
-                self.config.tcp_keepcnt,
-                self.config.tcp_user_timeout,
-            ),
-            self.config.client_login_timeout,
-        )
-        with contextlib.closing(listeners):
-            for address in self.config.listen:
-                await listeners.listen(address)
-            await stop.wait()
-        await self._shut_down(now)
-
-    async def _shut_down(self, now: asyncio.Event) -> None:
+    async def shut_down(
+        self, now: asyncio.Event, others_done: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """Let sessions and jobs end; after shutdown_timeout, or `now`, end them. `others_done`
+        waits until there is no need any more to be there for others."""
+        self.reception.close()
         logger.info("shutting down: %s", self._what_runs())
         ways_out = [
-            asyncio.ensure_future(self._all_done()),
+            asyncio.ensure_future(self._all_done(others_done)),
             asyncio.ensure_future(now.wait()),
         ]
         await asyncio.wait(
@@ -163,7 +154,7 @@ class Server:
         await asyncio.gather(*(self.dialer.cancel(job.route, job.cancel_request()) for job in jobs))
         for job in jobs:
             job.abandon()
-        deadline = asyncio.get_running_loop().time() + _LAST_WORDS
+        deadline = asyncio.get_running_loop().time() + LAST_WORDS
         while any(client.is_open for client in closing):
             if asyncio.get_running_loop().time() > deadline:
                 break
@@ -171,10 +162,12 @@ class Server:
         self.spares.close()
         logger.info("shut down")
 
-    async def _all_done(self) -> None:
+    async def _all_done(self, others_done: Callable[[], Awaitable[None]] | None) -> None:
         while self.sessions or self.jobs.running:
             self._idle.clear()
             await self._idle.wait()
+        if others_done is not None:
+            await others_done()
 
     def _what_runs(self) -> str:
         return f"{len(self.sessions)} sessions, {len(self.jobs.running)} jobs"
@@ -183,15 +176,21 @@ class Server:
         """One that has closed its connections."""
         self.sessions.discard(session)
         self._idle.set()
+        if self.on_session_end is not None:
+            self.on_session_end()
 
     def job_ended(self, job: Job) -> None:
         """One whose backend is done."""
         self.jobs.ended(job)
+        self.peers.job_ended(job)
         self._idle.set()
 
-    def cancel_job(self, job: Job) -> asyncio.Task[None]:
+    def cancel_job(self, job: KnownJob) -> asyncio.Task[None]:
         """Tell the server to stop a job. The task ends when it was told once; it is told again
         until the job ends, since a backend that has only just got its query does not listen."""
+        if isinstance(job, RemoteJob):
+            return self._spawn(self.peers.cancel_job(job))
+        assert isinstance(job, Job)
         job.canceled = True
         job.forget_output()
         told = self._spawn(self.dialer.cancel(job.route, job.cancel_request()))
@@ -223,10 +222,39 @@ class Server:
         return task
 
 
-async def serve(config: Config) -> int:
-    """Run the proxy until it is told to stop; the exit code.
+async def serve(config: Config, read_again: Callable[[], Config] | None = None) -> int:
+    """Run the proxy in this process until SIGINT or SIGTERM, then let sessions and jobs end.
 
-    Raises OSError if it cannot start, ConfigError for a file that is not what it should be.
+    Args:
+        config: its settings.
+        read_again: gives what they are now, after SIGHUP; raises ConfigError.
+
+    Returns the exit code. Raises OSError if it cannot start, because the server cannot be reached
+    or an address is taken; ConfigError for a file that is not what it should be.
     """
-    await Server(config).run()
+    server = Server(config)
+    await server.setup.check()
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    now = asyncio.Event()
+
+    def signalled() -> None:
+        (now if stop.is_set() else stop).set()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, signalled)
+    if read_again is not None:
+        loop.add_signal_handler(signal.SIGHUP, reload, read_again, server.reload)
+    reception = server.reception
+    listeners = Listeners(
+        reception.take,
+        client_keepalive(config),
+        reception.client,
+        peek=server.tls is not None,
+    )
+    with contextlib.closing(listeners):
+        for address in config.listen:
+            await listeners.listen(address)
+        await stop.wait()
+    await server.shut_down(now)
     return 0

@@ -47,11 +47,13 @@ from proxy.connection import Connection
 from proxy.context import Context
 from proxy.credentials import LoginObserver
 from proxy.interception import Interception
-from proxy.jobs import Job, Jobs, KnownJobs, checked_queue_size
+from proxy.jobs import Job, Jobs, checked_queue_size
+from proxy.known import KnownJob, KnownJobs
 from proxy.launcher import Launcher
 from proxy.lexer import LexError
 from proxy.log import logger
 from proxy.login import Login, RefusedError
+from proxy.peers import Peers
 from proxy.relay import Relay
 from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Setting
 from proxy.unserved import unserved
@@ -474,11 +476,16 @@ class Session:
             return UTC
 
     @property
-    def known_jobs(self) -> KnownJobs:
-        """The jobs of all sessions."""
+    def known_jobs(self) -> KnownJobs[Job]:
+        """The jobs of all sessions of this process."""
         return self._server.jobs
 
-    def cancel_job(self, job: Job) -> asyncio.Task[None]:
+    @property
+    def peers(self) -> Peers:
+        """The other processes."""
+        return self._server.peers
+
+    def cancel_job(self, job: KnownJob) -> asyncio.Task[None]:
         """Have the server told to stop a job."""
         return self._server.cancel_job(job)
 
@@ -517,6 +524,7 @@ class Session:
         self._server.jobs.add(job)
         self.jobs.add(job)
         await job.start()
+        await self.peers.announce(job.role_id)
         logger.debug("launched %r", job)
         return job
 

@@ -72,14 +72,18 @@ class _Pool:
 class Spares:
     """The spares of all roles and databases."""
 
-    def __init__(self, count: int, lifetime: float) -> None:
+    def __init__(
+        self, count: int, lifetime: float, others_give_way: Callable[[], Awaitable[bool]]
+    ) -> None:
         """
         Args:
             count: how many to keep for each login; 0 for none at all.
             lifetime: seconds after which one that nobody needed is closed, and not replaced.
+            others_give_way: has the other processes close theirs; whether there were any.
         """
-        self._count = count
-        self._lifetime = lifetime
+        self.count = count
+        self.lifetime = lifetime
+        self._others_give_way = others_give_way
         self._pools: dict[Hashable, _Pool] = {}
         # When the server may still be closing the last ones, by the loop's clock.
         self._closing_until = 0.0
@@ -141,12 +145,15 @@ class Spares:
             try:
                 return await open_one()
             except SQLError as error:
-                if not (error.sqlstate.startswith("53") and self._give_way()):
+                if not error.sqlstate.startswith("53"):
+                    raise
+                had_some = self.give_way()
+                if not (await self._others_give_way() or had_some):
                     raise
             await asyncio.sleep(delay)
         return await open_one()
 
-    def _give_way(self) -> bool:
+    def give_way(self) -> bool:
         """Close all spares, and those that are being opened; whether there were any."""
         now = asyncio.get_running_loop().time()
         tasks = list(self._tasks)
@@ -166,7 +173,7 @@ class Spares:
         pool.refill = None
         if asyncio.get_running_loop().time() < pool.not_before:
             return
-        for _ in range(self._count - len(pool.ready) - pool.opening + len(pool.waiting)):
+        for _ in range(self.count - len(pool.ready) - pool.opening + len(pool.waiting)):
             pool.opening += 1
             task = asyncio.get_running_loop().create_task(self._add(login, pool, open_one))
             self._tasks.add(task)
@@ -187,7 +194,7 @@ class Spares:
                 raise
             if not taken:
                 pool.ready.append(backend)
-                loop.call_later(self._lifetime, self._expire, login, pool, backend)
+                loop.call_later(self.lifetime, self._expire, login, pool, backend)
         except (SQLError, ServerError, OSError, ValueError, LookupError) as error:
             # The last two, ProtocolViolation among them, are about an answer that is none.
             logger.debug("no spare backend: %s", error)
@@ -209,5 +216,5 @@ class Spares:
         for pool in self._pools.values():
             if pool.refill is not None:
                 pool.refill.cancel()
-        self._give_way()
+        self.give_way()
         self._pools.clear()

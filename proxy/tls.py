@@ -1,7 +1,7 @@
 """TLS contexts for both sides of the proxy, and what is PostgreSQL's own about TLS.
 
-The rule: every ssl.SSLContext is made here, once, when the program starts. So a file that cannot be
-used is an error of the configuration, and both sides have the same floor: TLS 1.2, the protocol
+The rule: every ssl.SSLContext is made here, when the configuration is read. So a file that cannot
+be used is an error of the configuration, and both sides have the same floor: TLS 1.2, the protocol
 name ``postgresql`` (ALPN), no renegotiation and no session tickets, as PostgreSQL has it.
 """
 

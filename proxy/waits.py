@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from protocol.errors import QUERY_CANCELED, SQLError
-from proxy.jobs import Job
+from proxy.known import KnownJob
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Waits:
 
     # What is waited for
 
-    async def for_jobs(self, jobs: Sequence[Job], until: float | None = None) -> None:
+    async def for_jobs(self, jobs: Sequence[KnownJob], until: float | None = None) -> None:
         """Wait until something happens to one of the jobs, or until that time of the loop."""
         if self.client_ended:
             raise _client_gone()

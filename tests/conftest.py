@@ -2,7 +2,7 @@
 
 ``--server embedded`` uses the wheel's PostgreSQL, ``--server debian`` the newest in
 /usr/lib/postgresql, ``--server all`` (the default) both, ``--server FOLDER`` the programs in a
-folder.
+folder. ``--workers 2`` runs every proxy as several processes.
 At the end of the session nothing that it started may be left.
 """
 
@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         help="embedded, debian, all (the default: what is at hand), or a folder of server programs",
     )
+    parser.addoption("--workers", help="run every proxy with so many processes: N or auto")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # CI judges a change by the same examples as the one before; whoever works on it gets new ones.
     settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
     settings.load_profile("ours")
+    if workers := config.getoption("--workers"):
+        Proxy.every += ["--workers", workers]
     # A terminated session must still take down its servers.
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 

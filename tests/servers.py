@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, ClassVar, Final, Self, TypeAlias
 
 import psycopg
 import pytest
@@ -158,7 +158,12 @@ class Proxy(_Endpoint):
         upstream: the connection string of the server behind it.
         options: further command line options.
         env: further environment variables.
+
+    Attributes:
+        every: command line options of every proxy.
     """
+
+    every: ClassVar[list[str]] = []
 
     def __init__(self, upstream: str, *options: str, env: dict[str, str] | None = None) -> None:
         self._lines: list[str] = []
@@ -168,7 +173,7 @@ class Proxy(_Endpoint):
                 *(sys.executable, "-m", "proxy", "serve"),
                 *("--listen", "127.0.0.1:0", "--upstream", upstream),
                 # So that what is left over can be told from spares within a moment.
-                *("--spare-lifetime", "1s", *options),
+                *("--spare-lifetime", "1s", *Proxy.every, *options),
             ],
             cwd=REPOSITORY,
             env={**clean_environment(), "PYTHONUNBUFFERED": "1", **(env or {})},

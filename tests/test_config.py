@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -385,6 +386,15 @@ def test_settings_that_do_not_fit_together_are_refused(flags: dict[str, str], me
     with pytest.raises(ConfigError) as caught:
         load(flags)
     assert str(caught.value).startswith(message)
+
+
+def test_the_number_of_workers() -> None:
+    assert load().workers == 1
+    assert load({"workers": "3"}).workers == 3
+    assert load({"workers": "auto"}).workers == len(os.sched_getaffinity(0))
+    for text in ("0", "-1", "257", "many", ""):
+        with pytest.raises(ConfigError, match="^--workers: "):
+            load({"workers": text})
 
 
 def test_a_wrong_flag_is_named() -> None:

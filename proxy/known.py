@@ -1,0 +1,299 @@
+"""What is known of a job, wherever it runs: by which its sessions and others follow it.
+
+The rule: what is known never includes rows. A job is a `KnownJob` in the process that runs it, and
+a `RemoteJob` in those that have asked for it: what its own process said last. What that is does not
+change by itself, but for the end, which every process that has seen the job running is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Generic, Self, TypeVar
+
+from protocol.errors import CONNECTION_FAILURE, QUERY_CANCELED, SQLError
+from protocol.messages import ErrorResponse
+
+PREVIEW_SIZE: Final = 120
+FULL_SQL_SIZE: Final = 64 * 1024
+LISTED_SQL_SIZE: Final = 4 * PREVIEW_SIZE
+"""Bytes that hold the preview, whatever the encoding."""
+
+_MILLISECOND: Final = timedelta(milliseconds=1)
+
+JobT = TypeVar("JobT", bound="KnownJob")
+
+
+class KnownJob:
+    """One job, as those see it who do not read its rows.
+
+    Attributes:
+        pid, cookie: of its backend, and a random number that tells it from others of that pid.
+        label: what its launcher called it.
+        role_id: OID of the current role at launch.
+        queue_size: bytes of output that are held at the most.
+        launched_at, finished_at: in UTC.
+        tags: the command tag of each statement that has ended.
+        progress: percentage and message that it has last reported.
+        finished: whether the backend is done, one way or the other.
+        canceled, timed_out: whether it was told to stop, and because it took too long.
+        error: what went wrong; fields as the server sent them, CONTEXT extended.
+        consumed: whether somebody has begun to fetch the result.
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        cookie: int,
+        sql: bytes,
+        *,
+        queue_size: int,
+        role_id: int,
+        label: bytes | None,
+    ) -> None:
+        self.pid = pid
+        self.cookie = cookie
+        self.label = label
+        self.role_id = role_id
+        self.queue_size = queue_size
+        self.launched_at = datetime.now(UTC)
+        self.finished_at: datetime | None = None
+        self.tags: list[bytes] = []
+        self.progress: tuple[int | None, bytes | None] = (None, None)
+        self.finished = False
+        self.canceled = False
+        self.timed_out = False
+        self.error: ErrorResponse | None = None
+        self.consumed = False
+        self._sql = sql
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} pid={self.pid} finished={self.finished}>"
+
+    @property
+    def handle(self) -> tuple[int, int]:
+        """Pid and cookie."""
+        return self.pid, self.cookie
+
+    @property
+    def state(self) -> bytes:
+        """running, stopped, canceled or error."""
+        if not self.finished:
+            return b"running"
+        if self.error is None:
+            return b"stopped"
+        canceled = self.canceled and self.error.sqlstate == QUERY_CANCELED
+        return b"canceled" if canceled else b"error"
+
+    @property
+    def elapsed_ms(self) -> int:
+        """How long it has run."""
+        return round(((self.finished_at or datetime.now(UTC)) - self.launched_at) / _MILLISECOND)
+
+    @property
+    def command_tag(self) -> bytes | None:
+        """Of the last statement that has ended, without the counts: INSERT, CREATE TABLE."""
+        return self.tags[-1].rstrip(b" 0123456789") if self.tags else None
+
+    @property
+    def row_count(self) -> int | None:
+        """Of that statement, if its command tag has one."""
+        count = self.tags[-1].rpartition(b" ")[2] if self.tags else b""
+        return int(count) if count.isdigit() else None
+
+    def error_field(self, code: str) -> bytes | None:
+        """A field of its error; None without one."""
+        return None if self.error is None else self.error.fields.get(code)
+
+    @property
+    def preview(self) -> bytes:
+        """The beginning of its SQL: 120 characters."""
+        return self._sql.decode("utf-8", "surrogateescape")[:PREVIEW_SIZE].encode(
+            "utf-8", "surrogateescape"
+        )
+
+    @property
+    def full_sql(self) -> bytes:
+        """Its SQL; what is longer than 64 KiB is cut and marked so."""
+        if len(self._sql) <= FULL_SQL_SIZE:
+            return self._sql
+        whole_characters = self._sql[:FULL_SQL_SIZE].decode("utf-8", "ignore").encode()
+        return (whole_characters or self._sql[:FULL_SQL_SIZE]) + b"[...]"
+
+    # Who follows it
+
+    def add_waiter(self, waiter: asyncio.Future[None]) -> None:
+        """Have a future resolved at the next change: output, columns, the end."""
+        self._waiters.add(waiter)
+
+    def remove_waiter(self, waiter: asyncio.Future[None]) -> None:
+        """Forget a future of add_waiter()."""
+        self._waiters.discard(waiter)
+
+    def _wake(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+
+    # To other processes
+
+    def snapshot(self, *, sql_size: int) -> dict[str, Any]:
+        """What is known of it now, for JSON; of its SQL so many bytes."""
+        return {
+            "pid": self.pid,
+            "cookie": self.cookie,
+            "label": _text(self.label),
+            "role_id": self.role_id,
+            "queue_size": self.queue_size,
+            "launched_at": self.launched_at.isoformat(),
+            "finished_at": None if self.finished_at is None else self.finished_at.isoformat(),
+            "tag": _text(self.tags[-1]) if self.tags else None,
+            "progress": [self.progress[0], _text(self.progress[1])],
+            "finished": self.finished,
+            "canceled": self.canceled,
+            "timed_out": self.timed_out,
+            "error": None
+            if self.error is None
+            else {code: _text(text) for code, text in self.error.fields.items()},
+            "consumed": self.consumed,
+            "sql": _text(self._sql[:sql_size]),
+        }
+
+
+class RemoteJob(KnownJob):
+    """The stand-in for a job that another process runs.
+
+    Attributes:
+        owner: that process, by the number that the supervisor has given it.
+    """
+
+    def __init__(self, owner: int, snapshot: dict[str, Any]) -> None:
+        super().__init__(
+            snapshot["pid"],
+            snapshot["cookie"],
+            b"",
+            queue_size=snapshot["queue_size"],
+            role_id=snapshot["role_id"],
+            label=_bytes(snapshot["label"]),
+        )
+        self.owner = owner
+        self.launched_at = datetime.fromisoformat(snapshot["launched_at"])
+        self.update(snapshot)
+
+    def update(self, snapshot: dict[str, Any]) -> Self:
+        """What its process says now."""
+        finished_at, tag, error = snapshot["finished_at"], snapshot["tag"], snapshot["error"]
+        percentage, message = snapshot["progress"]
+        self.finished_at = None if finished_at is None else datetime.fromisoformat(finished_at)
+        self.tags = [] if tag is None else [tag.encode("latin-1")]
+        self.progress = (percentage, _bytes(message))
+        self.finished = snapshot["finished"]
+        self.canceled = snapshot["canceled"]
+        self.timed_out = snapshot["timed_out"]
+        self.error = (
+            None
+            if error is None
+            else ErrorResponse({code: text.encode("latin-1") for code, text in error.items()})
+        )
+        self.consumed = snapshot["consumed"]
+        # A list has less of it than others have asked for; it never changes.
+        self._sql = max(self._sql, snapshot["sql"].encode("latin-1"), key=len)
+        if self.finished:
+            self._wake()
+        return self
+
+    def lose(self) -> None:
+        """Its process is gone, and so the job has lost its connection."""
+        if self.finished:
+            return
+        self.finished = True
+        self.finished_at = datetime.now(UTC)
+        self.error = SQLError(
+            CONNECTION_FAILURE,
+            f"lost connection to worker process with PID {self.pid}",
+            detail="The process of the proxy that ran the job has ended.",
+        ).response()
+        self._wake()
+
+
+def _text(data: bytes | None) -> str | None:
+    """Bytes in JSON: each as the character of its number."""
+    return None if data is None else data.decode("latin-1")
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else text.encode("latin-1")
+
+
+class KnownJobs(Generic[JobT]):
+    """The jobs of all sessions of this process: those that run, and for a while those that have
+    ended.
+
+    So another session of the same role can follow a job and stop it. What is kept of one that has
+    ended is how it went, never its rows.
+    """
+
+    MOST = 2_000
+    """How many that have ended are kept; beyond that the oldest are forgotten."""
+
+    def __init__(
+        self, retention: float, role_gone: Callable[[int], None] = lambda role_id: None
+    ) -> None:
+        """
+        Args:
+            retention: seconds for which a job that has ended is known.
+            role_gone: told the OID of a role that none of the jobs is of any more.
+        """
+        self.retention = retention
+        self._role_gone = role_gone
+        self._jobs: dict[tuple[int, int], JobT] = {}
+        # How many of them each role has launched: every call asks about their roles.
+        self._roles: Counter[int] = Counter()
+        # When those that have ended did so, in that order.
+        self._ended: dict[tuple[int, int], float] = {}
+        self.running: set[JobT] = set()
+
+    def __iter__(self) -> Iterator[JobT]:
+        self._forget()
+        return iter(tuple(self._jobs.values()))
+
+    @property
+    def roles(self) -> set[int]:
+        """OIDs of the roles that have launched them."""
+        self._forget()
+        return set(self._roles)
+
+    def get(self, pid: int, cookie: int) -> JobT | None:
+        """The job of this handle, if it is known."""
+        self._forget()
+        return self._jobs.get((pid, cookie))
+
+    def add(self, job: JobT) -> None:
+        """A new one."""
+        self._jobs[job.handle] = job
+        self._roles[job.role_id] += 1
+        self.running.add(job)
+
+    def ended(self, job: JobT) -> None:
+        """It has ended; it will be forgotten later."""
+        self.running.discard(job)
+        self._ended[job.handle] = time.monotonic()
+        self._forget()
+
+    def _forget(self) -> None:
+        too_old = time.monotonic() - self.retention
+        while self._ended:
+            handle, when = next(iter(self._ended.items()))
+            if when > too_old and len(self._ended) <= self.MOST:
+                break
+            del self._ended[handle]
+            role_id = self._jobs.pop(handle).role_id
+            self._roles[role_id] -= 1
+            if not self._roles[role_id]:
+                del self._roles[role_id]
+                self._role_gone(role_id)

@@ -1,0 +1,108 @@
+"""What a configuration is made into: all that is read from files, and all that is derived from it.
+
+The rule: a `Setup` is whole or an error. It is made before anything is served, and anew with each
+reload; whoever serves replaces the old one by the new one at once, or stays with the old one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from proxy import tls
+from proxy.auth_query import AuthQuery
+from proxy.config import Config, ConfigError, check_together
+from proxy.credentials import CredentialStore
+from proxy.keepalive import Keepalive
+from proxy.log import logger
+from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT
+from proxy.upstream import Dialer, Route
+
+T = TypeVar("T")
+
+LAST_WORDS: Final = 2.0
+"""Seconds that connections get to send what is left when the time to shut down is over."""
+
+_FIXED: Final = (
+    *("listen", "workers"),
+    *("tcp_keepalive", "tcp_keepidle", "tcp_keepintvl", "tcp_keepcnt", "tcp_user_timeout"),
+)
+"""Settings that belong to the listening sockets, or to who serves them."""
+
+
+class Setup:
+    """A configuration that can be used.
+
+    Raises:
+        ConfigError: from the constructor, for a file that is not what it should be.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        try:
+            self.credentials = CredentialStore(config.passfile, config.auth_file)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.tls = tls.client_context(config)
+        self.dialer = Dialer(config, self.credentials)
+        self.auth_query = AuthQuery(config, self.dialer)
+        self.own_settings = {
+            MAX_WORKERS.name: str(config.max_workers),
+            DEFAULT_QUEUE_SIZE.name: config.default_queue_size,
+            WORKER_TIMEOUT.name: config.worker_timeout,
+        }
+
+    async def check(self) -> Route:
+        """See whether there is a server, and log which. Raises OSError."""
+        try:
+            route = await self.dialer.check()
+        except OSError as error:
+            raise OSError(f"cannot reach the server {self.config.upstream}: {error}") from None
+        logger.info("passing on to %s%s", route, " (TLS)" if route.encrypted else "")
+        return route
+
+
+def client_keepalive(config: Config) -> Keepalive:
+    """What listening sockets hand down to connections."""
+    return Keepalive(
+        bool(config.tcp_keepalive),
+        config.tcp_keepidle,
+        config.tcp_keepintvl,
+        config.tcp_keepcnt,
+        config.tcp_user_timeout,
+    )
+
+
+def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
+    """What a reload makes of a new configuration, and the settings that it wanted to change in
+    vain: those hold as long as the listening sockets do.
+
+    Raises ConfigError: these and the new ones do not go together.
+    """
+    fixed = [name for name in _FIXED if getattr(new, name) != getattr(old, name)]
+    # How connections are accepted depends on whether there is TLS at all.
+    if "disable" in (new.client_tls_sslmode, old.client_tls_sslmode) and (
+        new.client_tls_sslmode != old.client_tls_sslmode
+    ):
+        fixed.append("client_tls_sslmode")
+    config = dataclasses.replace(new, **{name: getattr(old, name) for name in fixed})
+    check_together(config)
+    return config, fixed
+
+
+def reload(read_again: Callable[[], T], take_over: Callable[[T], list[str]]) -> None:
+    """What SIGHUP asks for: the configuration is read again, or stays as it is. Logged.
+
+    Args:
+        read_again: reads it; raises ConfigError.
+        take_over: makes it hold; returns what it could not change; raises ConfigError.
+    """
+    try:
+        fixed = take_over(read_again())
+    except ConfigError as error:
+        logger.error("the configuration stays as it was: %s", error)
+        return
+    for name in fixed:
+        logger.warning("%s cannot be changed without restarting the proxy", name)
+    logger.info("the configuration was read again")
