@@ -17,6 +17,7 @@ bookkeeping; all else goes the long ways, `_follow_client` and `_follow_server`.
 from __future__ import annotations
 
 import asyncio
+from struct import Struct
 from typing import TYPE_CHECKING, Final, Protocol
 
 from protocol.framing import HEADER_SIZE, skip_run, unpack_length
@@ -81,6 +82,8 @@ _SHORT: Final = 4096
 _WITH_TEXT: Final = frozenset((QUERY, PARSE))
 _IN_BATCH: Final = bytes(kind in (BIND, DESCRIBE, EXECUTE, CLOSE) for kind in range(256))
 _IN_ANSWER: Final = bytes(kind in b"123TtDnCIs" for kind in range(256))
+# Unsigned, unlike `unpack_length`: here an impossible length must lead on, to where nothing fits.
+_unpack: Final = Struct("!I").unpack_from
 _SYNC: Final = Sync().serialize()
 _READY: Final = b"Z\0\0\0\5"
 _READY_SIZE: Final = len(_READY) + 1
@@ -443,12 +446,12 @@ def _is_plain_batch(data: bytes) -> bool:
         text = data.lower()
         if b"pg_background" in text or b"set" in text:
             return False
-        end = unpack_length(data, 1)[0] + 1
+        end = _unpack(data, 1)[0] + 1
         if kind == QUERY:
             return bool(end == size)
     last = size - HEADER_SIZE
-    while 0 <= end <= last and _IN_BATCH[data[end]]:
-        end += unpack_length(data, end + 1)[0] + 1
+    while end <= last and _IN_BATCH[data[end]]:
+        end += _unpack(data, end + 1)[0] + 1
     return end == last and data.endswith(_SYNC)
 
 
@@ -456,6 +459,6 @@ def _is_plain_answer(data: bytes) -> bool:
     """Whether this is the whole answer to a batch, of messages that are only passed on."""
     last = len(data) - _READY_SIZE
     end = 0
-    while 0 <= end < last and _IN_ANSWER[data[end]]:
-        end += unpack_length(data, end + 1)[0] + 1
+    while end < last and _IN_ANSWER[data[end]]:
+        end += _unpack(data, end + 1)[0] + 1
     return end == last and data.startswith(_READY, end)

@@ -927,3 +927,22 @@ def test_a_proxy_that_is_stopped_says_goodbye(start_proxy: StartProxy) -> None:
         with pytest.raises(Closed) as closed:
             client.until_ready()
     assert [error.sqlstate for error in errors(closed.value.messages)] == ["57P01"]
+
+
+@pytest.mark.parametrize("length", [0, 3, -1, -5, -6, -(2**31), 2**30])
+@pytest.mark.parametrize("kind", "QPBDECS")
+def test_a_message_of_an_impossible_length_ends_the_session(
+    server: Server, proxy: Proxy, kind: str, length: int
+) -> None:
+    """At rest and behind a message of the same batch; what follows looks like messages."""
+    broken = kind.encode() + struct.pack(">i", length) + serialized([e(), S])
+    for before in ((), (b(),)):
+        said: list[list[m.BackendMessage]] = []
+        for port in (server, proxy):
+            with Frontend(port) as client:
+                client.query("SELECT 1")
+                client.send(*before, broken)
+                with pytest.raises(Closed) as closed:
+                    client.until_ready()
+                said.append(closed.value.messages)
+        assert said[0] == said[1]
