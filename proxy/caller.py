@@ -14,19 +14,25 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from protocol.errors import INVALID_TEXT_REPRESENTATION, ProtocolViolation, SQLError
+from protocol.errors import (
+    FEATURE_NOT_SUPPORTED,
+    INVALID_TEXT_REPRESENTATION,
+    ProtocolViolation,
+    SQLError,
+)
 from protocol.messages import DataRow
 from protocol.values import parse_array
 from protocol.values.records import parse_record
-from proxy import encodings
-from proxy.calls import Handle, check_privilege
+from proxy import encodings, installed
+from proxy.calls import check_privilege
 from proxy.context import Context, activity_query, context_query, parse_context
 from proxy.dialogue import PrimaryDialogue
 from proxy.functions import BOOL, HANDLES, TEXT, Needs, Type
-from proxy.prepared import is_harmless, needs_of
+from proxy.known import Handle, KnownJob
+from proxy.prepared import functions_of, is_harmless, needs_of
+from proxy.privileges import drop_role_block, privileges_block
 from proxy.relay import IDLE
 from proxy.settings import MAX_WORKERS, parse_time_ms
-from proxy.sql import drop_role_block, privileges_block
 from proxy.statements import Call, FieldOf, Plan
 from proxy.waits import Waits
 
@@ -64,6 +70,7 @@ class SessionCaller:
             name for name in session.custom_settings if encodings.is_valid(name, session.codec)
         )
         sql = context_query(
+            functions=functions_of(plan),
             server_version=session.server_version,
             roles=session.known_jobs.roles.union(
                 session.peers.roles, (job.role_id for job in self.jobs)
@@ -105,9 +112,7 @@ class SessionCaller:
         Raises SQLError.
         """
         function = call.function
-        if Needs.PRIMARY not in function.needs:
-            # The privileges that the others change or show are the server's to check.
-            check_privilege(self, function.name)
+        self._check(call)
         arguments: dict[str, Any] = {}
         for argument in call.arguments:
             if isinstance(argument.value, Call):
@@ -116,11 +121,37 @@ class SessionCaller:
                 row = others[argument.value.column]
                 value = None if row is None else row[argument.value.field]
             else:
-                value = _decode(argument.parameter.type, leaves[argument.value])
+                value = decode_argument(argument.parameter.type, leaves[argument.value])
             if value is None and function.strict:
                 return None
             arguments[argument.parameter.name] = value
         return await function.run(self, **arguments)
+
+    def _check(self, call: Call) -> None:
+        """Raises SQLError if the call is not to be made, as the server would for its own."""
+        function, extension = call.function, self.context.extension
+        if function.api and function.api != self._session.learn_api(extension):
+            raise SQLError(FEATURE_NOT_SUPPORTED, "cached plan must not change result type")
+        if extension is not None:
+            extension.check(function, call.schema)
+        elif Needs.PRIMARY not in function.needs:
+            # The privileges that the others change or show are the server's to check.
+            check_privilege(self, function.name)
+
+    async def ask_api(self, *, apart: bool) -> None:
+        """Have the session know which version of the API this database has; `apart`: before the
+        batch begins."""
+
+        async def take(kind: int, body: bytes) -> None:
+            if kind == _DATA_ROW:
+                version, real = DataRow.parse(body).values
+                self._session.learn_version(version, has_real=real == b"t")
+
+        if apart:
+            await self._primary.ask_apart(installed.VERSION_QUERY, take)
+        else:
+            self._primary.ask(installed.VERSION_QUERY, take)
+            await self._primary.settle()
 
     def arguments(self, text: bytes | None) -> list[bytes | None]:
         """The values that a stand-in has for the arguments of its calls."""
@@ -143,22 +174,10 @@ class SessionCaller:
         return self._session.setting(MAX_WORKERS, self.context)
 
     async def known_jobs(self) -> Sequence[KnownJob]:
-        here = self._session.known_jobs
-        if not self._session.peers.exist:
-            return list(here)
-        roles = {self.context.role_id, *self.context.usable_roles}
-        return [*here, *await self._for(self._session.peers.jobs_of(roles))]
+        return await self._for(self._session.jobs_of(self.context.roles))
 
     async def find(self, handles: Sequence[Handle]) -> list[KnownJob | None]:
-        # Its own are known to a session as long as it has not detached them.
-        own = {job.handle: job for job in self.jobs}
-        found: dict[Handle, KnownJob | None] = {
-            handle: own.get(handle) or self._session.known_jobs.get(*handle) for handle in handles
-        }
-        missing = [handle for handle, job in found.items() if job is None]
-        if missing and self._session.peers.exist:
-            found |= await self._for(self._session.peers.find(missing))
-        return [found[handle] for handle in handles]
+        return await self._for(self._session.find(handles))
 
     async def launch(
         self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
@@ -213,7 +232,7 @@ class SessionCaller:
         return await self._primary.ask_marked(block(marker), marker)
 
 
-def _decode(type: Type, text: bytes | None) -> Any:
+def decode_argument(type: Type, text: bytes | None) -> Any:
     """An argument as its function gets it. Raises SQLError 22P02."""
     if text is None or type == TEXT:
         return text

@@ -24,19 +24,18 @@ from protocol.errors import (
     UNDEFINED_OBJECT,
     SQLError,
 )
-from proxy.context import Context
 from proxy.sql import EXECUTOR_ROLE
 
 if TYPE_CHECKING:
+    from proxy.context import Context
     from proxy.jobs import Job, Jobs
-    from proxy.known import KnownJob
+    from proxy.known import Handle, KnownJob
 
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 24 * HOUR_MS
 RUN_GRACE_MS: Final = 1000
 """What `run` gives a job to stop after it ran out of time."""
 
-Handle = tuple[int, int]
 Row = tuple[Any, ...]
 
 VOID: Final = b""
@@ -91,12 +90,17 @@ class Caller(Protocol):
 def check_privilege(caller: Caller, name: str) -> None:
     """Raises SQLError 42501 if the current role may not call the functions."""
     if not caller.context.may_call:
-        raise SQLError(
-            INSUFFICIENT_PRIVILEGE,
-            f"permission denied for function {name}",
-            hint=f"Superusers and members of the role {EXECUTOR_ROLE} may call it; a superuser can"
-            " say SELECT grant_pg_background_privileges('role').",
-        )
+        raise permission_denied(name)
+
+
+def permission_denied(name: str) -> SQLError:
+    """The error of a call that the current role may not make."""
+    return SQLError(
+        INSUFFICIENT_PRIVILEGE,
+        f"permission denied for function {name}",
+        hint=f"Superusers and members of the role {EXECUTOR_ROLE} may call it; a superuser can"
+        " say SELECT grant_pg_background_privileges('role').",
+    )
 
 
 # Which job

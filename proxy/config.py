@@ -25,6 +25,7 @@ DEFAULT_PORT: Final = 6543
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 MAX_PROCESSES: Final = 256
 AUTH_TYPES: Final = ("server", "plain")
+EXTENSIONS: Final = ("proxy", "server")
 DEFAULT_AUTH_QUERY: Final = (
     "SELECT rolname, CASE WHEN rolvaliduntil OPERATOR(pg_catalog.<) pg_catalog.now() THEN NULL"
     " ELSE rolpassword END FROM pg_catalog.pg_authid"
@@ -269,6 +270,17 @@ def parse_api_version(text: str) -> int:
     return int(text[0])
 
 
+def parse_switch(text: str) -> bool:
+    """Takes on or off.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text.lower() not in ("on", "off"):
+        raise ValueError(f'"{text}" is neither on nor off')
+    return text.lower() == "on"
+
+
 def _one_of(*choices: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text.lower() not in choices:
@@ -493,6 +505,20 @@ class Config:
         parse_api_version,
         "N",
         "what pg_background_launch returns: 1: the pid, as version 1 of the extension; 2: a handle",
+    )
+    extension: str = _setting(
+        "proxy",
+        _one_of(*EXTENSIONS),
+        "WHOSE",
+        "who does CREATE EXTENSION pg_background: proxy: the proxy, with SQL objects; server: the"
+        " server, which needs the C extension's files",
+    )
+    catalogs: bool = _setting(
+        "on",
+        parse_switch,
+        "on|off",
+        "whether queries on pg_extension show the extension that the proxy has made, and those on"
+        " pg_stat_activity say pg_background of jobs",
     )
     outcome_retention: float = _setting(
         "10min",

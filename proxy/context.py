@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from proxy.encodings import parse_array
+from proxy.installed import Installed, installed_query, may_execute, parse_installed
 from proxy.settings import SETTINGS
 from proxy.sql import EXECUTOR_ROLE, literal
 
-_NOT_CARRIED_OVER: Final = frozenset(
+if TYPE_CHECKING:
+    from proxy.functions import Function
+
+NOT_CARRIED_OVER: Final = frozenset(
     # Of the caller's transaction or connection, not of its session.
     {
         b"application_name",
@@ -25,6 +29,15 @@ _NOT_CARRIED_OVER: Final = frozenset(
         b"transaction_read_only",
     }
 )
+"""Settings that a job does not take over."""
+
+
+_IS_EXECUTOR: Final = (
+    b"(r.rolsuper OR EXISTS(SELECT 1 FROM pg_catalog.pg_roles g WHERE g.rolname"
+    b" OPERATOR(pg_catalog.=) %b AND pg_catalog.pg_has_role(r.oid, g.oid, 'MEMBER')))"
+    % literal(EXECUTOR_ROLE.encode())
+)
+"""Whether the role ``r`` may call the functions where the extension's objects are not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +54,8 @@ class Context:
         usable_roles: of the role OIDs asked about, those whose rights the current role has.
         settings: names and values of all that was set in this session, ready for set_config();
             empty if they were not asked for.
+        extension: what CREATE EXTENSION has made in this database, None if it is not there. If it
+            is, `may_call` does not count, but the privileges on its functions.
     """
 
     may_call: bool
@@ -52,10 +67,17 @@ class Context:
     own_settings: dict[str, str]
     usable_roles: frozenset[int]
     settings: tuple[tuple[bytes, bytes], ...]
+    extension: Installed | None = None
+
+    @property
+    def roles(self) -> frozenset[int]:
+        """OIDs of those whose jobs the current role may touch."""
+        return self.usable_roles | {self.role_id}
 
 
 def context_query(
     *,
+    functions: Iterable[Function],
     server_version: int,
     roles: Iterable[int],
     settings: bool,
@@ -64,6 +86,7 @@ def context_query(
     """The SELECT whose one row is a `Context`; all columns are text.
 
     Args:
+        functions: what is called.
         server_version: as server_version_num, e.g. 150004.
         roles: OIDs of roles, to learn which of them the current role has the rights of.
         settings: whether to read the session's settings, the expensive part (about 0.5 ms).
@@ -79,15 +102,14 @@ def context_query(
         for name in SETTINGS
     )
     columns = [
-        b"r.rolsuper OR EXISTS(SELECT 1 FROM pg_catalog.pg_roles g WHERE g.rolname"
-        b" OPERATOR(pg_catalog.=) %b AND pg_catalog.pg_has_role(r.oid, g.oid, 'MEMBER'))"
-        % literal(EXECUTOR_ROLE.encode()),
+        _IS_EXECUTOR,
         b"r.oid, current_user, session_user, pg_catalog.current_setting('role')",
         b"pg_catalog.current_setting('statement_timeout')",
         ours,
         b"CAST(ARRAY(SELECT o FROM pg_catalog.unnest(CAST('{%b}' AS pg_catalog.oid[])) o"
         b" WHERE pg_catalog.pg_has_role(o, 'USAGE')) AS pg_catalog.text)"
         % b",".join(b"%d" % oid for oid in roles),
+        installed_query(functions).encode(),
     ]
     if settings:
         columns.append(
@@ -114,12 +136,12 @@ def parse_context(
 ) -> Context:
     """The Context from the values of the row, in text format and the client's encoding."""
     may_call, role_id, role, session_role, set_role, statement_timeout, *rest = values
-    own, (usable_roles, *arrays) = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
+    own, (usable_roles, extension, *arrays) = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
     settings: list[tuple[bytes, bytes]] = []
     if arrays:
         flat = [text or b"" for text in parse_array(arrays[0] or b"{}", client_encoding)]
         pairs = zip(flat[::2], flat[1::2], strict=True)
-        settings += [pair for pair in pairs if pair[0] not in _NOT_CARRIED_OVER]
+        settings += [pair for pair in pairs if pair[0] not in NOT_CARRIED_OVER]
     if len(arrays) > 1:
         custom = zip(custom_settings, parse_array(arrays[1] or b"{}", client_encoding), strict=True)
         settings += [(name, value) for name, value in custom if value is not None]
@@ -139,6 +161,63 @@ def parse_context(
             int(oid or 0) for oid in parse_array(usable_roles or b"{}", client_encoding)
         ),
         settings=tuple(settings),
+        extension=None
+        if extension is None
+        else parse_installed(parse_array(extension, client_encoding)),
+    )
+
+
+# Before 16 whoever is a member may SET ROLE.
+ROLE_STATEMENT: Final = (
+    b"PREPARE pg_background_role(pg_catalog.name, pg_catalog.name, pg_catalog.name,"
+    b" pg_catalog.int4, pg_catalog.oid[]) AS SELECT r.oid,"
+    b" CASE WHEN session_user OPERATOR(pg_catalog.<>) $2 THEN"
+    b" (SELECT s.rolsuper FROM pg_catalog.pg_roles s"
+    b" WHERE s.rolname OPERATOR(pg_catalog.=) session_user)"
+    b" WHEN CAST(pg_catalog.current_setting('server_version_num') AS pg_catalog.int4)"
+    b" OPERATOR(pg_catalog.<) 160000 THEN pg_catalog.pg_has_role(session_user, r.oid, 'MEMBER')"
+    b" ELSE pg_catalog.pg_has_role(session_user, r.oid, 'SET') END, COALESCE(%b, %b),"
+    b" CAST(ARRAY(SELECT o FROM pg_catalog.unnest($5) o"
+    b" WHERE pg_catalog.pg_has_role(r.oid, o, 'USAGE')) AS pg_catalog.text)"
+    b" FROM pg_catalog.pg_roles r WHERE r.rolname OPERATOR(pg_catalog.=) $1"
+    % (may_execute("$3", "$4", "r.oid").encode(), _IS_EXECUTOR)
+)
+"""What a channel prepares for role_query()."""
+
+
+def role_query(
+    role: bytes,
+    session_role: bytes,
+    function: Function,
+    *,
+    encoding: bytes,
+    roles: Iterable[int],
+) -> bytes:
+    """What a channel is asked about a role that a session claims to be. One row, none if there is
+    no such role: its OID, whether the channel's login role may become it, whether it may call the
+    function, and those of the `roles` whose rights it has.
+
+    Args:
+        role: name of the current role.
+        session_role: name of the session's.
+        function: what is called.
+        encoding: of the names, as PostgreSQL calls it.
+        roles: OIDs.
+    """
+    return b"EXECUTE pg_background_role(%b, %b, '%b', %d, '{%b}')" % (
+        _name(role, encoding),
+        _name(session_role, encoding),
+        function.name.encode(),
+        len(function.parameters),
+        b",".join(b"%d" % oid for oid in roles),
+    )
+
+
+def _name(name: bytes, encoding: bytes) -> bytes:
+    """A name in an encoding that need not be the connection's."""
+    return (
+        b"CAST(pg_catalog.convert_from(pg_catalog.decode('%b', 'hex'), %b) AS pg_catalog.name)"
+        % (name.hex().encode(), literal(encoding))
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -28,7 +28,7 @@ from protocol.messages import (
 from proxy.inbox import Inbox
 from proxy.relay import ERROR, PARAMETER_STATUS, READY
 from proxy.sql import raise_block
-from proxy.statements import Plan, complaint
+from proxy.statements import Plan, Substitute, complaint
 from proxy.waits import Waits
 
 if TYPE_CHECKING:
@@ -61,14 +61,16 @@ class _Reply:
 
     `ends`: the types of message that end it. `plan` and `offset`: of the statement that an error
     is about, and where it begins in the client's text, in characters. `undo`: for an error; it is
-    told whether the server has read the message at all.
+    told whether the server has read the message at all. `is_block`: what the server says is said in
+    a block of ours, which the client knows nothing of.
     """
 
     ends: bytes
     take: Take
-    plan: Plan | None = None
+    plan: Plan | Substitute | None = None
     offset: int = 0
     undo: Undo | None = None
+    is_block: bool = False
 
 
 class BatchFailedError(Exception):
@@ -117,9 +119,10 @@ class PrimaryDialogue:
         ends: bytes,
         take: Take,
         *,
-        plan: Plan | None = None,
+        plan: Plan | Substitute | None = None,
         offset: int = 0,
         undo: Undo | None = None,
+        is_block: bool = False,
     ) -> None:
         """Queue a message for the server, and what is to be done with the answer.
 
@@ -131,9 +134,10 @@ class PrimaryDialogue:
             offset: where that begins in the client's text, in characters.
             undo: called if the server fails before it has answered, with whether it has read the
                 message at all.
+            is_block: what is executed is a block of ours, in place of a command.
         """
         self._out.append(message)
-        self._replies.append(_Reply(ends, take, plan, offset, undo))
+        self._replies.append(_Reply(ends, take, plan, offset, undo, is_block))
 
     def push(self) -> None:
         """Send what is queued, without asking for the answers yet."""
@@ -148,6 +152,14 @@ class PrimaryDialogue:
         self.send(Execute(OWN_NAME, 0).serialize(), EXECUTED, take)
         self.send(Close(b"P", OWN_NAME).serialize(), b"3", drop)
         self.send(Close(b"S", OWN_NAME).serialize(), b"3", drop)
+
+    async def ask_apart(self, sql: bytes, take: Take) -> None:
+        """Ask before the client's batch begins, as a batch of its own."""
+        self.ask(sql, take)
+        self.synced = True
+        await self.settle(SYNC_MESSAGE)
+        await self._until_ready()
+        self.synced = False
 
     async def ask_marked(self, sql: bytes, marker: str) -> bool:
         """Run a block of ours; whether it has raised its marker as INFO (it is not passed on)."""
@@ -195,6 +207,8 @@ class PrimaryDialogue:
     def listen(self) -> asyncio.Task[tuple[int, bytes]]:
         """Wait for its next message while something else is waited for too."""
         self._early = asyncio.ensure_future(self._next_message())
+        # If the client ends first nobody asks for it.
+        self._early.add_done_callback(lambda task: task.cancelled() or task.exception())
         return self._early
 
     async def _next_message(self) -> tuple[int, bytes]:
@@ -204,8 +218,13 @@ class PrimaryDialogue:
                 return kind, body
             if kind == PARAMETER_STATUS:
                 self._relay.parameter_status(body)
-            if self._marker and kind == _NOTICE and self._is_marker(body):
+            if kind == _NOTICE and self._session.notice(body):
+                pass
+            elif self._marker and kind == _NOTICE and self._is_marker(body):
                 self._marked = True
+            elif kind == _NOTICE and self._replies and self._replies[0].is_block:
+                notice = NoticeResponse.parse(body)
+                self._client.write(NoticeResponse(_without_context(notice.fields)).serialize())
             else:
                 self._client.write(frame(kind, body))
 
@@ -215,6 +234,8 @@ class PrimaryDialogue:
     def _server_failed(self, reply: _Reply, body: bytes) -> None:
         """Pass an error on, in the words and with the position of the client's own text."""
         error = ErrorResponse.parse(body)
+        if reply.is_block:
+            error = ErrorResponse(_without_context(error.fields))
         position = int(error.fields.get("P", b"0"))
         codec = self._session.codec
         if reply.plan is not None:
@@ -304,3 +325,8 @@ class PrimaryDialogue:
     async def _drained(self) -> None:
         if self._client.full is not None:
             await self._waits.for_future(self._client.full)
+
+
+def _without_context(fields: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The fields of a message less those that tell where in a block it was said."""
+    return {code: value for code, value in fields.items() if code not in "Wpq"}

@@ -7,6 +7,7 @@ characters (an error's position) and for the words of our own errors.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from protocol import values
@@ -83,3 +84,33 @@ def parse_array(text: bytes, client_encoding: bytes) -> list[bytes | None]:
             start = escape.start(1)
         elements.append(bytes(kept + text[start:end]))
     return elements
+
+
+_PLAIN: Final = re.compile(rb"(?!null$)[^\s,{}\"\\\x0b]+", re.IGNORECASE)
+_SPECIAL: Final = re.compile(rb'["\\]')
+
+
+def array_text(values: Sequence[bytes | None], client_encoding: bytes) -> bytes:
+    """A text[] of these elements as PostgreSQL reads it; what parse_array() takes apart."""
+    return b"{" + b",".join([_element(value, client_encoding) for value in values]) + b"}"
+
+
+def array_2_text(rows: Sequence[Sequence[bytes | None]], client_encoding: bytes) -> bytes:
+    """A text[][]."""
+    return b"{" + b",".join([array_text(row, client_encoding) for row in rows]) + b"}"
+
+
+def _element(value: bytes | None, client_encoding: bytes) -> bytes:
+    if value is None:
+        return b"NULL"
+    if _PLAIN.fullmatch(value):
+        return value
+    masked = mask(value, client_encoding.decode("ascii", "replace"))
+    if masked == value:
+        return b'"' + _SPECIAL.sub(rb"\\\g<0>", value) + b'"'
+    parts: list[bytes] = []
+    end = 0
+    for special in _SPECIAL.finditer(masked):
+        parts += [value[end : special.start()], b"\\"]
+        end = special.start()
+    return b'"' + b"".join([*parts, value[end:]]) + b'"'

@@ -524,8 +524,11 @@ def catalog(api_version: int) -> dict[str, tuple[Function, ...]]:
     }
 
 
-FUNCTIONS: Final = catalog(1)
-"""The overloads of each name, with `api_version` 1."""
+CATALOGS: Final = {version: catalog(version) for version in (1, 2)}
+"""The overloads of each name, by the version of the API."""
+
+FUNCTIONS: Final = CATALOGS[1]
+"""Those with `api_version` 1."""
 
 VIEWS: Final[dict[str, Function]] = {
     name: Function(name, (), type, True, True, run, needs, 0, summary)

@@ -25,7 +25,7 @@ from protocol.errors import (
     ProtocolViolation,
     SQLError,
 )
-from protocol.framing import frame
+from protocol.framing import HEADER_SIZE, frame
 from protocol.messages import (
     Bind,
     Close,
@@ -35,7 +35,9 @@ from protocol.messages import (
     Execute,
     Parse,
     PortalSuspended,
+    Query,
     RowDescription,
+    Terminate,
 )
 from protocol.values import NoBinaryForm
 from proxy.asked import (
@@ -77,15 +79,20 @@ from proxy.prepared import (
     shape_unknown,
     stand_in_formats,
 )
-from proxy.relay import COPY_DATA, COPY_IN, IDLE, TERMINATE
+from proxy.relay import COPY_IN, ERROR, FAILED, IDLE, TERMINATE
+from proxy.relay import FLUSH as FLUSH_TYPE
 from proxy.results import Table, encode, with_formats
-from proxy.statements import Plan, ResultPlan, ScalarPlan
+from proxy.statements import Plan, ResultPlan, ScalarPlan, Substitute, joined
 from proxy.waits import Waits
 
 if TYPE_CHECKING:
     from proxy.session import Session
 
+_FRONTEND: Final = b"QPBDECFHSXdcf"
+"""Message types of the frontend, as far as there are any after the login."""
+
 # Message types of the backend.
+_COMMAND_COMPLETE: Final = ord("C")
 _DATA_ROW: Final = ord("D")
 _ROW_DESCRIPTION: Final = ord("T")
 _PARAMETER_DESCRIPTION: Final = ord("t")
@@ -157,11 +164,31 @@ class Interception:
 
     def last_words(self) -> bytes:
         """Messages that the server sent before it went, and that were not read."""
-        return b"".join(frame(kind, body) for kind, body in self._primary.inbox if kind in b"EN")
+        words: list[bytes] = []
+        with contextlib.suppress(ProtocolViolation):
+            for kind, body in self._primary.inbox:
+                if kind in b"EN":
+                    words.append(frame(kind, body))
+        return b"".join(words)
 
     async def _message(self) -> bool:
         """Serve one message of the client; true if it ended the batch."""
-        kind, body = await self._client_message()
+        try:
+            kind, body = await self._client_message()
+        except ConnectionError:
+            if self.waits.client_ended:
+                await self._end_server()
+            raise
+        except ProtocolViolation:
+            # Not our protocol: the relay lets the server judge the rest of the stream.
+            with contextlib.suppress(BatchFailedError):
+                await self._primary.settle()
+            return True
+        if kind not in _FRONTEND:
+            # The server ends the session for it, whatever it is doing.
+            with contextlib.suppress(BatchFailedError):
+                await self._primary.settle()
+            return self._end_at(kind, body)
         if self._primary.failed and kind not in (SYNC, TERMINATE):
             return False
         try:
@@ -213,6 +240,20 @@ class Interception:
             await self._primary.ready()
             return True
         return False
+
+    async def _end_server(self) -> None:
+        """Let the server see that the client has ended, and pass on the errors that it still has.
+        Raises ConnectionError when it has closed the connection."""
+        self._primary.push()
+        self._server.write(self._from_client.take_rest())  # a part of a message
+        if self._server.can_write_eof:
+            self._server.write_eof()
+        else:
+            self._server.write(Terminate().serialize())
+        while True:
+            kind, body = await self._primary.next_message()
+            if kind == ERROR:
+                self._client.write(frame(kind, body))
 
     def _end_at(self, kind: int, body: bytes) -> bool:
         """Leave this message to the relay, and what comes after it."""
@@ -268,7 +309,8 @@ class Interception:
             if message is None:
                 return
             kind, body = message
-            if kind in (COPY_DATA, COPY_DONE, COPY_FAIL):
+            if kind not in (FLUSH_TYPE, SYNC):
+                # What is no COPY data is for the server to refuse.
                 self._server.write(frame(kind, body))
                 if self._server.full is not None:
                     await asyncio.wait([self._server.full])
@@ -292,6 +334,12 @@ class Interception:
         self._relay.statements.pop(b"", None)
         self._relay.forget_portal(b"")
         parts = self._session.split(sql)
+        for _, text in parts[:1]:
+            await self._know_api(text, apart=not self._relay.batch)
+        plans = [self._session.analyze(text) for _, text in parts]
+        if all(plan is None or isinstance(plan, Substitute) for plan in plans):
+            await self._substitutes(sql, parts, plans)
+            return
         for number, (start, text) in enumerate(parts):
             offset = len(sql[:start].decode(self._session.codec, "replace"))
             await self._statement(text, offset, is_last=number == len(parts) - 1)
@@ -300,13 +348,47 @@ class Interception:
             self._primary.synced = True
             await self._primary.settle(SYNC_MESSAGE)
 
+    async def _substitutes(
+        self,
+        sql: bytes,
+        parts: Sequence[tuple[int, bytes]],
+        plans: Sequence[Plan | Substitute | None],
+    ) -> None:
+        """A Query without calls, as it is but for what some of its statements are replaced by."""
+        self._relay.untouched = False
+        starts = [start for start, _ in parts]
+        whole = joined(sql, [(s, p) for s, p in zip(starts, plans, strict=True) if p is not None])
+        message = Query(whole.rewrite.sql).serialize()
+        for plan in plans:
+            tag = plan.tag if isinstance(plan, Substitute) else None
+            self._primary.send(
+                message, EXECUTED, self._pass_as(tag), plan=whole, is_block=tag is not None
+            )
+            message = b""
+        self._primary.synced = True
+        await self._primary.settle()
+
+    def _pass_as(self, tag: bytes | None) -> Take:
+        """Passes on the answer to Execute or Query, with this command tag if there is one."""
+
+        async def take(kind: int, body: bytes) -> None:
+            if kind == _COMMAND_COMPLETE and tag is not None:
+                self._session.extension_changed()
+                await self._primary.write(CommandComplete(tag).serialize())
+            else:
+                await self._pass_execution(kind, body)
+
+        return take
+
     async def _statement(self, text: bytes, offset: int, *, is_last: bool) -> None:
         """One statement of a Query, through the extended protocol, so that it can be stopped
         before the next one and the transaction stays one."""
+        await self._know_api(text)
         plan = self._session.analyze(text)
-        statement = PreparedCall(plan) if plan is not None else None
         if plan is not None:
             text = plan.rewrite.sql
+        is_call = isinstance(plan, ScalarPlan | ResultPlan)
+        statement = PreparedCall(plan) if plan is not None and is_call else None
         self._primary.unclosed.add(b"")
         self._primary.send(Parse(b"", text, ()).serialize(), b"1", drop, plan=plan, offset=offset)
         self._primary.send(
@@ -314,9 +396,10 @@ class Interception:
         )
         describe = Describe(b"P", b"").serialize()
         if statement is None:
-            self._primary.send(describe, _DESCRIBED, self._pass_rows_only, offset=offset)
+            tag = plan.tag if isinstance(plan, Substitute) else None
+            self._primary.send(describe, _DESCRIBED, self._pass_rows_only, plan=plan, offset=offset)
             # Nothing may follow before its answer: it could be COPY FROM STDIN.
-            self._send_execute(b"", 0, self._pass_execution, offset=offset)
+            self._send_execute(b"", 0, self._pass_as(tag), plan=plan, offset=offset)
             await self._primary.settle()
             return
         portal = Portal(statement, ())
@@ -326,8 +409,16 @@ class Interception:
         if isinstance(plan, ScalarPlan):
             await self._call(b"", portal, 0, offset=offset, is_query=True, may_sync=is_last)
         else:
-            sync = is_last and self._is_alone(statement.plan)
+            assert isinstance(plan, ResultPlan)
+            sync = is_last and self._is_alone(plan)
             await self._fetch(b"", portal, 0, offset=offset, is_query=True, sync=sync)
+
+    async def _know_api(self, sql: bytes, *, apart: bool = False) -> None:
+        """Ask the server what a function returns, if that is not known yet and this may be a call
+        of one where it makes a difference. `apart`: the batch has not begun."""
+        session = self._session
+        if not session.knows_api and self._relay.status != FAILED and session.depends_on_api(sql):
+            await self._caller.ask_api(apart=apart)
 
     def _close_unnamed(self) -> None:
         """A Query leaves no unnamed statement or portal behind."""
@@ -342,6 +433,7 @@ class Interception:
 
     async def _parse(self, body: bytes) -> None:
         message = Parse.parse(body)
+        await self._know_api(message.query)
         plan = self._session.analyze(message.query)
         statements = self._relay.statements
         old = statements.get(message.statement)
@@ -352,9 +444,12 @@ class Interception:
             if old is not None and (message.statement or not was_read):
                 statements[message.statement] = old
 
-        if plan is None:
+        if plan is None or (isinstance(plan, Substitute) and plan.tag is None):
             statements.pop(message.statement, None)
-            self._primary.send(frame(PARSE, body), b"1", self._primary.pass_on, undo=undo)
+            if plan is not None:
+                body = replace(message, query=plan.rewrite.sql).serialize()[HEADER_SIZE:]
+            parse = frame(PARSE, body)
+            self._primary.send(parse, b"1", self._primary.pass_on, plan=plan, undo=undo)
             return
         prepared = PreparedCall(plan)
         statements[message.statement] = prepared
@@ -365,6 +460,8 @@ class Interception:
             plan=plan,
             undo=undo,
         )
+        if isinstance(plan, Substitute):
+            return
         self._primary.send(
             Describe(b"S", message.statement).serialize(),
             _DESCRIBED,
@@ -427,6 +524,11 @@ class Interception:
         if statement is None:
             self._primary.send(frame(DESCRIBE, body), _DESCRIBED, self._primary.pass_on)
             return
+        if isinstance(statement.plan, Substitute):
+            self._primary.send(
+                frame(DESCRIBE, body), _DESCRIBED, self._primary.pass_on, plan=statement.plan
+            )
+            return
         formats = () if portal is None else portal.formats
         self._primary.send(
             frame(DESCRIBE, body),
@@ -444,7 +546,9 @@ class Interception:
                 hint="Give a column definition list:"
                 " SELECT * FROM pg_background_result(...) AS (column type, ...).",
             )
-        if self._is_alone(portal.statement.plan) and self._next_are(EXECUTE, SYNC):
+        plan = portal.statement.plan
+        assert not isinstance(plan, Substitute)
+        if self._is_alone(plan) and self._next_are(EXECUTE, SYNC):
             execute = Execute.parse(self._ahead[0][1])
             if execute.portal == message.name:
                 self._ahead.clear()
@@ -471,21 +575,36 @@ class Interception:
         portal = self._relay.portals.get(message.portal)
         if portal is None:
             self._send_execute(message.portal, message.max_rows, self._pass_execution)
-        elif isinstance(portal.statement.plan, ScalarPlan):
+            return
+        plan = portal.statement.plan
+        if isinstance(plan, Substitute):
+            self._send_execute(message.portal, message.max_rows, self._pass_as(plan.tag), plan=plan)
+        elif isinstance(plan, ScalarPlan):
             await self._call(message.portal, portal, message.max_rows)
         else:
-            alone = portal.result is None and self._is_alone(portal.statement.plan)
+            alone = portal.result is None and self._is_alone(plan)
             sync = alone and self._next_is_sync()
             await self._fetch(message.portal, portal, message.max_rows, sync=sync)
 
     def _send_execute(
-        self, portal: bytes, max_rows: int, take: Take, *, plan: Plan | None = None, offset: int = 0
+        self,
+        portal: bytes,
+        max_rows: int,
+        take: Take,
+        *,
+        plan: Plan | Substitute | None = None,
+        offset: int = 0,
     ) -> None:
         self._executed = True
-        if plan is None or not is_harmless(plan):
+        if plan is None or isinstance(plan, Substitute) or not is_harmless(plan):
             self._relay.untouched = False
         self._primary.send(
-            Execute(portal, max_rows).serialize(), EXECUTED, take, plan=plan, offset=offset
+            Execute(portal, max_rows).serialize(),
+            EXECUTED,
+            take,
+            plan=plan,
+            offset=offset,
+            is_block=isinstance(plan, Substitute) and plan.tag is not None,
         )
 
     # Calls

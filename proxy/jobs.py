@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from protocol.errors import (
     CONFIGURATION_LIMIT_EXCEEDED,
@@ -59,6 +59,19 @@ _COPY_IN = ord("G")
 ReportT = TypeVar("ReportT", ErrorResponse, NoticeResponse)
 
 
+class Nested(Protocol):
+    """Serves what a job's SQL calls."""
+
+    def notice(self, body: bytes) -> bool:
+        """A NoticeResponse of the job; whether it was a call, and is dealt with."""
+
+    def statement_ended(self) -> None:
+        """Nobody waits for an answer any more."""
+
+    def close(self) -> None:
+        """The job has ended."""
+
+
 class Job(KnownJob):
     """One job: its backend while it runs, its output until somebody takes it, how it went.
 
@@ -67,6 +80,7 @@ class Job(KnownJob):
         output: rows and notices that nobody has taken yet.
         keeps_rows: whether its rows are kept for somebody to fetch.
         columns: of the result; None as long as they are not known, and if there are none.
+        parameters: what its backend has reported (ParameterStatus).
         has_handle: whether anybody knows it by one; if not, only its reader can stop it.
     """
 
@@ -79,7 +93,9 @@ class Job(KnownJob):
         role_id: int,
         route: Route,
         label: bytes | None = None,
+        marker: bytes,
         keeps_rows: bool = True,
+        nested: Nested,
         on_finish: Callable[[Job], None],
     ) -> None:
         super().__init__(
@@ -94,6 +110,7 @@ class Job(KnownJob):
         self.keeps_rows = keeps_rows
         self.columns: tuple[Field, ...] | None = None
         self.has_handle = True
+        self.parameters = backend.parameters
         # None once it has ended: many are known for a while after that.
         self._backend: Backend | None = backend
         self._on_finish: Callable[[Job], None] | None = on_finish
@@ -103,9 +120,10 @@ class Job(KnownJob):
         self._statements = 0
         self._taken_up = False
         # Statements, by their place, that stand for a call of pg_background_progress, and the word
-        # by which their messages are known.
+        # by which its messages are known.
         self._progress_calls: frozenset[int] = frozenset()
-        self._marker = b""
+        self._marker = marker
+        self._nested: Nested | None = nested
         # Reading: a message that is not whole yet, and how much of it is missing; or bytes still
         # to come of a long row, which is passed on in pieces.
         self._partial = b""
@@ -149,7 +167,6 @@ class Job(KnownJob):
         except LexError:
             return self._sql
         self._statements = len(statements)
-        marker = secrets.token_hex(16).encode()
         blocks: dict[int, bytes] = {}
         for number, statement in enumerate(statements):
             if lexer.is_transaction_control(self._sql, statement):
@@ -159,12 +176,11 @@ class Job(KnownJob):
                 )
             if lexer.is_client_copy(self._sql, statement):
                 raise SQLError(FEATURE_NOT_SUPPORTED, "COPY protocol not allowed in pg_background")
-            block = progress_statement(self._sql, statement, marker, encoding=encoding)
+            block = progress_statement(self._sql, statement, self._marker, encoding=encoding)
             if block is not None:
                 blocks[number] = block
         if not blocks:
             return self._sql
-        self._marker = marker
         self._progress_calls = frozenset(blocks)
         parts: list[bytes] = []
         end = 0
@@ -184,6 +200,9 @@ class Job(KnownJob):
             self._backend.terminate()
             self._backend = None
         self.output.end()
+        if self._nested is not None:
+            self._nested.close()
+            self._nested = None
         self._wake()
         if self._on_finish is not None:
             # Nothing of its session is kept by what is kept of the job.
@@ -274,14 +293,15 @@ class Job(KnownJob):
             if len(self.tags) == self._statements - 1:
                 self.columns = RowDescription.parse(body).fields
         elif kind == _COMMAND_COMPLETE:
+            self._statement_ended()
             is_progress = len(self.tags) in self._progress_calls
             self.tags.append(b"SELECT 1" if is_progress else CommandComplete.parse(body).tag)
         elif kind == _NOTICE:
-            if self._marker and self._marker in body:
-                self._report_progress(NoticeResponse.parse(body).message)
-            else:
+            is_call = self._nested is not None and self._nested.notice(body)
+            if not is_call and not self._report_progress(body):
                 self.output.put(Notice(body))
         elif kind == _ERROR:
+            self._statement_ended()
             error = ErrorResponse.parse(body)
             if error.severity in ("FATAL", "PANIC"):
                 self._fatal = error
@@ -297,11 +317,24 @@ class Job(KnownJob):
         elif kind == _READY:
             self._finish()
 
-    def _report_progress(self, message: bytes) -> None:
-        """What a call of pg_background_progress has said (`statements.progress_statement`)."""
-        percentage, text = parse_progress(message, self._marker)
+    def _statement_ended(self) -> None:
+        if self._nested is not None:
+            self._nested.statement_ended()
+
+    def _report_progress(self, notice: bytes) -> bool:
+        """What a call of pg_background_progress has said; false if it is something else."""
+        if self._marker not in notice:
+            return False
+        message = NoticeResponse.parse(notice).message
+        if not message.startswith(self._marker):
+            return False
+        try:
+            percentage, text = parse_progress(message, self._marker)
+        except ValueError:
+            return False
         clamped = None if percentage is None else min(max(percentage, 0), 100)
         self.progress = (clamped, text)
+        return True
 
     def notice(self, output: Notice) -> bytes:
         """A message of the job as its caller gets it: the whole NoticeResponse."""

@@ -26,6 +26,9 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 
 JobT = TypeVar("JobT", bound="KnownJob")
 
+Handle = tuple[int, int]
+"""Pid and cookie."""
+
 
 class KnownJob:
     """One job, as those see it who do not read its rows.

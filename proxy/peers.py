@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from protocol.startup import CancelRequest
 from proxy.bus import Channel, Message
-from proxy.known import FULL_SQL_SIZE, LISTED_SQL_SIZE, KnownJob, RemoteJob
+from proxy.known import FULL_SQL_SIZE, LISTED_SQL_SIZE, Handle, KnownJob, RemoteJob
 from proxy.log import logger
 
 if TYPE_CHECKING:
     from proxy.jobs import Job
     from proxy.server import Server
-
-Handle = tuple[int, int]
 
 _PATIENCE: Final = 5.0
 """Seconds that a process which does not answer is waited for."""
@@ -200,6 +198,10 @@ class Peers:
             body = job.snapshot(sql_size=FULL_SQL_SIZE + 1)
             self._tell({"kind": "told", "what": "ended", "to": peer, "body": body})
 
+    def extension_changed(self) -> None:
+        """A command about the extension has done its work in some database."""
+        self._tell({"kind": "told", "what": "extension changed", "body": None})
+
     def _tell(self, message: Message) -> None:
         if self._channel is not None:
             self._channel.send(message)
@@ -253,6 +255,8 @@ class Peers:
     def _told(self, peer: int, what: str, body: Any) -> None:
         if what == "role gone":
             self._roles_of[peer].discard(body)
+        elif what == "extension changed":
+            self._server.extension_changes += 1
         elif (job := self._stand_ins.get((body["pid"], body["cookie"]))) is not None:
             job.update(body)
 

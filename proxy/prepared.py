@@ -16,18 +16,19 @@ from typing import Final
 from protocol.errors import DATATYPE_MISMATCH, SQLError
 from protocol.messages import Field
 from proxy.fetch import Fetch
-from proxy.functions import Column, Needs, Type
+from proxy.functions import Column, Function, Needs, Type
 from proxy.results import Table, choose, fields_of
-from proxy.statements import Call, ItemOutput, Plan, ResultPlan, ScalarPlan
+from proxy.statements import Call, ItemOutput, Plan, ResultPlan, ScalarPlan, Substitute
 
 _CONSTANT: Final = re.compile(rb"'[^']*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
 
 
 @dataclass(slots=True)
 class PreparedCall:
-    """A prepared statement with a call. `fields` are the server's, of the stand-in."""
+    """A prepared statement with a call, or a command that a block of ours carries out. `fields` are
+    the server's, of the stand-in."""
 
-    plan: Plan
+    plan: Plan | Substitute
     fields: tuple[Field, ...] = ()
     has_parameters: bool = False
 
@@ -46,17 +47,22 @@ class Portal:
             self.result.abandon()
 
 
-def needs_of(plan: Plan) -> Needs:
-    """What all calls of a plan need together."""
+def functions_of(plan: Plan) -> list[Function]:
+    """What a plan calls."""
 
-    def of(call: Call) -> Iterator[Needs]:
-        yield call.function.needs
+    def of(call: Call) -> Iterator[Function]:
+        yield call.function
         for argument in call.arguments:
             if isinstance(argument.value, Call):
                 yield from of(argument.value)
 
     calls = [plan.call] if isinstance(plan, ResultPlan) else [c.call for c in plan.columns]
-    return functools.reduce(operator.or_, (needs for call in calls for needs in of(call)))
+    return [function for call in calls for function in of(call)]
+
+
+def needs_of(plan: Plan) -> Needs:
+    """What all calls of a plan need together."""
+    return functools.reduce(operator.or_, (function.needs for function in functions_of(plan)))
 
 
 def is_harmless(plan: Plan) -> bool:
@@ -80,7 +86,7 @@ def _calls_in(call: Call) -> int:
     return 1 + sum(_calls_in(value) for value in inner if isinstance(value, Call))
 
 
-def shape_unknown(plan: Plan) -> bool:
+def shape_unknown(plan: Plan | Substitute) -> bool:
     """A result whose columns only its job knows."""
     return (
         isinstance(plan, ResultPlan) and not plan.defined_columns and not plan.call.function.columns
@@ -106,6 +112,7 @@ def client_fields(statement: PreparedCall) -> tuple[Field, ...]:
         if plan.defined_columns:
             return statement.fields[: -1 - plan.defined_columns]
         return choose(plan.outputs, fields_of(plan.call.function.columns))[1]
+    assert isinstance(plan, ScalarPlan)
     given = statement.fields
     types = {column.index % len(given): column.call.function.result_type for column in plan.columns}
     fields: list[Field] = []
@@ -127,7 +134,7 @@ def stand_in_formats(statement: PreparedCall, formats: tuple[int, ...]) -> tuple
         if not plan.defined_columns:
             return ()
         return (*formats, *[0] * (plan.defined_columns + 1)) if len(formats) > 1 else formats
-    if plan.outputs is None or len(formats) != len(plan.outputs):
+    if isinstance(plan, Substitute) or plan.outputs is None or len(formats) != len(plan.outputs):
         return formats
     wanted = [0] * len(statement.fields)
     for output, format in zip(plan.outputs, formats, strict=True):

@@ -2,9 +2,10 @@
 
 The rule: what holds no call goes out as the bytes that came in, at once. Of each message the relay
 reads the type and the length. Three things make it look closer: a Query or Parse that mentions
-pg_background, a message about a statement or portal that holds a call, and a server's error, which
-may be the complaint that such a function does not exist. A message that may have to be changed is
-held until it is whole; all others are passed on in the pieces that they come in.
+pg_background or a catalog that shows it, a message about a statement or portal that holds a call,
+and a server's error, which may be the complaint that such a function does not exist. A message that
+may have to be changed is held until it is whole; all others are passed on in the pieces that they
+come in.
 
 It also keeps account of what the server has not answered yet (`Asked`). So a call in the middle of
 a pipeline can wait until everything before it is answered (`settle`).
@@ -52,9 +53,12 @@ READY: Final = ord("Z")
 COPY_IN: Final = ord("G")
 PARAMETER_STATUS: Final = ord("S")
 BACKEND_KEY_DATA: Final = ord("K")
+NOTICE: Final = ord("N")
 
 IDLE: Final = ord("I")
 """ReadyForQuery: not in a transaction block."""
+FAILED: Final = ord("E")
+"""ReadyForQuery: in a failed transaction block."""
 
 _LONGEST: Final = 1 << 30
 """No message of the frontend is longer; the server closes the connection at once."""
@@ -62,11 +66,14 @@ _LONGEST: Final = 1 << 30
 _NAMES_SIZE: Final = 4096
 """How much of a message is held, at the most, to see which statement or portal it is about."""
 
+_NOTICE_SIZE: Final = 512
+"""In how much of a notice the watchword would be."""
+
 # What the relay does about a message of the backend.
 _NOTHING, _COUNT, _HANDLE, _SKIP = range(4)
 _ANSWERS: Final = b"123TnCIs"
 """The types that end the answer to a Parse, Bind, Close, Describe or Execute."""
-_HANDLED: Final = bytes([ERROR, READY, COPY_IN, PARAMETER_STATUS, BACKEND_KEY_DATA])
+_HANDLED: Final = bytes([ERROR, READY, COPY_IN, PARAMETER_STATUS, BACKEND_KEY_DATA, NOTICE])
 _SKIPPED: Final = b"Dd"
 """The types that come in thousands."""
 _ACTION: Final = {
@@ -90,19 +97,32 @@ _READY_SIZE: Final = len(_READY) + 1
 
 
 class Hooks(Protocol):
-    """What the relay tells its session."""
+    """What the relay tells its session.
+
+    Attributes:
+        watchword: what a NoticeResponse has near its beginning if it is for us.
+    """
+
+    watchword: bytes
 
     def backend_key(self, body: bytes) -> None:
         """The server's BackendKeyData."""
 
     def has_call(self, kind: int, body: bytes) -> bool:
-        """Tell whether this Query or Parse, which mentions pg_background, holds a call to serve."""
+        """Tell whether this Query or Parse, which mentions what may be ours, holds a call to serve
+        or is to be changed."""
 
     def settings_mentioned(self, sql: bytes) -> None:
         """A Query or Parse that has "set" in it, in lower case."""
 
     def setting_bound(self, body: bytes) -> None:
         """The beginning of a Bind whose statement calls set_config."""
+
+    def notice(self, body: bytes) -> bool:
+        """A NoticeResponse that mentions the watchword; true if the client is not to get it."""
+
+    def statement_ended(self) -> None:
+        """The server has sent an error, or ReadyForQuery."""
 
     def complaint(self, error: bytes) -> bytes | None:
         """The message that replaces this ErrorResponse (given its body), if it is about us."""
@@ -125,6 +145,7 @@ class Relay:
     """
 
     WATCHED: Final = (
+        b"application_name",
         b"client_encoding",
         b"server_version",
         b"standard_conforming_strings",
@@ -198,7 +219,11 @@ class Relay:
                     return
                 text = data[position:end].lower()
                 if (
-                    b"pg_background" in text
+                    (
+                        b"pg_background" in text
+                        or b"pg_extension" in text
+                        or b"pg_stat_activity" in text
+                    )
                     and not self.asked.copying
                     and self._hooks.has_call(kind, data[position + HEADER_SIZE : end])
                 ):
@@ -340,8 +365,12 @@ class Relay:
                         end, _ = skip_run(data, position)
                 elif action == _COUNT:
                     self.asked.answered()
+                elif kind == NOTICE and self._passes(data, position, end):
+                    pass
                 elif end > size:
-                    needed = end - position
+                    needed = min(end - position, _NOTICE_SIZE)
+                    if kind != NOTICE or size - position >= needed:
+                        needed = end - position
                     break
                 else:
                     replacement = self._handle(kind, data[position + HEADER_SIZE : end])
@@ -376,11 +405,20 @@ class Relay:
                 or self.setters
             )
 
+    def _passes(self, data: bytes, position: int, end: int) -> bool:
+        """Whether this notice is not for us, as its beginning tells. All of it is held if it is, or
+        if that cannot be told yet."""
+        known = min(end, position + _NOTICE_SIZE)
+        return len(data) >= known and self._hooks.watchword not in data[position:known]
+
     def _handle(self, kind: int, body: bytes) -> bytes | None:
         if kind == READY:
             self.ready(body[0] if body else IDLE)
+        elif kind == NOTICE:
+            return b"" if self._hooks.notice(body) else None
         elif kind == ERROR:
             self.asked.failed()
+            self._hooks.statement_ended()
             return self._hooks.complaint(body)
         elif kind == COPY_IN:
             self.asked.copy_in()
@@ -399,6 +437,7 @@ class Relay:
     def ready(self, status: int) -> None:
         """Note a ReadyForQuery."""
         self.status = status
+        self._hooks.statement_ended()
         if self.asked.ready() == QUERY:
             # It has ended the unnamed statement and portal.
             self.statements.pop(b"", None)
@@ -406,6 +445,11 @@ class Relay:
         if status == IDLE:
             for name in tuple(self.portals):
                 self.forget_portal(name)
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the client has got no part of a message that is still to come."""
+        return not self._server_skip
 
     @property
     def between_messages(self) -> bool:
@@ -444,7 +488,7 @@ def _is_plain_batch(data: bytes) -> bool:
     kind = data[0]
     if kind in _WITH_TEXT:
         text = data.lower()
-        if b"pg_background" in text or b"set" in text:
+        if b"pg_" in text or b"set" in text:
             return False
         end = _unpack(data, 1)[0] + 1
         if kind == QUERY:

@@ -12,15 +12,16 @@ import asyncio
 import contextlib
 import functools
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 
 from protocol.startup import CancelRequest
 from proxy import lexer, log, statements
+from proxy.channels import Channels
 from proxy.config import Config
 from proxy.credentials import Credentials, LoginObserver, Secret
-from proxy.functions import catalog
+from proxy.functions import CATALOGS
 from proxy.jobs import Job
-from proxy.known import KnownJob, KnownJobs, RemoteJob
+from proxy.known import Handle, KnownJob, KnownJobs, RemoteJob
 from proxy.listeners import Listeners, Reception
 from proxy.log import logger
 from proxy.peers import Peers
@@ -40,6 +41,9 @@ _REMEMBERED = 256
 class Server:
     """What all sessions share.
 
+    Attributes:
+        extension_changes: how many commands about the extension their transactions have ended.
+
     Raises:
         ConfigError: from the constructor, for a file that is not what it should be.
     """
@@ -49,8 +53,12 @@ class Server:
         self.sessions: set[Session] = set()
         self.peers = Peers(self)
         self.jobs: KnownJobs[Job] = KnownJobs(config.outcome_retention, self.peers.role_gone)
-        self.spares = Spares(config.spares, config.spare_lifetime, self.peers.give_way)
+        self.channels = Channels(config.spare_lifetime)
+        self.spares = Spares(
+            config.spares, config.spare_lifetime, self.channels, self.peers.give_way
+        )
         self.keys: dict[CancelRequest, Session] = {}
+        self.extension_changes = 0
         self.on_session_end: Callable[[], None] | None = None
         self.reception = Reception(
             lambda: Session(self), lambda: self.tls, lambda: self.config.client_login_timeout
@@ -68,9 +76,7 @@ class Server:
         self.own_settings = setup.own_settings
         # Both are asked several times about each statement, and clients repeat themselves.
         self.split = functools.lru_cache(_REMEMBERED)(lexer.split)
-        self.analyze = functools.lru_cache(_REMEMBERED)(
-            functools.partial(statements.analyze, functions=catalog(setup.config.api_version))
-        )
+        self.analyze = functools.lru_cache(_REMEMBERED)(_analyze)
 
     def reload(self, config: Config) -> list[str]:
         """Take over another configuration; the settings that cannot be changed any more.
@@ -83,7 +89,7 @@ class Server:
         self._use(Setup(config))
         self.jobs.retention = config.outcome_retention
         self.spares.count = config.spares
-        self.spares.lifetime = config.spare_lifetime
+        self.spares.lifetime = self.channels.lifetime = config.spare_lifetime
         log.set_level(config.log_level)
         return fixed
 
@@ -160,6 +166,7 @@ class Server:
                 break
             await asyncio.sleep(0.01)
         self.spares.close()
+        self.channels.give_way()
         logger.info("shut down")
 
     async def _all_done(self, others_done: Callable[[], Awaitable[None]] | None) -> None:
@@ -171,6 +178,28 @@ class Server:
 
     def _what_runs(self) -> str:
         return f"{len(self.sessions)} sessions, {len(self.jobs.running)} jobs"
+
+    # What calls ask for
+
+    async def find(self, own: Iterable[Job], handles: Sequence[Handle]) -> list[KnownJob | None]:
+        """Jobs by their handles: the caller's own, those of this process, those of the others."""
+        here = {job.handle: job for job in own}
+        found: dict[Handle, KnownJob | None] = {
+            handle: here.get(handle) or self.jobs.get(*handle) for handle in handles
+        }
+        missing = [handle for handle, job in found.items() if job is None]
+        if missing and self.peers.exist:
+            found |= await self.peers.find(missing)
+        return [found[handle] for handle in handles]
+
+    async def jobs_of(self, roles: Collection[int]) -> list[KnownJob]:
+        """What is known of the jobs of these roles; and of all others of this process."""
+        return [*self.jobs, *(await self.peers.jobs_of(roles) if self.peers.exist else ())]
+
+    def extension_changed(self) -> None:
+        """What the sessions know of their databases may be out of date."""
+        self.extension_changes += 1
+        self.peers.extension_changed()
 
     def session_ended(self, session: Session) -> None:
         """One that has closed its connections."""
@@ -258,3 +287,14 @@ async def serve(config: Config, read_again: Callable[[], Config] | None = None) 
         await stop.wait()
     await server.shut_down(now)
     return 0
+
+
+def _analyze(
+    sql: bytes, api_version: int, *, standard_conforming_strings: bool, encoding: str
+) -> statements.Plan | None:
+    return statements.analyze(
+        sql,
+        standard_conforming_strings=standard_conforming_strings,
+        encoding=encoding,
+        functions=CATALOGS[api_version],
+    )

@@ -13,7 +13,7 @@ import ipaddress
 import re
 import socket
 import ssl
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine, Sequence
 from datetime import UTC, tzinfo
 from typing import TYPE_CHECKING, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -24,7 +24,6 @@ from protocol.errors import (
     FEATURE_NOT_SUPPORTED,
     INTERNAL_ERROR,
     INVALID_AUTHORIZATION_SPECIFICATION,
-    INVALID_PARAMETER_VALUE,
     PROTOCOL_VIOLATION,
     QUERY_CANCELED,
     ProtocolViolation,
@@ -40,23 +39,28 @@ from protocol.startup import (
     parse_startup_packet,
     startup_packet_length,
 )
-from proxy import encodings, lexer, statements, tls
+from proxy import catalogs, commands, encodings, extension, lexer, statements, tls
 from proxy.asked import PARSE, QUERY
+from proxy.bodies import SESSION_SETTING
+from proxy.channels import Channel
 from proxy.config import Host
 from proxy.connection import Connection
 from proxy.context import Context
 from proxy.credentials import LoginObserver
+from proxy.functions import CATALOGS
+from proxy.inside import Inside
+from proxy.installed import Installed, api_version
 from proxy.interception import Interception
-from proxy.jobs import Job, Jobs, checked_queue_size
-from proxy.known import KnownJob, KnownJobs
+from proxy.jobs import Job, Jobs
+from proxy.known import Handle, KnownJob, KnownJobs
 from proxy.launcher import Launcher
 from proxy.lexer import LexError
 from proxy.log import logger
 from proxy.login import Login, RefusedError
 from proxy.peers import Peers
-from proxy.relay import Relay
-from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Setting
-from proxy.unserved import unserved
+from proxy.relay import IDLE, Relay
+from proxy.settings import Setting
+from proxy.unserved import unavailable, unserved
 from proxy.upstream import Route
 
 if TYPE_CHECKING:
@@ -76,6 +80,7 @@ _NAME_PARAMETER: Final = re.compile(
     rb"(?=\0\0\0([\x03-\x3f])([A-Za-z_\x80-\xff][\w$\x80-\xff]*(?:\.[\w$\x80-\xff]+)+))"
 )
 _MAX_CUSTOM_SETTINGS: Final = 1000
+_OUR_SETTINGS: Final = b"pg_background_proxy."
 
 _SHORT: Final = 4096
 """Bytes of an SQL text whose reading is remembered."""
@@ -96,6 +101,9 @@ class Session:
         jobs: those that it launched and has not fetched or detached.
         custom_settings: names with a dot that it may have set.
         settings: what was set in it, as last read; good as long as `relay.untouched` is.
+        watchword: what a message from inside the database begins with.
+        api: the version of the API that its database has, as far as it is known.
+        has_real_extension: whether calls are left to the C extension.
         interception: what serves a batch with a call, as long as that lasts.
     """
 
@@ -106,6 +114,10 @@ class Session:
         self.jobs = Jobs()
         self.custom_settings: dict[bytes, None] = {}
         self.settings: tuple[tuple[bytes, bytes], ...] = ()
+        self.api: int | None = None
+        self.has_real_extension = False
+        self._changes_extension = False
+        self._api_known_at = -1
         self.route = Route(server.config.upstream.hosts[0])
         self._startup: StartupMessage | None = None
         self._is_cancel_request = False
@@ -120,6 +132,8 @@ class Session:
         self._received = bytearray()
         self._task: asyncio.Task[None] | None = None
         self.interception: Interception | None = None
+        self._inside = Inside(self)
+        self.watchword = self._inside.secrets.token
         server.sessions.add(self)
 
     def _start_timer(self, timeout: float) -> asyncio.TimerHandle | None:
@@ -362,7 +376,8 @@ class Session:
             for name, value in self._server.own_settings.items()
             if name.encode() not in options
         }
-        return StartupMessage({**ours, **given}, startup.version)
+        session = {SESSION_SETTING.encode(): self._inside.secrets.setting}
+        return StartupMessage({**ours, **given, **session}, startup.version)
 
     def _no_data(self, data: bytes) -> None:
         raise ProtocolViolation("the server spoke first")
@@ -386,7 +401,13 @@ class Session:
         sql, end, rest = (body.partition(b"\0")[2] if kind == PARSE else body).partition(b"\0")
         if not end or (kind == QUERY and rest):
             return False  # malformed, as the server will say
-        return any(self.analyze(text) is not None for _, text in self.split(sql))
+        # Without knowing the version one cannot tell whether it is a call; then it is seen later.
+        versions = (self.api,) if self.api is not None and self.knows_api else CATALOGS
+        return any(
+            self._analyze(text, version) is not None
+            for _, text in self.split(sql)
+            for version in versions
+        )
 
     def settings_mentioned(self, sql: bytes) -> None:
         names = [name.replace(b'"', b"") for name in _CUSTOM_SETTING.findall(sql)]
@@ -400,14 +421,30 @@ class Session:
 
     def _note_settings(self, names: list[bytes]) -> None:
         for name in names:
-            if b"." in name:
+            if b"." in name and not name.startswith(_OUR_SETTINGS):
                 self.custom_settings.pop(name, None)
                 self.custom_settings[name] = None
         while len(self.custom_settings) > _MAX_CUSTOM_SETTINGS:
             del self.custom_settings[next(iter(self.custom_settings))]
 
+    def notice(self, body: bytes) -> bool:
+        """A NoticeResponse of the primary backend; true if it was a call, which is served."""
+        return self._inside.notice(body)
+
+    def statement_ended(self) -> None:
+        if self._changes_extension and self.relay.status == IDLE:
+            self._changes_extension = False
+            self._server.extension_changed()
+        self._inside.statement_ended()
+
     def complaint(self, error: bytes) -> bytes | None:
-        return None if self._is_replication else unserved(error)
+        if self._is_replication:
+            return None
+        if self.has_real_extension:
+            return None
+        if self._server.config.extension == "proxy" and (said := unavailable(error)) is not None:
+            return said
+        return unserved(error) or self._inside.complaint(error)
 
     def take_over(self, data: bytes) -> None:
         self.interception = Interception(self, data)
@@ -449,14 +486,87 @@ class Session:
             return [(0, sql)]
         return [(part.start, sql[part.start : part.end]) for part in parts]
 
-    def analyze(self, sql: bytes) -> statements.Plan | None:
-        """How to serve a statement; None if it holds no call that we serve."""
+    def analyze(self, sql: bytes) -> statements.Plan | statements.Substitute | None:
+        """How to serve a statement; None if it passes as it is."""
+        return self._analyze(sql, self.api or self._server.config.api_version)
+
+    def _analyze(
+        self, sql: bytes, api_version: int
+    ) -> statements.Plan | statements.Substitute | None:
+        if self.has_real_extension:
+            return self._with_catalogs(sql)
         remembered = self._server.analyze
-        return (remembered if len(sql) <= _SHORT else remembered.__wrapped__)(
+        plan = (remembered if len(sql) <= _SHORT else remembered.__wrapped__)(
+            sql,
+            api_version,
+            standard_conforming_strings=self._standard_conforming_strings,
+            encoding=self._encoding,
+        )
+        return plan or self._command(sql) or self._with_catalogs(sql)
+
+    def _with_catalogs(self, sql: bytes) -> statements.Substitute | None:
+        """A query that looks into the catalogs, which are to show our extension and jobs."""
+        if not self._server.config.catalogs:
+            return None
+        if self.relay.parameters.get(b"application_name") in catalogs.TOOLS:
+            return None
+        return catalogs.analyze(
+            sql,
+            server_version=self.server_version,
+            standard_conforming_strings=self._standard_conforming_strings,
+            encoding=self._encoding,
+        )
+
+    def extension_changed(self) -> None:
+        """A command about it was carried out; up to the end of the transaction it may be undone."""
+        self._changes_extension = True
+
+    @property
+    def knows_api(self) -> bool:
+        """Whether `api` is what the next call will find."""
+        since = self._server.extension_changes
+        return self._api_known_at == since and not self._changes_extension
+
+    def depends_on_api(self, sql: bytes) -> bool:
+        """Whether this may be a call that is another with each version of the API, or one that may
+        be the C extension's to serve."""
+        plans = [self._analyze(sql, version) for version in CATALOGS]
+        if isinstance(plans[0], statements.Substitute):
+            return False
+        if self._server.config.extension == "server":
+            return any(plans)
+        return plans[0] != plans[1]
+
+    def learn_version(self, version: bytes | None, *, has_real: bool) -> None:
+        """What the database has: the version of our extension, and whether it has the C extension,
+        which counts if the server's is wanted."""
+        self._api_known_at = self._server.extension_changes
+        self.has_real_extension = has_real and self._server.config.extension == "server"
+        self.api = self._server.config.api_version
+        if version is not None:
+            self.api = api_version(version.decode("ascii", "replace"))
+
+    def learn_api(self, extension: Installed | None) -> int:
+        """The version of the API, now that a call has seen what the database has."""
+        self._api_known_at = self._server.extension_changes
+        self.api = self._server.config.api_version if extension is None else extension.api
+        return self.api
+
+    def _command(self, sql: bytes) -> statements.Substitute | None:
+        """What does a command about the extension."""
+        if self._server.config.extension != "proxy":
+            return None
+        command = commands.parse(
             sql,
             standard_conforming_strings=self._standard_conforming_strings,
             encoding=self._encoding,
         )
+        if command is None:
+            return None
+        block = extension.block(
+            command, sql, api=self._server.config.api_version, server_version=self.server_version
+        )
+        return statements.substitute(sql, block, command.tag)
 
     @property
     def _standard_conforming_strings(self) -> bool:
@@ -485,6 +595,20 @@ class Session:
         """The other processes."""
         return self._server.peers
 
+    async def find(self, handles: Sequence[Handle]) -> list[KnownJob | None]:
+        """Jobs that this session may know of. Its own are known to it until it detaches them."""
+        return await self._server.find(self.jobs, handles)
+
+    async def jobs_of(self, roles: Collection[int]) -> list[KnownJob]:
+        """What is known of the jobs of these roles, at least."""
+        return await self._server.jobs_of(roles)
+
+    def drop(self, job: Job) -> None:
+        """A job that nobody knows of: it shall stop."""
+        self.jobs.remove(job)
+        if not job.finished:
+            self.cancel_job(job)
+
     def cancel_job(self, job: KnownJob) -> asyncio.Task[None]:
         """Have the server told to stop a job."""
         return self._server.cancel_job(job)
@@ -499,34 +623,40 @@ class Session:
         queue_size: int,
         context: Context,
         *,
+        client_encoding: bytes | None = None,
         label: bytes | None = None,
         keeps_rows: bool = True,
     ) -> Job:
-        """Start a job in a new backend, with the session's role and settings. Raises SQLError."""
-        self.jobs.check_limit(self.setting(MAX_WORKERS, context))
-        size = checked_queue_size(queue_size, self.setting(DEFAULT_QUEUE_SIZE, context))
-        backend = await self._launcher.backend(
-            context,
-            client_encoding=self.relay.parameters.get(b"client_encoding", b"UTF8"),
-            label=label,
-            worker_timeout=self.setting(WORKER_TIMEOUT, context),
-        )
-        job = Job(
-            backend,
+        """Start a job in a new backend, with the session's role and settings. Raises SQLError.
+
+        `client_encoding`: that of the SQL, if it is not the session's.
+        """
+        return await self._launcher.launch(
+            self,
             sql,
-            queue_size=size,
-            role_id=context.role_id,
-            route=self.route,
+            queue_size,
+            context,
+            client_encoding=client_encoding
+            or self.relay.parameters.get(b"client_encoding", b"UTF8"),
             label=label,
             keeps_rows=keeps_rows,
-            on_finish=self._job_ended,
         )
-        self._server.jobs.add(job)
-        self.jobs.add(job)
-        await job.start()
-        await self.peers.announce(job.role_id)
-        logger.debug("launched %r", job)
-        return job
+
+    async def lease_channel(self) -> Channel:
+        """A channel to answer calls from inside the database. Raises SQLError, ConnectionError."""
+        return await self._launcher.channel()
+
+    async def inject(self, message: bytes) -> None:
+        """Send the client a message of a job while the server is in the middle of a statement."""
+        if self.interception is None and not self.relay.at_boundary:
+            return  # whoever called did not wait for the answer
+        self.client.write(message)
+        if self.client.full is not None:
+            await asyncio.wait([self.client.full])
+
+    def give_back(self, channel: Channel) -> None:
+        """Let other sessions have it."""
+        self._server.channels.give_back(channel)
 
     @functools.cached_property
     def _launcher(self) -> Launcher:
@@ -536,17 +666,9 @@ class Session:
             self._server, self._startup.parameters, self.route, self._observer, self._key.pid
         )
 
-    def _job_ended(self, job: Job) -> None:
-        self.jobs.counts.ended(job)
-        self._server.job_ended(job)
-
     def setting(self, setting: Setting, context: Context) -> int:
         """A setting of ours, as it is in a session. Raises SQLError 22023."""
-        text = context.own_settings.get(setting.name, self._server.own_settings[setting.name])
-        try:
-            return setting.parse(text)
-        except ValueError as error:
-            raise SQLError(INVALID_PARAMETER_VALUE, str(error)) from None
+        return self._launcher.setting(setting, context)
 
     # The end
 
@@ -563,10 +685,13 @@ class Session:
             if self._login is not None:
                 self._login.client_ended()
         elif self.interception is not None:
+            self._inside.end_client()
             self.interception.end_client()
         elif self.primary.can_write_eof:
+            self._inside.end_client()
             self.primary.write_eof()
         elif self.relay.between_messages and not self._is_replication:
+            self._inside.end_client()
             self.primary.write(Terminate().serialize())
         else:
             self.close()
@@ -608,6 +733,7 @@ class Session:
         # A cancel request is passed on also if whoever has sent it does not wait.
         if self._task is not None and not self._is_cancel_request:
             self._task.cancel()
+        self._inside.statement_ended()
         self.jobs.clear()
         self.client.close()
         if self.primary is not None:

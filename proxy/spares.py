@@ -17,6 +17,7 @@ from typing import Final
 
 from protocol.errors import SQLError
 from proxy.backend import Backend, ServerError
+from proxy.channels import Channels
 from proxy.log import logger
 
 _RETRY: Final = 5.0
@@ -73,16 +74,22 @@ class Spares:
     """The spares of all roles and databases."""
 
     def __init__(
-        self, count: int, lifetime: float, others_give_way: Callable[[], Awaitable[bool]]
+        self,
+        count: int,
+        lifetime: float,
+        channels: Channels,
+        others_give_way: Callable[[], Awaitable[bool]],
     ) -> None:
         """
         Args:
             count: how many to keep for each login; 0 for none at all.
             lifetime: seconds after which one that nobody needed is closed, and not replaced.
+            channels: those that nobody uses give way as spares do.
             others_give_way: has the other processes close theirs; whether there were any.
         """
         self.count = count
         self.lifetime = lifetime
+        self._channels = channels
         self._others_give_way = others_give_way
         self._pools: dict[Hashable, _Pool] = {}
         # When the server may still be closing the last ones, by the loop's clock.
@@ -99,7 +106,7 @@ class Spares:
         """
         pool = self._pools.setdefault(login, _Pool())
         spare = self._ready(pool) or await self._opening(pool)
-        backend = spare or await self._open_now(open_one)
+        backend = spare or await self.open_now(open_one)
         if pool.refill is None:
             pool.refill = asyncio.get_running_loop().call_later(
                 _REPLACE_AFTER, self._fill, login, pool, open_one
@@ -139,8 +146,11 @@ class Spares:
                 return True
         return False
 
-    async def _open_now(self, open_one: Open) -> Backend:
-        """Open one for a job. Spares give way to it if there is no room for both."""
+    async def open_now(self, open_one: Open) -> Backend:
+        """Open one that is needed. Spares give way to it if there is no room for both.
+
+        Raises SQLError.
+        """
         for delay in _GIVE_WAY:
             try:
                 return await open_one()
@@ -154,7 +164,9 @@ class Spares:
         return await open_one()
 
     def give_way(self) -> bool:
-        """Close all spares, and those that are being opened; whether there were any."""
+        """Close all spares, those that are being opened, and unused channels; whether there were
+        any."""
+        channels = self._channels.give_way()
         now = asyncio.get_running_loop().time()
         tasks = list(self._tasks)
         for task in tasks:
@@ -165,7 +177,7 @@ class Spares:
         for pool in self._pools.values():
             pool.ready.clear()
             pool.not_before = now + _RETRY
-        if tasks or ready:
+        if tasks or ready or channels:
             self._closing_until = now + sum(_GIVE_WAY)
         return now < self._closing_until
 

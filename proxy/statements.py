@@ -31,7 +31,7 @@ import functools
 import logging
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -166,10 +166,12 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call; arguments as written, parameters that take their defaults are not among them."""
+    """A call; arguments as written, parameters that take their defaults are not among them.
+    ``schema`` is what qualifies the function's name, if anything does."""
 
     function: Function
     arguments: tuple[Argument, ...]
+    schema: bytes | None = None
 
     def leaves(self) -> Iterator[tuple[Call, int]]:
         """The elements of the stand-in's text[]: the call (this or an inner one) that each is an
@@ -259,6 +261,44 @@ class ResultPlan:
 Plan = ScalarPlan | ResultPlan
 
 
+@dataclass(frozen=True, slots=True)
+class Substitute:
+    """A statement that goes to the server in other words, and makes no call.
+
+    ``tag``: what CommandComplete is to say instead. Then it is a command that a block of ours
+    carries out, and nobody wants to know where in the block something was said. Without a tag it
+    is the client's own statement, changed in places.
+    """
+
+    rewrite: Rewrite
+    tag: bytes | None = None
+
+
+def joined(sql: bytes, plans: Sequence[tuple[int, Plan | Substitute]]) -> Substitute:
+    """A Query string with some of its statements replaced.
+
+    Args:
+        sql: the whole string.
+        plans: what replaces them, and where each begins, in order.
+    """
+    pieces: list[Piece] = []
+    done = 0
+    for start, plan in plans:
+        pieces.append(Piece(done, start))
+        done = start + len(plan.rewrite.original)
+        pieces += [
+            Piece(start + piece.start, start + piece.end, piece.inserted)
+            for piece in plan.rewrite.pieces
+        ]
+    pieces.append(Piece(done, len(sql)))
+    return Substitute(Rewrite(sql, tuple(pieces)))
+
+
+def substitute(sql: bytes, text: bytes, tag: bytes) -> Substitute:
+    """What replaces all of a statement."""
+    return Substitute(Rewrite(sql, (Piece(0, 0, text),)), tag)
+
+
 def analyze(
     sql: bytes,
     *,
@@ -319,7 +359,7 @@ _SIGNATURE: Final = re.compile(
 
 
 def complaint(
-    plan: Plan, message: bytes, position: int | None = None, codec: str = "utf-8"
+    plan: Plan | Substitute, message: bytes, position: int | None = None, codec: str = "utf-8"
 ) -> bytes | None:
     """The server's message about a function of the stand-in, as one about the user's call.
 
@@ -336,7 +376,7 @@ def complaint(
         None if the message is not about one of these functions.
     """
     found = _SIGNATURE.search(message)
-    if found is None:
+    if found is None or isinstance(plan, Substitute):
         return None
     type_name = found.lastgroup or ""
     calls = [plan.call] if isinstance(plan, ResultPlan) else [c.call for c in plan.columns]
@@ -625,7 +665,13 @@ class _Reader:
                 if value.function.returns_set or value.function.result_type != parameter.type:
                     raise _NotServedError("no such function")
             arguments.append(Argument(parameter, value, argument_name))
-        return _Site(Call(function, tuple(arguments)), leaves, self.qualified(index), close)
+        first = self.qualified(index)
+        call = Call(function, tuple(arguments), self.schema(first, index))
+        return _Site(call, leaves, first, close)
+
+    def schema(self, first: int, last: int) -> bytes | None:
+        """What qualifies the name that these tokens are."""
+        return self.name(last - 2) if first < last else None
 
     def qualified(self, index: int) -> int:
         """Where the name that ends with this token begins: with a schema's, if it has one."""
@@ -1441,7 +1487,8 @@ class _Reader:
         if self.keyword(0) == "table" and last + 1 != self.count:
             raise _NotServedError("more than a view")
         source = self.source(last + 1, function.name.encode())
-        return self.columns_result(_Site(Call(function, ()), [], first, last), items, source)
+        call = Call(function, (), self.schema(first, last))
+        return self.columns_result(_Site(call, [], first, last), items, source)
 
     # SELECT columns FROM (SELECT call)
 

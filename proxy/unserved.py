@@ -17,6 +17,9 @@ from proxy.functions import BOOL, FUNCTIONS, HANDLES, INT4, INT8, TEXT, VIEWS, F
 
 _CALL: Final = re.compile(r"(?:(?:\w+|\"[^\"]+\")\.)?(\w*pg_background\w*)\((.*?)\)(?=\W*\s|$)")
 
+# The server's message about an extension whose files it does not have, in any language.
+_EXTENSION: Final = re.compile(rb'"pg_background"|/pg_background\.control')
+
 _VIEW: Final = re.compile(rf'["«„.]({"|".join(VIEWS)})["»“]')
 
 # What the server converts to a parameter's type by itself.
@@ -47,8 +50,24 @@ def unserved(body: bytes) -> bytes | None:
         f"{name} cannot be called in this place",
         "The proxy serves calls in the select list of a plain SELECT, and functions that are"
         " alone in FROM.",
-        f"Call it directly, as in SELECT {name}(...).",
+        f"Call it directly, as in SELECT {name}(...); or say CREATE EXTENSION pg_background, to"
+        " have it everywhere in the search_path.",
     )
+
+
+def unavailable(body: bytes) -> bytes | None:
+    """The same for CREATE EXTENSION from inside a block or function, which only the server sees,
+    and which does not know where to find it."""
+    if b"pg_background" not in body or not (b"C0A000\0" in body or b"C58P01\0" in body):
+        return None
+    error = ErrorResponse.parse(body)
+    if "W" not in error.fields or not _EXTENSION.search(error.message):
+        return None
+    hint = (
+        b"The proxy carries out CREATE EXTENSION pg_background where it is a statement of its own,"
+        b" not in a block or function."
+    )
+    return error.with_fields(H=hint).serialize()
 
 
 def _replacement(error: ErrorResponse, message: str, detail: str, hint: str) -> bytes:
@@ -70,7 +89,8 @@ def _unserved_view(error: ErrorResponse) -> bytes | None:
         error,
         f"{name} cannot be selected from in this place",
         "The proxy serves the view where it is alone in FROM, with plain columns.",
-        f"Select from it directly, as in SELECT * FROM {name}.",
+        f"Select from it directly, as in SELECT * FROM {name}; or say CREATE EXTENSION"
+        " pg_background, to have it everywhere in the search_path.",
     )
 
 

@@ -317,6 +317,9 @@ CALLS: Final = [
     p("SELECT pg_background_result(pg_background_launch($1))", "s"),
     p("SELECT * FROM pg_background_result($1) AS (x int)", types=(23,)),
     p("SELECT pg_background_launch(($1", "t"),
+    p("SELECT 1 FROM pg_extension WHERE extname = $1 AND extversion = 'x'", "s"),
+    p("DROP EXTENSION IF EXISTS pg_background", "s"),
+    p("COMMENT ON EXTENSION pg_background IS 'x'", "t"),
     b(parameters=(b"SELECT 7",)),
     b("s", "p", (b"SELECT 7", b"65536")),
     b("s", "", (b"SELECT 7",), results=(1,)),
@@ -333,6 +336,16 @@ PLAIN: Final = [
     *map(q, ["COPY (SELECT generate_series(1, 3)) TO STDOUT", "SET a.b = 'c'", "SHOW a.b"]),
     *map(q, ["LISTEN c", "NOTIFY c, 'x'", "DEALLOCATE ALL", "DISCARD ALL", "SAVEPOINT a"]),
     q("DO $$BEGIN RAISE NOTICE 'pg_background_launch'; END$$"),
+    *map(
+        q,
+        [
+            "SELECT count(*) > 0 AS x FROM pg_extension; SELECT 1",
+            "SELECT 'ä'; SELECT 1/0, nope FROM pg_catalog.pg_extension e",
+            "COPY t FROM STDIN; SELECT 1 FROM pg_stat_activity LIMIT 1",
+            "DROP EXTENSION IF EXISTS pg_background; SELECT 2",
+            "SELECT 1; DROP EXTENSION pg_background",
+        ],
+    ),
     q("DECLARE c CURSOR FOR SELECT generate_series(1, 9)"),
     q("FETCH 2 FROM c"),
     *map(
@@ -519,7 +532,7 @@ class Upstream:
                 packet = _receive_packet(sock)
             startup = parse_startup_packet(packet[4:]) if packet else None
             given = startup.parameters if isinstance(startup, StartupMessage) else {}
-            is_job = given.get(b"application_name") == b"pg_background"
+            is_job = given.get(b"application_name", b"").startswith(b"pg_background")
             script = self.scripts.get(given.get(b"fuzz.side" if is_job else b"fuzz.primary", b""))
             if script is None:
                 self._pass_on(sock, packet)

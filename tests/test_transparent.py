@@ -758,6 +758,8 @@ class Side:
 class Told:
     """The relay's session: notes what it is told."""
 
+    watchword = b"WATCHWORD"
+
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.taken: bytes | None = None
@@ -776,6 +778,13 @@ class Told:
 
     def settings_mentioned(self, sql: bytes) -> None:
         self.events.append(("settings", sql))
+
+    def notice(self, body: bytes) -> bool:
+        self.events.append(("notice", body))
+        return self.watchword in body
+
+    def statement_ended(self) -> None:
+        self.events.append(("ended",))
 
     def complaint(self, error: bytes) -> bytes | None:
         return b"E\0\0\0\5\0" if b"REPLACE" in error else None
@@ -817,6 +826,7 @@ FRONTEND_STREAM = serialized(
     ]
 )
 CALL = q("SELECT pg_background CALL")
+FOR_US = m.NoticeResponse({"M": b"WATCHWORD and more" + b"." * 1000})
 BACKEND_STREAM = serialized(
     [
         m.AuthenticationMD5Password(b"salt"),
@@ -828,6 +838,8 @@ BACKEND_STREAM = serialized(
         m.DataRow((b"E\0\0\0\5Z\0\0\0\5I" * 1000, None)),
         m.CommandComplete(b"SELECT 1"),
         m.NoticeResponse({"M": b"note"}),
+        FOR_US,
+        m.NoticeResponse({"M": b"a long note" * 100}),
         m.ErrorResponse({"M": b"REPLACE me"}),
         m.ErrorResponse({"M": b"no"}),
         m.CopyInResponse(0, (0,)),
@@ -853,7 +865,7 @@ def test_any_cut_of_the_clients_stream_gives_the_same(cuts: list[int]) -> None:
 @given(cuts_of(BACKEND_STREAM))
 def test_any_cut_of_the_servers_stream_gives_the_same(cuts: list[int]) -> None:
     replaced = m.ErrorResponse({"M": b"REPLACE me"}).serialize()
-    expected = BACKEND_STREAM.replace(replaced, b"E\0\0\0\5\0")
+    expected = BACKEND_STREAM.replace(replaced, b"E\0\0\0\5\0").replace(FOR_US.serialize(), b"")
     result = relayed(BACKEND_STREAM, cuts, from_client=False)
     assert result[0] == expected
     assert result == relayed(BACKEND_STREAM, [], from_client=False)

@@ -1,0 +1,250 @@
+"""Whether a database has the extension that CREATE EXTENSION made through the proxy, and which
+objects are its.
+
+The rule: the server is asked, each time; nothing but its catalogs says so. One function, the
+`MARKER`, says that the extension is here: its schema is the extension's, its body has the version,
+its comment is the extension's. So it goes with transactions, dumps and SET SCHEMA as all objects
+do.
+
+What is here are pieces of SQL that trust nothing of the session: all names and operators are
+qualified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.errors import (
+    INSUFFICIENT_PRIVILEGE,
+    UNDEFINED_FUNCTION,
+    UNDEFINED_TABLE,
+    SQLError,
+)
+from proxy.functions import (
+    ERROR_INFO_1,
+    ERROR_INFO_2,
+    HANDLE,
+    OUTCOME,
+    PROGRESS,
+    RESULT_INFO_1,
+    RESULT_INFO_2,
+    RUN,
+    STATS_1,
+    STATS_2,
+    VIEWS,
+    Function,
+    Type,
+)
+
+NAME: Final = "pg_background"
+MARKER: Final = "_pg_background_version"
+"""The function that says that the extension is here."""
+TAG: Final = "-- pg-background-proxy"
+"""Stands in the body of every function of the extension."""
+HELPER: Final = "_pg_background_"
+"""How the names of the functions begin that are for the others only."""
+
+IS_HELPER: Final = (
+    f"(pg_catalog.left(CAST(p.proname AS pg_catalog.text), {len(HELPER)})"
+    f" OPERATOR(pg_catalog.=) '{HELPER}')"
+)
+"""Whether ``p`` is such a function. PUBLIC may execute them: they do nothing that one could not say
+oneself, and whoever is granted one function of the API needs them."""
+
+FIND: Final = (
+    f"FROM pg_catalog.pg_proc p WHERE p.proname OPERATOR(pg_catalog.=) '{MARKER}'"
+    " AND p.pronargs OPERATOR(pg_catalog.=) 0 AND pg_catalog.has_database_privilege("
+    "p.proowner, CAST(pg_catalog.current_database() AS pg_catalog.text), 'CREATE')"
+    " ORDER BY p.oid LIMIT 1"
+)
+"""FROM … of the marker, as ``p``: one row or none. It counts only if its owner may create
+extensions here, so that nobody else can make others believe in one."""
+
+VERSION: Final = "pg_catalog.\"substring\"(p.prosrc, '[0-9.]+')"
+"""The extension's version, where ``p`` is the marker."""
+
+REALLY: Final = (
+    "EXISTS(SELECT 1 FROM pg_catalog.pg_extension e"
+    f" WHERE e.extname OPERATOR(pg_catalog.=) '{NAME}')"
+)
+"""Whether the server has the C extension in this database."""
+
+VERSION_QUERY: Final = f"SELECT (SELECT {VERSION} {FIND}), {REALLY}".encode()
+"""The extension's version or NULL, and whether the server has the C extension."""
+
+
+def api_version(version: str) -> int:
+    """Which version of the API a version of the extension has, 1 or 2."""
+    return 1 if version.startswith("1.") else 2
+
+
+# --- as a call finds it ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """The extension, as the session sees it that makes a call.
+
+    Attributes:
+        version: one of CREATE EXTENSION's.
+        schema: its name, in the client's encoding.
+        in_search_path: whether an unqualified name finds what is in there.
+        usable: whether the current role may use the schema.
+        allowed: what the current role may call, of what was asked about.
+    """
+
+    version: str
+    schema: bytes
+    in_search_path: bool
+    usable: bool
+    allowed: frozenset[str]
+
+    @property
+    def api(self) -> int:
+        """The version of its API."""
+        return api_version(self.version)
+
+    def allows(self, function: Function) -> bool:
+        """Whether the current role may call it, or select from the view that it is."""
+        return _key(function) in self.allowed
+
+    def check(self, function: Function, schema: bytes | None) -> None:
+        """Raises SQLError if the current role does not find the function, or may not call it.
+
+        Args:
+            function: what is called, or selected from.
+            schema: what the call says, if anything.
+        """
+        is_view = VIEWS.get(function.name) is function
+        found = self.in_search_path if schema is None else schema == self.schema
+        own = self.schema.decode("utf-8", "replace")
+        if not found:
+            types = ", ".join(parameter.type.name for parameter in function.parameters)
+            raise SQLError(
+                UNDEFINED_TABLE if is_view else UNDEFINED_FUNCTION,
+                f'relation "{function.name}" does not exist'
+                if is_view
+                else f"function {function.name}({types}) does not exist",
+                hint=f'The extension {NAME} is in the schema "{own}".',
+            )
+        if not self.usable:
+            raise SQLError(INSUFFICIENT_PRIVILEGE, f"permission denied for schema {own}")
+        if not self.allows(function):
+            kind = "view" if is_view else "function"
+            raise SQLError(INSUFFICIENT_PRIVILEGE, f"permission denied for {kind} {function.name}")
+
+
+def _key(function: Function) -> str:
+    is_view = VIEWS.get(function.name) is function
+    return f"{function.name}/{'view' if is_view else len(function.parameters)}"
+
+
+def installed_query(functions: Iterable[Function]) -> str:
+    """A subquery: the text that `parse_installed` reads, NULL if the extension is not there.
+
+    Args:
+        functions: which of the current role's privileges to look up; views too.
+    """
+    names = ",".join(dict.fromkeys(function.name for function in functions))
+    which = f"OPERATOR(pg_catalog.=) ANY (CAST('{{{names}}}' AS pg_catalog.name[]))"
+    return (
+        f"(SELECT CAST(pg_catalog.array_cat(ARRAY[{VERSION},"
+        " CAST(n.nspname OPERATOR(pg_catalog.=) ANY (pg_catalog.current_schemas(true))"
+        " AS pg_catalog.text), CAST(pg_catalog.has_schema_privilege(n.oid, 'USAGE')"
+        " AS pg_catalog.text), CAST(n.nspname AS pg_catalog.text)],"
+        " ARRAY(SELECT pg_catalog.concat(f.proname, '/', f.pronargs) FROM pg_catalog.pg_proc f"
+        f" WHERE f.proname {which} AND f.pronamespace OPERATOR(pg_catalog.=) n.oid"
+        " AND pg_catalog.has_function_privilege(f.oid, 'EXECUTE')"
+        " UNION ALL SELECT pg_catalog.concat(c.relname, '/view') FROM pg_catalog.pg_class c"
+        f" WHERE c.relname {which} AND c.relnamespace OPERATOR(pg_catalog.=) n.oid"
+        " AND c.relkind OPERATOR(pg_catalog.=) 'v'"
+        " AND pg_catalog.has_table_privilege(c.oid, 'SELECT'))) AS pg_catalog.text)"
+        f" FROM (SELECT p.* {FIND}) p, pg_catalog.pg_namespace n"
+        " WHERE n.oid OPERATOR(pg_catalog.=) p.pronamespace)"
+    )
+
+
+def parse_installed(values: Sequence[bytes | None]) -> Installed:
+    """From the elements of the array that `installed_query` gives."""
+    version, in_search_path, usable, schema, *allowed = (value or b"" for value in values)
+    return Installed(
+        version.decode("ascii", "replace"),
+        schema,
+        in_search_path == b"true",
+        usable == b"true",
+        frozenset(key.decode("ascii", "replace") for key in allowed),
+    )
+
+
+def may_execute(name: str, parameters: str, role: str) -> str:
+    """A subquery: whether a role may execute one of the extension's functions; NULL without it.
+
+    Args:
+        name: an SQL expression, the name of the function.
+        parameters: how many it has, the same.
+        role: the OID of the role, the same.
+    """
+    return (
+        f"(SELECT pg_catalog.bool_or(pg_catalog.has_function_privilege({role}, f.oid, 'EXECUTE'))"
+        " FROM pg_catalog.pg_proc f WHERE f.pronamespace OPERATOR(pg_catalog.=)"
+        f" (SELECT p.pronamespace {FIND}) AND f.proname OPERATOR(pg_catalog.=) {name}"
+        f" AND f.pronargs OPERATOR(pg_catalog.=) {parameters})"
+    )
+
+
+# --- its objects -----------------------------------------------------------------------------
+
+COMPOSITE: Final = (
+    *(HANDLE, PROGRESS, OUTCOME, RUN),
+    *(RESULT_INFO_1, RESULT_INFO_2, ERROR_INFO_1, ERROR_INFO_2, STATS_1, STATS_2),
+)
+"""The types that the extension has beside its views'."""
+
+# With version 1 the plain name is that of the columns of version 1.
+RENAMED: Final = {
+    STATS_1: (STATS_2.name, STATS_1.name),
+    STATS_2: (f"{STATS_2.name}_2", STATS_2.name),
+    RESULT_INFO_1: (RESULT_INFO_2.name, RESULT_INFO_1.name),
+    RESULT_INFO_2: (f"{RESULT_INFO_2.name}_2", RESULT_INFO_2.name),
+    ERROR_INFO_1: (ERROR_INFO_2.name, ERROR_INFO_1.name),
+    ERROR_INFO_2: (f"{ERROR_INFO_2.name}_2", ERROR_INFO_2.name),
+}
+"""Types whose names in the two versions of the API differ."""
+
+
+def type_name(type: Type, api: int) -> str:
+    """The name of a composite type in the extension's schema."""
+    return RENAMED[type][api - 1] if type in RENAMED else type.name
+
+
+def functions(namespace: str) -> str:
+    """FROM and WHERE of the extension's functions, as ``p``.
+
+    Args:
+        namespace: an SQL expression, the OID of the extension's schema.
+    """
+    return (
+        f"FROM pg_catalog.pg_proc p WHERE p.pronamespace OPERATOR(pg_catalog.=) {namespace}"
+        f" AND ({IS_HELPER} OR pg_catalog.strpos(p.prosrc, '{TAG}') OPERATOR(pg_catalog.>) 0)"
+    )
+
+
+def types(namespace: str) -> str:
+    """FROM and WHERE of its composite types' rows in pg_class, as ``c``."""
+    names = dict.fromkeys(type_name(type, api) for type in COMPOSITE for api in (1, 2))
+    return _relations(namespace, names, "c")
+
+
+def views(namespace: str) -> str:
+    """FROM and WHERE of its views' rows in pg_class, as ``c``."""
+    return _relations(namespace, VIEWS, "v")
+
+
+def _relations(namespace: str, names: Iterable[str], kind: str) -> str:
+    return (
+        f"FROM pg_catalog.pg_class c WHERE c.relnamespace OPERATOR(pg_catalog.=) {namespace}"
+        f" AND c.relkind OPERATOR(pg_catalog.=) '{kind}' AND c.relname OPERATOR(pg_catalog.=)"
+        f" ANY (CAST('{{{','.join(names)}}}' AS pg_catalog.name[]))"
+    )
