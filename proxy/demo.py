@@ -153,6 +153,7 @@ class Tour:
             self.notices,
             self.columns,
             self.autonomous_transaction,
+            self.inside_the_database,
         )
         for number, step in enumerate(steps, 1):
             title = (step.__doc__ or "").strip()
@@ -217,6 +218,21 @@ class Tour:
         await self.sql("ROLLBACK")
         await self.until("SELECT what FROM audit_log", [("somebody tried",)])
         _expect(await self.sql("SELECT count(*) FROM bg_test"), [(1000,)])
+
+    async def inside_the_database(self) -> None:
+        """With the extension's objects there, functions and triggers may call, too."""
+        await self.sql("CREATE EXTENSION pg_background")
+        await self.sql(
+            "CREATE FUNCTION log_audit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " PERFORM pg_background_detach(pg_background_launch(format("
+            "'INSERT INTO audit_log VALUES (%L)', TG_OP || ' ' || TG_TABLE_NAME)));"
+            " RETURN NULL; END $$"
+        )
+        await self.sql("CREATE TRIGGER audit AFTER DELETE ON bg_test EXECUTE PROCEDURE log_audit()")
+        await self.sql("BEGIN")
+        await self.sql("DELETE FROM bg_test")
+        await self.sql("ROLLBACK")
+        await self.until("SELECT what FROM audit_log OFFSET 1", [("DELETE bg_test",)])
 
     async def launch(self, sql: str) -> int:
         """Launches a job, shown; returns its pid."""

@@ -314,7 +314,10 @@ class Inside:
             settings = tuple((name, value) for name, value in pairs if value is not None)
             context = replace(context, settings=context.settings + settings)
         elif Needs.SETTINGS in call.function.needs and self._has_missing_ok:
-            call.custom_settings = tuple(self._session.custom_settings)
+            codec = encodings.codec(call.encoding)
+            call.custom_settings = tuple(
+                name for name in self._session.custom_settings if encodings.is_valid(name, codec)
+            )
             if call.custom_settings:
                 return [b"c", *call.custom_settings]
         if not context.may_call:

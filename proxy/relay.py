@@ -219,11 +219,7 @@ class Relay:
                     return
                 text = data[position:end].lower()
                 if (
-                    (
-                        b"pg_background" in text
-                        or b"pg_extension" in text
-                        or b"pg_stat_activity" in text
-                    )
+                    _may_be_ours(text)
                     and not self.asked.copying
                     and self._hooks.has_call(kind, data[position + HEADER_SIZE : end])
                 ):
@@ -479,6 +475,12 @@ class Relay:
         source.receive = lambda rest: sink.write(rest)  # which changes when it is gone
 
 
+def _may_be_ours(text: bytes) -> bool:
+    """Whether a Query or Parse, in lower case, mentions the functions, or a catalog that is to show
+    them."""
+    return b"pg_background" in text or b"pg_extension" in text or b"pg_stat_activity" in text
+
+
 def _is_plain_batch(data: bytes) -> bool:
     """Whether this is one whole batch, a short one, that says nothing of calls or settings."""
     size = len(data)
@@ -488,7 +490,7 @@ def _is_plain_batch(data: bytes) -> bool:
     kind = data[0]
     if kind in _WITH_TEXT:
         text = data.lower()
-        if b"pg_" in text or b"set" in text:
+        if b"pg_" in text or b"set" in text:  # and more than these: that takes the long way
             return False
         end = _unpack(data, 1)[0] + 1
         if kind == QUERY:
