@@ -143,27 +143,32 @@ class Backend(asyncio.BufferedProtocol):
                 raise ServerError(ErrorResponse.parse(body))
 
     async def query(self, sql: bytes, *parameters: bytes) -> tuple[bytes | None, ...]:
-        """The first row that a query of ours returns, in text; empty if there is none.
+        """The last row that a query of ours returns, in text; empty if there is none.
 
         Parameters, if any, are text, of the types that the server finds for them.
 
         Raises ServerError.
         """
+        rows = await self.rows(sql, *parameters)
+        return rows[-1] if rows else ()
+
+    async def rows(self, sql: bytes, *parameters: bytes) -> list[tuple[bytes | None, ...]]:
+        """All rows, those of several statements one after the other. Raises ServerError."""
         if parameters:
             extended = (Parse(b"", sql), Bind(b"", b"", parameters=parameters), Execute(b""))
             self.transport.write(b"".join(m.serialize() for m in (*extended, Sync())))
         else:
             self.transport.write(Query(sql).serialize())
-        row: tuple[bytes | None, ...] = ()
+        rows: list[tuple[bytes | None, ...]] = []
         error: ServerError | None = None
         while True:
             kind, body = await self._inbox.next()
             if kind == _DATA_ROW:
-                row = DataRow.parse(body).values
+                rows.append(DataRow.parse(body).values)
             elif kind == _READY:
                 if error:
                     raise error
-                return row
+                return rows
             elif kind == _PARAMETER_STATUS:
                 self._parameter_status(body)
             elif kind == _ERROR:

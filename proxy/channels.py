@@ -19,6 +19,7 @@ from proxy.context import ROLE_STATEMENT
 from proxy.log import logger
 
 Open = Callable[[], Awaitable[Backend]]
+Rows = list[tuple[bytes | None, ...]]
 
 APPLICATION_NAME: Final = b"pg_background channel"
 
@@ -58,10 +59,10 @@ class Channel:
         self._backend = backend
         self.timer: asyncio.TimerHandle | None = None
         self._lock = asyncio.Lock()
-        self._tasks: set[asyncio.Task[tuple[bytes | None, ...]]] = set()
+        self._tasks: set[asyncio.Task[Rows]] = set()
 
-    async def query(self, sql: bytes) -> tuple[bytes | None, ...]:
-        """The first row of a query. It is run to its end also if nobody waits for that any more.
+    async def query(self, sql: bytes) -> Rows:
+        """The rows of a query. It is run to its end also if nobody waits for that any more.
 
         Raises ServerError, ConnectionError.
         """
@@ -70,16 +71,16 @@ class Channel:
         task.add_done_callback(self._done)
         return await asyncio.shield(task)
 
-    def _done(self, task: asyncio.Task[tuple[bytes | None, ...]]) -> None:
+    def _done(self, task: asyncio.Task[Rows]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.debug("channel: %s", task.exception())
 
-    async def _query(self, sql: bytes) -> tuple[bytes | None, ...]:
+    async def _query(self, sql: bytes) -> Rows:
         async with self._lock:
             if not self.is_alive:
                 raise ConnectionError("the channel is closed")
-            return await self._backend.query(sql)
+            return await self._backend.rows(sql)
 
     async def rest(self) -> None:
         """Show nothing and lock nothing."""

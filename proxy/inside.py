@@ -59,7 +59,7 @@ from proxy.blocks import Answer, Blocks
 from proxy.bodies import identity
 from proxy.caller import decode_argument
 from proxy.calls import permission_denied
-from proxy.channels import Channel
+from proxy.channels import Channel, Rows
 from proxy.context import NOT_CARRIED_OVER, Context, role_query
 from proxy.encodings import array_2_text, array_text
 from proxy.functions import DECLARED, Function, Needs
@@ -368,11 +368,11 @@ class Inside:
             encoding=call.encoding,
             roles=roles,
         )
-        await self._lock(question)
-        row = await self._channel_query(checks)
-        if not row:
+        (_, state), *found = await self._channel_query(b"%b; %b" % (self._lock(question), checks))
+        self._is_locked = (state or b"").endswith(b"w")
+        if not found:
             raise SQLError(UNDEFINED_OBJECT, "the current role does not exist")
-        role_id, may_become, may_call, usable_roles = row
+        role_id, may_become, may_call, usable_roles = found[0]
         if may_become != b"t":
             raise SQLError(
                 INSUFFICIENT_PRIVILEGE,
@@ -394,15 +394,14 @@ class Inside:
             settings=call.settings,
         )
 
-    async def _lock(self, question: Question) -> None:
-        """Have the channel hold the lock that the function waits for."""
+    def _lock(self, question: Question) -> bytes:
+        """The SELECT with which a channel takes the lock that the function waits for."""
         hash = self._hash(question.nonce)
-        row = await self._channel_query(
+        return (
             b"SELECT pg_catalog.pg_advisory_unlock_all(), pg_catalog.set_config('application_name',"
             b" CASE WHEN pg_catalog.pg_try_advisory_lock(%d) THEN '%bw' ELSE '%bt' END, false)"
             % (_key(hash), hash[:12], hash[:12])
         )
-        self._is_locked = (row[1] or b"").endswith(b"w")
 
     async def _show_next(self, question: Question) -> None:
         """The next piece of what is being handed over."""
@@ -442,10 +441,10 @@ class Inside:
                 # It is made while the function deals with this one.
                 coming = self._or_error(call, self._block, self._blocks)
                 self._coming = asyncio.get_running_loop().create_task(coming)
-        row = await self._channel_query(b"%bSELECT %b" % (comment, b", ".join(columns)))
+        [row] = await self._channel_query(b"%bSELECT %b" % (comment, b", ".join(columns)))
         self._is_locked = has_more and row[0] == b"t"
 
-    async def _channel_query(self, sql: bytes) -> tuple[bytes | None, ...]:
+    async def _channel_query(self, sql: bytes) -> Rows:
         if self._channel is None:
             raise ConnectionError("the channel is gone")
         return await self._channel.query(sql)
