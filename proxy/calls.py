@@ -24,12 +24,12 @@ from protocol.errors import (
     UNDEFINED_OBJECT,
     SQLError,
 )
-from proxy.sql import EXECUTOR_ROLE
+from proxy.sql.text import EXECUTOR_ROLE
 
 if TYPE_CHECKING:
-    from proxy.context import Context
-    from proxy.jobs import Job, Jobs
-    from proxy.known import Handle, KnownJob
+    from proxy.jobs.context import Context
+    from proxy.jobs.job import Job, Jobs
+    from proxy.jobs.known import Handle, KnownJob
 
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 24 * HOUR_MS

@@ -156,7 +156,7 @@ def _serve(arguments: dict[str, Any]) -> int:
 
     first = settings()
     if first.workers > 1:
-        from proxy.supervisor import supervise
+        from proxy.workers.supervisor import supervise
 
         log.configure(first.log_level, who="supervisor")
         return run(supervise(given))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from proxy.conninfo import parse_conninfo
-from proxy.keepalive import Keepalive
+from proxy.net.keepalive import Keepalive
 from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, parse_time_ms
 
 DEFAULT_PORT: Final = 6543

@@ -15,20 +15,21 @@ import signal
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 
 from protocol.startup import CancelRequest
-from proxy import lexer, log, statements
-from proxy.channels import Channels
+from proxy import log
+from proxy.auth.credentials import Credentials, LoginObserver, Secret
 from proxy.config import Config
-from proxy.credentials import Credentials, LoginObserver, Secret
+from proxy.extension.channels import Channels
 from proxy.functions import CATALOGS
-from proxy.jobs import Job
-from proxy.known import Handle, KnownJob, KnownJobs, RemoteJob
-from proxy.listeners import Listeners, Reception
+from proxy.jobs.job import Job
+from proxy.jobs.known import Handle, KnownJob, KnownJobs, RemoteJob
+from proxy.jobs.spares import Spares
 from proxy.log import logger
-from proxy.peers import Peers
+from proxy.net.listeners import Listeners, Reception
+from proxy.net.upstream import Route
 from proxy.session import Session
 from proxy.setup import LAST_WORDS, Setup, client_keepalive, reload, reloaded
-from proxy.spares import Spares
-from proxy.upstream import Route
+from proxy.sql import lexer, statements
+from proxy.workers.peers import Peers
 
 _CANCEL_AGAIN = 0.02
 _CANCEL_SELDOM = 1.0

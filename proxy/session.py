@@ -39,29 +39,31 @@ from protocol.startup import (
     parse_startup_packet,
     startup_packet_length,
 )
-from proxy import catalogs, commands, encodings, extension, lexer, statements, tls
-from proxy.asked import PARSE, QUERY
-from proxy.bodies import SESSION_SETTING
-from proxy.channels import Channel
+from proxy.auth.credentials import LoginObserver
+from proxy.auth.login import Login, RefusedError
 from proxy.config import Host
-from proxy.connection import Connection
-from proxy.context import Context
-from proxy.credentials import LoginObserver
+from proxy.extension import catalogs, commands, ddl
+from proxy.extension.bodies import SESSION_SETTING
+from proxy.extension.channels import Channel
+from proxy.extension.inside import Inside
+from proxy.extension.installed import Installed, api_version
 from proxy.functions import CATALOGS
-from proxy.inside import Inside
-from proxy.installed import Installed, api_version
-from proxy.interception import Interception
-from proxy.jobs import Job, Jobs
-from proxy.known import Handle, KnownJob, KnownJobs
-from proxy.launcher import Launcher
-from proxy.lexer import LexError
+from proxy.jobs.context import Context
+from proxy.jobs.job import Job, Jobs
+from proxy.jobs.known import Handle, KnownJob, KnownJobs
+from proxy.jobs.launcher import Launcher
 from proxy.log import logger
-from proxy.login import Login, RefusedError
-from proxy.peers import Peers
-from proxy.relay import IDLE, Relay
+from proxy.net import tls
+from proxy.net.connection import Connection
+from proxy.net.upstream import Route
 from proxy.settings import Setting
-from proxy.unserved import unavailable, unserved
-from proxy.upstream import Route
+from proxy.sql import encodings, lexer, statements
+from proxy.sql.lexer import LexError
+from proxy.sql.unserved import unavailable, unserved
+from proxy.traffic.asked import PARSE, QUERY
+from proxy.traffic.interception import Interception
+from proxy.traffic.relay import IDLE, Relay
+from proxy.workers.peers import Peers
 
 if TYPE_CHECKING:
     from proxy.server import Server
@@ -563,7 +565,7 @@ class Session:
         )
         if command is None:
             return None
-        block = extension.block(
+        block = ddl.block(
             command, sql, api=self._server.config.api_version, server_version=self.server_version
         )
         return statements.substitute(sql, block, command.tag)

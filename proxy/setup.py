@@ -10,14 +10,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from proxy import tls
-from proxy.auth_query import AuthQuery
+from proxy.auth.auth_query import AuthQuery
+from proxy.auth.credentials import CredentialStore
 from proxy.config import Config, ConfigError, check_together
-from proxy.credentials import CredentialStore
-from proxy.keepalive import Keepalive
 from proxy.log import logger
+from proxy.net import tls
+from proxy.net.keepalive import Keepalive
+from proxy.net.upstream import Dialer, Route
 from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT
-from proxy.upstream import Dialer, Route
 
 T = TypeVar("T")
 

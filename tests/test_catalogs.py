@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proxy import catalogs
+from proxy.extension import catalogs
 from tests.api_clients import Gate
 from tests.background import failure, launch, message
 from tests.conftest import StartProxy

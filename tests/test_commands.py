@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import catalogs, commands
-from proxy.extension import (
+from proxy.extension import catalogs, commands
+from proxy.extension.ddl import (
     Command,
     CommentOnExtension,
     CreateExtension,
@@ -16,7 +16,7 @@ from proxy.extension import (
     MoveExtension,
     UpdateExtension,
 )
-from proxy.statements import Substitute, joined, substitute
+from proxy.sql.statements import Substitute, joined, substitute
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from proxy.config import (
     parse_upstream,
 )
 from proxy.conninfo import parse_conninfo
-from proxy.keepalive import Keepalive
+from proxy.net.keepalive import Keepalive
 from proxy.settings import (
     DEFAULT_QUEUE_SIZE,
     MAX_WORKERS,

@@ -50,7 +50,7 @@ from protocol.messages import (
 )
 from protocol.scram import MECHANISM, ScramClient, ScramSecret, ScramServer, saslprep
 from protocol.startup import StartupMessage
-from proxy.credentials import (
+from proxy.auth.credentials import (
     Authenticator,
     AuthFile,
     Cleartext,

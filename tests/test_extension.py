@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from protocol import messages as m
-from proxy.extension import VERSIONS
+from proxy.extension.ddl import VERSIONS
 from proxy.functions import catalog
 from tests.background import failure, message, notices, wait_until
 from tests.conftest import StartProxy

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from psycopg import pq
 
-from proxy.lexer import (
+from proxy.sql.lexer import (
     RESERVED,
     Kind,
     LexError,

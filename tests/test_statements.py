@@ -39,8 +39,8 @@ from proxy.functions import (
     Type,
     catalog,
 )
-from proxy.lexer import LexError, split
-from proxy.statements import (
+from proxy.sql.lexer import LexError, split
+from proxy.sql.statements import (
     Call,
     FieldOf,
     ItemOutput,

@@ -25,7 +25,7 @@ from protocol import messages as m
 from protocol.framing import MessageBuffer
 from protocol.startup import GSSENCRequest, SSLRequest, StartupMessage
 from proxy.embedded import free_port
-from proxy.keepalive import Keepalive
+from proxy.net.keepalive import Keepalive
 from tests.certificates import Certificates
 from tests.conftest import StartProxy
 from tests.servers import REPOSITORY, Proxy, Server, clean_environment, psql

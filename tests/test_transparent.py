@@ -28,7 +28,7 @@ from protocol import messages as m
 from protocol.framing import MessageBuffer, frame
 from protocol.startup import StartupMessage
 from protocol.values import oids
-from proxy.relay import Relay
+from proxy.traffic.relay import Relay
 from tests.conftest import StartProxy
 from tests.recorder import (
     END,

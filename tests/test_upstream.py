@@ -20,11 +20,11 @@ import pytest
 
 from protocol.messages import Query
 from protocol.startup import StartupMessage
+from proxy.auth.credentials import CredentialStore
 from proxy.config import Host, load
-from proxy.credentials import CredentialStore
 from proxy.embedded import free_port
-from proxy.keepalive import Keepalive
-from proxy.upstream import Dialer, HostState
+from proxy.net.keepalive import Keepalive
+from proxy.net.upstream import Dialer, HostState
 from tests.certificates import Certificates
 from tests.conftest import StartProxy
 from tests.servers import REPOSITORY, Proxy, Server, clean_environment, psql

@@ -359,7 +359,7 @@ def test_a_worker_that_hangs_is_not_waited_for_for_ever(
 
 BROKEN: Final = """\
 import os, sys
-if "proxy.worker" in sys.orig_argv and os.path.exists(os.environ["BROKEN"]):
+if "proxy.workers.worker" in sys.orig_argv and os.path.exists(os.environ["BROKEN"]):
     os._exit(7)
 """
 

@@ -1,0 +1,1 @@
+"""Who a client is: its login, and what a side backend logs in with in its place."""

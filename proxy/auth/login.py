@@ -1,0 +1,366 @@
+"""A client's login: everything between the startup packet and AuthenticationOk.
+
+The rule: who is let in is the server's decision, always. Three ways lead to it:
+
+- The messages pass through. Only SCRAM-SHA-256-PLUS is taken out of what the server offers: it
+  binds the login to one TLS connection, and here there are two.
+- ``auth_type = plain``: whatever the server asks for, the proxy asks the client for the password in
+  clear text, and answers the server with it.
+- SCRAM on both sides, where it could not pass through: a client that has TLS, and so could bind,
+  says that the server does not offer it; a server that has TLS takes that for an attack. With the
+  role's secret the proxy can check the client itself, and recovers from its proof the key to log in
+  with. A client with a wrong password is let fail at the server, with a key that is wrong too.
+
+Until the login is over, messages are read whole, and none is larger than `_LIMIT`. The client's
+are taken only when the server has asked for something; what it sends ahead waits for the relay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from protocol.errors import (
+    INVALID_AUTHORIZATION_SPECIFICATION,
+    ProtocolViolation,
+    SQLError,
+)
+from protocol.framing import MessageBuffer, frame
+from protocol.messages import (
+    AuthenticationCleartextPassword,
+    AuthenticationOk,
+    AuthenticationRequest,
+    AuthenticationSASL,
+    AuthenticationSASLContinue,
+    AuthenticationSASLFinal,
+    ErrorResponse,
+    PasswordMessage,
+    SASLInitialResponse,
+    SASLResponse,
+    parse_authentication,
+)
+from protocol.scram import MECHANISM, ClientFirst, ScramSecret, ScramServer
+from proxy.auth.credentials import Authenticator, Cleartext, Credentials, LoginObserver, Secret
+from proxy.net.connection import Connection
+
+AUTHENTICATION: Final = AuthenticationOk.type
+ERROR: Final = ErrorResponse.type
+PASSWORD: Final = PasswordMessage.type
+
+_PLUS: Final = MECHANISM + b"-PLUS"
+_LIMIT: Final = 64 * 1024
+"""Bytes of one message; PostgreSQL's own limit for what a client sends at this time."""
+
+_BINDING_HINT: Final = (
+    "The proxy ends TLS on both sides, so SCRAM channel binding cannot reach the server. Let the"
+    " proxy know the role's SCRAM secret (auth_file or auth_query), or set auth_type = plain in the"
+    " proxy, or channel_binding=disable in the client."
+)
+
+
+class RefusedError(Exception):
+    """The server sent an error before it asked for anything, as for a line of pg_hba.conf.
+
+    Attributes:
+        response: the error.
+        messages: what the client would have got.
+    """
+
+    def __init__(self, response: ErrorResponse, messages: bytes) -> None:
+        super().__init__(response.sqlstate, response.message)
+        self.response = response
+        self.messages = messages
+
+
+class _ServerSpokeError(Exception):
+    """The server did not wait for the client's answer."""
+
+
+class _Mailbox:
+    """Messages from one side."""
+
+    def __init__(self, source: Connection, news: asyncio.Event) -> None:
+        self._source = source
+        self._news = news
+        self._buffer = MessageBuffer()
+        self.ended = False
+
+    def feed(self, data: bytes) -> None:
+        self._buffer.feed(data)
+        if len(self._buffer) > _LIMIT:
+            self._source.pause_reading()
+        self._news.set()
+
+    def end(self) -> None:
+        self.ended = True
+        self._news.set()
+
+    def next(self) -> tuple[int, bytes] | None:
+        """Raises ProtocolViolation for a message that is too long."""
+        message = self._buffer.next_message()
+        if message is None and len(self._buffer) > _LIMIT:
+            raise ProtocolViolation("invalid message length")
+        if len(self._buffer) <= _LIMIT:
+            self._source.resume_reading()
+        return message
+
+    def take_rest(self) -> bytes:
+        self._source.resume_reading()
+        return self._buffer.take_rest()
+
+    def __bool__(self) -> bool:
+        return len(self._buffer) > 0 or self.ended
+
+
+class Login:
+    """One login. `run` it once.
+
+    Args:
+        client, server: their connections; what comes in is the login's while it runs.
+        user: the role in the startup packet.
+        observer: is shown the client's side of it.
+        find_secret: what is known to check the client with, if SCRAM cannot pass through.
+        asks_password: auth_type is plain. None if it is not; else whether this client's connection
+            is fit for a password in clear text.
+    """
+
+    def __init__(
+        self,
+        client: Connection,
+        server: Connection,
+        user: bytes,
+        observer: LoginObserver,
+        find_secret: Callable[[], Awaitable[Secret | None]],
+        *,
+        asks_password: bool | None,
+    ) -> None:
+        self._client = client
+        self._server = server
+        self._user = user
+        self._observer = observer
+        self._find_secret = find_secret
+        self._asks_password = asks_password
+        self._news = asyncio.Event()
+        self._from_client = _Mailbox(client, self._news)
+        self._from_server = _Mailbox(server, self._news)
+        # What the server said before the login began: for the client, if it comes to one.
+        self._preface: bytes | None = b""
+        # The client has been asked for something, and the answer is the server's.
+        self._asked = False
+        # The server has offered SCRAM-SHA-256-PLUS, in this request.
+        self._binding_offered: AuthenticationSASL | None = None
+        self._binding_lost = False
+        # The proxy itself answers the server; then it has a last word for the client.
+        self._authenticator: Authenticator | None = None
+        self._last_word = b""
+        client.receive = self._from_client.feed
+        server.receive = self._from_server.feed
+
+    def server_ended(self) -> None:
+        """It will send no more."""
+        self._from_server.end()
+
+    def client_ended(self) -> None:
+        """It will send no more; what it has sent may be enough."""
+        self._from_client.end()
+
+    def take_rest(self) -> bytes:
+        """What the client has sent and the login has not taken."""
+        return self._from_client.take_rest()
+
+    async def run(self) -> tuple[bytes, bytes]:
+        """Until the server has let the client in; what came of client and server after that.
+
+        Raises:
+            RefusedError: nothing of it has reached the client; another connection may do better.
+            ConnectionError: the server has closed the connection, and said what it had to say.
+            SQLError: it cannot go on, and the proxy knows why.
+            ProtocolViolation: one side does not speak the protocol.
+        """
+        while not await self._step():
+            pass
+        return self._from_client.take_rest(), self._from_server.take_rest()
+
+    async def _step(self) -> bool:
+        """Serve the next message, whose ever it is; true if the client is in."""
+        self._news.clear()
+        try:
+            if (message := self._from_server.next()) is not None:
+                return await self._server_message(*message)
+            if self._from_server.ended:
+                raise ConnectionError("the server closed the connection")
+            if self._asked and (message := self._from_client.next()) is not None:
+                await self._client_message(_answer(*message))
+            elif self._asked and self._from_client.ended:
+                raise ConnectionError("the client closed the connection")
+            else:
+                await self._news.wait()
+        except _ServerSpokeError:
+            pass  # its message is the next one
+        return False
+
+    # What the server says
+
+    async def _server_message(self, kind: int, body: bytes) -> bool:
+        """True if the client is in."""
+        if kind == AUTHENTICATION:
+            if self._preface:
+                self._client.write(self._preface)
+            self._preface = None
+            request = parse_authentication(body)
+            if self._asks_password is not None and not isinstance(request, AuthenticationOk):
+                await self._ask_for_password()
+            if self._authenticator is not None:
+                self._answer_server(self._authenticator, request)
+            elif isinstance(request, AuthenticationSASL):
+                self._offer(request)
+            else:
+                self._pass_on(request)
+            return isinstance(request, AuthenticationOk)
+        message = frame(kind, body)
+        if kind == ERROR:
+            error = ErrorResponse.parse(body)
+            if self._preface is not None:
+                raise RefusedError(error, self._preface + message)
+            if self._binding_lost and error.sqlstate == INVALID_AUTHORIZATION_SPECIFICATION:
+                message = error.with_fields(H=_BINDING_HINT.encode()).serialize()
+        if self._preface is None:
+            self._client.write(message)
+        else:
+            self._preface += message
+        return False
+
+    def _pass_on(self, request: AuthenticationRequest) -> None:
+        self._ask(request)
+        self._asked = not isinstance(request, AuthenticationOk | AuthenticationSASLFinal)
+
+    def _ask(self, request: AuthenticationRequest) -> None:
+        """Show the client, and the observer, a request."""
+        message = request.serialize()
+        self._observer.backend_message(AUTHENTICATION, message[5:])
+        self._client.write(message)
+
+    def _offer(self, request: AuthenticationSASL) -> None:
+        """SASL mechanisms, but for those that cannot work across the proxy."""
+        mechanisms = tuple(name for name in request.mechanisms if not name.endswith(b"-PLUS"))
+        if not mechanisms:
+            offered = b", ".join(request.mechanisms).decode("ascii", "replace")
+            raise SQLError(
+                INVALID_AUTHORIZATION_SPECIFICATION,
+                "no SASL mechanism of the server works through the proxy",
+                detail=f"The server offers {offered or 'none'}, and the proxy cannot bind to its"
+                " TLS connection.",
+                severity="FATAL",
+            )
+        if _PLUS in request.mechanisms:
+            self._binding_offered = request
+        self._pass_on(AuthenticationSASL(mechanisms))
+
+    def _answer_server(self, authenticator: Authenticator, request: AuthenticationRequest) -> None:
+        answer = authenticator.respond(request)
+        if answer is not None:
+            self._server.write(answer)
+        elif isinstance(request, AuthenticationOk):
+            self._client.write(self._last_word)
+            self._ask(request)
+
+    # What the client says
+
+    async def _client_message(self, body: bytes) -> None:
+        """The answer to what the server asked for."""
+        self._asked = False
+        self._observer.frontend_message(body)
+        if self._binding_offered is not None:
+            request, self._binding_offered = self._binding_offered, None
+            first = _first_that_could_bind(body)
+            if first is not None and await self._scram_on_both_sides(first, request):
+                return
+        self._server.write(frame(PASSWORD, body))
+
+    async def _client_answer(self) -> bytes:
+        """The client's answer to a question of ours. Raises _ServerSpokeError."""
+        while (message := self._from_client.next()) is None:
+            if self._from_server:
+                raise _ServerSpokeError
+            if self._from_client.ended:
+                raise ConnectionError("the client closed the connection")
+            self._news.clear()
+            await self._news.wait()
+        body = _answer(*message)
+        self._observer.frontend_message(body)
+        return body
+
+    async def _ask_for_password(self) -> None:
+        """Once; then the server is answered with it."""
+        if self._authenticator is not None:
+            return
+        if not self._asks_password:
+            raise SQLError(
+                INVALID_AUTHORIZATION_SPECIFICATION,
+                "the password may not be sent over this connection",
+                detail="With auth_type = plain the proxy asks for it in clear text, and only over"
+                " TLS, a Unix socket or a loopback address.",
+                hint="Connect with sslmode=require.",
+                severity="FATAL",
+            )
+        self._ask(AuthenticationCleartextPassword())
+        password = PasswordMessage.parse(await self._client_answer()).password
+        self._be(password=password)
+
+    async def _scram_on_both_sides(self, client_first: bytes, request: AuthenticationSASL) -> bool:
+        """Check the client, then log in for it; false if there is nothing to check it with."""
+        known = await self._find_secret()
+        match known:
+            case ScramSecret():
+                secret = known
+            case Cleartext():
+                secret = ScramSecret.from_password(known.password)
+            case _:
+                self._binding_lost = True
+                return False
+        conversation = ScramServer(secret)
+        self._ask(AuthenticationSASLContinue(conversation.first_message(client_first)))
+        client_final = SASLResponse.parse(await self._client_answer()).response
+        if not conversation.verify(client_final):
+            self._be(client_key=secrets.token_bytes(32))
+        else:
+            if isinstance(known, Cleartext):
+                self._be(password=known.password)
+            else:
+                self._be(client_key=conversation.client_key, secret=known)
+            self._last_word = AuthenticationSASLFinal(conversation.final_message()).serialize()
+        assert self._authenticator is not None
+        self._answer_server(self._authenticator, request)
+        return True
+
+    def _be(
+        self,
+        *,
+        password: bytes | None = None,
+        client_key: bytes | None = None,
+        secret: Secret | None = None,
+    ) -> None:
+        """From now on the proxy answers the server, with this."""
+        self._authenticator = Credentials(
+            self._user, password, secret, self._observer, client_key=client_key, purpose=""
+        ).authenticator()
+
+
+def _answer(kind: int, body: bytes) -> bytes:
+    """Raises ProtocolViolation, in PostgreSQL's words, if the client says something else."""
+    if kind != PASSWORD:
+        raise ProtocolViolation(f"expected password response, got message type {kind}")
+    return body
+
+
+def _first_that_could_bind(body: bytes) -> bytes | None:
+    """The client-first-message of a client that could bind, and was not offered it."""
+    try:
+        response = SASLInitialResponse.parse(body)
+        first = ClientFirst.parse(response.response or b"")
+    except ProtocolViolation:
+        return None  # the server will say what is wrong with it
+    could = response.mechanism == MECHANISM and first.gs2_header.startswith(b"y")
+    return response.response if could else None

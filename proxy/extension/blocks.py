@@ -1,0 +1,122 @@
+"""A job's result on its way into the database: blocks of rows.
+
+The rule: a block is whole rows, and about `SIZE` bytes of them, or one row if that is longer. The
+next one is made when it is asked for, so the job waits for whoever reads its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from protocol.errors import QUERY_CANCELED, SQLError
+from protocol.framing import MessageBuffer
+from protocol.messages import DataRow, Field
+from proxy.jobs.job import Job
+from proxy.jobs.rows import Notice, Rows
+from proxy.sql.encodings import array_text
+from proxy.traffic.fetch import JobFailed
+
+SIZE: Final = 64 * 1024
+"""Bytes of DataRow messages that make a block."""
+
+Answer = list[bytes | None]
+
+
+class Blocks:
+    """The result of one job.
+
+    Attributes:
+        job: whose result it is. It counts as consumed from now on.
+        finished: whether all of it was handed over.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        client_encoding: bytes,
+        *,
+        notice: Callable[[bytes], Awaitable[None]],
+        wait: Callable[[Job], Awaitable[None]],
+    ) -> None:
+        """
+        Args:
+            job: whose result it is.
+            client_encoding: of its values.
+            notice: sends a message of the job to the client.
+            wait: waits until something happens to the job.
+        """
+        self.job = job
+        self.finished = False
+        self._encoding = client_encoding
+        self._notice = notice
+        self._wait = wait
+        self._rows = MessageBuffer()
+        job.consumed = True
+
+    async def next(self) -> Answer:
+        """The next block; the last one may have no rows.
+
+        ``r`` for rows: whether there is more (``t`` or ``f``), the DateStyle and the IntervalStyle
+        without which the values would be read wrong, the columns' type OIDs and their type
+        modifiers (both int4[]), and the values as text[][], a row of it for each column. Or ``t``
+        for a job without rows, and its command tags (text[]).
+
+        Raises SQLError: the job's own, or 57014 if it was canceled meanwhile.
+        """
+        rows: list[tuple[bytes | None, ...]] = []
+        size = 0
+        while True:
+            while size < SIZE and (message := self._rows.next_message()) is not None:
+                rows.append(DataRow.parse(message[1]).values)
+                size += len(message[1])
+            if size >= SIZE:
+                return self._block(rows)
+            output = self.job.output.take()
+            if isinstance(output, Notice):
+                await self._notice(self.job.notice(output))
+            elif isinstance(output, Rows):
+                self._rows.feed(output.data)
+            elif not self.job.finished:
+                await self._wait(self.job)
+            else:
+                return self._last(rows)
+
+    def _last(self, rows: list[tuple[bytes | None, ...]]) -> Answer:
+        job = self.job
+        self.finished = True
+        if job.error is not None:
+            raise JobFailed(job.error)
+        if job.canceled:
+            # Too late, or in vain; but what it has sent since was dropped.
+            raise SQLError(
+                QUERY_CANCELED, f"results for PID {job.pid} were dropped when it was canceled"
+            )
+        if job.columns is None:
+            return [b"t", array_text(job.tags, self._encoding)]
+        return self._block(rows)
+
+    def _block(self, rows: list[tuple[bytes | None, ...]]) -> Answer:
+        fields: tuple[Field, ...] = self.job.columns or ()
+        columns = [array_text(column, self._encoding) for column in zip(*rows, strict=True)]
+        return [
+            b"r",
+            b"f" if self.finished else b"t",
+            *self._styles(),
+            b"{%b}" % b",".join(b"%d" % field.type_oid for field in fields),
+            b"{%b}" % b",".join(b"%d" % field.type_modifier for field in fields),
+            b"{%b}" % b",".join(columns),
+        ]
+
+    def _styles(self) -> Answer:
+        # Dates in the style ISO, and intervals in all styles but one, can be read with any setting.
+        date_style = self.job.parameters.get(b"DateStyle", b"ISO")
+        interval_style = self.job.parameters.get(b"IntervalStyle", b"postgres")
+        if date_style.startswith(b"ISO") and interval_style != b"sql_standard":
+            return [None, None]
+        return [date_style, interval_style]
+
+    def abandon(self) -> None:
+        """Nobody wants the rest: the job must not wait for us."""
+        if not self.finished:
+            self.job.forget_output()

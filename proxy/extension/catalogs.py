@@ -1,0 +1,263 @@
+"""The system catalogs as they would be if pg_background were the C extension.
+
+The rule: a query sees more, and nothing is stored. Only in statements that begin as queries, and
+only where a relation of these stands in FROM, a subquery takes its place, which has the same
+columns: so views and functions that the client defines get nothing of it, and whatever is not
+recognised for certain goes to the server as it came. Four relations are meant:
+
+- ``pg_extension`` lists the extension; in a query that mentions it, ``pg_depend`` has the
+  extension's objects, and ``pg_description`` its comment (psql's ``\\dx`` and ``\\dx+``);
+- ``pg_stat_activity`` says ``pg_background`` as the ``backend_type`` of jobs.
+
+Dumps must see what is really there; pg_dump is known by its application_name, and asks for
+``tableoid``, which makes this step back.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from proxy.extension import installed
+from proxy.sql.lexer import RESERVED, Kind, LexError, Token, identifier, keyword, split
+from proxy.sql.statements import Piece, Rewrite, Substitute
+
+WORDS: Final = (b"pg_extension", b"pg_stat_activity")
+"""A statement that mentions neither is of no interest."""
+
+TOOLS: Final = frozenset((b"pg_dump", b"pg_dumpall", b"pg_restore", b"pg_upgrade"))
+"""The application_name of clients that see what is there."""
+
+_NEWEST: Final = 190000
+"""Of later servers the columns are not known."""
+
+_QUERY: Final = re.compile(rb"[\s;(]*+(?:select|with|--|/\*)", re.IGNORECASE)
+# A subquery has none of these.
+_SYSTEM_COLUMNS: Final = frozenset((b"tableoid", b"ctid", b"xmin", b"xmax", b"cmin", b"cmax"))
+# FROM in these is no clause.
+_FROM_IN: Final = frozenset(("extract", "trim", "substring", "overlay", "position"))
+
+
+def analyze(
+    sql: bytes,
+    *,
+    server_version: int,
+    standard_conforming_strings: bool = True,
+    encoding: str | None = None,
+) -> Substitute | None:
+    """A query with the catalogs replaced, None if it is to go as it is.
+
+    Args:
+        sql: the text of one statement, in the client's encoding.
+        server_version: as server_version_num, e.g. 150004.
+        standard_conforming_strings: the session's setting.
+        encoding: client_encoding, as PostgreSQL names it.
+    """
+    lower = sql.lower()
+    if not any(word in lower for word in WORDS) or not _QUERY.match(sql):
+        return None
+    if not 100000 <= server_version < _NEWEST:
+        return None
+    try:
+        statements = split(
+            sql, standard_conforming_strings=standard_conforming_strings, encoding=encoding
+        )
+    except LexError:
+        return None
+    if len(statements) != 1:
+        return None
+    relations = _relations(server_version // 10000)
+    if b"pg_extension" not in lower:
+        relations = {b"pg_stat_activity": relations[b"pg_stat_activity"]}
+    return _Query(sql, statements[0].tokens, encoding).replaced(relations)
+
+
+class _Query:
+    """The tokens of a statement; indices count them."""
+
+    def __init__(self, sql: bytes, tokens: list[Token], encoding: str | None) -> None:
+        self.sql = sql
+        self.tokens = tokens
+        self.names = [identifier(sql, token, encoding) for token in tokens]
+        self.keywords = [keyword(sql, token) for token in tokens]
+
+    def replaced(self, relations: Mapping[bytes, bytes]) -> Substitute | None:
+        if self.keywords[0] not in ("select", "with", "") or self.locks_rows():
+            return None
+        if not _SYSTEM_COLUMNS.isdisjoint(name for name in self.names if name is not None):
+            return None
+        pieces: list[Piece] = []
+        done = 0
+        for at, name in enumerate(self.names):
+            subquery = relations.get(name or b"")
+            if subquery is None:
+                continue
+            first = self.qualified(at)
+            if first is None or (first < at and self.sign(at + 1) == b"."):
+                return None
+            if self.is_common_table_expression(at):
+                return None
+            if not self.is_relation(first, at):
+                continue
+            start = self.tokens[first].start
+            alias = b"" if self.has_alias(at + 1) else b" AS " + (name or b"")
+            pieces += [Piece(done, start), Piece(start, start, b"(%b)%b" % (subquery, alias))]
+            done = self.tokens[at].end
+        if not pieces:
+            return None
+        pieces.append(Piece(done, len(self.sql)))
+        return Substitute(Rewrite(self.sql, tuple(pieces)))
+
+    def sign(self, index: int) -> bytes:
+        """Punctuation or an operator; empty for all else."""
+        if not 0 <= index < len(self.tokens):
+            return b""
+        token = self.tokens[index]
+        if token.kind not in (Kind.PUNCTUATION, Kind.OPERATOR):
+            return b""
+        return self.sql[token.start : token.end]
+
+    def word(self, index: int) -> str:
+        return self.keywords[index] if 0 <= index < len(self.tokens) else ""
+
+    def locks_rows(self) -> bool:
+        """FOR UPDATE and its kin, which want a table."""
+        return any(
+            word == "for" and self.word(at + 1) in ("update", "share", "no", "key")
+            for at, word in enumerate(self.keywords)
+        )
+
+    def qualified(self, index: int) -> int | None:
+        """Where the relation's name begins, None if it is of another schema."""
+        if self.sign(index - 1) != b".":
+            return index
+        if self.names[index - 2] == b"pg_catalog" and self.sign(index - 3) != b".":
+            return index - 2
+        return None
+
+    def is_common_table_expression(self, index: int) -> bool:
+        return self.word(index + 1) == "as" and (
+            self.sign(index + 2) == b"(" or self.word(index + 2) in ("materialized", "not")
+        )
+
+    def is_relation(self, first: int, last: int) -> bool:
+        """Whether what these tokens name is an item of FROM, and a plain one."""
+        if self.sign(last + 1) in (b"(", b".", b"*") or self.word(last + 1) == "tablesample":
+            return False
+        before = self.word(first - 1)
+        if before == "join":
+            return True
+        if before == "from":
+            return self.begins_from(first - 1)
+        if self.sign(first - 1) == b",":
+            clause = self.clause(first - 1)
+            return clause is not None and self.begins_from(clause)
+        return False
+
+    def begins_from(self, index: int) -> bool:
+        """Whether this FROM is that of a query."""
+        if self.word(index - 1) in ("distinct", "delete"):
+            return False
+        opening = self.opening(index)
+        return opening is None or self.word(opening - 1) not in _FROM_IN
+
+    def opening(self, index: int) -> int | None:
+        """The bracket around what stands there."""
+        depth = 0
+        for at in range(index - 1, -1, -1):
+            sign = self.sign(at)
+            depth += (sign in (b")", b"]")) - (sign in (b"(", b"["))
+            if depth < 0:
+                return at
+        return None
+
+    def clause(self, comma: int) -> int | None:
+        """The FROM of the list that a comma is in, None if it is in another list."""
+        depth = 0
+        for at in range(comma - 1, -1, -1):
+            sign = self.sign(at)
+            depth += (sign in (b")", b"]")) - (sign in (b"(", b"["))
+            if depth < 0:
+                return None
+            if depth == 0 and self.word(at) in _CLAUSES:
+                return at if self.word(at) == "from" else None
+        return None
+
+    def has_alias(self, index: int) -> bool:
+        if index >= len(self.tokens) or self.tokens[index].kind not in (
+            Kind.IDENTIFIER,
+            Kind.QUOTED_IDENTIFIER,
+        ):
+            return False
+        return self.word(index) == "as" or self.word(index) not in RESERVED
+
+
+# A comma behind ON is one of FROM.
+_CLAUSES: Final = frozenset(
+    ("select", "from", "where", "group", "having", "window", "order", "limit", "offset", "fetch")
+)
+
+
+@functools.cache
+def _relations(major: int) -> dict[bytes, bytes]:
+    """What takes the place of each relation, by the server's major version."""
+    marker = f"(SELECT p.* {installed.FIND}) x"
+    version = installed.VERSION.replace("p.", "x.")
+    # As the catalog's own columns, or the two could not be sorted together.
+    c = ' COLLATE pg_catalog."C"' if major >= 12 else ""
+    extension_class = (
+        "CAST(CAST('pg_catalog.pg_extension' AS pg_catalog.regclass) AS pg_catalog.oid)"
+    )
+    members = " UNION ALL ".join(
+        f"SELECT CAST(CAST('pg_catalog.{catalog}' AS pg_catalog.regclass) AS pg_catalog.oid)"
+        f" AS classid, {oid} AS objid {source('x.pronamespace')}"
+        for catalog, oid, source in (
+            ("pg_proc", "p.oid", installed.functions),
+            ("pg_type", "c.reltype", installed.types),
+            ("pg_class", "c.oid", installed.views),
+        )
+    )
+    texts = {
+        "pg_extension": "SELECT r.oid, r.extname, r.extowner, r.extnamespace, r.extrelocatable,"
+        " r.extversion, r.extconfig, r.extcondition FROM pg_catalog.pg_extension r UNION ALL"
+        f" SELECT x.oid, CAST('{installed.NAME}' AS pg_catalog.name), x.proowner, x.pronamespace,"
+        f" true, {version}{c}, CAST(NULL AS pg_catalog.oid[]),"
+        f" CAST(NULL AS pg_catalog.text[]) FROM {marker} WHERE NOT {installed.REALLY}",
+        "pg_depend": "SELECT d.classid, d.objid, d.objsubid, d.refclassid, d.refobjid,"
+        " d.refobjsubid, d.deptype FROM pg_catalog.pg_depend d UNION ALL"
+        f" SELECT m.classid, m.objid, 0, {extension_class}, x.oid, 0,"
+        f" CAST('e' AS pg_catalog.\"char\") FROM {marker}, LATERAL ({members}) m",
+        "pg_description": "SELECT d.objoid, d.classoid, d.objsubid, d.description"
+        " FROM pg_catalog.pg_description d UNION ALL"
+        f" SELECT x.oid, {extension_class}, 0, d.description FROM {marker},"
+        " pg_catalog.pg_description d WHERE d.objoid OPERATOR(pg_catalog.=) x.oid"
+        " AND d.objsubid OPERATOR(pg_catalog.=) 0 AND d.classoid OPERATOR(pg_catalog.=)"
+        " CAST('pg_catalog.pg_proc' AS pg_catalog.regclass)",
+        "pg_stat_activity": _activity(major),
+    }
+    return {name.encode(): text.encode() for name, text in texts.items()}
+
+
+def _activity(major: int) -> str:
+    """pg_stat_activity, where jobs are known by their application_name."""
+    columns = [
+        *("datid", "datname", "pid"),
+        *(["leader_pid"] if major >= 13 else []),
+        *("usesysid", "usename", "application_name", "client_addr", "client_hostname"),
+        *("client_port", "backend_start", "xact_start", "query_start", "state_change"),
+        *("wait_event_type", "wait_event", "state", "backend_xid", "backend_xmin"),
+        *(["query_id"] if major >= 14 else []),
+        "query",
+    ]
+    is_job = (
+        "a.backend_type OPERATOR(pg_catalog.=) 'client backend' AND (a.application_name"
+        f" OPERATOR(pg_catalog.=) '{installed.NAME}' OR pg_catalog.left(a.application_name,"
+        f" {len(installed.NAME) + 1}) OPERATOR(pg_catalog.=) '{installed.NAME}:')"
+    )
+    return (
+        f"SELECT {', '.join(f'a.{column}' for column in columns)},"
+        f" CASE WHEN {is_job} THEN '{installed.NAME}' ELSE a.backend_type END AS backend_type"
+        " FROM pg_catalog.pg_stat_activity a"
+    )

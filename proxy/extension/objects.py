@@ -1,0 +1,189 @@
+"""The SQL objects that CREATE EXTENSION pg_background makes: types, functions, views.
+
+The rule: what there is to create is said in the table of functions, and nowhere else; what the
+functions do, in `bodies` and `privileges`. The texts are made without knowing the schema: `OWN`
+stands for it, and is to be replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+from proxy.extension import bodies, privileges
+from proxy.extension.installed import COMPOSITE, TAG, type_name
+from proxy.functions import (
+    ACTIVITY,
+    BOOL,
+    DECLARED,
+    FLOAT8,
+    HANDLES,
+    INT4,
+    INT8,
+    JSONB,
+    LIST,
+    OID,
+    RECORD,
+    TEXT,
+    TIMESTAMPTZ,
+    VIEWS,
+    VOID,
+    Function,
+    Parameter,
+    Type,
+)
+from proxy.sql.text import EXECUTOR_ROLE, literal
+
+_SCHEMA: Final = "<extschema>"
+OWN: Final = f'"{_SCHEMA}"'
+"""Stands for the extension's schema."""
+
+_TYPE_NAMES: Final = {
+    BOOL: "pg_catalog.bool",
+    INT8: "pg_catalog.int8",
+    INT4: "pg_catalog.int4",
+    TEXT: "pg_catalog.text",
+    OID: "pg_catalog.oid",
+    FLOAT8: "pg_catalog.float8",
+    TIMESTAMPTZ: "pg_catalog.timestamptz",
+    RECORD: "pg_catalog.record",
+    LIST: "pg_catalog.record",  # with nine columns or ten, as the caller defines them
+    VOID: "pg_catalog.void",
+    JSONB: "pg_catalog.jsonb",
+    HANDLES: f"{OWN}.pg_background_handle[]",
+}
+_NAME: Final = Type("name", 19, 64)
+
+# A dump has no roles, but GRANTs to ours, and these come last. So something before them must make
+# the role where it is not: what is given as an aggregate's first state is checked when the
+# aggregate is created, here by the condition of a domain.
+RESTORED: Final = f"{OWN}._pg_background_restored"
+_MAKES_ROLE_ON_RESTORE: Final = (
+    f"CREATE FUNCTION {OWN}._pg_background_make_role(pg_catalog.text) RETURNS pg_catalog.bool"
+    " LANGUAGE plpgsql AS $body$BEGIN IF NOT EXISTS(SELECT 1 FROM pg_catalog.pg_roles r"
+    " WHERE r.rolname OPERATOR(pg_catalog.=) $1) THEN"
+    f" CREATE ROLE {EXECUTOR_ROLE} NOLOGIN; END IF; RETURN true;"
+    f" EXCEPTION WHEN OTHERS THEN RETURN true; END {TAG}\n$body$",
+    f"CREATE DOMAIN {RESTORED} AS pg_catalog.text CHECK ({OWN}._pg_background_make_role(VALUE))",
+    f"CREATE FUNCTION {RESTORED}({RESTORED}, {RESTORED}) RETURNS {RESTORED}"
+    f" LANGUAGE sql IMMUTABLE AS $body$SELECT $1 {TAG}\n$body$",
+    f"CREATE AGGREGATE {RESTORED}({RESTORED})"
+    f" (SFUNC = {RESTORED}, STYPE = {RESTORED}, INITCOND = '{EXECUTOR_ROLE}')",
+    f"COMMENT ON AGGREGATE {RESTORED}({RESTORED}) IS"
+    f" 'Makes the role {EXECUTOR_ROLE} where a dump is restored.'",
+)
+
+
+@functools.cache
+def script(api: int, server_version: int) -> str:
+    """The commands that create everything but types; or replace it, when the helpers are dropped.
+
+    Args:
+        api: the version of the API, 1 or 2.
+        server_version: as server_version_num, e.g. 150004.
+    """
+    functions = list(_functions(api, server_version))
+    views = list(_views(server_version))
+    commands = [
+        *bodies.helpers(schema=_SCHEMA, server_version=server_version),
+        *_MAKES_ROLE_ON_RESTORE,
+        *(definition for _, definition, _ in functions),
+        *(definition for _, definition, _ in views),
+        *(f"COMMENT ON FUNCTION {name} IS {comment}" for name, _, comment in functions),
+        *(f"COMMENT ON VIEW {name} IS {comment}" for name, _, comment in views),
+    ]
+    return "".join(f"{command};\n" for command in commands)
+
+
+def types(api: int) -> Iterator[tuple[str, str]]:
+    """Each type's name, and the command that creates it."""
+    for type in COMPOSITE:
+        name = type_name(type, api)
+        columns = ", ".join(f"{column.name} {_TYPE_NAMES[column.type]}" for column in type.columns)
+        yield name, f"CREATE TYPE {OWN}.{name} AS ({columns})"
+
+
+def _functions(api: int, server_version: int) -> Iterator[tuple[str, str, str]]:
+    """Of each function its signature, its CREATE FUNCTION, and its comment as a constant."""
+    for function in DECLARED:
+        if function.api not in (0, api):
+            continue
+        if function.name in privileges.HELPERS:
+            language, source = "plpgsql", privileges.body(function)
+        else:
+            body = bodies.body(function, schema=_SCHEMA, server_version=server_version)
+            language, source = body.language, body.source
+        yield _function(function, api, language, source)
+        for other in _with_alias(function):
+            names = ", ".join(parameter.name for parameter in function.parameters[1:])
+            alias = other.parameters[0].name
+            call = f"{OWN}.{function.name}(CAST({alias} AS pg_catalog.text), {names})"
+            yield _function(other, api, "sql", f"SELECT {call}")
+
+
+def _with_alias(function: Function) -> Iterator[Function]:
+    """A further function for each other name of the first parameter. It is of the type name, to
+    which nothing is converted where the other function will do."""
+    for alias in function.parameters[0].aliases if function.parameters else ():
+        first = Parameter(alias, _NAME)
+        yield replace(function, parameters=(first, *function.parameters[1:]))
+
+
+def _function(function: Function, api: int, language: str, source: str) -> tuple[str, str, str]:
+    parameters = ", ".join(_parameter(parameter) for parameter in function.parameters)
+    result = function.result_type
+    returned = f"{OWN}.{type_name(result, api)}" if result in COMPOSITE else _type(result)
+    assert "$body$" not in source, function.name
+    definition = (
+        f"CREATE OR REPLACE FUNCTION {OWN}.{function.name}({parameters})"
+        f" RETURNS {'SETOF ' if function.returns_set else ''}{returned} LANGUAGE {language}"
+        f"{' STRICT' if function.strict else ''} AS $body${source}\n{TAG}\n$body$"
+    )
+    comment = literal(function.summary.replace("`", "").encode()).decode()
+    return signature(function), definition, comment
+
+
+def _parameter(parameter: Parameter) -> str:
+    text = f"{parameter.name} {_type(parameter.type)}"
+    if parameter.required:
+        return text
+    return f"{text} DEFAULT {'NULL' if parameter.default is None else parameter.default}"
+
+
+def signature(function: Function) -> str:
+    """Its name and parameters' types, as DROP FUNCTION takes them."""
+    return f"{OWN}.{function.name}({', '.join(_type(p.type) for p in function.parameters)})"
+
+
+def _type(type: Type) -> str:
+    return "pg_catalog.name" if type == _NAME else _TYPE_NAMES[type]
+
+
+def _views(server_version: int) -> Iterator[tuple[str, str, str]]:
+    """Of each view its name, its CREATE VIEW, and its comment as a constant."""
+    listed = ", ".join(f"{column.name} {_type(column.type)}" for column in LIST.columns)
+    source = f"{OWN}.pg_background_list_v2() AS l({listed})"
+    ours = [f"l.{column.name}" for column in LIST.columns]
+    renamed = zip(ours, ACTIVITY.columns, strict=False)
+    theirs = [
+        # The wait events came with 9.6.
+        f"CAST(NULL AS pg_catalog.text) AS {column.name}"
+        if column.name.startswith("wait_event") and server_version < 90600
+        else "a.state AS backend_state"
+        if column.name == "backend_state"
+        else f"a.{column.name}"
+        for column in ACTIVITY.columns[len(ours) :]
+    ]
+    selects = {
+        "pg_background_list": f"SELECT {', '.join(ours)} FROM {source}",
+        "pg_background_activity": "SELECT "
+        + ", ".join([*(f"{name} AS {column.name}" for name, column in renamed), *theirs])
+        + f" FROM {source} LEFT JOIN pg_catalog.pg_stat_activity a"
+        " ON a.pid OPERATOR(pg_catalog.=) l.pid",
+    }
+    for name, view in VIEWS.items():
+        comment = literal(view.summary.encode()).decode()
+        definition = f"CREATE OR REPLACE VIEW {OWN}.{name} AS {selects[name]}"
+        yield f"{OWN}.{name}", definition, comment

@@ -1,0 +1,252 @@
+"""What a call needs to know of the session that makes it, and how a side backend takes it over.
+
+The rule: it is asked of the primary backend, in the transaction of the call, in the same round
+trip. Nothing about roles and settings is remembered from earlier, because functions, SET LOCAL,
+rollbacks and other sessions' GRANTs change them where a proxy cannot see it. All names in this SQL
+are schema-qualified, operators too: the client chooses search_path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from proxy.extension.installed import Installed, installed_query, may_execute, parse_installed
+from proxy.settings import SETTINGS
+from proxy.sql.encodings import parse_array
+from proxy.sql.text import EXECUTOR_ROLE, literal
+
+if TYPE_CHECKING:
+    from proxy.functions import Function
+
+NOT_CARRIED_OVER: Final = frozenset(
+    # Of the caller's transaction or connection, not of its session.
+    {
+        b"application_name",
+        b"transaction_deferrable",
+        b"transaction_isolation",
+        b"transaction_read_only",
+    }
+)
+"""Settings that a job does not take over."""
+
+
+_IS_EXECUTOR: Final = (
+    b"(r.rolsuper OR EXISTS(SELECT 1 FROM pg_catalog.pg_roles g WHERE g.rolname"
+    b" OPERATOR(pg_catalog.=) %b AND pg_catalog.pg_has_role(r.oid, g.oid, 'MEMBER')))"
+    % literal(EXECUTOR_ROLE.encode())
+)
+"""Whether the role ``r`` may call the functions where the extension's objects are not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A session as it was when its call was evaluated.
+
+    Attributes:
+        may_call: whether the current role may call the functions.
+        role_id, role, session_role: OID and name of the current role, name of the session's.
+        set_role: the setting ``role``: ``none``, or what SET ROLE has set.
+        statement_timeout: as SHOW prints it.
+        own_settings: the ``pg_background.`` settings as SHOW prints them, by name; one that the
+            server has lost is missing.
+        usable_roles: of the role OIDs asked about, those whose rights the current role has.
+        settings: names and values of all that was set in this session, ready for set_config();
+            empty if they were not asked for.
+        extension: what CREATE EXTENSION has made in this database, None if it is not there. If it
+            is, `may_call` does not count, but the privileges on its functions.
+    """
+
+    may_call: bool
+    role_id: int
+    role: bytes
+    session_role: bytes
+    set_role: bytes
+    statement_timeout: bytes
+    own_settings: dict[str, str]
+    usable_roles: frozenset[int]
+    settings: tuple[tuple[bytes, bytes], ...]
+    extension: Installed | None = None
+
+    @property
+    def roles(self) -> frozenset[int]:
+        """OIDs of those whose jobs the current role may touch."""
+        return self.usable_roles | {self.role_id}
+
+
+def context_query(
+    *,
+    functions: Iterable[Function],
+    server_version: int,
+    roles: Iterable[int],
+    settings: bool,
+    custom_settings: Sequence[bytes] = (),
+) -> bytes:
+    """The SELECT whose one row is a `Context`; all columns are text.
+
+    Args:
+        functions: what is called.
+        server_version: as server_version_num, e.g. 150004.
+        roles: OIDs of roles, to learn which of them the current role has the rights of.
+        settings: whether to read the session's settings, the expensive part (about 0.5 ms).
+        custom_settings: names with a dot that the session may have set. pg_settings shows none of
+            them, so their names must be known.
+    """
+    # current_setting(name, missing_ok) came with 9.6.
+    missing_ok = b", true" if server_version >= 90600 else b""
+    if not missing_ok:
+        custom_settings = ()
+    ours = b", ".join(
+        b"pg_catalog.current_setting(%b%b)" % (literal(name.encode()), missing_ok)
+        for name in SETTINGS
+    )
+    columns = [
+        _IS_EXECUTOR,
+        b"r.oid, current_user, session_user, pg_catalog.current_setting('role')",
+        b"pg_catalog.current_setting('statement_timeout')",
+        ours,
+        b"CAST(ARRAY(SELECT o FROM pg_catalog.unnest(CAST('{%b}' AS pg_catalog.oid[])) o"
+        b" WHERE pg_catalog.pg_has_role(o, 'USAGE')) AS pg_catalog.text)"
+        % b",".join(b"%d" % oid for oid in roles),
+        installed_query(functions).encode(),
+    ]
+    if settings:
+        columns.append(
+            b"CAST(ARRAY(SELECT pg_catalog.unnest(ARRAY[s.name, s.setting])"
+            b" FROM pg_catalog.pg_settings s WHERE s.source OPERATOR(pg_catalog.=) 'session')"
+            b" AS pg_catalog.text)"
+        )
+    if settings and custom_settings:
+        values = b", ".join(
+            b"pg_catalog.current_setting(%b, true)" % literal(name) for name in custom_settings
+        )
+        columns.append(b"CAST(ARRAY[%b] AS pg_catalog.text)" % values)
+    return b"SELECT %b FROM pg_catalog.pg_roles r WHERE r.rolname OPERATOR(pg_catalog.=) %b" % (
+        b", ".join(columns),
+        b"current_user",
+    )
+
+
+def parse_context(
+    values: Sequence[bytes | None],
+    *,
+    custom_settings: Sequence[bytes] = (),
+    client_encoding: bytes = b"UTF8",
+) -> Context:
+    """The Context from the values of the row, in text format and the client's encoding."""
+    may_call, role_id, role, session_role, set_role, statement_timeout, *rest = values
+    own, (usable_roles, extension, *arrays) = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
+    settings: list[tuple[bytes, bytes]] = []
+    if arrays:
+        flat = [text or b"" for text in parse_array(arrays[0] or b"{}", client_encoding)]
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        settings += [pair for pair in pairs if pair[0] not in NOT_CARRIED_OVER]
+    if len(arrays) > 1:
+        custom = zip(custom_settings, parse_array(arrays[1] or b"{}", client_encoding), strict=True)
+        settings += [(name, value) for name, value in custom if value is not None]
+    return Context(
+        may_call=may_call == b"t",
+        role_id=int(role_id or 0),
+        role=role or b"",
+        session_role=session_role or b"",
+        set_role=set_role or b"none",
+        statement_timeout=statement_timeout or b"0",
+        own_settings={
+            name: value.decode("utf-8", "replace")
+            for name, value in zip(SETTINGS, own, strict=True)
+            if value is not None
+        },
+        usable_roles=frozenset(
+            int(oid or 0) for oid in parse_array(usable_roles or b"{}", client_encoding)
+        ),
+        settings=tuple(settings),
+        extension=None
+        if extension is None
+        else parse_installed(parse_array(extension, client_encoding)),
+    )
+
+
+# Before 16 whoever is a member may SET ROLE.
+ROLE_STATEMENT: Final = (
+    b"PREPARE pg_background_role(pg_catalog.name, pg_catalog.name, pg_catalog.name,"
+    b" pg_catalog.int4, pg_catalog.oid[]) AS SELECT r.oid,"
+    b" CASE WHEN session_user OPERATOR(pg_catalog.<>) $2 THEN"
+    b" (SELECT s.rolsuper FROM pg_catalog.pg_roles s"
+    b" WHERE s.rolname OPERATOR(pg_catalog.=) session_user)"
+    b" WHEN CAST(pg_catalog.current_setting('server_version_num') AS pg_catalog.int4)"
+    b" OPERATOR(pg_catalog.<) 160000 THEN pg_catalog.pg_has_role(session_user, r.oid, 'MEMBER')"
+    b" ELSE pg_catalog.pg_has_role(session_user, r.oid, 'SET') END, COALESCE(%b, %b),"
+    b" CAST(ARRAY(SELECT o FROM pg_catalog.unnest($5) o"
+    b" WHERE pg_catalog.pg_has_role(r.oid, o, 'USAGE')) AS pg_catalog.text)"
+    b" FROM pg_catalog.pg_roles r WHERE r.rolname OPERATOR(pg_catalog.=) $1"
+    % (may_execute("$3", "$4", "r.oid").encode(), _IS_EXECUTOR)
+)
+"""What a channel prepares for role_query()."""
+
+
+def role_query(
+    role: bytes,
+    session_role: bytes,
+    function: Function,
+    *,
+    encoding: bytes,
+    roles: Iterable[int],
+) -> bytes:
+    """What a channel is asked about a role that a session claims to be. One row, none if there is
+    no such role: its OID, whether the channel's login role may become it, whether it may call the
+    function, and those of the `roles` whose rights it has.
+
+    Args:
+        role: name of the current role.
+        session_role: name of the session's.
+        function: what is called.
+        encoding: of the names, as PostgreSQL calls it.
+        roles: OIDs.
+    """
+    return b"EXECUTE pg_background_role(%b, %b, '%b', %d, '{%b}')" % (
+        _name(role, encoding),
+        _name(session_role, encoding),
+        function.name.encode(),
+        len(function.parameters),
+        b",".join(b"%d" % oid for oid in roles),
+    )
+
+
+def _name(name: bytes, encoding: bytes) -> bytes:
+    """A name in an encoding that need not be the connection's."""
+    return (
+        b"CAST(pg_catalog.convert_from(pg_catalog.decode('%b', 'hex'), %b) AS pg_catalog.name)"
+        % (name.hex().encode(), literal(encoding))
+    )
+
+
+def takeover_query(context: Context, login_role: bytes, overrides: dict[bytes, bytes]) -> bytes:
+    """The SELECT that gives a fresh side backend the settings and the role of a session.
+
+    Its first column is the backend's pid (a pooler in between reports another one in
+    BackendKeyData). The role comes last, since what was set may be above its rights.
+    """
+    settings = [pair for pair in context.settings if pair[0] not in overrides]
+    settings += overrides.items()
+    if context.session_role != login_role:
+        settings.append((b"session_authorization", context.session_role))
+    if context.set_role != b"none":
+        settings.append((b"role", context.set_role))
+    calls = [
+        b"pg_catalog.set_config(%b, %b, false)" % (literal(name), literal(value))
+        for name, value in settings
+    ]
+    return b"SELECT " + b", ".join([b"pg_catalog.pg_backend_pid()", *calls])
+
+
+def activity_query(pids: Sequence[int], server_version: int) -> bytes:
+    """What pg_stat_activity has on these backends: pid, and the columns that the view
+    pg_background_activity takes from there."""
+    # The wait events came with 9.6.
+    waits = b"wait_event_type, wait_event" if server_version >= 90600 else b"NULL, NULL"
+    return (
+        b"SELECT pid, state, %b, xact_start, query_start, backend_start, query"
+        b" FROM pg_catalog.pg_stat_activity WHERE pid OPERATOR(pg_catalog.=)"
+        b" ANY (CAST('{%b}' AS pg_catalog.int4[]))" % (waits, b",".join(b"%d" % p for p in pids))
+    )

@@ -1,0 +1,466 @@
+"""Background jobs: SQL strings that run in side backends.
+
+The rule: a job is one Query message in a backend of its own. PostgreSQL runs such a message as one
+transaction, so the string commits or fails as a whole, and a single statement may be one that
+refuses transaction blocks. Only the last statement's rows are results; what comes before is
+dropped as it arrives, and what nobody fetches stays in the server (`rows`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, Protocol, TypeVar
+
+from protocol.errors import (
+    CONFIGURATION_LIMIT_EXCEEDED,
+    CONNECTION_FAILURE,
+    FEATURE_NOT_SUPPORTED,
+    INVALID_PARAMETER_VALUE,
+    UNDEFINED_OBJECT,
+    ProtocolViolation,
+    SQLError,
+)
+from protocol.framing import HEADER_SIZE, bad_length, skip_run, unpack_length
+from protocol.messages import (
+    CommandComplete,
+    CopyFail,
+    ErrorResponse,
+    Field,
+    NoticeResponse,
+    RowDescription,
+)
+from protocol.startup import CancelRequest
+from proxy.jobs.backend import READ_SIZE, Backend
+from proxy.jobs.known import FULL_SQL_SIZE, LISTED_SQL_SIZE, KnownJob
+from proxy.jobs.rows import Notice, OutputQueue, Rows
+from proxy.net.upstream import Route
+from proxy.settings import MAX_WORKERS
+from proxy.sql import lexer
+from proxy.sql.lexer import LexError
+from proxy.sql.statements import parse_progress, progress_statement
+
+MIN_QUEUE_SIZE: Final = 64
+MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024
+
+# Message types of the backend.
+_DATA_ROW = ord("D")
+_ROW_DESCRIPTION = ord("T")
+_COMMAND_COMPLETE = ord("C")
+_ERROR = ord("E")
+_NOTICE = ord("N")
+_READY = ord("Z")
+_PARSE_COMPLETE = ord("1")
+_COPY_IN = ord("G")
+
+ReportT = TypeVar("ReportT", ErrorResponse, NoticeResponse)
+
+
+class Nested(Protocol):
+    """Serves what a job's SQL calls."""
+
+    def notice(self, body: bytes) -> bool:
+        """A NoticeResponse of the job; whether it was a call, and is dealt with."""
+
+    def statement_ended(self) -> None:
+        """Nobody waits for an answer any more."""
+
+    def close(self) -> None:
+        """The job has ended."""
+
+
+class Job(KnownJob):
+    """One job: its backend while it runs, its output until somebody takes it, how it went.
+
+    Attributes:
+        route: to its server.
+        output: rows and notices that nobody has taken yet.
+        keeps_rows: whether its rows are kept for somebody to fetch.
+        columns: of the result; None as long as they are not known, and if there are none.
+        parameters: what its backend has reported (ParameterStatus).
+        has_handle: whether anybody knows it by one; if not, only its reader can stop it.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        sql: bytes,
+        *,
+        queue_size: int,
+        role_id: int,
+        route: Route,
+        label: bytes | None = None,
+        marker: bytes,
+        keeps_rows: bool = True,
+        nested: Nested,
+        on_finish: Callable[[Job], None],
+    ) -> None:
+        super().__init__(
+            backend.pid,
+            int.from_bytes(secrets.token_bytes(8), "big", signed=True),
+            sql,
+            queue_size=queue_size,
+            role_id=role_id,
+            label=label,
+        )
+        self.route = route
+        self.keeps_rows = keeps_rows
+        self.columns: tuple[Field, ...] | None = None
+        self.has_handle = True
+        self.parameters = backend.parameters
+        # None once it has ended: many are known for a while after that.
+        self._backend: Backend | None = backend
+        self._on_finish: Callable[[Job], None] | None = on_finish
+        self.output = OutputQueue(queue_size, backend)
+        if not keeps_rows:
+            self.output.drop()
+        self._statements = 0
+        self._taken_up = False
+        # Statements, by their place, that stand for a call of pg_background_progress, and the word
+        # by which its messages are known.
+        self._progress_calls: frozenset[int] = frozenset()
+        self._marker = marker
+        self._nested: Nested | None = nested
+        # Reading: a message that is not whole yet, and how much of it is missing; or bytes still
+        # to come of a long row, which is passed on in pieces.
+        self._partial = b""
+        self._missing = 0
+        self._rest_of_row = 0
+        # What the server said before it closed the connection.
+        self._fatal: ErrorResponse | None = None
+
+    # Its life
+
+    async def start(self) -> None:
+        """Run the string, unless it holds a statement that a job may not run.
+
+        Returns when the backend has taken it up.
+        """
+        assert self._backend is not None
+        try:
+            sql = self._prepared(self._backend.parameters)
+        except SQLError as refusal:
+            self.error = self._with_context(refusal.response())
+            self._finish()
+        else:
+            self._backend.start(sql, self)
+            while not (self._taken_up or self.finished):
+                waiter = asyncio.get_running_loop().create_future()
+                self.add_waiter(waiter)
+                await waiter
+
+    def _prepared(self, parameters: dict[bytes, bytes]) -> bytes:
+        """The string for the server. Its statements are counted, and looked at one by one.
+
+        What cannot be lexed is left to the server, which will say what is wrong with it. Raises
+        SQLError for a statement that would break the job's transaction or the protocol.
+        """
+        conforming = parameters.get(b"standard_conforming_strings") != b"off"
+        encoding = parameters.get(b"client_encoding", b"").decode("ascii", "replace")
+        try:
+            statements = lexer.split(
+                self._sql, standard_conforming_strings=conforming, encoding=encoding
+            )
+        except LexError:
+            return self._sql
+        self._statements = len(statements)
+        blocks: dict[int, bytes] = {}
+        for number, statement in enumerate(statements):
+            if lexer.is_transaction_control(self._sql, statement):
+                raise SQLError(
+                    FEATURE_NOT_SUPPORTED,
+                    "transaction control statements are not allowed in pg_background",
+                )
+            if lexer.is_client_copy(self._sql, statement):
+                raise SQLError(FEATURE_NOT_SUPPORTED, "COPY protocol not allowed in pg_background")
+            block = progress_statement(self._sql, statement, self._marker, encoding=encoding)
+            if block is not None:
+                blocks[number] = block
+        if not blocks:
+            return self._sql
+        self._progress_calls = frozenset(blocks)
+        parts: list[bytes] = []
+        end = 0
+        for number, statement in enumerate(statements):
+            parts.append(self._sql[end : statement.start])
+            parts.append(blocks.get(number) or self._sql[statement.start : statement.end])
+            end = statement.end
+        return b"".join([*parts, self._sql[end:]])
+
+    def _finish(self) -> None:
+        self.finished = True
+        self._sql = self._sql[: FULL_SQL_SIZE + 1]
+        self.finished_at = datetime.now(UTC)
+        self._partial = b""
+        if self._backend is not None:
+            self._backend.receiver = None
+            self._backend.terminate()
+            self._backend = None
+        self.output.end()
+        if self._nested is not None:
+            self._nested.close()
+            self._nested = None
+        self._wake()
+        if self._on_finish is not None:
+            # Nothing of its session is kept by what is kept of the job.
+            on_finish, self._on_finish = self._on_finish, None
+            on_finish(self)
+
+    def abandon(self) -> None:
+        """The proxy stops: hang up."""
+        if not self.finished:
+            self._finish()
+
+    def cancel_request(self) -> CancelRequest:
+        """What makes the server cancel it, while it runs."""
+        assert self._backend is not None
+        return self._backend.cancel_request()
+
+    # When nobody reads it
+
+    def leave(self) -> None:
+        """Its session is done with it: of what it holds only the outcome is of use, to others."""
+        self.forget_output()
+        self._sql = self._sql[:LISTED_SQL_SIZE]
+
+    def forget_output(self) -> None:
+        """Nobody will fetch it: from now on it is read and dropped, so the job never waits."""
+        self.output.drop()
+
+    # What its backend sends
+
+    def room(self) -> int:
+        """Bytes that may come in: what is left of the queue."""
+        room = self.output.room
+        return READ_SIZE if room is None else max(room, self._missing)
+
+    def feed(self, data: memoryview) -> None:
+        """Sort what came in. A stream that is none ends the job."""
+        try:
+            self._read(self._partial + data)
+        except ProtocolViolation as error:
+            self.close(error)
+            return
+        self.output.stop_if_full()
+        if self._waiters:
+            self._wake()
+
+    def _read(self, data: bytes) -> None:
+        size = len(data)
+        position = min(self._rest_of_row, size)
+        self._rest_of_row -= position
+        self._rows(data[:position], 0, cut=self._rest_of_row > 0)
+        # data[rows:position] is rows that are not queued yet: they are queued a run at a time.
+        rows, count = position, 0
+        self._missing = 0
+        while size - position >= HEADER_SIZE:
+            kind = data[position]
+            (length,) = unpack_length(data, position + 1)
+            if length < 4:
+                raise bad_length(kind, length)
+            end = position + 1 + length
+            if kind == _DATA_ROW and end <= size:
+                position, whole = skip_run(data, position)
+                count += whole
+                continue
+            self._rows(data[rows:position], count)
+            rows = position
+            count = 0
+            if end > size:
+                if kind == _DATA_ROW and end - position > READ_SIZE:
+                    self._rows(data[position:], 1, cut=True)
+                    self._rest_of_row = end - size
+                    rows = position = size
+                else:
+                    self._missing = end - size
+                break
+            self._message(kind, data[position + HEADER_SIZE : end])
+            if self.finished:
+                return
+            rows = position = end
+        self._rows(data[rows:position], count)
+        self._partial = data[position:]
+
+    def _rows(self, data: bytes, count: int, *, cut: bool = False) -> None:
+        if data and len(self.tags) == self._statements - 1:
+            self.output.put(Rows(data, count, cut))
+
+    def _message(self, kind: int, body: bytes) -> None:
+        if kind == _ROW_DESCRIPTION:
+            if len(self.tags) == self._statements - 1:
+                self.columns = RowDescription.parse(body).fields
+        elif kind == _COMMAND_COMPLETE:
+            self._statement_ended()
+            is_progress = len(self.tags) in self._progress_calls
+            self.tags.append(b"SELECT 1" if is_progress else CommandComplete.parse(body).tag)
+        elif kind == _NOTICE:
+            is_call = self._nested is not None and self._nested.notice(body)
+            if not is_call and not self._report_progress(body):
+                self.output.put(Notice(body))
+        elif kind == _ERROR:
+            self._statement_ended()
+            error = ErrorResponse.parse(body)
+            if error.severity in ("FATAL", "PANIC"):
+                self._fatal = error
+            else:
+                self.error = self._with_context(error)
+        elif kind == _COPY_IN:
+            # A COPY that the lexer did not recognise; without this the server waits for ever.
+            assert self._backend is not None
+            refusal = CopyFail(b"not allowed in pg_background")
+            self._backend.transport.write(refusal.serialize())
+        elif kind == _PARSE_COMPLETE:
+            self._taken_up = True
+        elif kind == _READY:
+            self._finish()
+
+    def _statement_ended(self) -> None:
+        if self._nested is not None:
+            self._nested.statement_ended()
+
+    def _report_progress(self, notice: bytes) -> bool:
+        """What a call of pg_background_progress has said; false if it is something else."""
+        if self._marker not in notice:
+            return False
+        message = NoticeResponse.parse(notice).message
+        if not message.startswith(self._marker):
+            return False
+        try:
+            percentage, text = parse_progress(message, self._marker)
+        except ValueError:
+            return False
+        clamped = None if percentage is None else min(max(percentage, 0), 100)
+        self.progress = (clamped, text)
+        return True
+
+    def notice(self, output: Notice) -> bytes:
+        """A message of the job as its caller gets it: the whole NoticeResponse."""
+        return self._with_context(NoticeResponse.parse(output.data)).serialize()
+
+    def _with_context(self, report: ReportT) -> ReportT:
+        line = b"background worker, pid %d" % self.pid
+        context = report.fields.get("W")
+        return report.with_fields(W=context + b"\n" + line if context else line)
+
+    def close(self, error: Exception) -> None:
+        """The connection ended before the job did."""
+        if self.finished:
+            return
+        self.output.drop_cut_row()
+        reason = self._fatal.message.decode("utf-8", "replace") if self._fatal else str(error)
+        self.error = SQLError(
+            CONNECTION_FAILURE,
+            f"lost connection to worker process with PID {self.pid}",
+            detail=f"{reason[:1].upper()}{reason[1:]}.",
+        ).response()
+        self._finish()
+
+
+@dataclass(slots=True)
+class Counts:
+    """How many jobs a session had, and how they ended; active is how many run now."""
+
+    launched: int = 0
+    completed: int = 0
+    failed: int = 0
+    canceled: int = 0
+    timed_out: int = 0
+    total_ms: int = 0
+
+    @property
+    def active(self) -> int:
+        """Those that have not ended."""
+        return self.launched - self._ended
+
+    @property
+    def mean_ms(self) -> float:
+        """Of those that have ended; 0 if there are none."""
+        return self.total_ms / self._ended if self._ended else 0.0
+
+    @property
+    def _ended(self) -> int:
+        return self.completed + self.failed + self.canceled
+
+    def ended(self, job: Job) -> None:
+        """One more has ended."""
+        self.total_ms += job.elapsed_ms
+        self.timed_out += job.timed_out
+        if job.state == b"canceled":
+            self.canceled += 1
+        elif job.error is not None:
+            self.failed += 1
+        else:
+            self.completed += 1
+
+
+class Jobs:
+    """The jobs of one session that it has launched and not yet fetched or detached, by pid."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[int, Job] = {}
+        self.counts = Counts()
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(tuple(self._jobs.values()))
+
+    def __contains__(self, job: KnownJob) -> bool:
+        return self._jobs.get(job.pid) is job
+
+    def check_limit(self, max_workers: int) -> None:
+        """Raises SQLError 53400 if as many as that are running."""
+        running = sum(not job.finished for job in self._jobs.values())
+        if running >= max_workers:
+            raise SQLError(
+                CONFIGURATION_LIMIT_EXCEEDED,
+                "too many background workers",
+                detail=f"This session runs {running} background workers, and"
+                f" {MAX_WORKERS.name} is {max_workers}.",
+                hint="Wait for some to finish, fetch or detach their results, or increase"
+                f" {MAX_WORKERS.name}.",
+            )
+
+    def add(self, job: Job) -> None:
+        """Attach a job. An older one of the same pid is history: its backend is gone."""
+        if job.pid in self._jobs:
+            self.remove(self._jobs[job.pid])
+        self._jobs[job.pid] = job
+        self.counts.launched += 1
+
+    def get(self, pid: int) -> Job:
+        """The job of this pid. Raises SQLError 42704."""
+        try:
+            return self._jobs[pid]
+        except KeyError:
+            raise SQLError(UNDEFINED_OBJECT, f"PID {pid} is not attached to this session") from None
+
+    def remove(self, job: KnownJob) -> None:
+        """The session is done with it. If it runs, it runs on to its end. Those of other sessions
+        are not touched."""
+        if job in self:
+            self._jobs.pop(job.pid).leave()
+
+    def clear(self) -> None:
+        """The session ends."""
+        for job in self:
+            self.remove(job)
+
+
+def checked_queue_size(queue_size: int, default: int) -> int:
+    """The queue size in bytes for what a launch asks for; 0 or less is the default.
+
+    Raises SQLError 22023.
+    """
+    if queue_size <= 0:
+        return default
+    if queue_size < MIN_QUEUE_SIZE:
+        raise SQLError(
+            INVALID_PARAMETER_VALUE, f"queue size must be at least {MIN_QUEUE_SIZE} bytes"
+        )
+    if queue_size > MAX_QUEUE_SIZE:
+        raise SQLError(
+            INVALID_PARAMETER_VALUE, f"queue size must not exceed {MAX_QUEUE_SIZE} bytes"
+        )
+    return queue_size

@@ -1,0 +1,240 @@
+"""How a job is launched: in a spare or a fresh backend, made into one of the session that launches.
+
+The rule: the backend logs in as the client did, with the same startup packet, and takes over what
+the session has changed since. If any of that fails the launch fails; a job never runs with another
+role or other settings than its session had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import secrets
+from typing import TYPE_CHECKING, Protocol
+
+from protocol.errors import INVALID_PARAMETER_VALUE, SQLError
+from protocol.startup import StartupMessage
+from proxy.auth.credentials import LoginObserver
+from proxy.extension.bodies import JOB_SETTING, SESSION_SETTING
+from proxy.extension.channels import APPLICATION_NAME, Channel
+from proxy.extension.nested import Nested
+from proxy.jobs.backend import Backend, ServerError, no_backend, open_backend
+from proxy.jobs.context import Context, takeover_query
+from proxy.jobs.job import Job, Jobs, checked_queue_size
+from proxy.log import logger
+from proxy.net.upstream import Route
+from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Setting
+from proxy.traffic.fetch import JobFailed
+
+if TYPE_CHECKING:
+    from proxy.server import Server
+
+
+class Owner(Protocol):
+    """Whose jobs they are: a session; or a job, whose SQL launches others."""
+
+    @property
+    def jobs(self) -> Jobs: ...
+
+    @property
+    def custom_settings(self) -> dict[bytes, None]:
+        """Names with a dot that it may have set."""
+
+    @property
+    def server_version(self) -> int: ...
+
+    def drop(self, job: Job) -> None:
+        """A job that nobody knows of: it shall stop."""
+
+
+class Launcher:
+    """Launches the jobs of one session, or of one job."""
+
+    def __init__(
+        self,
+        server: Server,
+        startup: dict[bytes, bytes],
+        route: Route,
+        observer: LoginObserver,
+        pid: int,
+    ) -> None:
+        """
+        Args:
+            server: what all sessions share.
+            startup: the parameters of the session's StartupMessage.
+            route: to its server.
+            observer: of its login.
+            pid: of its primary backend, or the job's.
+        """
+        self._server = server
+        self._startup = startup
+        self._route = route
+        self._observer = observer
+        self.pid = pid
+
+    async def launch(
+        self,
+        owner: Owner,
+        sql: bytes,
+        queue_size: int,
+        context: Context,
+        *,
+        client_encoding: bytes,
+        label: bytes | None,
+        keeps_rows: bool,
+    ) -> Job:
+        """Start a job in a new backend.
+
+        Args:
+            owner: whose it is.
+            sql: what it runs.
+            queue_size: in bytes; 0 or less for the setting's.
+            context: of the call.
+            client_encoding: of the SQL, and of the results.
+            label: of the job.
+            keeps_rows: whether its rows are kept for somebody to fetch.
+
+        Raises SQLError.
+        """
+        jobs = owner.jobs
+        jobs.check_limit(self.setting(MAX_WORKERS, context))
+        size = checked_queue_size(queue_size, self.setting(DEFAULT_QUEUE_SIZE, context))
+        nested = Nested(self._server, self, owner)
+        marker = secrets.token_hex(16).encode()
+        backend = await self._backend(
+            context,
+            client_encoding=client_encoding,
+            overrides={
+                b"application_name": self._application_name(label),
+                JOB_SETTING.encode(): marker,
+                SESSION_SETTING.encode(): nested.inside.secrets.setting,
+            },
+            worker_timeout=self.setting(WORKER_TIMEOUT, context),
+        )
+
+        def ended(job: Job) -> None:
+            jobs.counts.ended(job)
+            self._server.job_ended(job)
+
+        job = Job(
+            backend,
+            sql,
+            queue_size=size,
+            role_id=context.role_id,
+            route=self._route,
+            label=label,
+            marker=marker,
+            keeps_rows=keeps_rows,
+            nested=nested,
+            on_finish=ended,
+        )
+        nested.launcher.pid = job.pid
+        nested.output = job.output
+        self._server.jobs.add(job)
+        jobs.add(job)
+        try:
+            await job.start()
+            await self._server.peers.announce(job.role_id)
+        except asyncio.CancelledError:
+            owner.drop(job)
+            raise
+        logger.debug("launched %r", job)
+        return job
+
+    def setting(self, setting: Setting, context: Context) -> int:
+        """A setting of ours, as it is in a session. Raises SQLError 22023."""
+        text = context.own_settings.get(setting.name, self._server.own_settings[setting.name])
+        try:
+            return setting.parse(text)
+        except ValueError as error:
+            raise SQLError(INVALID_PARAMETER_VALUE, str(error)) from None
+
+    async def _backend(
+        self,
+        context: Context,
+        *,
+        client_encoding: bytes,
+        overrides: dict[bytes, bytes],
+        worker_timeout: int,
+    ) -> Backend:
+        """A backend that is ready for the job.
+
+        Args:
+            context: of the call.
+            client_encoding: the session's.
+            overrides: settings beside the session's.
+            worker_timeout: in milliseconds, 0 for the session's statement_timeout.
+
+        Raises SQLError: there is none to be had, or it cannot take over the session's settings.
+        """
+        login = StartupMessage(
+            {
+                **self._startup,
+                b"client_encoding": client_encoding,
+                # Its own name, as jobs have it, comes with what it takes over.
+                b"application_name": b"pg_background starting",
+            }
+        )
+        if worker_timeout:
+            overrides[b"statement_timeout"] = b"%d" % worker_timeout
+        takeover = takeover_query(context, self._user, overrides)
+        open_one = functools.partial(self._open, login)
+        key = (self._route, *login.parameters.items())
+        while True:
+            backend, is_spare = await self._server.spares.take(key, open_one)
+            try:
+                row = await backend.query(takeover)
+                backend.pid = int(row[0] or 0)
+            except ServerError as error:
+                backend.terminate()
+                if not error.is_fatal:
+                    raise JobFailed(error.response) from None
+                reason = str(error)
+            except (ConnectionError, ValueError, LookupError) as error:
+                # The last two, ProtocolViolation among them, are about an answer that is none.
+                backend.terminate()
+                reason = str(error)
+            except BaseException:
+                backend.terminate()
+                raise
+            else:
+                return backend
+            if not is_spare:
+                raise no_backend(reason)
+            # It was lost while nobody looked: that is no reason to fail.
+
+    async def channel(self) -> Channel:
+        """A channel to answer calls from inside the database.
+
+        Raises SQLError, ServerError, OSError.
+        """
+        database = self._startup.get(b"database", self._user)
+        login = StartupMessage(
+            {b"user": self._user, b"database": database, b"application_name": APPLICATION_NAME}
+        )
+        open_one = functools.partial(self._open, login)
+        return await self._server.channels.lease(
+            (self._route, *login.parameters.items()),
+            functools.partial(self._server.spares.open_now, open_one),
+        )
+
+    def for_job(self) -> Launcher:
+        """One for what a job launches."""
+        return Launcher(self._server, self._startup, self._route, self._observer, 0)
+
+    @property
+    def _user(self) -> bytes:
+        return self._startup[b"user"]
+
+    def _application_name(self, label: bytes | None) -> bytes:
+        return b"pg_background" if label is None else b"pg_background:%b:%d" % (label, self.pid)
+
+    async def _open(self, login: StartupMessage) -> Backend:
+        server = self._server
+        database = self._startup.get(b"database", self._user)
+        return await open_backend(
+            functools.partial(server.dialer.connect_by, self._route),
+            login,
+            await server.credentials_of(self._route, database, self._user, self._observer),
+            server.config.connect_timeout,
+        )

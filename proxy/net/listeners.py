@@ -1,0 +1,292 @@
+"""The sockets that clients connect to.
+
+The rule: what listens decides nothing about the connections that come in. With one process, each
+goes to the `Reception` there, which makes a session of it and decides from the first byte alone how
+it begins: with TLS that may be with the handshake (``sslnegotiation=direct``). So where there is
+TLS we accept connections ourselves, look at that byte without taking it, and hand the socket to the
+loop; without TLS, and on Unix sockets, which have none, the loop does it all. With several
+processes the supervisor listens, and its workers have the receptions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from proxy.config import ListenAddress
+from proxy.log import logger
+from proxy.net import tls
+from proxy.net.connection import Connection
+from proxy.net.keepalive import Keepalive
+
+_BACKLOG: Final = 1024
+_HANDSHAKE: Final = b"\x16"
+"""The first byte of a TLS connection."""
+_RETRY: Final = 1.0
+"""Seconds without new clients after accept() failed, mostly for lack of file descriptors."""
+
+
+class NewSession(Protocol):
+    """What a listener needs of a session."""
+
+    client: Connection
+
+    def close(self) -> None:
+        """The connection has come to nothing."""
+
+
+class Reception:
+    """Makes sessions of connections.
+
+    Args:
+        new_session: makes a session, whose `client` is not connected yet.
+        context: tells what TLS is made with now; None for none.
+        login_timeout: tells the seconds until the first byte must have come; 0 for ever.
+    """
+
+    def __init__(
+        self,
+        new_session: Callable[[], NewSession],
+        context: Callable[[], ssl.SSLContext | None],
+        login_timeout: Callable[[], float],
+    ) -> None:
+        self._new_session = new_session
+        self._context = context
+        self._login_timeout = login_timeout
+        self._welcoming: set[asyncio.Task[None]] = set()
+
+    def client(self) -> Connection:
+        """The client's side of a new session, for a connection that the loop accepts."""
+        return self._new_session().client
+
+    def take(self, connection: socket.socket) -> None:
+        """Make a session of a connection, once it has said how it begins."""
+        task = asyncio.get_running_loop().create_task(self._welcome(connection))
+        self._welcoming.add(task)
+        task.add_done_callback(self._welcoming.discard)
+
+    async def _welcome(self, connection: socket.socket) -> None:
+        session = self._new_session()
+        connected = False
+        timeout = self._login_timeout() or None
+        context = None if connection.family == socket.AF_UNIX else self._context()
+        try:
+            direct = False
+            if context is not None:
+                async with asyncio.timeout(timeout):
+                    direct = await _peek(connection) == _HANDSHAKE
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: session.client,
+                connection,
+                ssl=context if direct else None,
+                ssl_handshake_timeout=timeout if direct else None,
+                ssl_shutdown_timeout=tls.SHUTDOWN_TIMEOUT if direct else None,
+            )
+            connected = True
+        except OSError as error:
+            logger.debug("a client did not connect: %s", tls.explain(error))
+        finally:
+            if not connected:
+                connection.close()
+                session.close()
+
+    def close(self) -> None:
+        """Let go of those that have not said anything yet."""
+        for task in self._welcoming:
+            task.cancel()
+
+
+class Listeners:
+    """All addresses.
+
+    Args:
+        take: what becomes of a connection.
+        client: makes the protocol of one that the loop may accept for us, on Unix sockets and,
+            if `peek` is false, TCP; None: all go to `take`.
+        peek: whether the first byte of a TCP connection is to be looked at.
+        keepalive: of the connections.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[socket.socket], None],
+        keepalive: Keepalive,
+        client: Callable[[], Connection] | None = None,
+        *,
+        peek: bool = True,
+    ) -> None:
+        self._take = take
+        self._keepalive = keepalive
+        self._client = client
+        self._peek = peek
+        self._open = contextlib.ExitStack()
+        # Those whose connections we accept ourselves.
+        self._ours: list[socket.socket] = []
+        self._paused = False
+
+    async def listen(self, address: ListenAddress) -> None:
+        """Take clients at one more address. Raises OSError, for the user to read."""
+        try:
+            if address.socket_path is not None:
+                await self._listen_unix(address.socket_path)
+                logger.info("listening on Unix socket %s", address.socket_path)
+                return
+            sockets = await self._bind(address)
+            for listening in sockets:
+                await self._serve(listening)
+        except OSError as error:
+            raise OSError(f"cannot listen on {address}: {error.strerror or error}") from None
+        for name in sorted({listening.getsockname()[:2] for listening in sockets}):
+            logger.info("listening on %s", ListenAddress(*name))
+
+    def close(self) -> None:
+        """Take no more clients."""
+        self._ours.clear()
+        self._open.close()
+
+    async def _listen_unix(self, path: Path) -> None:
+        _remove_stale(path)
+        if self._client is None:
+            listening = self._open.enter_context(socket.socket(socket.AF_UNIX))
+            listening.setblocking(False)
+            listening.bind(str(path))
+            self._open.callback(path.unlink, missing_ok=True)
+            self._accept_from(listening)
+            return
+        loop = asyncio.get_running_loop()
+        server = await loop.create_unix_server(self._client, str(path), backlog=_BACKLOG)
+        # Python removes the file only from 3.13 on.
+        self._open.callback(path.unlink, missing_ok=True)
+        self._open.callback(server.close)
+
+    async def _bind(self, address: ListenAddress) -> list[socket.socket]:
+        """A listening socket for each address that the host stands for and this machine has."""
+        found = await asyncio.get_running_loop().getaddrinfo(
+            None if address.host == "*" else address.host,
+            address.port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
+        )
+        sockets: list[socket.socket] = []
+        missing: OSError | None = None
+        for family, _, _, _, name in dict.fromkeys(found):
+            try:
+                sockets.append(self._bound(family, name))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+        if missing is not None and not sockets:
+            raise missing
+        return sockets
+
+    def _bound(self, family: int, name: tuple[Any, ...]) -> socket.socket:
+        listening = self._open.enter_context(socket.socket(family))
+        listening.setblocking(False)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        self._keepalive.apply(listening)
+        listening.bind(name)
+        return listening
+
+    async def _serve(self, listening: socket.socket) -> None:
+        if self._client is None or self._peek:
+            self._accept_from(listening)
+            return
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(self._client, sock=listening, backlog=_BACKLOG)
+        self._open.callback(server.close)
+
+    # Those that we accept ourselves
+
+    def _accept_from(self, listening: socket.socket) -> None:
+        listening.listen(_BACKLOG)
+        self._ours.append(listening)
+        loop = asyncio.get_running_loop()
+        if not self._paused:
+            loop.add_reader(listening, self._accept, listening)
+        self._open.callback(loop.remove_reader, listening)
+
+    def pause(self) -> None:
+        """Leave new connections in the sockets' backlog."""
+        self._paused = True
+        for listening in self._ours:
+            asyncio.get_running_loop().remove_reader(listening)
+
+    def resume(self) -> None:
+        """Take them again."""
+        self._paused = False
+        for listening in self._ours:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        for connection in _accepted(listening, self._wait_a_bit):
+            self._take(connection)
+            if self._paused:
+                return
+
+    def _wait_a_bit(self, listening: socket.socket, error: OSError) -> None:
+        logger.error("could not accept new connection: %s", error.strerror)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listening)
+        self._open.callback(loop.call_later(_RETRY, self._go_on, listening).cancel)
+
+    def _go_on(self, listening: socket.socket) -> None:
+        if not self._paused:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+
+def _accepted(
+    listening: socket.socket, failed: Callable[[socket.socket, OSError], None]
+) -> Iterator[socket.socket]:
+    """The connections that wait to be accepted."""
+    for _ in range(_BACKLOG):
+        try:
+            connection, _ = listening.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            failed(listening, error)
+            return
+        connection.setblocking(False)
+        yield connection
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _peek(connection: socket.socket) -> bytes:
+    """The first byte, left where it is. Raises OSError if none comes."""
+    loop = asyncio.get_running_loop()
+    readable: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(connection, _resolve, readable)
+    try:
+        await readable
+    finally:
+        loop.remove_reader(connection)
+    first = connection.recv(1, socket.MSG_PEEK)
+    if not first:
+        raise ConnectionError("it was closed again")
+    return first
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a proxy that is gone. Raises OSError if one is listening there."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise OSError("another process is listening there")

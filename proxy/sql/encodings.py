@@ -1,0 +1,116 @@
+"""Client encodings: PostgreSQL's names and Python's codecs.
+
+The rule: SQL and results are never re-coded, they pass as bytes. A codec is needed only to count
+characters (an error's position) and for the words of our own errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from protocol import values
+from proxy.sql.lexer import mask
+
+_CODECS: Final = {
+    b"BIG5": "big5",
+    b"EUC_CN": "gb2312",
+    b"EUC_JIS_2004": "euc_jis_2004",
+    b"EUC_JP": "euc_jp",
+    b"EUC_KR": "euc_kr",
+    b"GB18030": "gb18030",
+    b"GBK": "gbk",
+    b"ISO_8859_5": "iso8859_5",
+    b"ISO_8859_6": "iso8859_6",
+    b"ISO_8859_7": "iso8859_7",
+    b"ISO_8859_8": "iso8859_8",
+    b"JOHAB": "johab",
+    b"KOI8R": "koi8_r",
+    b"KOI8U": "koi8_u",
+    b"LATIN1": "iso8859_1",
+    b"LATIN2": "iso8859_2",
+    b"LATIN3": "iso8859_3",
+    b"LATIN4": "iso8859_4",
+    b"LATIN5": "iso8859_9",
+    b"LATIN6": "iso8859_10",
+    b"LATIN7": "iso8859_13",
+    b"LATIN8": "iso8859_14",
+    b"LATIN9": "iso8859_15",
+    b"LATIN10": "iso8859_16",
+    b"SHIFT_JIS_2004": "shift_jis_2004",
+    b"SJIS": "cp932",
+    b"UHC": "cp949",
+    b"UTF8": "utf_8",
+    b"WIN866": "cp866",
+    b"WIN874": "cp874",
+    **{b"WIN%d" % page: f"cp{page}" for page in range(1250, 1259)},
+}
+
+
+def codec(client_encoding: bytes) -> str:
+    """The Python codec of a client_encoding; for those that Python lacks, one byte a character."""
+    return _CODECS.get(client_encoding, "latin_1")
+
+
+def is_valid(text: bytes, codec: str) -> bool:
+    """Whether these bytes are text in that codec."""
+    try:
+        text.decode(codec)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+_ELEMENT: Final = re.compile(rb'"((?:[^"\\]|\\.)*)"|([^{},"]+)', re.DOTALL)
+_ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL)
+
+
+def parse_array(text: bytes, client_encoding: bytes) -> list[bytes | None]:
+    """The elements of a text[] of one dimension, None for NULL; also where a byte of a multi-byte
+    character looks like a quote or a backslash."""
+    masked = mask(text, client_encoding.decode("ascii", "replace"))
+    if masked == text:
+        return values.parse_array(text)
+    elements: list[bytes | None] = []
+    for found in _ELEMENT.finditer(masked):
+        if found[2] == b"NULL":
+            elements.append(None)
+            continue
+        start, end = found.span(found.lastindex or 1)
+        kept = bytearray()
+        for escape in _ESCAPE.finditer(masked, start, end):
+            kept += text[start : escape.start()]
+            start = escape.start(1)
+        elements.append(bytes(kept + text[start:end]))
+    return elements
+
+
+_PLAIN: Final = re.compile(rb"(?!null$)[^\s,{}\"\\\x0b]+", re.IGNORECASE)
+_SPECIAL: Final = re.compile(rb'["\\]')
+
+
+def array_text(values: Sequence[bytes | None], client_encoding: bytes) -> bytes:
+    """A text[] of these elements as PostgreSQL reads it; what parse_array() takes apart."""
+    return b"{" + b",".join([_element(value, client_encoding) for value in values]) + b"}"
+
+
+def array_2_text(rows: Sequence[Sequence[bytes | None]], client_encoding: bytes) -> bytes:
+    """A text[][]."""
+    return b"{" + b",".join([array_text(row, client_encoding) for row in rows]) + b"}"
+
+
+def _element(value: bytes | None, client_encoding: bytes) -> bytes:
+    if value is None:
+        return b"NULL"
+    if _PLAIN.fullmatch(value):
+        return value
+    masked = mask(value, client_encoding.decode("ascii", "replace"))
+    if masked == value:
+        return b'"' + _SPECIAL.sub(rb"\\\g<0>", value) + b'"'
+    parts: list[bytes] = []
+    end = 0
+    for special in _SPECIAL.finditer(masked):
+        parts += [value[end : special.start()], b"\\"]
+        end = special.start()
+    return b'"' + b"".join([*parts, value[end:]]) + b'"'

@@ -1,0 +1,168 @@
+"""Statements and portals with calls, and what the client is told of their columns.
+
+The rule: the server describes the stand-in, and the client sees the description of its own
+statement. What is between the two is worked out here, from the plan alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from protocol.errors import DATATYPE_MISMATCH, SQLError
+from protocol.messages import Field
+from proxy.functions import Column, Function, Needs, Type
+from proxy.sql.statements import Call, ItemOutput, Plan, ResultPlan, ScalarPlan, Substitute
+from proxy.traffic.fetch import Fetch
+from proxy.traffic.results import Table, choose, fields_of
+
+_CONSTANT: Final = re.compile(rb"'[^']*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
+
+
+@dataclass(slots=True)
+class PreparedCall:
+    """A prepared statement with a call, or a command that a block of ours carries out. `fields` are
+    the server's, of the stand-in."""
+
+    plan: Plan | Substitute
+    fields: tuple[Field, ...] = ()
+    has_parameters: bool = False
+
+
+@dataclass(slots=True)
+class Portal:
+    """A portal of such a statement, and its result, once somebody has asked for it."""
+
+    statement: PreparedCall
+    formats: tuple[int, ...]
+    result: Fetch | Table | None = None
+
+    def close(self) -> None:
+        """Nobody wants the rest."""
+        if self.result is not None:
+            self.result.abandon()
+
+
+def functions_of(plan: Plan) -> list[Function]:
+    """What a plan calls."""
+
+    def of(call: Call) -> Iterator[Function]:
+        yield call.function
+        for argument in call.arguments:
+            if isinstance(argument.value, Call):
+                yield from of(argument.value)
+
+    calls = [plan.call] if isinstance(plan, ResultPlan) else [c.call for c in plan.columns]
+    return [function for call in calls for function in of(call)]
+
+
+def needs_of(plan: Plan) -> Needs:
+    """What all calls of a plan need together."""
+    return functools.reduce(operator.or_, (function.needs for function in functions_of(plan)))
+
+
+def is_harmless(plan: Plan) -> bool:
+    """Whether the stand-in can have no effect: it holds but the calls, constants and parameters.
+
+    For what is not certain at a glance the answer is no, which costs a round trip.
+    """
+    text = plan.rewrite.original
+    if any(mark in text for mark in (b"\\", b"--", b"/*", b'"')):
+        return False
+    code = _CONSTANT.sub(b"", text).lower()
+    if isinstance(plan, ScalarPlan):
+        made = sum(map(_calls_in, (column.call for column in plan.columns)))
+        return b"from" not in code and code.count(b"(") == made
+    before, _, _ = code.partition(b")")
+    return before.count(b"(") == _calls_in(plan.call) and code.count(b"from") <= 1
+
+
+def _calls_in(call: Call) -> int:
+    inner = (argument.value for argument in call.arguments)
+    return 1 + sum(_calls_in(value) for value in inner if isinstance(value, Call))
+
+
+def shape_unknown(plan: Plan | Substitute) -> bool:
+    """A result whose columns only its job knows."""
+    return (
+        isinstance(plan, ResultPlan) and not plan.defined_columns and not plan.call.function.columns
+    )
+
+
+def outputs_of(plan: ScalarPlan, count: int) -> Sequence[ItemOutput]:
+    """What the client's columns are, of the stand-in's so many."""
+    if plan.outputs is not None:
+        return plan.outputs
+    return [ItemOutput(column, None, b"") for column in range(count)]
+
+
+def call_types(plan: ScalarPlan, count: int) -> dict[int, Type]:
+    """The types of the calls, by their columns in a stand-in of so many."""
+    return {column.index % count: column.call.function.result_type for column in plan.columns}
+
+
+def client_fields(statement: PreparedCall) -> tuple[Field, ...]:
+    """The columns of the client's statement, from those of its stand-in."""
+    plan = statement.plan
+    if isinstance(plan, ResultPlan):
+        if plan.defined_columns:
+            return statement.fields[: -1 - plan.defined_columns]
+        return choose(plan.outputs, fields_of(plan.call.function.columns))[1]
+    assert isinstance(plan, ScalarPlan)
+    given = statement.fields
+    types = {column.index % len(given): column.call.function.result_type for column in plan.columns}
+    fields: list[Field] = []
+    for output in outputs_of(plan, len(given)):
+        field = given[output.column]
+        type = types.get(output.column)
+        if type is not None:
+            if output.field is not None:
+                type = type.columns[output.field].type
+            field = replace(field, type_oid=type.oid, type_size=type.size, type_modifier=-1)
+        fields.append(replace(field, name=output.label or field.name))
+    return tuple(fields)
+
+
+def stand_in_formats(statement: PreparedCall, formats: tuple[int, ...]) -> tuple[int, ...]:
+    """The result formats for the stand-in, where the client has said them for each column."""
+    plan = statement.plan
+    if isinstance(plan, ResultPlan):
+        if not plan.defined_columns:
+            return ()
+        return (*formats, *[0] * (plan.defined_columns + 1)) if len(formats) > 1 else formats
+    if isinstance(plan, Substitute) or plan.outputs is None or len(formats) != len(plan.outputs):
+        return formats
+    wanted = [0] * len(statement.fields)
+    for output, format in zip(plan.outputs, formats, strict=True):
+        wanted[output.column] = format
+    return tuple(wanted)
+
+
+def as_defined(columns: Sequence[Column], defined: Sequence[Field]) -> Sequence[Column]:
+    """A function's columns under a column definition list, which may leave out the last.
+
+    Raises SQLError 42804 if they do not fit.
+    """
+    fits = len(columns) - 1 <= len(defined) <= len(columns) and all(
+        field.type_oid == column.type.oid for field, column in zip(defined, columns, strict=False)
+    )
+    if not fits:
+        raise SQLError(
+            DATATYPE_MISMATCH,
+            "function return row and query-specified return row do not match",
+        )
+    return [
+        Column(field.name.decode("utf-8", "replace"), column.type)
+        for field, column in zip(defined, columns, strict=False)
+    ]
+
+
+def format_of(formats: Sequence[int], column: int) -> int:
+    """The result format of a column (Bind: none means all text, one is for all)."""
+    if len(formats) <= 1:
+        return formats[0] if formats else 0
+    return formats[column]

@@ -1,0 +1,336 @@
+"""The other worker processes, as one of them sees them: what they know, and what it tells them.
+
+The rule: who needs to know something asks when it needs it, all the others at once, and believes
+the answers; nothing that changes is kept in two places. Two exceptions are pushed, because they
+must be there before anybody asks: the end of a job that a peer has seen running, and the roles
+whose jobs a process knows, which a launch of a new role waits for (`context` reads the rights of
+these roles before the call is made). The supervisor hands questions and answers on, tells who was
+asked, and who is gone; a question is over when all have answered or are gone, or after a time.
+Between two processes messages come in the order in which they were sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import weakref
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from protocol.startup import CancelRequest
+from proxy.jobs.known import FULL_SQL_SIZE, LISTED_SQL_SIZE, Handle, KnownJob, RemoteJob
+from proxy.log import logger
+from proxy.workers.bus import Channel, Message
+
+if TYPE_CHECKING:
+    from proxy.jobs.job import Job
+    from proxy.server import Server
+
+_PATIENCE: Final = 5.0
+"""Seconds that a process which does not answer is waited for."""
+
+_CANCELING: Final = 60.0
+"""The same, when it is to tell the server something and connect_timeout sets no limit."""
+
+
+class _Question:
+    """One that was asked, until it is over."""
+
+    def __init__(self, take: Callable[[int, Any], bool]) -> None:
+        self._take = take
+        self._missing: set[int] | None = None
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def asked(self, peers: Iterable[int]) -> None:
+        """These will answer."""
+        self._missing = set(peers)
+        self._check(enough=False)
+
+    def answer(self, peer: int, answer: Any) -> None:
+        """One has. None is no answer: the peer could not tell."""
+        enough = answer is not None and not self.over.done() and self._take(peer, answer)
+        self.gone(peer, enough=enough)
+
+    def gone(self, peer: int, *, enough: bool = False) -> None:
+        """One will not any more."""
+        if self._missing is not None:
+            self._missing.discard(peer)
+        self._check(enough=enough)
+
+    def _check(self, *, enough: bool) -> None:
+        if not self.over.done() and (enough or not (self._missing or self._missing is None)):
+            self.over.set_result(None)
+
+
+class Peers:
+    """The other processes. There are none until `join`; then every question is answered at once.
+
+    Attributes:
+        exist: whether there may be any.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._channel: Channel | None = None
+        self._numbers = itertools.count(1)
+        self._questions: dict[int, _Question] = {}
+        # What they have told us: of which roles they know jobs.
+        self._roles_of: defaultdict[int, set[int]] = defaultdict(set)
+        # What we have told them.
+        self._announced: set[int] = set()
+        # Jobs of theirs that somebody here holds on to.
+        self._stand_ins: weakref.WeakValueDictionary[Handle, RemoteJob] = (
+            weakref.WeakValueDictionary()
+        )
+        # Who has seen a job of ours running.
+        self._watchers: dict[Handle, set[int]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def exist(self) -> bool:
+        return self._channel is not None
+
+    async def join(self, channel: Channel) -> None:
+        """From now on we are one of several; returns when their roles are known."""
+        self._channel = channel
+        channel.lost.add_done_callback(lambda _: self._left_alone())
+
+        def take(peer: int, roles: list[int]) -> bool:
+            self._roles_of[peer].update(roles)
+            return False
+
+        await self._ask("roles", None, take)
+
+    # What the sessions ask
+
+    @property
+    def roles(self) -> set[int]:
+        """OIDs of the roles whose jobs they know."""
+        return set().union(*self._roles_of.values()) if self._roles_of else set()
+
+    async def find(self, handles: Sequence[Handle]) -> dict[Handle, KnownJob]:
+        """Those of these jobs that they know."""
+        missing = set(handles)
+        found: dict[Handle, KnownJob] = {}
+
+        def take(peer: int, snapshots: list[dict[str, Any]]) -> bool:
+            for job in self._stand_ins_for(peer, snapshots):
+                found[job.handle] = job
+                missing.discard(job.handle)
+            return not missing
+
+        await self._ask("find", handles, take)
+        return found
+
+    async def jobs_of(self, roles: Collection[int]) -> list[KnownJob]:
+        """All that they know of jobs of these roles."""
+        found: list[KnownJob] = []
+
+        def take(peer: int, snapshots: list[dict[str, Any]]) -> bool:
+            found.extend(self._stand_ins_for(peer, snapshots))
+            return False
+
+        await self._ask("list", sorted(roles), take)
+        return found
+
+    def _stand_ins_for(self, peer: int, snapshots: list[dict[str, Any]]) -> list[RemoteJob]:
+        jobs = [
+            job.update(snapshot)
+            if (job := self._stand_ins.get((snapshot["pid"], snapshot["cookie"]))) is not None
+            else RemoteJob(peer, snapshot)
+            for snapshot in snapshots
+        ]
+        self._stand_ins.update((job.handle, job) for job in jobs)
+        return jobs
+
+    async def cancel_job(self, job: RemoteJob) -> None:
+        """Have its process tell the server to stop it."""
+        await self._ask("cancel job", job.handle, to=job.owner, patience=self._canceling)
+
+    async def cancel(self, request: CancelRequest) -> bool:
+        """Have one of them do what a cancel request asks for, if it is for a session of its."""
+        known: list[bool] = []
+
+        def take(peer: int, is_known: bool) -> bool:
+            if is_known:
+                known.append(True)
+            return is_known
+
+        body = [request.pid, request.secret_key.decode("latin-1")]
+        await self._ask("cancel", body, take, patience=self._canceling)
+        return bool(known)
+
+    @property
+    def _canceling(self) -> float:
+        return _PATIENCE + (self._server.config.connect_timeout or _CANCELING)
+
+    async def give_way(self) -> bool:
+        """Have them close their spares; whether there were any."""
+        had: list[bool] = []
+
+        def take(peer: int, had_some: bool) -> bool:
+            had.append(had_some)
+            return False
+
+        await self._ask("give way", None, take)
+        return any(had)
+
+    # What they must be told
+
+    async def announce(self, role_id: int) -> None:
+        """We know jobs of this role; returns when all know that."""
+        if self.exist and role_id not in self._announced:
+            await self._ask("role", role_id)
+            self._announced.add(role_id)
+            if role_id not in self._server.jobs.roles:
+                self.role_gone(role_id)
+
+    def role_gone(self, role_id: int) -> None:
+        """We know none of this role any more."""
+        if role_id in self._announced:
+            self._announced.discard(role_id)
+            self._tell({"kind": "told", "what": "role gone", "body": role_id})
+
+    def job_ended(self, job: Job) -> None:
+        """One of ours."""
+        for peer in self._watchers.pop(job.handle, ()):
+            body = job.snapshot(sql_size=FULL_SQL_SIZE + 1)
+            self._tell({"kind": "told", "what": "ended", "to": peer, "body": body})
+
+    def extension_changed(self) -> None:
+        """A command about the extension has done its work in some database."""
+        self._tell({"kind": "told", "what": "extension changed", "body": None})
+
+    def _tell(self, message: Message) -> None:
+        if self._channel is not None:
+            self._channel.send(message)
+
+    # Asking
+
+    async def _ask(
+        self,
+        what: str,
+        body: Any,
+        take: Callable[[int, Any], bool] = lambda peer, answer: False,
+        *,
+        to: int | None = None,
+        patience: float = _PATIENCE,
+    ) -> None:
+        """Ask all of them, or one. `take` is given each answer as it comes, and returns whether no
+        other is wanted; `patience` is in seconds."""
+        if self._channel is None or self._channel.lost.done():
+            return
+        number = next(self._numbers)
+        question = self._questions[number] = _Question(take)
+        message = {"kind": "question", "id": number, "what": what, "body": body, "to": to}
+        self._channel.send(message)
+        try:
+            await asyncio.wait_for(question.over, patience)
+        except TimeoutError:
+            logger.warning("a worker does not answer (%s)", what)
+        finally:
+            del self._questions[number]
+
+    # What comes in
+
+    def receive(self, message: Message) -> None:
+        """A message that the supervisor has handed on, or made."""
+        match message["kind"]:
+            case "question":
+                task = asyncio.get_running_loop().create_task(self._answer(message))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            case "asked":
+                if (question := self._questions.get(message["id"])) is not None:
+                    question.asked(message["peers"])
+            case "answer":
+                if (question := self._questions.get(message["id"])) is not None:
+                    question.answer(message["from"], message["body"])
+            case "told":
+                self._told(message["from"], message["what"], message["body"])
+            case "gone":
+                self._gone(message["peer"])
+
+    def _told(self, peer: int, what: str, body: Any) -> None:
+        if what == "role gone":
+            self._roles_of[peer].discard(body)
+        elif what == "extension changed":
+            self._server.extension_changes += 1
+        elif (job := self._stand_ins.get((body["pid"], body["cookie"]))) is not None:
+            job.update(body)
+
+    def _gone(self, peer: int) -> None:
+        self._roles_of.pop(peer, None)
+        for watchers in self._watchers.values():
+            watchers.discard(peer)
+        for question in tuple(self._questions.values()):
+            question.gone(peer)
+        for job in tuple(self._stand_ins.values()):
+            if job.owner == peer:
+                job.lose()
+
+    def _left_alone(self) -> None:
+        """The supervisor is gone, and so nobody will answer."""
+        for question in self._questions.values():
+            question.asked(())
+
+    # Answering
+
+    async def _answer(self, message: Message) -> None:
+        peer, answer = message["from"], None
+        try:
+            answer = await self._answers[message["what"]](self, peer, message["body"])
+        except Exception:
+            logger.exception("internal error; a question of another worker has no answer")
+        self._tell({"kind": "answer", "id": message["id"], "to": peer, "body": answer})
+
+    async def _tell_roles(self, peer: int, body: None) -> list[int]:
+        return sorted(self._server.jobs.roles)
+
+    async def _note_role(self, peer: int, role_id: int) -> bool:
+        self._roles_of[peer].add(role_id)
+        return True
+
+    async def _tell_found(self, peer: int, handles: list[list[int]]) -> list[dict[str, Any]]:
+        known = (self._server.jobs.get(pid, cookie) for pid, cookie in handles)
+        return self._snapshots(peer, known, FULL_SQL_SIZE + 1)
+
+    async def _tell_list(self, peer: int, roles: list[int]) -> list[dict[str, Any]]:
+        known = (job for job in self._server.jobs if job.role_id in roles)
+        return self._snapshots(peer, known, LISTED_SQL_SIZE)
+
+    def _snapshots(
+        self, peer: int, jobs: Iterable[Job | None], sql_size: int
+    ) -> list[dict[str, Any]]:
+        found = [job for job in jobs if job is not None]
+        for job in found:
+            if not job.finished:
+                self._watchers.setdefault(job.handle, set()).add(peer)
+        return [job.snapshot(sql_size=sql_size) for job in found]
+
+    async def _cancel_job(self, peer: int, handle: list[int]) -> bool:
+        job = self._server.jobs.get(handle[0], handle[1])
+        if job is not None and not job.finished:
+            await self._server.cancel_job(job)
+        return True
+
+    async def _cancel(self, peer: int, body: list[Any]) -> bool:
+        request = CancelRequest(body[0], body[1].encode("latin-1"))
+        if request not in self._server.keys:
+            return False
+        await self._server.cancel(request)
+        return True
+
+    async def _give_way(self, peer: int, body: None) -> bool:
+        return self._server.spares.give_way()
+
+    _answers: Final[dict[str, Callable[[Peers, int, Any], Awaitable[Any]]]] = {
+        "roles": _tell_roles,
+        "role": _note_role,
+        "find": _tell_found,
+        "list": _tell_list,
+        "cancel job": _cancel_job,
+        "cancel": _cancel,
+        "give way": _give_way,
+    }

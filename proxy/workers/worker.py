@@ -1,0 +1,140 @@
+"""One of several processes that serve the clients; the supervisor starts it.
+
+The rule: a worker is a `Server` whose clients come through a socket, already accepted, and whose
+orders come through the bus. No more clients means: end when those that are here have. The bus gone
+means: the supervisor is gone, end at once, since nobody would notice otherwise. Signals are the
+supervisor's; SIGTERM alone asks to be drained and replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from proxy import config, log
+from proxy.config import ConfigError
+from proxy.log import logger
+from proxy.server import Server
+from proxy.workers.bus import Channel, Message
+
+
+class Worker:
+    """The worker's side of what `supervisor` has for it."""
+
+    def __init__(self, clients: socket.socket) -> None:
+        self._clients = clients
+        self._started: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
+        self._stop = asyncio.Event()
+        self._now = asyncio.Event()
+
+    async def run(self, bus: socket.socket) -> int:
+        """Serve until told to stop; the exit code. Raises ConfigError."""
+        self._channel = await Channel.over(bus, self._receive)
+        self._channel.lost.add_done_callback(lambda _: self._supervisor_lost())
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._send, "draining")
+        try:
+            server = await self._started
+        except asyncio.CancelledError:
+            return 1  # there is nobody any more
+        server.on_session_end = lambda: self._send("closed")
+        await server.peers.join(self._channel)
+        self._clients.setblocking(False)
+        loop.add_reader(self._clients, self._take_clients, server)
+        self._send("ready")
+        await self._stop.wait()
+        loop.remove_reader(self._clients)
+        await server.shut_down(self._now, self._others_done)
+        self._channel.close()
+        await self._channel.lost
+        return 0
+
+    def _send(self, kind: str) -> None:
+        self._channel.send({"kind": kind})
+
+    def _receive(self, message: Message) -> None:
+        match message["kind"]:
+            case "config":
+                self._configure(message)
+            case "now":
+                self._now.set()
+            case _:
+                self._started.result().peers.receive(message)
+
+    def _configure(self, message: Message) -> None:
+        """The first time, or once more."""
+        try:
+            settings = config.build(message["given"], os.environ)
+            if self._started.done():
+                self._started.result().reload(settings)
+            else:
+                log.configure(settings.log_level, who=message["who"])
+                self._started.set_result(Server(settings))
+        except ConfigError as error:
+            if not self._started.done():
+                self._started.set_exception(error)
+                return
+            logger.error("the configuration stays as it was: %s", error)
+
+    def _supervisor_lost(self) -> None:
+        if not self._started.done():
+            self._started.cancel()
+        elif not self._stop.is_set():
+            logger.error("the supervisor is gone")
+        self._now.set()
+        self._stop.set()
+
+    def _take_clients(self, server: Server) -> None:
+        """Connections that the supervisor has accepted; an end of file behind the last one."""
+        while True:
+            try:
+                marks, fds, _, _ = socket.recv_fds(self._clients, 1, 1)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                marks = b""
+            if not marks:
+                asyncio.get_running_loop().remove_reader(self._clients)
+                self._stop.set()
+                return
+            if not fds:
+                # We are short of file descriptors, and the kernel has closed it.
+                logger.error("could not accept new connection: too many open files")
+                self._send("taken")
+                self._send("closed")
+                continue
+            self._send("taken")
+            connection = socket.socket(fileno=fds[0])
+            connection.setblocking(False)
+            server.reception.take(connection)
+
+    async def _others_done(self) -> None:
+        """Ours are done; the supervisor knows when all are, and says so by `now`."""
+        self._send("done")
+        await asyncio.Event().wait()
+
+
+async def work(bus: socket.socket, clients: socket.socket) -> int:
+    """Run a worker; the exit code. Raises ConfigError."""
+    return await Worker(clients).run(bus)
+
+
+def main(arguments: list[str]) -> Any:
+    """Runs a worker on two sockets, given by their file descriptors; what sys.exit() takes."""
+    from proxy.cli import run
+
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    bus, clients = (socket.socket(fileno=int(argument)) for argument in arguments)
+    try:
+        return run(work(bus, clients))
+    except (ConfigError, OSError) as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
