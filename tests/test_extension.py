@@ -446,11 +446,12 @@ def test_position_of_an_error_behind_it(conn: Connection, observer: Connection) 
 
 
 def test_call_behind_it_in_the_same_query(conn: Connection) -> None:
-    cursor = conn.execute(
-        "CREATE EXTENSION pg_background VERSION '2.0'; SELECT (pg_background_launch('SELECT 1')).*"
-    )
-    assert cursor.statusmessage == "CREATE EXTENSION"
-    assert cursor.nextset()
+    """What is not committed is nobody's yet, as far as the proxy can see."""
+    create = "CREATE EXTENSION pg_background VERSION '2.0'"
+    error = failure(conn, f"{create}; SELECT (pg_background_launch('SELECT 1')).*")
+    assert message(error) == ("42501", "calls from inside the database are not served here")
+    conn.execute(create.encode())
+    cursor = conn.execute("SELECT (pg_background_launch('SELECT 1')).*")
     assert cursor.description is not None
     assert [column.name for column in cursor.description] == ["pid", "cookie"]
 
@@ -940,3 +941,27 @@ def test_extension_of_the_server(
         assert version(conn) is None
         create(conn)  # the files are there, but this proxy makes its own
         assert one(conn, "SELECT pg_background_launch('SELECT 1')") > 0
+
+
+def test_what_another_role_has_created_before_is_not_taken_over(
+    server: Server, proxy: Proxy, db: str
+) -> None:
+    """It would remain its owner's, who could change what all others call."""
+    with server.connect(dbname=db) as admin, proxy.connect(dbname=db) as conn:
+        admin.execute("CREATE ROLE squatter; GRANT CREATE ON SCHEMA public TO squatter")
+        try:
+            for create in (
+                "CREATE FUNCTION pg_background_launch(sql text, queue_size int DEFAULT 0)"
+                " RETURNS int LANGUAGE sql STRICT AS 'SELECT 1'",
+                "CREATE FUNCTION _pg_background_say() RETURNS void LANGUAGE plpgsql AS 'BEGIN END'",
+                "CREATE FUNCTION _pg_background_version() RETURNS text LANGUAGE sql AS"
+                " $$SELECT '1.10'$$",
+            ):
+                admin.execute(f"SET ROLE squatter; {create}; RESET ROLE".encode())
+                with pytest.raises(psycopg.errors.DatabaseError):
+                    conn.execute("CREATE EXTENSION pg_background")
+                admin.execute("DROP OWNED BY squatter")
+                admin.execute("GRANT CREATE ON SCHEMA public TO squatter")
+            conn.execute("CREATE EXTENSION pg_background")
+        finally:
+            admin.execute("DROP OWNED BY squatter; DROP ROLE squatter")

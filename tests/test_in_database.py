@@ -538,7 +538,9 @@ def test_forged_messages(
         for words in ("'x'", f"{function}, 'x'", "NULL", f"{function}, NULL, '', '', '', '', '-1'"):
             conn.execute(FORGED.format(words=words).encode())
         assert conn.execute("SELECT 1").fetchone() == (1,)
-        assert heard == []
+        # Nothing that others say is a call.
+        assert len(heard) == 12
+        heard.clear()
         # What no function of the extension would say is no call.
         said = ("next x", "narrow 1234567890", "call AA==", "call =", "custom", "", "other")
         for words in said:
@@ -547,8 +549,48 @@ def test_forged_messages(
                 f"'pg_background_proxy.session'), 32), md5('x'), '{words}'; END $$".encode()
             )
         conn.execute("DO $$ BEGIN PERFORM pg_sleep(0.1); END $$")
-        assert len(heard) == len(said) - 1
+        assert len(heard) == len(said)
     assert one(observer, "SELECT count(*) FROM done WHERE place = %s", [place]) == 0
+
+
+SPEAK = {
+    "itself": "RAISE INFO '%', message;",
+    "by the last helper": "PERFORM set_config('pg_background_proxy.message', message, true);"
+    " PERFORM public._pg_background_say();",
+    "by the first": "PERFORM public._pg_background_ask('call', words);",
+}
+
+
+@pytest.mark.parametrize("how", SPEAK)
+def test_code_of_others_does_not_speak_for_the_session(
+    conn: Connection, roles: tuple[str, str, str], observer: Connection, how: str
+) -> None:
+    """A superuser reindexes a table whose owner has a function in the index."""
+    _login, _member, stranger = roles
+    observer.execute(f"CREATE SCHEMA of_{stranger} AUTHORIZATION {stranger}".encode())
+    observer.execute(f"SET ROLE {stranger}; SET search_path = of_{stranger}".encode())
+    observer.execute(
+        f"""CREATE FUNCTION f(int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS $f$
+        DECLARE words text[] := ARRAY['pg_background_launch(sql, queue_size) integer', 'UTF8',
+            '16', '64kB', '0', '2', $j$INSERT INTO done VALUES ('{stranger}')$j$, '0'];
+          message text;
+        BEGIN
+          SELECT concat_ws(' ', left(current_setting('pg_background_proxy.session'), 32),
+              md5(random()::text), 'call', string_agg(translate(encode(
+                convert_to(w, 'UTF8'), 'base64'), chr(10), ''), ' ' ORDER BY n))
+            INTO message FROM unnest(words || ARRAY['postgres', 'postgres'])
+            WITH ORDINALITY u(w, n);
+          {SPEAK[how]}
+          PERFORM pg_sleep(0.3);
+          RETURN 1;
+        EXCEPTION WHEN OTHERS THEN
+          RETURN 2;
+        END $f$; CREATE TABLE t AS SELECT 1 AS a; CREATE INDEX ON t (f(a))""".encode()
+    )
+    observer.execute("RESET ROLE; RESET search_path")
+    conn.execute(f"REINDEX TABLE of_{stranger}.t".encode())
+    assert one(observer, "SELECT count(*) FROM done WHERE place = %s", [stranger]) == 0
+    assert one(conn, "SELECT workers_launched FROM pg_background_stats()") == 0
 
 
 def test_a_message_with_another_sessions_token_is_no_call(
@@ -682,9 +724,13 @@ def test_a_session_that_was_reset(conn: Connection) -> None:
         assert rows(conn, "SELECT 1", "n int") == [(1,)]
 
 
-def test_a_session_as_somebody_else(conn: Connection, roles: tuple[str, str, str]) -> None:
+def test_a_superusers_session_as_somebody_else(
+    conn: Connection, roles: tuple[str, str, str]
+) -> None:
+    """What its job runs could undo that, and who knows whose function it is that calls."""
     login, member, _ = roles
     conn.execute(f"SET SESSION AUTHORIZATION {login}; SET ROLE {member}".encode())
-    pid = int(inside(conn, WHO))
-    assert background.result(conn, pid) == [(member, login)]
+    error = failure(conn, f"DO $$ BEGIN PERFORM {WHO}; END $$")
+    assert message(error) == ("42501", "calls from inside the database are not served here")
+    assert error.diag.message_hint is not None
     conn.execute("RESET SESSION AUTHORIZATION")

@@ -5,8 +5,8 @@ search_path all names are schema-qualified, operators too; the others set theirs
 the proxy say to each other is written down in `inside`, its other half.
 
 A role that was granted one function of the API must be able to run its body, so the helpers are for
-PUBLIC. That gives nobody anything: who may say RAISE INFO may say all that a helper says, and the
-proxy asks the server whether the role may execute the function that the message is about.
+PUBLIC. That gives nobody anything: the proxy believes nobody but `_pg_background_say`, which says
+who the current role is, and asks the server whether that may execute the function in question.
 """
 
 from __future__ import annotations
@@ -216,6 +216,18 @@ $body$"""
 
 # The conversation (`inside`). Of a result's blocks, the answer to ``call`` is the first, and the
 # others are asked for with ``next``: the words are then what an answer ends with.
+# Who speaks. Its name without arguments is the one thing in a message's CONTEXT that nobody can
+# imitate, so it says the roles itself.
+_SAY: Final = """
+CREATE FUNCTION @._pg_background_say() RETURNS pg_catalog.void LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+  RAISE INFO '% % %', @._pg_background_setting('pg_background_proxy.message'),
+    translate(encode(convert_to(current_user, pg_client_encoding()), 'base64'), chr(10), ''),
+    translate(encode(convert_to(session_user, pg_client_encoding()), 'base64'), chr(10), '');
+END
+$body$"""
+
 _ASK: Final = """
 CREATE FUNCTION @._pg_background_ask(verb pg_catalog.text, words pg_catalog.text[])
 RETURNS pg_catalog.text[] LANGUAGE plpgsql
@@ -261,7 +273,9 @@ BEGIN
       INTO message FROM unnest(words) WITH ORDINALITY u(w, n);
   END IF;
   hash := @._pg_background_hash(secret || nonce);
-  RAISE INFO '% % % %', token, nonce, verb, coalesce(message, '');
+  PERFORM set_config('pg_background_proxy.message',
+    concat_ws(' ', token, nonce, verb, nullif(message, '')), true);
+  PERFORM @._pg_background_say();
 
   <<answers>>
   LOOP
@@ -339,7 +353,9 @@ BEGIN
       EXIT answers WHEN state ~ '^[aq]';
       blocks := true;
     END IF;
-    RAISE INFO '% % % %', token, nonce, verb, number;
+    PERFORM set_config('pg_background_proxy.message',
+      concat_ws(' ', token, nonce, verb, number), true);
+    PERFORM @._pg_background_say();
   END LOOP;
 
   answer := CAST(convert_from(
@@ -383,8 +399,7 @@ CREATE FUNCTION @._pg_background_call(
 RETURNS pg_catalog.text[] LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
   answer text[] := @._pg_background_ask('call', ARRAY[
-    function, CAST(pg_client_encoding() AS text), CAST(current_user AS text),
-    CAST(session_user AS text),
+    function, CAST(pg_client_encoding() AS text),
     @own,
     CAST(cardinality(arguments) AS text)] || arguments || settings);
 BEGIN
@@ -576,6 +591,6 @@ END
 """
 
 _HELPERS: Final = (
-    *(_CREATE_SETTING, _SETTINGS, _HASH, _ELEMENTS, _READ, _ASK, _CALL),
+    *(_CREATE_SETTING, _SETTINGS, _HASH, _ELEMENTS, _READ, _SAY, _ASK, _CALL),
     *(_QUERIES, _RETRY),
 )

@@ -28,7 +28,10 @@ _SET_UP: Final = (
     b" OPERATOR(pg_catalog.=) 'on' THEN s.setting END,"
     b" CASE WHEN CAST(pg_catalog.current_setting('server_version_num') AS pg_catalog.int4)"
     b" OPERATOR(pg_catalog.>=) 120000 THEN"
-    b" pg_catalog.set_config('plan_cache_mode', 'force_generic_plan', false) END"
+    b" pg_catalog.set_config('plan_cache_mode', 'force_generic_plan', false) END,"
+    b" CASE WHEN CAST(pg_catalog.current_setting('server_version_num') AS pg_catalog.int4)"
+    b" OPERATOR(pg_catalog.>=) 140000 THEN"
+    b" pg_catalog.set_config('idle_session_timeout', '0', false) END"
     b" FROM pg_catalog.pg_settings s"
     b" WHERE s.name OPERATOR(pg_catalog.=) 'track_activity_query_size'"
 )
@@ -142,7 +145,7 @@ class Channels:
         waiting.append(waiter)
         try:
             return await asyncio.wait_for(waiter, _FULL_TIMEOUT)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, TimeoutError):
             if waiter.done() and not waiter.cancelled():
                 self.give_back(waiter.result())
             raise

@@ -288,7 +288,24 @@ def _install(scripts: dict[int, str]) -> str:
         + f"FOR item IN {privileges.commands('GRANT', 'namespace')} LOOP"
         " EXECUTE pg_catalog.concat(item, ' TO ', pg_catalog.array_to_string(granted, ', '));"
         " END LOOP; END IF; "
+        # Whoever had created one of them before would own it still.
+         + f"IF EXISTS(SELECT 1 {installed.functions('namespace')}"
+        f" AND p.proowner OPERATOR(pg_catalog.<>) {_OWNER})"
+        f" OR EXISTS(SELECT 1 {installed.views('namespace')}"
+        f" AND c.relowner OPERATOR(pg_catalog.<>) {_OWNER}) THEN "
+        + _raise(
+            "duplicate_object",
+            "an object of the extension's name belongs to another role",
+            hint="Drop it, or create the extension in another schema.",
+        )
+        + "END IF; "
     )
+
+
+_OWNER: Final = (
+    "COALESCE(owner, (SELECT o.oid FROM pg_catalog.pg_roles o"
+    " WHERE o.rolname OPERATOR(pg_catalog.=) current_user))"
+)
 
 
 _IS_ROLE: Final = f"r.rolname OPERATOR(pg_catalog.=) '{EXECUTOR_ROLE}'"

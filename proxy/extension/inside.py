@@ -28,8 +28,12 @@ result, or the rows as a text[][]; ``n`` for no composite; ``c`` and names of cu
 values the function tells with a question of its own, ``custom``; or a block of a result (`blocks`),
 after which the next piece is that of the next block.
 
-Whoever runs SQL in the session can send such messages, so they are only claims. What a session may
-do in the end is what its login role may: the channel is one of that role, and is asked.
+Not all SQL that runs in a session is its user's own: a SECURITY DEFINER function is another's, and
+so is what REINDEX or ANALYZE run for a table's owner. All of it could raise such a message. So the
+proxy believes only what `_pg_background_say` says: the server names the function in the message's
+CONTEXT, and the function names the current role. That role must be one that the login role may
+become, and a superuser in a superuser's session, since what a job runs can RESET ROLE. The channel
+is asked for all that, and for whose the function is.
 """
 
 from __future__ import annotations
@@ -94,6 +98,11 @@ _LEAST_ROOM: Final = 256
 _LONGEST_NUMBER: Final = 9
 
 _ASK: Final = b"_pg_background_ask("
+# The first line of CONTEXT, which nobody but the server writes, in whatever language: who has
+# raised the message. The function's search_path never has its own schema.
+_SPEAKER: Final = re.compile(
+    rb'[^"\n]*? ((?:"(?:[^"]|"")*"|[^\s".(),]+))\.("?)_pg_background_say\2\(\)[ ,]'
+)
 _OWN_LINE: Final = re.compile(
     rb"pg_background_(?:ask|call|elements)\(|\bpg_background_\w+\((?:integer|text|bigint|\)|\S*pg_background_handle)"
 )
@@ -108,30 +117,40 @@ class Question:
     """What a function asks, taken apart.
 
     Attributes:
+        schema: of the function that asks, as the server has told it.
         nonce: made up for it.
         verb: what kind it is.
         words: as text in the client's encoding; None for NULL.
     """
 
+    schema: bytes
     nonce: bytes
     verb: bytes
     words: tuple[bytes | None, ...]
 
     @classmethod
-    def parse(cls, message: bytes) -> Question:
+    def parse(cls, message: bytes, context: bytes) -> Question:
         """Raises _MalformedError."""
+        speaker = _SPEAKER.match(context)
+        if speaker is None:
+            raise _MalformedError
+        schema = speaker[1]
+        if schema.startswith(b'"'):
+            schema = schema[1:-1].replace(b'""', b'"')
         try:
-            _, nonce, verb, *words = message.split(b" ")
+            _, nonce, verb, *words, role, session_role = message.split(b" ")
             if len(nonce) != 32 or not nonce.isalnum():
                 raise _MalformedError
             if verb in (b"next", b"narrow"):
                 [number] = words
                 if not number.isdigit() or len(number) > _LONGEST_NUMBER:
                     raise _MalformedError
-                return cls(nonce, verb, (number,))
+                return cls(schema, nonce, verb, (number,))
             if verb not in (b"call", b"custom"):
                 raise _MalformedError
-            return cls(nonce, verb, tuple(map(_word, words)))
+            if verb == b"call":
+                words = [role, session_role, *words]
+            return cls(schema, nonce, verb, tuple(map(_word, words)))
         except ValueError:
             raise _MalformedError from None
 
@@ -195,11 +214,12 @@ class Inside:
         """A NoticeResponse of the primary backend; whether it was a call, and is dealt with."""
         if self.secrets.token not in body:
             return False
-        message = NoticeResponse.parse(body).message
+        notice = NoticeResponse.parse(body)
+        message = notice.message
         if not message.startswith(self.secrets.token):
             return False
         try:
-            question = Question.parse(message)
+            question = Question.parse(message, notice.fields.get("W", b""))
         except _MalformedError:
             return False
         if question.verb == b"call":
@@ -365,6 +385,7 @@ class Inside:
             call.role,
             call.session_role,
             call.function,
+            question.schema,
             encoding=call.encoding,
             roles=roles,
         )
@@ -372,7 +393,18 @@ class Inside:
         self._is_locked = (state or b"").endswith(b"w")
         if not found:
             raise SQLError(UNDEFINED_OBJECT, "the current role does not exist")
-        role_id, may_become, may_call, usable_roles = found[0]
+        role_id, may_become, may_call, usable_roles, trusted = found[0]
+        if trusted != b"t":
+            raise SQLError(
+                INSUFFICIENT_PRIVILEGE,
+                "calls from inside the database are not served here",
+                detail="The extension's functions must be committed, and a superuser's; or, in the"
+                " session of a role that is none, of a role with CREATE on the database. In a"
+                " superuser's session the current role must be a superuser, because what a job"
+                " runs could undo SET ROLE.",
+                hint="Commit CREATE EXTENSION first, let a superuser say it, or connect as the"
+                " current role.",
+            )
         if may_become != b"t":
             raise SQLError(
                 INSUFFICIENT_PRIVILEGE,
@@ -510,7 +542,7 @@ class _Call:
     def __init__(self, question: Question) -> None:
         """Raises SQLError for what no body of ours has said."""
         try:
-            name, encoding, role, session_role, *rest = (word or b"" for word in question.words)
+            role, session_role, name, encoding, *rest = (word or b"" for word in question.words)
             self._function = _FUNCTIONS.get(name)
             count = int(rest[len(SETTINGS)])
             values = question.words[5 + len(SETTINGS) :]

@@ -170,7 +170,7 @@ def parse_context(
 # Before 16 whoever is a member may SET ROLE.
 ROLE_STATEMENT: Final = (
     b"PREPARE pg_background_role(pg_catalog.name, pg_catalog.name, pg_catalog.name,"
-    b" pg_catalog.int4, pg_catalog.oid[]) AS SELECT r.oid,"
+    b" pg_catalog.int4, pg_catalog.oid[], pg_catalog.name) AS SELECT r.oid,"
     b" CASE WHEN session_user OPERATOR(pg_catalog.<>) $2 THEN"
     b" (SELECT s.rolsuper FROM pg_catalog.pg_roles s"
     b" WHERE s.rolname OPERATOR(pg_catalog.=) session_user)"
@@ -178,8 +178,23 @@ ROLE_STATEMENT: Final = (
     b" OPERATOR(pg_catalog.<) 160000 THEN pg_catalog.pg_has_role(session_user, r.oid, 'MEMBER')"
     b" ELSE pg_catalog.pg_has_role(session_user, r.oid, 'SET') END, COALESCE(%b, %b),"
     b" CAST(ARRAY(SELECT o FROM pg_catalog.unnest($5) o"
-    b" WHERE pg_catalog.pg_has_role(r.oid, o, 'USAGE')) AS pg_catalog.text)"
-    b" FROM pg_catalog.pg_roles r WHERE r.rolname OPERATOR(pg_catalog.=) $1"
+    b" WHERE pg_catalog.pg_has_role(r.oid, o, 'USAGE')) AS pg_catalog.text),"
+    b" (r.rolsuper OR NOT l.rolsuper) AND EXISTS (SELECT 1 FROM pg_catalog.pg_namespace n,"
+    b" pg_catalog.pg_proc a, pg_catalog.pg_proc v, pg_catalog.pg_roles w"
+    b" WHERE n.nspname OPERATOR(pg_catalog.=) $6"
+    b" AND a.pronamespace OPERATOR(pg_catalog.=) n.oid"
+    b" AND a.proname OPERATOR(pg_catalog.=) '_pg_background_say'"
+    b" AND a.pronargs OPERATOR(pg_catalog.=) 0"
+    b" AND v.pronamespace OPERATOR(pg_catalog.=) n.oid"
+    b" AND v.proname OPERATOR(pg_catalog.=) '_pg_background_version'"
+    b" AND v.pronargs OPERATOR(pg_catalog.=) 0"
+    b" AND v.proowner OPERATOR(pg_catalog.=) a.proowner"
+    b" AND w.oid OPERATOR(pg_catalog.=) a.proowner"
+    b" AND (w.rolsuper OR NOT l.rolsuper AND pg_catalog.has_database_privilege(w.oid,"
+    b" CAST(pg_catalog.current_database() AS pg_catalog.text), 'CREATE')))"
+    b" FROM pg_catalog.pg_roles r, pg_catalog.pg_roles l"
+    b" WHERE r.rolname OPERATOR(pg_catalog.=) $1"
+    b" AND l.rolname OPERATOR(pg_catalog.=) session_user"
     % (may_execute("$3", "$4", "r.oid").encode(), _IS_EXECUTOR)
 )
 """What a channel prepares for role_query()."""
@@ -189,27 +204,30 @@ def role_query(
     role: bytes,
     session_role: bytes,
     function: Function,
+    schema: bytes,
     *,
     encoding: bytes,
     roles: Iterable[int],
 ) -> bytes:
     """What a channel is asked about a role that a session claims to be. One row, none if there is
     no such role: its OID, whether the channel's login role may become it, whether it may call the
-    function, and those of the `roles` whose rights it has.
+    function, those of the `roles` whose rights it has, and whether who asks is to be trusted.
 
     Args:
         role: name of the current role.
         session_role: name of the session's.
         function: what is called.
+        schema: of the function that asks.
         encoding: of the names, as PostgreSQL calls it.
         roles: OIDs.
     """
-    return b"EXECUTE pg_background_role(%b, %b, '%b', %d, '{%b}')" % (
+    return b"EXECUTE pg_background_role(%b, %b, '%b', %d, '{%b}', %b)" % (
         _name(role, encoding),
         _name(session_role, encoding),
         function.name.encode(),
         len(function.parameters),
         b",".join(b"%d" % oid for oid in roles),
+        _name(schema, encoding),
     )
 
 

@@ -10,6 +10,7 @@ an ALTER ROLE … SET is obeyed by launches after `spare_lifetime` at the latest
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
@@ -189,7 +190,14 @@ class Spares:
             pool.opening += 1
             task = asyncio.get_running_loop().create_task(self._add(login, pool, open_one))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(functools.partial(self._opened, pool))
+
+    def _opened(self, pool: _Pool, task: asyncio.Task[None]) -> None:
+        # Also called for a task that was cancelled before it began.
+        self._tasks.discard(task)
+        pool.opening -= 1
+        if len(pool.waiting) > pool.opening:
+            self._hand_on(pool, None)
 
     async def _add(self, login: Hashable, pool: _Pool, open_one: Open) -> None:
         loop = asyncio.get_running_loop()
@@ -211,10 +219,6 @@ class Spares:
             # The last two, ProtocolViolation among them, are about an answer that is none.
             logger.debug("no spare backend: %s", error)
             pool.not_before = loop.time() + _RETRY
-        finally:
-            pool.opening -= 1
-            if len(pool.waiting) > pool.opening:
-                self._hand_on(pool, None)
 
     def _expire(self, login: Hashable, pool: _Pool, backend: Backend) -> None:
         if backend in pool.ready:

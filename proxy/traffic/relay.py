@@ -318,6 +318,7 @@ class Relay:
             self.status = data[-1]
             self._sent = b""
             self._at_rest = True
+            self._hooks.statement_ended()
             self._client.write(data)
         else:
             self._follow_server(data)
