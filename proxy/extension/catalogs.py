@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from proxy.extension import installed
@@ -163,22 +163,21 @@ class _Query:
         opening = self.opening(index)
         return opening is None or self.word(opening - 1) not in _FROM_IN
 
-    def opening(self, index: int) -> int | None:
-        """The bracket around what stands there."""
+    def before(self, index: int) -> Iterator[tuple[int, int]]:
+        """The tokens before it, backwards, and how many brackets deep: below 0 around it."""
         depth = 0
         for at in range(index - 1, -1, -1):
             sign = self.sign(at)
             depth += (sign in (b")", b"]")) - (sign in (b"(", b"["))
-            if depth < 0:
-                return at
-        return None
+            yield at, depth
+
+    def opening(self, index: int) -> int | None:
+        """The bracket around what stands there."""
+        return next((at for at, depth in self.before(index) if depth < 0), None)
 
     def clause(self, comma: int) -> int | None:
         """The FROM of the list that a comma is in, None if it is in another list."""
-        depth = 0
-        for at in range(comma - 1, -1, -1):
-            sign = self.sign(at)
-            depth += (sign in (b")", b"]")) - (sign in (b"(", b"["))
+        for at, depth in self.before(comma):
             if depth < 0:
                 return None
             if depth == 0 and self.word(at) in _CLAUSES:
