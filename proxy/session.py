@@ -13,7 +13,7 @@ import ipaddress
 import re
 import socket
 import ssl
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Coroutine
 from datetime import UTC, tzinfo
 from typing import TYPE_CHECKING, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -44,26 +44,21 @@ from proxy.auth.login import Login, RefusedError
 from proxy.config import Host
 from proxy.extension import catalogs, commands, ddl
 from proxy.extension.bodies import SESSION_SETTING
-from proxy.extension.channels import Channel
 from proxy.extension.inside import Inside
 from proxy.extension.installed import Installed, api_version
 from proxy.functions import CATALOGS
-from proxy.jobs.context import Context
-from proxy.jobs.job import Job, Jobs
-from proxy.jobs.known import Handle, KnownJob, KnownJobs
 from proxy.jobs.launcher import Launcher
+from proxy.jobs.owner import Owner
 from proxy.log import logger
 from proxy.net import tls
 from proxy.net.connection import Connection
 from proxy.net.upstream import Route
-from proxy.settings import Setting
 from proxy.sql import encodings, lexer, statements
 from proxy.sql.lexer import LexError
 from proxy.sql.unserved import unavailable, unserved
 from proxy.traffic.asked import PARSE, QUERY
 from proxy.traffic.interception import Interception
 from proxy.traffic.relay import IDLE, Relay
-from proxy.workers.peers import Peers
 
 if TYPE_CHECKING:
     from proxy.server import Server
@@ -95,7 +90,7 @@ _NEWEST: Final = "3.2"
 """The newest version of the protocol; a server may know less, and says so itself."""
 
 
-class Session:
+class Session(Owner):
     """A client and what it has.
 
     Attributes:
@@ -110,10 +105,9 @@ class Session:
     """
 
     def __init__(self, server: Server) -> None:
-        self._server = server
+        super().__init__(server)
         self.client = Connection(self._startup_data, self._ended, self._lost)
         self.primary: Connection | None = None
-        self.jobs = Jobs()
         self.custom_settings: dict[bytes, None] = {}
         self.settings: tuple[tuple[bytes, bytes], ...] = ()
         self.api: int | None = None
@@ -462,13 +456,16 @@ class Session:
     # What an interception asks for
 
     @property
+    def client_encoding(self) -> bytes:
+        return self.relay.parameters.get(b"client_encoding", b"UTF8")
+
+    @property
     def codec(self) -> str:
         """The Python codec of the client_encoding."""
         return encodings.codec(self.relay.parameters.get(b"client_encoding", b""))
 
     @property
     def server_version(self) -> int:
-        """As server_version_num has it, without the minor version: 90500, 150000."""
         match = re.match(rb"(\d+)(?:\.(\d+))?", self.relay.parameters.get(b"server_version", b""))
         if match is None:
             return 0
@@ -587,90 +584,20 @@ class Session:
         except (ZoneInfoNotFoundError, ValueError):
             return UTC
 
-    @property
-    def known_jobs(self) -> KnownJobs[Job]:
-        """The jobs of all sessions of this process."""
-        return self._server.jobs
-
-    @property
-    def peers(self) -> Peers:
-        """The other processes."""
-        return self._server.peers
-
-    async def find(self, handles: Sequence[Handle]) -> list[KnownJob | None]:
-        """Jobs that this session may know of. Its own are known to it until it detaches them."""
-        return await self._server.find(self.jobs, handles)
-
-    async def jobs_of(self, roles: Collection[int]) -> list[KnownJob]:
-        """What is known of the jobs of these roles, at least."""
-        return await self._server.jobs_of(roles)
-
-    def drop(self, job: Job) -> None:
-        """A job that nobody knows of: it shall stop."""
-        self.jobs.remove(job)
-        if not job.finished:
-            self.cancel_job(job)
-
-    def cancel_job(self, job: KnownJob) -> asyncio.Task[None]:
-        """Have the server told to stop a job."""
-        return self._server.cancel_job(job)
-
-    def limit(self, job: Job, timeout_ms: int) -> None:
-        """Stop a job that runs longer than that."""
-        self._server.limit(job, timeout_ms)
-
-    async def launch(
-        self,
-        sql: bytes,
-        queue_size: int,
-        context: Context,
-        *,
-        client_encoding: bytes | None = None,
-        label: bytes | None = None,
-        keeps_rows: bool = True,
-    ) -> Job:
-        """Start a job in a new backend, with the session's role and settings. Raises SQLError.
-
-        `client_encoding`: that of the SQL, if it is not the session's.
-        """
-        return await self._launcher.launch(
-            self,
-            sql,
-            queue_size,
-            context,
-            client_encoding=client_encoding
-            or self.relay.parameters.get(b"client_encoding", b"UTF8"),
-            label=label,
-            keeps_rows=keeps_rows,
-        )
-
-    async def lease_channel(self) -> Channel:
-        """A channel to answer calls from inside the database. Raises SQLError, ConnectionError."""
-        return await self._launcher.channel()
-
     async def inject(self, message: bytes) -> None:
-        """Send the client a message of a job while the server is in the middle of a statement."""
         if self.interception is None and not self.relay.at_boundary:
             return  # whoever called did not wait for the answer
         self.client.write(message)
         if self.client.full is not None:
             await asyncio.wait([self.client.full])
 
-    def give_back(self, channel: Channel) -> None:
-        """Let other sessions have it."""
-        self._server.channels.give_back(channel)
-
     @functools.cached_property
-    def _launcher(self) -> Launcher:
+    def launcher(self) -> Launcher:
         assert self._startup is not None
         assert self._key is not None
         return Launcher(
             self._server, self._startup.parameters, self.route, self._observer, self._key.pid
         )
-
-    def setting(self, setting: Setting, context: Context) -> int:
-        """A setting of ours, as it is in a session. Raises SQLError 22023."""
-        return self._launcher.setting(setting, context)
 
     # The end
 

@@ -3,11 +3,12 @@
 The rule: this is one half of a conversation whose other half are the SQL functions in `bodies`. A
 function speaks by an INFO message, which the server sends at once, in the middle of a statement:
 
-    token nonce verb word word ...
+    token nonce verb word word ... role role
 
 ``token`` is the session's, ``nonce`` is made up for each question, and the words are base64 of text
-in the client's encoding, ``-`` for NULL. The proxy takes the message off the stream and answers
-through a channel (`channels`). In the channel's application_name the answer is announced:
+in the client's encoding, ``-`` for NULL; the last two are the current role and the session's. The
+proxy takes the message off the stream and answers through a channel (`channels`). In the channel's
+application_name the answer is announced:
 
     tag state number data
 
@@ -46,7 +47,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, ParamSpec
 
 from protocol.errors import (
     CONNECTION_FAILURE,
@@ -75,12 +76,9 @@ from proxy.traffic.results import text_form
 from proxy.traffic.waits import Waits
 
 if TYPE_CHECKING:
-    from proxy.extension.nested import Nested
     from proxy.jobs.job import Jobs
-    from proxy.session import Session
+    from proxy.jobs.owner import Owner
 
-    Host: TypeAlias = Session | Nested
-    """Whose calls they are."""
 
 P = ParamSpec("P")
 
@@ -189,7 +187,7 @@ class Secrets:
 class Inside:
     """The calls of one session that come from inside the database. There is one at a time."""
 
-    def __init__(self, session: Host) -> None:
+    def __init__(self, session: Owner) -> None:
         self._session = session
         self.secrets = Secrets()
         self._waits = Waits()
@@ -608,7 +606,7 @@ def _value(value: Any, function: Function, encoding: bytes) -> Answer:
 class InsideCaller:
     """Makes calls from inside the database (`calls.Caller`)."""
 
-    def __init__(self, session: Host, waits: Waits, context: Context, call: _Call) -> None:
+    def __init__(self, session: Owner, waits: Waits, context: Context, call: _Call) -> None:
         self._session = session
         self._waits = waits
         self._context = context

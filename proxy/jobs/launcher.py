@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from protocol.errors import INVALID_PARAMETER_VALUE, SQLError
 from protocol.startup import StartupMessage
@@ -20,31 +20,15 @@ from proxy.extension.channels import APPLICATION_NAME, Channel
 from proxy.extension.nested import Nested
 from proxy.jobs.backend import Backend, ServerError, no_backend, open_backend
 from proxy.jobs.context import Context, takeover_query
-from proxy.jobs.job import Job, Jobs, checked_queue_size
+from proxy.jobs.job import Job, checked_queue_size
 from proxy.log import logger
 from proxy.net.upstream import Route
 from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Setting
 from proxy.traffic.fetch import JobFailed
 
 if TYPE_CHECKING:
+    from proxy.jobs.owner import Owner
     from proxy.server import Server
-
-
-class Owner(Protocol):
-    """Whose jobs they are: a session; or a job, whose SQL launches others."""
-
-    @property
-    def jobs(self) -> Jobs: ...
-
-    @property
-    def custom_settings(self) -> dict[bytes, None]:
-        """Names with a dot that it may have set."""
-
-    @property
-    def server_version(self) -> int: ...
-
-    def drop(self, job: Job) -> None:
-        """A job that nobody knows of: it shall stop."""
 
 
 class Launcher:

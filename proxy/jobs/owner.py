@@ -1,0 +1,129 @@
+"""Whose jobs they are: a session; or a job, whose SQL launches others.
+
+The rule: to the functions and to the launcher both are the same. What differs is where an owner's
+messages go, and what is known of its settings.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from proxy.jobs.job import Job, Jobs
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Collection, Sequence
+
+    from proxy.extension.channels import Channel
+    from proxy.jobs.context import Context
+    from proxy.jobs.known import Handle, KnownJob, KnownJobs
+    from proxy.jobs.launcher import Launcher
+    from proxy.server import Server
+    from proxy.settings import Setting
+    from proxy.workers.peers import Peers
+
+
+class Owner(ABC):
+    """What launches jobs, and may ask after them.
+
+    Attributes:
+        jobs: those that it launched and has not fetched or detached.
+        custom_settings: names with a dot that it may have set.
+    """
+
+    custom_settings: dict[bytes, None]
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.jobs = Jobs()
+
+    @property
+    @abstractmethod
+    def launcher(self) -> Launcher:
+        """Launches its jobs."""
+
+    @property
+    @abstractmethod
+    def server_version(self) -> int:
+        """As server_version_num has it, without the minor version: 90500, 150000."""
+
+    @property
+    @abstractmethod
+    def client_encoding(self) -> bytes:
+        """As PostgreSQL names it."""
+
+    @abstractmethod
+    async def inject(self, message: bytes) -> None:
+        """A message of one of its jobs, while the server is in the middle of a statement."""
+
+    @property
+    def known_jobs(self) -> KnownJobs[Job]:
+        """The jobs of all sessions of this process."""
+        return self._server.jobs
+
+    @property
+    def peers(self) -> Peers:
+        """The other processes."""
+        return self._server.peers
+
+    async def find(self, handles: Sequence[Handle]) -> list[KnownJob | None]:
+        """Jobs that it may know of. Its own are known to it until it detaches them."""
+        return await self._server.find(self.jobs, handles)
+
+    async def jobs_of(self, roles: Collection[int]) -> list[KnownJob]:
+        """What is known of the jobs of these roles, at least."""
+        return await self._server.jobs_of(roles)
+
+    def drop(self, job: Job) -> None:
+        """A job that nobody knows of: it shall stop."""
+        self.jobs.remove(job)
+        if not job.finished:
+            self.cancel_job(job)
+
+    def cancel_job(self, job: KnownJob) -> asyncio.Task[None]:
+        """Have the server told to stop a job."""
+        return self._server.cancel_job(job)
+
+    def limit(self, job: Job, timeout_ms: int) -> None:
+        """Stop a job that runs longer than that."""
+        self._server.limit(job, timeout_ms)
+
+    async def launch(
+        self,
+        sql: bytes,
+        queue_size: int,
+        context: Context,
+        *,
+        client_encoding: bytes | None = None,
+        label: bytes | None = None,
+        keeps_rows: bool = True,
+    ) -> Job:
+        """Start a job in a new backend, with the owner's role and settings. Raises SQLError.
+
+        `client_encoding`: that of the SQL, if it is not the owner's.
+        """
+        return await self.launcher.launch(
+            self,
+            sql,
+            queue_size,
+            context,
+            client_encoding=client_encoding or self.client_encoding,
+            label=label,
+            keeps_rows=keeps_rows,
+        )
+
+    def setting(self, setting: Setting, context: Context) -> int:
+        """A setting of ours. Raises SQLError 22023."""
+        return self.launcher.setting(setting, context)
+
+    async def lease_channel(self) -> Channel:
+        """A channel to answer calls from inside the database.
+
+        Raises SQLError, ServerError, OSError.
+        """
+        return await self.launcher.channel()
+
+    def give_back(self, channel: Channel) -> None:
+        """Let others have it."""
+        self._server.channels.give_back(channel)
