@@ -26,6 +26,7 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 MAX_PROCESSES: Final = 256
 AUTH_TYPES: Final = ("server", "plain")
 EXTENSIONS: Final = ("proxy", "server")
+DEFAULT_LOOKUP_DATABASE: Final = "postgres"
 DEFAULT_AUTH_QUERY: Final = (
     "SELECT rolname, CASE WHEN rolvaliduntil OPERATOR(pg_catalog.<) pg_catalog.now() THEN NULL"
     " ELSE rolpassword END FROM pg_catalog.pg_authid"
@@ -402,7 +403,11 @@ class Config:
         " column its secret",
     )
     auth_dbname: str = _setting(
-        "", str, "DATABASE", "where auth_query runs; the client's database if not given"
+        "",
+        str,
+        "DATABASE",
+        "where auth_user logs in; postgres if not given. An auth_query of your own needs it, and"
+        " runs with search_path = pg_catalog: name its schemas",
     )
     client_tls_sslmode: str = _setting(
         "disable",
@@ -530,6 +535,11 @@ class Config:
         "info", _one_of(*LOG_LEVELS), "LEVEL", f"what is logged: {', '.join(LOG_LEVELS)}"
     )
 
+    @property
+    def lookup_database(self) -> str:
+        """Where auth_user logs in."""
+        return self.auth_dbname or DEFAULT_LOOKUP_DATABASE
+
 
 SETTINGS: Final = tuple(dataclasses.fields(Config))
 
@@ -622,6 +632,11 @@ def check_together(config: Config) -> None:
     for name, missing in needed.items():
         if missing:
             raise ConfigError(f"client_tls_sslmode: {mode} needs {name}")
+    own_query = config.auth_query not in ("", DEFAULT_AUTH_QUERY)
+    if config.auth_user and own_query and not config.auth_dbname:
+        raise ConfigError(
+            "auth_query: a query of your own needs auth_dbname: the database that has what it names"
+        )
     attrs = config.upstream.target_session_attrs
     if attrs != "any" and not config.auth_user:
         raise ConfigError(

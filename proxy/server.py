@@ -122,15 +122,24 @@ class Server:
         found = find()
         asked = login.method is not None and self.auth_query.enabled
         if asked and found.password is None and found.secret is None:
-            queried = await self.auth_query.secret(route.host, database, user)
+            queried = await self.auth_query.secret(route.host, user)
             found = find(queried=queried, has_auth_query=True)
         return found
 
-    async def secret_of(self, route: Route, database: bytes, user: bytes) -> Secret | None:
-        """What is known of a role, to check a client with that claims to be it."""
+    async def secret_of(
+        self, route: Route, database: bytes, user: bytes, stranger: str
+    ) -> Secret | None:
+        """What is known of a role, to check a client with that claims to be it.
+
+        Args:
+            route: to the session's server.
+            database: that the client wants; the passfile may ask for it.
+            user: the role.
+            stranger: whose connection it is (`pace.who`).
+        """
         host = route.host
         found = self.credentials.secret(host.name, host.port, database, user)
-        return found or await self.auth_query.secret(host, database, user)
+        return found or await self.auth_query.secret(host, user, stranger)
 
     # Its life
 

@@ -39,6 +39,7 @@ from protocol.startup import (
     parse_startup_packet,
     startup_packet_length,
 )
+from proxy.auth import pace
 from proxy.auth.credentials import LoginObserver
 from proxy.auth.login import Login, RefusedError
 from proxy.config import Host
@@ -353,13 +354,15 @@ class Session(Owner):
 
     def _new_login(self, primary: Connection, parameters: dict[bytes, bytes]) -> Login:
         user = parameters.get(b"user", b"")
+        database = parameters.get(b"database", user)
+        stranger = pace.who(self.client.transport.get_extra_info("peername"))
         plain = self._server.config.auth_type == "plain"
         return Login(
             self.client,
             primary,
             user,
             self._observer,
-            lambda: self._server.secret_of(self.route, parameters.get(b"database", user), user),
+            lambda: self._server.secret_of(self.route, database, user, stranger),
             asks_password=self._may_send_password() if plain else None,
         )
 

@@ -6,9 +6,11 @@ wrong one, and it is the server's own error that comes.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,7 @@ def secret_of(server: Server, role: str) -> str:
 
 def auth_file(tmp_path: Path, **secrets: str) -> str:
     path = tmp_path / "userlist.txt"
+    path.touch(mode=0o600)
     path.write_text("".join(f'"{role}" "{secret}"\n' for role, secret in secrets.items()))
     return str(path)
 
@@ -278,7 +281,8 @@ def test_auth_query_of_ones_own(server: Server, start_proxy: StartProxy, lookup_
     secret = secret_of(server, "pw_md5")
     query = f"SELECT $1::text, CASE $1 WHEN 'pw_md5' THEN '{secret}' END"
     proxy = start_proxy(
-        *("--auth-user", "lookup", "--auth-file", lookup_file, "--auth-query", query)
+        *("--auth-user", "lookup", "--auth-file", lookup_file, "--auth-query", query),
+        *("--auth-dbname", "postgres"),
     )
     with proxy.connect(user="pw_md5", password=PASSWORDS["pw_md5"]) as conn:
         assert job_role(conn) == "pw_md5"
@@ -302,7 +306,8 @@ def test_an_auth_query_that_fails_is_logged(
     start_proxy: StartProxy, lookup_file: str, query: str, reason: str
 ) -> None:
     proxy = start_proxy(
-        *("--auth-user", "lookup", "--auth-file", lookup_file, "--auth-query", query)
+        *("--auth-user", "lookup", "--auth-file", lookup_file, "--auth-query", query),
+        *("--auth-dbname", "postgres"),
     )
     with (
         proxy.connect(user="pw_md5", password=PASSWORDS["pw_md5"]) as conn,
@@ -310,6 +315,119 @@ def test_an_auth_query_that_fails_is_logged(
     ):
         job_role(conn)
     proxy.wait_for_log(f'auth_query for role "pw_md5" failed: .*{re.escape(reason)}')
+
+
+@pytest.fixture
+def hostile(server: Server) -> Iterator[Connection]:
+    """A database of mallory's, in which every name that he may make up is his; a superuser's
+    session in it."""
+    with server.connect() as conn:
+        conn.execute("CREATE ROLE mallory LOGIN")
+        conn.execute("CREATE DATABASE hostile OWNER mallory")
+    with server.connect(dbname="hostile", options="-c search_path=pg_catalog") as conn:
+        conn.execute("GRANT CREATE ON SCHEMA public TO mallory")
+        conn.execute("SET ROLE mallory")
+        conn.execute("CREATE SCHEMA mallory")
+        for schema in ("public", "mallory"):
+            conn.execute(
+                f"CREATE FUNCTION {schema}.user_lookup(u text, OUT name text, OUT secret text)"
+                " LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'ALTER ROLE mallory SUPERUSER'; END $$"
+            )
+        for name in ("pg_authid", "pg_roles"):
+            conn.execute(f"CREATE TABLE mallory.{name} (rolname name, rolpassword text)")
+        conn.execute("ALTER DATABASE hostile SET search_path = mallory, public, pg_catalog")
+        conn.execute("RESET ROLE")
+        yield conn
+    with server.connect() as conn:
+        conn.execute("DROP DATABASE hostile WITH (FORCE)")
+        conn.execute("DROP ROLE mallory")
+
+
+def _is_superuser(conn: Connection, role: str) -> bool:
+    found = conn.execute("SELECT rolsuper FROM pg_roles WHERE rolname = %s", [role])
+    return bool(found.fetchall()[0][0])
+
+
+def _look_up(proxy: Proxy, dbname: str) -> None:
+    """Have the proxy look a role up, from a session in a database of one's own."""
+    with (
+        proxy.connect(user="pw_scram", password=PASSWORD, dbname=dbname) as conn,
+        contextlib.suppress(psycopg.Error),
+    ):
+        job_role(conn)
+
+
+OWN_QUERY = "SELECT * FROM user_lookup($1)"
+"""PgBouncer's usual one."""
+
+
+def test_an_auth_query_never_runs_in_a_database_that_a_client_names(
+    start_proxy: StartProxy, lookup_file: str, hostile: Connection
+) -> None:
+    """auth_user is a superuser: mallory's function must not run as it."""
+    message = ""
+    try:
+        proxy = start_proxy(
+            *("--auth-user", "lookup", "--auth-file", lookup_file, "--auth-query", OWN_QUERY)
+        )
+    except TimeoutError as error:
+        message = str(error)
+    else:
+        _look_up(proxy, "hostile")
+    assert not _is_superuser(hostile, "mallory")
+    assert "auth_query: a query of your own needs auth_dbname" in message
+
+
+@pytest.mark.parametrize("query", [None, OWN_QUERY])
+def test_an_auth_query_is_not_turned_by_settings_of_its_database(
+    start_proxy: StartProxy, lookup_file: str, hostile: Connection, query: str | None
+) -> None:
+    """ALTER DATABASE SET search_path is for the database's owner; a startup packet wins over it."""
+    given = [] if query is None else ["--auth-query", query]
+    proxy = start_proxy(
+        *("--auth-user", "lookup", "--auth-file", lookup_file, "--auth-dbname", "hostile", *given)
+    )
+    _look_up(proxy, "postgres")
+    assert not _is_superuser(hostile, "mallory")
+    if query is None:
+        with proxy.connect(user="pw_scram", password=PASSWORD) as conn:
+            assert job_role(conn) == "pw_scram"
+    else:
+        proxy.wait_for_log("function user_lookup.* does not exist")
+
+
+def _knock_at(proxy: Proxy, user: str) -> None:
+    """As somebody who knows no password; the proxy looks the role up."""
+    with pytest.raises(psycopg.OperationalError):
+        proxy.connect(user=user, password="x", sslmode="require")
+
+
+def test_strangers_cannot_make_the_proxy_log_in_without_end(
+    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates, lookup_file: str
+) -> None:
+    """A lookup is a login as auth_user; so many are made for one address, and the log says so."""
+    with tls_roles.connect() as conn:
+        conn.execute("ALTER SYSTEM SET log_connections = on")
+    tls_roles.set_hba([*TLS_HBA, "host all all 127.0.0.1/32 scram-sha-256"])
+    try:
+        proxy = scram_proxy(
+            tls_roles,
+            start_proxy,
+            certificates,
+            *("--auth-user", "lookup", "--auth-file", lookup_file, "--workers", "1"),
+            client="require",
+            upstream_mode="require",
+        )
+        before = tls_roles.log().count("connection authorized: user=lookup")
+        with ThreadPoolExecutor(25) as pool:
+            list(pool.map(lambda n: _knock_at(proxy, f"nobody_{n}"), range(75)))
+        lookups = tls_roles.log().count("connection authorized: user=lookup") - before
+        assert 20 <= lookups < 75
+        assert proxy.log.count("too many logins from 127.0.0.1 want auth_query") == 1
+    finally:
+        with tls_roles.connect() as conn:
+            conn.execute("ALTER SYSTEM RESET log_connections")
+        tls_roles.set_hba(TLS_HBA)
 
 
 def test_an_auth_user_that_is_not_let_in_is_logged(start_proxy: StartProxy, tmp_path: Path) -> None:

@@ -169,14 +169,23 @@ class Dialer:
         protocol.transport.close()
         return route
 
-    async def login_as_auth_user(self, host: Host, database: bytes) -> Backend:
+    async def login_as_auth_user(self, host: Host) -> Backend:
         """A connection for the proxy's own questions.
+
+        Where it goes and what names mean there is the administrator's to say: no client names the
+        database, and what stands in a startup packet wins over ALTER DATABASE and ALTER ROLE SET.
 
         Raises OSError, or SQLError if auth_user is not let in.
         """
         user = self._config.auth_user.encode()
+        database = self._config.lookup_database.encode()
         startup = StartupMessage(
-            {b"user": user, b"database": database, b"application_name": APPLICATION_NAME}
+            {
+                b"user": user,
+                b"database": database,
+                b"application_name": APPLICATION_NAME,
+                b"search_path": b"pg_catalog",
+            }
         )
         credentials = self._credentials.own_credentials(host.name, host.port, database, user)
         taken: list[Route] = []
@@ -211,8 +220,7 @@ class Dialer:
             return state
 
     async def _look(self, host: Host) -> HostState:
-        database = self._config.auth_dbname or "postgres"
-        backend = await self.login_as_auth_user(host, database.encode())
+        backend = await self.login_as_auth_user(host)
         try:
             async with self._in_time(host):
                 in_recovery, read_only = await backend.query(_STATE_QUERY)

@@ -1,0 +1,77 @@
+"""How often somebody may do something: a token bucket for each key.
+
+The invariant: however many keys come, at most `MAX_KEYS` are remembered. A key is forgotten once
+its bucket is full again, which changes nothing; while there are too many that are not, those that
+are new share one bucket.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Final
+
+MAX_KEYS: Final = 10_000
+
+_OTHERS: Final = object()
+
+
+@dataclass(slots=True)
+class Pace:
+    """Buckets of `burst` tokens, each of which gets `rate` new ones a second.
+
+    A bucket may be in debt by `patience` tokens: by that many a caller may be put off.
+    """
+
+    burst: float
+    rate: float
+    patience: float = 0.0
+    _buckets: dict[Hashable, tuple[float, float]] = field(default_factory=dict)
+    # When it is worth while to look again for buckets that are full.
+    _look_again: float = 0.0
+
+    def take(self, key: Hashable, now: float) -> float | None:
+        """Takes a token.
+
+        Returns the seconds to wait before it is used; None if there is none to be had.
+        """
+        if key not in self._buckets and len(self._buckets) >= MAX_KEYS:
+            self._forget(now)
+            key = key if len(self._buckets) < MAX_KEYS else _OTHERS
+        tokens = self._tokens(key, now) - 1
+        if tokens < -self.patience:
+            return None
+        self._buckets[key] = tokens, now
+        return max(0.0, -tokens / self.rate)
+
+    def _tokens(self, key: Hashable, now: float) -> float:
+        tokens, then = self._buckets.get(key, (self.burst, now))
+        return min(self.burst, tokens + (now - then) * self.rate)
+
+    def _forget(self, now: float) -> None:
+        if now < self._look_again:
+            return
+        self._look_again = now + 1.0
+        for key in [key for key in self._buckets if self._tokens(key, now) >= self.burst]:
+            del self._buckets[key]
+
+
+def who(peername: object) -> str:
+    """Whose connection it is, as far as limits go: an IPv4 address, or an IPv6 network of 64 bits,
+    which is what one customer has at least; the same for all who come by a Unix socket.
+
+    Args:
+        peername: as a socket has it.
+    """
+    if not (isinstance(peername, tuple) and peername):
+        return "local"
+    try:
+        address = ipaddress.ip_address(str(peername[0]).partition("%")[0])
+    except ValueError:
+        return str(peername[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is None:
+            return str(ipaddress.IPv6Network((address, 64), strict=False))
+        address = address.ipv4_mapped
+    return str(address)
