@@ -10,12 +10,13 @@ or blanks, so it needs no escaping.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from protocol.errors import SQLError
 from proxy.jobs.backend import Backend, ServerError
 from proxy.jobs.context import ROLE_STATEMENT
+from proxy.jobs.identity import Login
 from proxy.log import logger
 
 Open = Callable[[], Awaitable[Backend]]
@@ -56,8 +57,8 @@ class Channel:
         timer: closes it when nobody needs it.
     """
 
-    def __init__(self, key: Hashable, backend: Backend, room: int) -> None:
-        self.key = key
+    def __init__(self, login: Login, backend: Backend, room: int) -> None:
+        self.login = login
         self.room = room
         self._backend = backend
         self.timer: asyncio.TimerHandle | None = None
@@ -105,20 +106,20 @@ class Channels:
     def __init__(self, lifetime: float) -> None:
         """`lifetime`: seconds after which one that nobody needed is closed."""
         self.lifetime = lifetime
-        self._idle: dict[Hashable, list[Channel]] = {}
-        self._waiting: dict[Hashable, list[asyncio.Future[Channel]]] = {}
+        self._idle: dict[Login, list[Channel]] = {}
+        self._waiting: dict[Login, list[asyncio.Future[Channel]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def lease(self, key: Hashable, open_one: Open) -> Channel:
+    async def lease(self, login: Login, open_one: Open) -> Channel:
         """A channel for one session.
 
         Args:
-            key: what sessions must have in common to share one: server, database and login role.
+            login: what sessions must have in common to share one.
             open_one: opens and logs in a backend; raises SQLError.
 
         Raises SQLError, ServerError, ConnectionError, TimeoutError.
         """
-        idle = self._idle.get(key, [])
+        idle = self._idle.get(login, [])
         while idle:
             channel = idle.pop()
             if channel.timer is not None:
@@ -130,18 +131,18 @@ class Channels:
         except SQLError as error:
             if not error.sqlstate.startswith("53"):
                 raise
-            return await self._returned(key)
+            return await self._returned(login)
         try:
             row = await backend.query(_SET_UP)
         except BaseException:
             backend.terminate()
             raise
         room = int(row[0] or 1) - 1
-        return Channel(key, backend, min(room, _LARGEST))
+        return Channel(login, backend, min(room, _LARGEST))
 
-    async def _returned(self, key: Hashable) -> Channel:
+    async def _returned(self, login: Login) -> Channel:
         waiter: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
-        waiting = self._waiting.setdefault(key, [])
+        waiting = self._waiting.setdefault(login, [])
         waiting.append(waiter)
         try:
             return await asyncio.wait_for(waiter, _FULL_TIMEOUT)
@@ -152,7 +153,7 @@ class Channels:
         finally:
             waiting.remove(waiter)
             if not waiting:
-                self._waiting.pop(key, None)
+                self._waiting.pop(login, None)
 
     def give_back(self, channel: Channel) -> None:
         """The session has done with it."""
@@ -166,26 +167,30 @@ class Channels:
         except (ServerError, OSError, ValueError, LookupError):
             channel.terminate()
             return
-        for waiter in self._waiting.get(channel.key, ()):
+        for waiter in self._waiting.get(channel.login, ()):
             if not waiter.done():
                 waiter.set_result(channel)
                 return
-        self._idle.setdefault(channel.key, []).append(channel)
+        self._idle.setdefault(channel.login, []).append(channel)
         loop = asyncio.get_running_loop()
         channel.timer = loop.call_later(self.lifetime, self._expire, channel)
 
     def _expire(self, channel: Channel) -> None:
-        idle = self._idle.get(channel.key, [])
+        idle = self._idle.get(channel.login, [])
         if channel in idle:
             idle.remove(channel)
             channel.terminate()
         if not idle:
-            self._idle.pop(channel.key, None)
+            self._idle.pop(channel.login, None)
 
     def give_way(self) -> bool:
         """Close those that nobody has; whether there were any."""
-        idle = [channel for channels in self._idle.values() for channel in channels]
-        self._idle.clear()
+        return self.retire(lambda login: True)
+
+    def retire(self, matches: Callable[[Login], bool]) -> bool:
+        """The same for those of some logins alone."""
+        logins = [login for login in self._idle if matches(login)]
+        idle = [channel for login in logins for channel in self._idle.pop(login)]
         for channel in idle:
             channel.terminate()
         return bool(idle)

@@ -32,6 +32,7 @@ from protocol.messages import (
 )
 from protocol.startup import CancelRequest, StartupMessage
 from proxy.auth.credentials import Credentials
+from proxy.jobs.identity import IDENTITY_QUERY, Login, StaleLoginError, still_holds
 from proxy.net.inbox import Inbox
 
 # Message types of the backend.
@@ -43,6 +44,7 @@ _PARAMETER_STATUS: Final = messages.ParameterStatus.type
 _READY: Final = messages.ReadyForQuery.type
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
+Row = tuple[bytes | None, ...]
 
 # Parse of nothing, and Flush: answered at once, and nothing is done for it.
 _TAKE_UP: Final = Parse(b"", b"", ()).serialize() + Flush().serialize()
@@ -85,6 +87,7 @@ class Backend(asyncio.BufferedProtocol):
         pid: of the backend.
         ready: whether it has logged in.
         parameters: of its ParameterStatus messages.
+        identity: what its login was based on (`identity`); None if nobody has asked.
     """
 
     def __init__(self) -> None:
@@ -92,6 +95,7 @@ class Backend(asyncio.BufferedProtocol):
         self.ready = False
         self._key: BackendKeyData | None = None
         self.parameters: dict[bytes, bytes] = {}
+        self.identity: bytes | None = None
         self.receiver: Receiver | None = None
 
     # asyncio's side
@@ -142,7 +146,7 @@ class Backend(asyncio.BufferedProtocol):
             elif kind == _ERROR:
                 raise ServerError(ErrorResponse.parse(body))
 
-    async def query(self, sql: bytes, *parameters: bytes) -> tuple[bytes | None, ...]:
+    async def query(self, sql: bytes, *parameters: bytes) -> Row:
         """The last row that a query of ours returns, in text; empty if there is none.
 
         Parameters, if any, are text, of the types that the server finds for them.
@@ -152,14 +156,49 @@ class Backend(asyncio.BufferedProtocol):
         rows = await self.rows(sql, *parameters)
         return rows[-1] if rows else ()
 
-    async def rows(self, sql: bytes, *parameters: bytes) -> list[tuple[bytes | None, ...]]:
+    async def rows(self, sql: bytes, *parameters: bytes) -> list[Row]:
         """All rows, those of several statements one after the other. Raises ServerError."""
         if parameters:
-            extended = (Parse(b"", sql), Bind(b"", b"", parameters=parameters), Execute(b""))
-            self.transport.write(b"".join(m.serialize() for m in (*extended, Sync())))
+            self._send(Parse(b"", sql), Bind(b"", b"", parameters=parameters), Execute(b""), Sync())
         else:
-            self.transport.write(Query(sql).serialize())
-        rows: list[tuple[bytes | None, ...]] = []
+            self._send(Query(sql))
+        return await self._answer()
+
+    async def remember_identity(self, login: Login) -> None:
+        """Note what the login was based on, right after it.
+
+        Raises ServerError; StaleLoginError if a new one would be different already.
+        """
+        self._send(Parse(b"", IDENTITY_QUERY), Bind(b"", b""), Execute(b""), Sync())
+        [[user, database, self.identity]] = await self._answer()
+        if self.identity is None or not login.is_of(user, database):
+            raise StaleLoginError("the role or the database was changed")
+
+    async def query_as_before(self, sql: bytes) -> Row:
+        """The row of a query, if a new login would still come to what this one did.
+
+        The same round trip finds that out. Nothing else may have been asked since
+        `remember_identity`: its query is still the unnamed prepared statement.
+
+        Raises StaleLoginError, after which nothing else may be asked, or ServerError.
+        """
+        self._send(Bind(b"", b""), Execute(b""), Sync(), Query(sql))
+        try:
+            [[*_, now]] = await self._answer()
+        except ServerError as error:
+            if error.is_fatal:
+                raise
+            raise StaleLoginError(str(error)) from None  # the role is gone
+        if not still_holds(self.identity, now):
+            raise StaleLoginError("the role or the database was changed")
+        return (await self._answer())[-1]
+
+    def _send(self, *sent: messages.Message) -> None:
+        self.transport.write(b"".join(message.serialize() for message in sent))
+
+    async def _answer(self) -> list[Row]:
+        """All rows up to ReadyForQuery. Raises ServerError."""
+        rows: list[Row] = []
         error: ServerError | None = None
         while True:
             kind, body = await self._inbox.next()

@@ -20,6 +20,7 @@ from proxy.extension.channels import APPLICATION_NAME, Channel
 from proxy.extension.nested import Nested
 from proxy.jobs.backend import Backend, ServerError, no_backend, open_backend
 from proxy.jobs.context import Context, takeover_query
+from proxy.jobs.identity import Login, StaleLoginError
 from proxy.jobs.job import Job, checked_queue_size
 from proxy.log import logger
 from proxy.net.upstream import Route
@@ -53,6 +54,8 @@ class Launcher:
         self._server = server
         self._startup = startup
         self._route = route
+        user = startup[b"user"]
+        self._login = Login(route, startup.get(b"database") or user, user)
         self._observer = observer
         self.pid = pid
 
@@ -163,12 +166,25 @@ class Launcher:
             overrides[b"statement_timeout"] = b"%d" % worker_timeout
         takeover = takeover_query(context, self._user, overrides)
         open_one = functools.partial(self._open, login)
-        key = (self._route, *login.parameters.items())
+        spares = self._server.spares
+        is_stale = False
         while True:
-            backend, is_spare = await self._server.spares.take(key, open_one)
+            if is_stale:
+                backend, is_spare = await spares.open_now(open_one), False
+            else:
+                key = (self._login, tuple(login.parameters.items()))
+                backend, is_spare = await spares.take(key, open_one)
             try:
-                row = await backend.query(takeover)
+                ask = backend.query_as_before if is_spare else backend.query
+                row = await ask(takeover)
                 backend.pid = int(row[0] or 0)
+            except StaleLoginError as error:
+                # The server shall say what a new login gets. The others are no better.
+                logger.debug("the spares of %s are retired: %s", self._login, error)
+                backend.terminate()
+                spares.retire(lambda login: login == self._login)
+                is_stale = True
+                continue
             except ServerError as error:
                 backend.terminate()
                 if not error.is_fatal:
@@ -192,13 +208,13 @@ class Launcher:
 
         Raises SQLError, ServerError, OSError.
         """
-        database = self._startup.get(b"database", self._user)
+        _, database, user = self._login
         login = StartupMessage(
-            {b"user": self._user, b"database": database, b"application_name": APPLICATION_NAME}
+            {b"user": user, b"database": database, b"application_name": APPLICATION_NAME}
         )
         open_one = functools.partial(self._open, login)
         return await self._server.channels.lease(
-            (self._route, *login.parameters.items()),
+            self._login,
             functools.partial(self._server.spares.open_now, open_one),
         )
 
@@ -208,17 +224,16 @@ class Launcher:
 
     @property
     def _user(self) -> bytes:
-        return self._startup[b"user"]
+        return self._login.user
 
     def _application_name(self, label: bytes | None) -> bytes:
         return b"pg_background" if label is None else b"pg_background:%b:%d" % (label, self.pid)
 
     async def _open(self, login: StartupMessage) -> Backend:
         server = self._server
-        database = self._startup.get(b"database", self._user)
         return await open_backend(
             functools.partial(server.dialer.connect_by, self._route),
             login,
-            await server.credentials_of(self._route, database, self._user, self._observer),
+            await server.credentials_of(*self._login, self._observer),
             server.config.connect_timeout,
         )

@@ -3,8 +3,10 @@
 The rule: a spare is what a fresh login would have been a moment ago, and serves one job like it.
 Nobody gets one who has not been let in by the server as that role. None is opened for a role and
 database that never launch, none lives longer than `spare_lifetime`, and none takes a connection
-slot that is among the last free ones. So a role's new password, a lost membership, a DROP ROLE or
-an ALTER ROLE … SET is obeyed by launches after `spare_lifetime` at the latest.
+slot that is among the last free ones. Each remembers the `identity` of its login: who takes one
+compares that with what is true now, and retires all of that login if it has changed. What SQL
+cannot see, a new password or pg_hba.conf, is obeyed by launches after `spare_lifetime` at the
+latest.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from protocol.errors import SQLError
 from proxy.extension.channels import Channels
 from proxy.jobs.backend import Backend, ServerError
+from proxy.jobs.identity import Login, StaleLoginError
 from proxy.log import logger
 
 _RETRY: Final = 5.0
@@ -28,6 +31,10 @@ _GIVE_WAY: Final = (0.02, 0.1, 0.3)
 """Seconds to wait for the server to free the slots of spares that gave way, at each try."""
 
 Open = Callable[[], Awaitable[Backend]]
+
+Key = tuple[Login, tuple[tuple[bytes, bytes], ...]]
+"""What a spare must have in common with who takes it: the login, and the settings of the startup
+packet."""
 
 _REPLACE_AFTER: Final = 0.002
 """Seconds until a spare that was taken is replaced: the launch comes first."""
@@ -92,25 +99,24 @@ class Spares:
         self.lifetime = lifetime
         self._channels = channels
         self._others_give_way = others_give_way
-        self._pools: dict[Hashable, _Pool] = {}
+        self._pools: dict[Key, _Pool] = {}
         # When the server may still be closing the last ones, by the loop's clock.
         self._closing_until = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def take(self, login: Hashable, open_one: Open) -> tuple[Backend, bool]:
+    async def take(self, key: Key, open_one: Open) -> tuple[Backend, bool]:
         """A backend for a job, and whether it is a spare; others are opened to replace it.
 
         Args:
-            login: what a spare must have in common with this one: server, role, database and the
-                settings of the startup packet.
+            key: which spares will do.
             open_one: opens and logs in a backend; raises SQLError.
         """
-        pool = self._pools.setdefault(login, _Pool())
+        pool = self._pools.setdefault(key, _Pool())
         spare = self._ready(pool) or await self._opening(pool)
         backend = spare or await self.open_now(open_one)
         if pool.refill is None:
             pool.refill = asyncio.get_running_loop().call_later(
-                _REPLACE_AFTER, self._fill, login, pool, open_one
+                _REPLACE_AFTER, self._fill, key, pool, open_one
             )
         return backend, spare is not None
 
@@ -182,13 +188,22 @@ class Spares:
             self._closing_until = now + sum(_GIVE_WAY)
         return now < self._closing_until
 
-    def _fill(self, login: Hashable, pool: _Pool, open_one: Open) -> None:
+    def retire(self, matches: Callable[[Login], bool]) -> None:
+        """Close the spares and unused channels of these logins: they are good no more."""
+        self._channels.retire(matches)
+        for (login, _), pool in self._pools.items():
+            if matches(login):
+                for backend in pool.ready:
+                    backend.terminate()
+                pool.ready.clear()
+
+    def _fill(self, key: Key, pool: _Pool, open_one: Open) -> None:
         pool.refill = None
         if asyncio.get_running_loop().time() < pool.not_before:
             return
         for _ in range(self.count - len(pool.ready) - pool.opening + len(pool.waiting)):
             pool.opening += 1
-            task = asyncio.get_running_loop().create_task(self._add(login, pool, open_one))
+            task = asyncio.get_running_loop().create_task(self._add(key, pool, open_one))
             self._tasks.add(task)
             task.add_done_callback(functools.partial(self._opened, pool))
 
@@ -199,13 +214,14 @@ class Spares:
         if len(pool.waiting) > pool.opening:
             self._hand_on(pool, None)
 
-    async def _add(self, login: Hashable, pool: _Pool, open_one: Open) -> None:
+    async def _add(self, key: Key, pool: _Pool, open_one: Open) -> None:
         loop = asyncio.get_running_loop()
         taken = False
         try:
             backend = await open_one()
             try:
                 row = await backend.query(_WARM_UP)
+                await backend.remember_identity(key[0])
                 taken = self._hand_on(pool, backend)
                 if not taken and (row[2] is None or int(row[2]) <= 0):
                     raise ConnectionError("the server has no connection to spare")
@@ -214,18 +230,18 @@ class Spares:
                 raise
             if not taken:
                 pool.ready.append(backend)
-                loop.call_later(self.lifetime, self._expire, login, pool, backend)
-        except (SQLError, ServerError, OSError, ValueError, LookupError) as error:
+                loop.call_later(self.lifetime, self._expire, key, pool, backend)
+        except (SQLError, ServerError, StaleLoginError, OSError, ValueError, LookupError) as error:
             # The last two, ProtocolViolation among them, are about an answer that is none.
             logger.debug("no spare backend: %s", error)
             pool.not_before = loop.time() + _RETRY
 
-    def _expire(self, login: Hashable, pool: _Pool, backend: Backend) -> None:
+    def _expire(self, key: Key, pool: _Pool, backend: Backend) -> None:
         if backend in pool.ready:
             pool.ready.remove(backend)
             backend.terminate()
-        if not (pool.ready or pool.opening or pool.refill) and self._pools.get(login) is pool:
-            del self._pools[login]
+        if not (pool.ready or pool.opening or pool.refill) and self._pools.get(key) is pool:
+            del self._pools[key]
 
     def close(self) -> None:
         """Close them all."""

@@ -1,0 +1,206 @@
+"""A spare is used only while a new login would come to the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests.background import failure, launch, message, run, value, wait_until
+from tests.conftest import StartProxy
+from tests.servers import PASSWORDS, Connection, Proxy, Server
+
+SPARE = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
+OPTIONS = ("--spare-lifetime", "60s", "--spares", "2")
+
+
+@pytest.fixture
+def admin(server: Server) -> Iterator[Connection]:
+    """A superuser's session past the proxy."""
+    with server.connect() as conn:
+        yield conn
+
+
+@pytest.fixture
+def stale(server: Server, start_proxy: StartProxy) -> Iterator[Proxy]:
+    """A proxy whose spares wait for a minute; the roles that a test makes are dropped."""
+    before = _roles(server)
+    _executors(server)
+    proxy = start_proxy(*OPTIONS)
+    yield proxy
+    proxy.stop()
+    wait_until(lambda: not server.clients())
+    with server.connect() as conn:
+        for role in _roles(server) - before:
+            conn.execute(f'DROP OWNED BY "{role}"')
+            conn.execute(f'DROP ROLE "{role}"')
+
+
+def _roles(server: Server) -> set[str]:
+    with server.connect() as conn:
+        return {role for (role,) in conn.execute("SELECT rolname FROM pg_roles")}
+
+
+def _executors(server: Server) -> None:
+    """Roles that may call the functions without being superusers are members of this one."""
+    if "pgbackground_role" not in _roles(server):
+        with server.connect() as conn:
+            conn.execute("CREATE ROLE pgbackground_role")
+
+
+def _spares(admin: Connection) -> set[int]:
+    return {pid for (pid,) in admin.execute(SPARE)}
+
+
+def _warm(admin: Connection, conn: Connection) -> set[int]:
+    """Have two spares for a session; their pids."""
+    run(conn, "SELECT 1")
+    wait_until(lambda: len(_spares(admin)) == 2)
+    return _spares(admin)
+
+
+def test_a_demoted_superuser_gets_no_superusers_backend(stale: Proxy, admin: Connection) -> None:
+    admin.execute("CREATE ROLE eve LOGIN SUPERUSER IN ROLE pgbackground_role")
+    with stale.connect(user="eve") as conn:
+        _warm(admin, conn)
+    admin.execute("ALTER ROLE eve NOSUPERUSER")
+    with stale.connect(user="eve") as conn:
+        error = failure(
+            conn,
+            "SELECT * FROM pg_background_result(%s)",
+            [launch(conn, "SET SESSION AUTHORIZATION postgres")],
+        )
+        assert error.sqlstate == "42501"
+        assert value(conn, "SELECT rolsuper FROM pg_roles WHERE rolname = 'eve'") is False
+
+
+def test_a_session_that_was_a_superusers_logs_in_as_what_it_is_now(
+    stale: Proxy, admin: Connection
+) -> None:
+    admin.execute("CREATE ROLE eve LOGIN SUPERUSER IN ROLE pgbackground_role")
+    with stale.connect(user="eve") as conn:
+        _warm(admin, conn)
+        admin.execute("ALTER ROLE eve NOSUPERUSER; GRANT pg_monitor TO eve")
+        assert value(conn, "SHOW is_superuser") == "off"
+
+
+def test_a_new_role_of_an_old_name_gets_nothing_of_it(stale: Proxy, admin: Connection) -> None:
+    admin.execute("CREATE ROLE eve LOGIN SUPERUSER IN ROLE pgbackground_role")
+    with stale.connect(user="eve") as conn:
+        _warm(admin, conn)
+    admin.execute("DROP ROLE eve; CREATE ROLE eve LOGIN IN ROLE pgbackground_role")
+    oid = admin.execute("SELECT oid FROM pg_roles WHERE rolname = 'eve'").fetchone()
+    with stale.connect(user="eve") as conn:
+        assert run(conn, "SELECT oid FROM pg_roles WHERE rolname = session_user") == [oid]
+        assert value(conn, "SHOW is_superuser") == "off"
+
+
+LOCKED_OUT = {
+    "nologin": ("ALTER ROLE eve NOLOGIN", "28000"),
+    "connect": ('REVOKE CONNECT ON DATABASE "{db}" FROM PUBLIC', "42501"),
+    "limit": ("ALTER ROLE eve CONNECTION LIMIT 0", "53300"),
+    "renamed": ("ALTER ROLE eve RENAME TO adam", "28000"),
+    "closed": ('ALTER DATABASE "{db}" ALLOW_CONNECTIONS false', "55000"),
+    "full": ('ALTER DATABASE "{db}" CONNECTION LIMIT 0', "53300"),
+}
+
+
+@pytest.mark.parametrize("how", LOCKED_OUT)
+def test_who_may_not_log_in_any_more_launches_no_more(
+    stale: Proxy, admin: Connection, db: str, how: str
+) -> None:
+    command, _ = LOCKED_OUT[how]
+    admin.execute("CREATE ROLE eve LOGIN IN ROLE pgbackground_role")
+    with stale.connect(user="eve", dbname=db) as conn:
+        before = _warm(admin, conn)
+        admin.execute(command.format(db=db).encode())
+        error = failure(conn, "SELECT pg_background_launch('SELECT 1')")
+        assert error.sqlstate in ("28000", "53300", "53000"), message(error)
+        assert error.diag.message_detail
+        wait_until(lambda: not _spares(admin) & before)
+    admin.execute(f'ALTER DATABASE "{db}" ALLOW_CONNECTIONS true')
+
+
+def test_one_whose_password_expires_while_spares_wait(stale: Proxy, admin: Connection) -> None:
+    password = PASSWORDS["pw_plain"]
+    admin.execute("GRANT pgbackground_role TO pw_plain")
+    with ExitStack() as stack:
+        stack.callback(admin.execute, "ALTER ROLE pw_plain VALID UNTIL 'infinity'")
+        conn = stack.enter_context(stale.connect(user="pw_plain", password=password))
+        admin.execute(
+            "DO $$ BEGIN EXECUTE format('ALTER ROLE pw_plain VALID UNTIL %L',"
+            " clock_timestamp() + interval '4 s'); END $$"
+        )
+        _warm(admin, conn)
+        admin.execute(
+            "SELECT pg_sleep_until(rolvaliduntil) FROM pg_roles WHERE rolname = 'pw_plain'"
+        )
+        error = failure(conn, "SELECT pg_background_launch('SELECT 1')")
+        assert error.sqlstate in ("28P01", "28000"), message(error)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ALTER ROLE eve SET work_mem = '5MB'",
+        "ALTER DATABASE \"{db}\" SET work_mem = '5MB'",
+        "ALTER ROLE eve IN DATABASE \"{db}\" SET work_mem = '5MB'",
+        "ALTER ROLE ALL SET work_mem = '5MB'",
+    ],
+)
+def test_settings_of_the_login_are_those_of_a_new_one(
+    stale: Proxy, admin: Connection, db: str, command: str
+) -> None:
+    admin.execute("CREATE ROLE eve LOGIN IN ROLE pgbackground_role")
+    with stale.connect(user="eve", dbname=db) as conn:
+        _warm(admin, conn)
+        try:
+            admin.execute(command.format(db=db).encode())
+            assert value(conn, "SHOW work_mem") == "5MB"
+        finally:
+            admin.execute("ALTER ROLE ALL RESET work_mem")
+
+
+def test_what_changes_nothing_for_a_login_keeps_the_spares(
+    stale: Proxy, admin: Connection, db: str
+) -> None:
+    admin.execute(
+        "CREATE ROLE eve LOGIN IN ROLE pgbackground_role; CREATE ROLE other LOGIN SUPERUSER"
+    )
+    with stale.connect(user="eve", dbname=db) as conn:
+        before = _warm(admin, conn)
+        admin.execute(
+            "ALTER ROLE other NOLOGIN; ALTER ROLE other SET work_mem = '5MB';"
+            " GRANT pg_monitor TO eve; ALTER ROLE eve CREATEROLE"
+        )
+        assert launch(conn, "SELECT pg_sleep(0)") in before
+
+
+def test_a_role_whose_settings_set_its_role_has_spares(stale: Proxy, admin: Connection) -> None:
+    admin.execute(
+        "CREATE ROLE eve LOGIN SUPERUSER IN ROLE pgbackground_role;"
+        " CREATE ROLE plain; ALTER ROLE eve SET role = plain"
+    )
+    with stale.connect(user="eve") as conn:
+        conn.execute("SELECT 1")
+        conn.execute("RESET ROLE; SET ROLE NONE")
+        before = _warm(admin, conn)
+        assert launch(conn, "SELECT 1") in before
+
+
+def test_a_real_failure_to_take_over_is_the_callers_on_a_spare_too(
+    stale: Proxy, admin: Connection
+) -> None:
+    """It costs the spare that it was tried on, and no other."""
+    admin.execute(
+        "CREATE ROLE eve LOGIN IN ROLE pgbackground_role; CREATE ROLE gone; GRANT gone TO eve"
+    )
+    with stale.connect(user="eve") as conn:
+        before = _warm(admin, conn)
+        conn.execute("SET ROLE gone")
+        admin.execute("REVOKE gone FROM eve")
+        error = failure(conn, "SELECT pg_background_launch('SELECT 1')")
+        assert error.sqlstate == "42501"
+        conn.execute("RESET ROLE")
+        assert launch(conn, "SELECT 1") in before
