@@ -481,20 +481,31 @@ def test_a_job_runs_as_the_current_role(
 def test_security_definer(
     proxy: Proxy, scratch: str, roles: tuple[str, str, str], observer: Connection
 ) -> None:
+    """Code of another owner speaks for its owner, and never for the role that logged in."""
     login, member, stranger = roles
     for owner in (member, stranger):
         observer.execute(
-            f"CREATE FUNCTION as_{owner}() RETURNS int LANGUAGE sql SECURITY DEFINER AS"
-            f" $$ SELECT {WHO} $$; ALTER FUNCTION as_{owner}() OWNER TO {owner}"
+            f"CREATE FUNCTION as_{owner}() RETURNS SETOF text LANGUAGE sql SECURITY DEFINER AS"
+            " $$ SELECT a || ' ' || b FROM pg_background_result(pg_background_launch("
+            "'SELECT current_user::text, session_user::text; ')) r(a text, b text) $$;"
+            f" ALTER FUNCTION as_{owner}() OWNER TO {owner}"
         )
+    observer.execute(f"ALTER ROLE {stranger} LOGIN".encode())
     with proxy.connect(dbname=scratch, user=login) as conn:
-        pid = one(conn, f"SELECT as_{member}()")
-        conn.execute(f"SET ROLE {member}")
-        assert background.result(conn, pid) == [(member, login)]
-        conn.execute("RESET ROLE")
-        error = failure(conn, f"SELECT as_{stranger}()")
-        assert message(error) == ("42501", f'the session\'s role may not become "{stranger}"')
-        assert error.diag.message_hint is not None
+        assert one(conn, f"SELECT as_{stranger}()") == f"{stranger} {stranger}"
+        conn.execute(f"SET ROLE {member}".encode())
+        assert one(conn, f"SELECT as_{stranger}()") == f"{stranger} {stranger}"
+        for role in ("none", member):
+            conn.execute(f"SET ROLE {role}".encode())
+            error = failure(conn, f"SELECT as_{member}()")
+            assert message(error) == (
+                "42501",
+                f'cannot start a background worker as role "{member}"',
+            )
+            assert "not permitted to log in" in (error.diag.message_detail or "")
+            hint = error.diag.message_hint or ""
+            for place in (f'"{member}"', "passfile", "auth_file", "auth_query"):
+                assert place in hint
 
 
 def test_execute_is_what_counts(
@@ -727,10 +738,16 @@ def test_a_session_that_was_reset(conn: Connection) -> None:
 def test_a_superusers_session_as_somebody_else(
     conn: Connection, roles: tuple[str, str, str]
 ) -> None:
-    """What its job runs could undo that, and who knows whose function it is that calls."""
+    """Its job is as the session is, and what the job runs could undo it, as the session could."""
     login, member, _ = roles
-    conn.execute(f"SET SESSION AUTHORIZATION {login}; SET ROLE {member}".encode())
-    error = failure(conn, f"DO $$ BEGIN PERFORM {WHO}; END $$")
-    assert message(error) == ("42501", "calls from inside the database are not served here")
-    assert error.diag.message_hint is not None
+    conn.execute(f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO {login}".encode())
+    conn.execute(f"SET SESSION AUTHORIZATION {login}".encode())
+    assert rows(conn, "SELECT current_user, session_user", "a name, b name") == [(login, login)]
+    conn.execute(f"SET ROLE {member}".encode())
+    assert rows(conn, "SELECT current_user, session_user", "a name, b name") == [(member, login)]
     conn.execute("RESET SESSION AUTHORIZATION")
+    conn.execute(f"SET ROLE {member}".encode())
+    who = "SELECT current_user, session_user, (SELECT rolsuper FROM pg_roles WHERE rolname ="
+    who += " session_user)"
+    assert rows(conn, who, "a name, b name, c bool")[0][::2] == (member, True)
+    conn.execute("RESET ROLE")

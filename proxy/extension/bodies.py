@@ -38,9 +38,6 @@ messages begin with, and 32 that nobody else knows."""
 JOB_SETTING: Final = "pg_background_proxy.job"
 """The setting of a job's backend: the word that its reports of progress begin with."""
 
-_CHANNEL_SETTING: Final = "pg_background_proxy.channel"
-"""The pid of the channel that has answered last; only a hint, since rollbacks change it."""
-
 
 _TYPES: Final = {
     BOOL: "bool",
@@ -91,9 +88,11 @@ def body(function: Function, *, schema: str, server_version: int) -> Body:
         parameter.name if parameter.type == TEXT else f"CAST({parameter.name} AS pg_catalog.text)"
         for parameter in function.parameters
     )
-    settings = f"{own}._pg_background_settings()" if Needs.SETTINGS in function.needs else "NULL"
+    settings = "CAST(NULL AS pg_catalog.text[])"
+    if Needs.SETTINGS in function.needs:
+        settings = f"{own}._pg_background_settings()"
     call = (
-        f"{own}._pg_background_call('{identity(function)}',"
+        f"{own}._pg_background_call(CAST('{identity(function)}' AS pg_catalog.text),"
         f" CAST(ARRAY[{arguments}] AS pg_catalog.text[]), {settings})"
     )
     result = function.result_type
@@ -139,7 +138,7 @@ def helpers(*, schema: str, server_version: int) -> list[str]:
         "@lang": "sql" if missing_ok else "plpgsql",
         "@setting": _SETTING if missing_ok else _SETTING_9_5,
         "@own": ", ".join(
-            f"{quoted(schema)}._pg_background_setting('{name}')" for name in SETTINGS
+            f"{quoted(schema)}._pg_background_setting(CAST('{name}' AS text))" for name in SETTINGS
         ),
         "@random": (
             "replace(CAST(gen_random_uuid() AS text), '-', '')"
@@ -151,8 +150,12 @@ def helpers(*, schema: str, server_version: int) -> list[str]:
             if server_version >= 110000
             else "md5(text || 'a') || md5(text || 'b')"
         ),
+        "@block": (
+            "encode(sha256(convert_to(key || n, 'UTF8')), 'hex')"
+            if server_version >= 110000
+            else "md5(key || n || 'a') || md5(key || n || 'b')"
+        ),
         "@fields": _raise_error(),
-        "@name": "'" + schema.replace("'", "''") + "'",
         "@": quoted(schema),
     }
     statements = []
@@ -204,50 +207,81 @@ BEGIN
 END
 $body$"""
 
-# Reads an answer for a role that may not see the channel's queries itself: it must know the mark,
-# which nobody can guess. It works if the owner may see them.
-_READ: Final = """
-CREATE FUNCTION @._pg_background_read(channel pg_catalog.int4, mark pg_catalog.text)
-RETURNS pg_catalog.text LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-AS $body$
-SELECT a.query FROM pg_stat_get_activity(channel) a
-WHERE mark ~ '^[0-9a-f]{32}$' AND substr(a.query, 3, 32) = mark
-$body$"""
-
-# The conversation (`inside`). Of a result's blocks, the answer to ``call`` is the first, and the
-# others are asked for with ``next``: the words are then what an answer ends with.
-# Who speaks. Its name without arguments is the one thing in a message's CONTEXT that nobody can
-# imitate, so it says the roles itself.
+# Who speaks: the proxy accepts only messages that this function raises.
 _SAY: Final = """
 CREATE FUNCTION @._pg_background_say() RETURNS pg_catalog.void LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN
-  RAISE INFO '% % %', @._pg_background_setting('pg_background_proxy.message'),
-    translate(encode(convert_to(current_user, pg_client_encoding()), 'base64'), chr(10), ''),
-    translate(encode(convert_to(session_user, pg_client_encoding()), 'base64'), chr(10), '');
+  RAISE INFO '%', @._pg_background_setting(CAST('pg_background_proxy.message' AS text));
 END
 $body$"""
 
+# Enciphers and deciphers: data, as hexadecimal digits, XOR a pad made of the key.
+_XOR: Final = """
+CREATE FUNCTION @._pg_background_xor(data pg_catalog.text, key pg_catalog.text)
+RETURNS pg_catalog.text LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $body$
+-- varbit_send() puts the length, of four bytes, before the bits.
+SELECT substr(encode(varbit_send(CAST('x' || data AS varbit) # CAST('x' || left((
+  SELECT string_agg(@block, '' ORDER BY n) FROM generate_series(0, (length(data) - 1) / 64) n
+), length(data)) AS varbit)), 'hex'), 9)
+$body$"""
+
+# What a channel shows to its own login role: the query of a backend, if the calling code has the
+# rights of the role that the backend has logged in as, or could have them by RESET ROLE and RESET
+# SESSION AUTHORIZATION. It undoes what it sets. NULL otherwise.
+_SEEN: Final = """
+CREATE FUNCTION @._pg_background_seen(channel pg_catalog.int4, begins pg_catalog.text)
+RETURNS pg_catalog.text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+  login text;
+  shown text;
+BEGIN
+  SELECT a.query, pg_get_userbyid(a.usesysid) INTO shown, login
+    FROM pg_stat_get_activity(channel) a;
+  IF left(shown, length(begins)) = begins THEN
+    RETURN shown;
+  END IF;
+  BEGIN
+    IF session_user <> login THEN
+      PERFORM set_config('session_authorization', login, true);
+    END IF;
+    PERFORM set_config('role', 'none', true);
+    SELECT a.query INTO shown FROM pg_stat_get_activity(channel) a;
+    RAISE SQLSTATE 'PGBGW';
+  EXCEPTION WHEN SQLSTATE 'PGBGW' OR insufficient_privilege THEN
+    NULL;
+  END;
+  RETURN CASE WHEN left(shown, length(begins)) = begins THEN shown END;
+END
+$body$"""
+
+# The conversation (`inside`). Of a result's blocks, the answer to ``call`` is the first, and the
+# others are asked for with ``next``: the words are then what an answer ends with.
 _ASK: Final = """
 CREATE FUNCTION @._pg_background_ask(verb pg_catalog.text, words pg_catalog.text[])
 RETURNS pg_catalog.text[] LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp SET array_nulls = on AS $body$
 DECLARE
-  session text := @._pg_background_setting('pg_background_proxy.session');
+  session text := @._pg_background_setting(CAST('pg_background_proxy.session' AS text));
   token text := left(session, 32);
   secret text := substr(session, 33);
   encoding name := pg_client_encoding();
-  nonce text := @random;
+  owner oid;
+  nonce text;
+  word text;
+  key text;
   hash text;
   message text;
-  hint text := substring(@._pg_background_setting('pg_background_proxy.channel'), '^[0-9]{1,9}$');
+  question text;
+  hint text := substring(@._pg_background_setting(CAST('pg_background_proxy.channel' AS text)),
+    '^[0-9]{1,9}$');
   channel int4 := hint;
   seen int4;
-  known boolean := false;
+  known boolean;
   state text;
   shown text;
   begins text;
-  number int4 := 0;
+  number int4;
   pieces text[];
   narrow boolean;
   looks int4;
@@ -262,109 +296,145 @@ BEGIN
       HINT = 'Connect to the port of pg-background-proxy: it runs the background workers.';
   END IF;
   IF verb = 'next' THEN
-    nonce := words[1];
-    number := words[2];
-    message := words[2];
     blocks := true;
   ELSE
     SELECT string_agg(
         coalesce(translate(encode(convert_to(w, encoding), 'base64'), chr(10), ''), '-'),
         ' ' ORDER BY n)
-      INTO message FROM unnest(words) WITH ORDINALITY u(w, n);
+      INTO question
+      FROM unnest(ARRAY[CAST(current_user AS text), session_user] || words)
+      WITH ORDINALITY u(w, n);
+    IF current_user <> session_user THEN
+      -- Can this code RESET ROLE? If not, it speaks for its owner alone.
+      BEGIN
+        PERFORM set_config('role', 'none', true);
+        RAISE SQLSTATE 'PGBGW';
+      EXCEPTION
+        WHEN SQLSTATE 'PGBGW' THEN
+          NULL;
+        WHEN insufficient_privilege THEN
+          SELECT r.oid INTO owner FROM pg_roles r WHERE r.rolname = current_user;
+      END;
+    END IF;
   END IF;
-  hash := @._pg_background_hash(secret || nonce);
-  PERFORM set_config('pg_background_proxy.message',
-    concat_ws(' ', token, nonce, verb, nullif(message, '')), true);
-  PERFORM @._pg_background_say();
 
-  <<answers>>
+  <<asking>>
   LOOP
-    looks := 0;
-    pause := 50;
-    LOOP
-      IF blocks THEN
-        -- The channel holds the lock until there is something to see. It is only a means of
-        -- waking up: whatever others do with it, this looks again before long.
-        BEGIN
-          PERFORM set_config('lock_timeout', CAST(pause AS text), true);
-          PERFORM pg_advisory_xact_lock_shared(
-            CAST(CAST('x' || substr(hash, 13, 16) AS bit(64)) AS int8) # number);
-          RAISE SQLSTATE 'PGBGW';
-        EXCEPTION
-          WHEN SQLSTATE 'PGBGW' THEN
-            blocks := false;
-          WHEN lock_not_available THEN
-            pause := least(pause * 2, 800);
-        END;
-      END IF;
-      PERFORM pg_stat_clear_snapshot();
-      SELECT a.pid, substr(a.application_name, 13), a.query INTO seen, state, shown
-        FROM pg_stat_get_activity(channel) a, pg_stat_get_activity(pg_backend_pid()) me
-        WHERE left(a.application_name, 12) = left(hash, 12) AND a.usesysid = me.usesysid
-        LIMIT 1;
-      looks := looks + 1;
-      IF seen IS NOT NULL THEN
-        known := true;
-        channel := seen;
-        IF hint IS NULL OR hint <> CAST(channel AS text) THEN
-          hint := set_config('pg_background_proxy.channel', CAST(channel AS text), false);
-        END IF;
-        EXIT WHEN state ~ '^[abqr]' AND substr(state, 2, 4) = to_char(number % 10000, 'FM0000');
-        blocks := blocks OR state = 'w';
-        IF looks > 150 AND NOT blocks THEN
-          PERFORM pg_sleep(CASE WHEN looks < 250 THEN 0.001 ELSE 0.01 END);
-        END IF;
-      ELSIF known OR looks > 600 THEN
-        RAISE EXCEPTION USING ERRCODE = 'connection_failure',
-          MESSAGE = 'pg-background-proxy does not answer',
-          HINT = 'Connect through pg-background-proxy; the server must have a free connection'
-            ' for its answers.';
-      ELSE
-        -- The hint may be wrong.
-        channel := CASE WHEN looks % 4 < 3 THEN CAST(hint AS int4) END;
-        IF looks > 150 THEN
-          PERFORM pg_sleep(CASE WHEN looks < 250 THEN 0.001 ELSE 0.05 END);
-        END IF;
-      END IF;
-    END LOOP;
-
-    verb := 'next';
-    narrow := state ~ '^[ab]';
-    IF narrow THEN
-      piece := 'x' || encode(decode(substr(state, 6), 'base64'), 'hex');
-      -- varbit_send() puts the length before the bits.
-      piece := encode(substr(varbit_send(CAST(piece AS varbit) # CAST('x' || left(
-          @._pg_background_hash(concat(secret, nonce, number)), length(piece) - 1) AS varbit)),
-        5), 'hex');
-    ELSE
-      begins := concat('/*', substr(hash, 29, 32), substr(state, 2, 4));
-      IF left(shown, 38) IS DISTINCT FROM begins THEN
-        shown := @._pg_background_read(channel, substr(hash, 29, 32));
-      END IF;
-      piece := split_part(substr(shown, 39), '*', 1);
-      IF left(shown, 38) IS DISTINCT FROM begins THEN
-        verb := 'narrow';
-        pieces := NULL;
-      END IF;
-    END IF;
-    number := number + 1;
     IF verb = 'next' THEN
-      pieces := pieces || piece;
-      EXIT answers WHEN state ~ '^[aq]';
-      blocks := true;
+      nonce := words[1];
+      number := words[2];
+      word := words[3];
+      message := concat_ws(' ', token, nonce, verb, number);
+    ELSE
+      nonce := @random;
+      number := 0;
+      word := '';
+      message := concat_ws(' ', token, nonce, verb, CASE WHEN owner IS NULL THEN '-' ELSE
+        translate(encode(convert_to(CAST(pg_get_userbyid(owner) AS text), getdatabaseencoding()),
+          'base64'), chr(10), '') END, question);
     END IF;
-    PERFORM set_config('pg_background_proxy.message',
-      concat_ws(' ', token, nonce, verb, number), true);
+    hash := @._pg_background_hash(secret || nonce);
+    key := concat(secret, word, nonce, ' ');
+    pieces := NULL;
+    known := false;
+    PERFORM set_config('pg_background_proxy.message', message, true);
     PERFORM @._pg_background_say();
+
+    <<answers>>
+    LOOP
+      looks := 0;
+      pause := 50;
+      LOOP
+        IF blocks THEN
+          -- The channel holds the lock until there is something to see. It is only a means of
+          -- waking up: whatever others do with it, this looks again before long.
+          BEGIN
+            PERFORM set_config('lock_timeout', CAST(pause AS text), true);
+            PERFORM pg_advisory_xact_lock_shared(
+              CAST(CAST('x' || substr(hash, 13, 16) AS bit(64)) AS int8) # number);
+            RAISE SQLSTATE 'PGBGW';
+          EXCEPTION
+            WHEN SQLSTATE 'PGBGW' THEN
+              blocks := false;
+            WHEN lock_not_available THEN
+              pause := least(pause * 2, 800);
+          END;
+        END IF;
+        PERFORM pg_stat_clear_snapshot();
+        SELECT a.pid, substr(a.application_name, 13) INTO seen, state
+          FROM pg_stat_get_activity(channel) a, pg_stat_get_activity(pg_backend_pid()) me
+          WHERE left(a.application_name, 12) = left(hash, 12)
+            AND (a.usesysid = me.usesysid OR a.usesysid = owner)
+          LIMIT 1;
+        looks := looks + 1;
+        IF seen IS NOT NULL THEN
+          known := true;
+          channel := seen;
+          IF hint IS NULL OR hint <> CAST(channel AS text) THEN
+            hint := set_config('pg_background_proxy.channel', CAST(channel AS text), false);
+          END IF;
+          EXIT WHEN state ~ '^[abqr]' AND substr(state, 2, 4) = to_char(number % 10000, 'FM0000')
+            OR state ~ '^p' AND word = '';
+          blocks := blocks OR state = 'pw';
+          IF looks > 150 AND NOT blocks THEN
+            PERFORM pg_sleep(CASE WHEN looks < 250 THEN 0.001 ELSE 0.01 END);
+          END IF;
+        ELSIF known OR looks > 600 THEN
+          RAISE EXCEPTION USING ERRCODE = 'connection_failure',
+            MESSAGE = 'pg-background-proxy does not answer',
+            HINT = 'Connect through pg-background-proxy; the server must have a free connection'
+              ' for its answers.';
+        ELSE
+          -- The hint may be wrong.
+          channel := CASE WHEN looks % 4 < 3 THEN CAST(hint AS int4) END;
+          IF looks > 150 THEN
+            PERFORM pg_sleep(CASE WHEN looks < 250 THEN 0.001 ELSE 0.05 END);
+          END IF;
+        END IF;
+      END LOOP;
+
+      narrow := state ~ '^[ab]';
+      IF NOT narrow THEN
+        begins := concat('/*', substr(hash, 29, 32), substring(state, '^[qr](....)'));
+        shown := @._pg_background_seen(channel, begins);
+        IF shown IS NULL THEN
+          IF owner IS NULL THEN
+            SELECT r.oid INTO owner FROM pg_roles r WHERE r.rolname = current_user;
+            CONTINUE asking WHEN owner IS NOT NULL;
+          END IF;
+          RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege',
+            MESSAGE = 'cannot prove as which role the background worker may run',
+            DETAIL = format('The server does not show the query of process %s here.', channel);
+        END IF;
+        shown := substr(shown, length(begins) + 1);
+      END IF;
+      IF state ~ '^p' THEN
+        -- Prove that this code has the rights of the role that the channel has logged in as.
+        word := left(shown, 32);
+        key := concat(secret, word, nonce, ' ');
+        blocks := state = 'pw';
+        message := concat_ws(' ', token, nonce, 'proof', @._pg_background_hash(word || message));
+      ELSE
+        piece := CASE WHEN narrow THEN substr(state, 6) ELSE split_part(shown, '*', 1) END;
+        piece := encode(decode(piece, 'base64'), 'hex');
+        pieces := pieces || CASE WHEN piece = '' THEN '' ELSE
+          @._pg_background_xor(piece, concat(key, number, ' ')) END;
+        EXIT asking WHEN state ~ '^[aq]';
+        blocks := true;
+        verb := 'next';
+        number := number + 1;
+        message := concat_ws(' ', token, nonce, verb, number);
+      END IF;
+      PERFORM set_config('pg_background_proxy.message', message, true);
+      PERFORM @._pg_background_say();
+    END LOOP;
   END LOOP;
 
-  answer := CAST(convert_from(
-    decode(array_to_string(pieces, ''), CASE WHEN narrow THEN 'hex' ELSE 'base64' END), encoding)
-    AS text[]);
+  answer := CAST(convert_from(decode(array_to_string(pieces, ''), 'hex'), encoding) AS text[]);
   IF answer[1] = 'e' THEN
 @fields
   END IF;
-  RETURN answer || nonce || CAST(number AS text);
+  RETURN answer || nonce || CAST(number + 1 AS text) || word;
 END
 $body$"""
 
@@ -398,15 +468,15 @@ CREATE FUNCTION @._pg_background_call(
   function pg_catalog.text, arguments pg_catalog.text[], settings pg_catalog.text[])
 RETURNS pg_catalog.text[] LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
-  answer text[] := @._pg_background_ask('call', ARRAY[
+  answer text[] := @._pg_background_ask(CAST('call' AS text), ARRAY[
     function, CAST(pg_client_encoding() AS text),
     @own,
     CAST(cardinality(arguments) AS text)] || arguments || settings);
 BEGIN
   IF answer[1] = 'c' THEN
-    answer := @._pg_background_ask('custom', ARRAY(
+    answer := @._pg_background_ask(CAST('custom' AS text), ARRAY(
       SELECT @._pg_background_setting(s.name)
-      FROM unnest(answer[2:cardinality(answer) - 2]) WITH ORDINALITY s(name, n) ORDER BY n));
+      FROM unnest(answer[2:cardinality(answer) - 3]) WITH ORDINALITY s(name, n) ORDER BY n));
   END IF;
   RETURN answer;
 END
@@ -467,7 +537,7 @@ BEGIN
         pg_catalog.set_config('intervalstyle', intervalstyle, true);
     END IF;
     EXIT WHEN answer[2] OPERATOR(pg_catalog.=) 'f';
-    answer := @._pg_background_ask('next', answer[8:9]);
+    answer := @._pg_background_ask(CAST('next' AS pg_catalog.text), answer[8:10]);
   END LOOP;
 END
 """
@@ -579,7 +649,8 @@ END
 
 _PROGRESS: Final = """
 DECLARE
-  word pg_catalog.text := @._pg_background_setting('pg_background_proxy.job');
+  word pg_catalog.text := @._pg_background_setting(
+    CAST('pg_background_proxy.job' AS pg_catalog.text));
 BEGIN
   IF word IS NULL OR word OPERATOR(pg_catalog.=) '' THEN
     RAISE EXCEPTION USING ERRCODE = 'feature_not_supported',
@@ -591,6 +662,6 @@ END
 """
 
 _HELPERS: Final = (
-    *(_CREATE_SETTING, _SETTINGS, _HASH, _ELEMENTS, _READ, _SAY, _ASK, _CALL),
+    *(_CREATE_SETTING, _SETTINGS, _HASH, _ELEMENTS, _SAY, _XOR, _SEEN, _ASK, _CALL),
     *(_QUERIES, _RETRY),
 )

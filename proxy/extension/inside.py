@@ -1,40 +1,57 @@
 """Calls from inside the database: functions, triggers, views, DO blocks, whatever the server runs.
 
-The rule: this is one half of a conversation whose other half are the SQL functions in `bodies`. A
-function speaks by an INFO message, which the server sends at once, in the middle of a statement:
+Invariant: a call is served with the rights of a role only if the calling code has proven that the
+server grants it the rights of that role. Text proves nothing: code of others runs in a session all
+the time (index functions under REINDEX or ANALYZE, SECURITY DEFINER functions, triggers), and can
+say whatever the functions of the extension say. `docs/security.md` has the model.
 
-    token nonce verb word word ... role role
+This is one half of a conversation; the other half are the SQL functions in `bodies`. A function
+speaks by an INFO message, which the server sends at once, in the middle of a statement:
+
+    token nonce verb word word ...
 
 ``token`` is the session's, ``nonce`` is made up for each question, and the words are base64 of text
-in the client's encoding, ``-`` for NULL; the last two are the current role and the session's. The
-proxy takes the message off the stream and answers through a channel (`channels`). In the channel's
-application_name the answer is announced:
+in the client's encoding, ``-`` for NULL. The proxy takes the message off the stream and answers
+through a channel (`channels`): an idle backend of a login role, whose application_name every role
+can see, and whose query only code with the rights of that role. In application_name the answer is
+announced:
 
     tag state number data
 
-``tag`` (12 characters) tells the function that this is for it. ``state`` is ``w``: wait for the
-advisory lock that the channel holds; ``t``: it is being worked on; ``a``: an answer, here as data,
-32 bytes enciphered with a pad, since every role can see this; ``b``: the same, but there is more;
-``q`` and ``r`` are the same with the data in the channel's query, behind a mark, where only the
-login role and those who may see all can see it. Tag, lock, mark and pads come from the nonce and a
-secret that the session and the proxy share.
+``tag`` (12 characters) tells the function that this is for it. The states:
 
-The pieces of an answer are numbered. The function asks for the ``next`` one, or for the answer once
-more in the ``narrow`` form if it cannot see the query. With each piece that is not the last the
-channel takes the lock for the next one, whose key is that of the first XOR the number, so the
-function can wait for that at once.
+- ``pw``, ``pt``: prove it. The channel's query has a fresh random word in it, which the function
+  must read. With ``pw`` the channel holds an advisory lock on which the function can wait for the
+  answer; with ``pt`` it could not get the lock, and the function looks again and again.
+- ``a``: an answer, here as data, 32 bytes; ``b``: the same, but there is more.
+- ``q`` and ``r``: the same, with the data in the channel's query, behind a mark.
+
+A question goes like this:
+
+1. ``call`` or ``custom``. Its first word says whose channel is to show the word to be read: ``-``
+   for the role that the session has logged in as. Code that cannot RESET ROLE (it runs as another
+   owner) names that owner instead, and the proxy logs in as him, if it has his credentials.
+2. The channel shows the word.
+3. ``proof``, with a hash of the word and of the whole first message. From here on the question
+   counts, with the rights of the channel's login role and no others.
+4. The answer, piece by piece: ``next`` asks for the next one.
+
+Tag, lock and mark come from the nonce and a secret that the session and the proxy share. Answers
+are enciphered with a pad that is made of secret, word and nonce, so they mean nothing to those who
+may see all queries, or the server's log.
+
+The pieces of an answer are numbered. With each piece that is not the last the channel takes the
+lock for the next one, whose key is that of the first XOR the number, so the function can wait for
+that at once.
 
 An answer is a text[]: ``e`` and the fields of an error; ``v`` and the value, those of a composite
 result, or the rows as a text[][]; ``n`` for no composite; ``c`` and names of custom settings, whose
 values the function tells with a question of its own, ``custom``; or a block of a result (`blocks`),
 after which the next piece is that of the next block.
 
-Not all SQL that runs in a session is its user's own: a SECURITY DEFINER function is another's, and
-so is what REINDEX or ANALYZE run for a table's owner. All of it could raise such a message. So the
-proxy believes only what `_pg_background_say` says: the server names the function in the message's
-CONTEXT, and the function names the current role. That role must be one that the login role may
-become, and a superuser in a superuser's session, since what a job runs can RESET ROLE. The channel
-is asked for all that, and for whose the function is.
+A member of pg_read_all_stats can read every word. Therefore only messages count that the
+extension's own function `_pg_background_say` raises: the server names PL/pgSQL's RAISE and the
+function in the message, and the channel is asked whether the function is the extension's.
 """
 
 from __future__ import annotations
@@ -42,6 +59,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import hmac
+import itertools
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
@@ -53,6 +72,7 @@ from protocol.errors import (
     CONNECTION_FAILURE,
     FEATURE_NOT_SUPPORTED,
     INSUFFICIENT_PRIVILEGE,
+    OBJECT_NOT_IN_PREREQUISITE_STATE,
     UNDEFINED_OBJECT,
     SQLError,
 )
@@ -77,6 +97,7 @@ from proxy.traffic.waits import Waits
 
 if TYPE_CHECKING:
     from proxy.jobs.job import Jobs
+    from proxy.jobs.launcher import Launcher
     from proxy.jobs.owner import Owner
 
 
@@ -95,14 +116,28 @@ _LEAST_ROOM: Final = 256
 
 _LONGEST_NUMBER: Final = 9
 
+_LARGEST_QUESTION: Final = 1024 * 1024
+"""Bytes of a question other than a call that carries SQL."""
+
+_LARGEST_STEP: Final = 1024
+"""Bytes of a message that goes on with a question."""
+
+_MOST_WORDS: Final = 8192
+
+_WHOLE_AT_ONCE: Final = 512 * 1024
+"""Bytes of a word that are decoded without a pause for others."""
+
 _ASK: Final = b"_pg_background_ask("
-# The first line of CONTEXT, which nobody but the server writes, in whatever language: who has
-# raised the message. The function's search_path never has its own schema.
-_SPEAKER: Final = re.compile(
-    rb'[^"\n]*? ((?:"(?:[^"]|"")*"|[^\s".(),]+))\.("?)_pg_background_say\2\(\)[ ,]'
+# The function in the first line of CONTEXT. Around it are words in whatever language; quotation
+# marks of theirs stand around the whole (Korean) or nowhere.
+_SIGNATURE: Final = (
+    rb'("(?:[^"]|"")*"|[a-z_][a-z0-9_]*)\.(?:_pg_background_say|"_pg_background_say")\(\)'
 )
+_SPEAKER: Final = re.compile(rb'[^"]*?(?:%b(?!")|(?<= )"%b" )' % (_SIGNATURE, _SIGNATURE))
+_LONGEST_LINE: Final = 1024
+"""Bytes of a line of CONTEXT that are looked at."""
 _OWN_LINE: Final = re.compile(
-    rb"pg_background_(?:ask|call|elements)\(|\bpg_background_\w+\((?:integer|text|bigint|\)|\S*pg_background_handle)"
+    rb"pg_background_(?:ask|call|elements)\(|\bpg_background_\w{1,63}\((?:integer|text|bigint|\)|[^\s(]{0,256}pg_background_handle)"
 )
 
 
@@ -111,55 +146,79 @@ class _MalformedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What a function asks, taken apart.
+class Message:
+    """A message of a function, taken apart, but not decoded.
 
     Attributes:
-        schema: of the function that asks, as the server has told it.
-        nonce: made up for it.
+        text: the whole.
+        schema: of the function that speaks, as the server has told it.
+        nonce: made up for the question that it belongs to.
         verb: what kind it is.
-        words: as text in the client's encoding; None for NULL.
+        words: as they stand there.
     """
 
+    text: bytes
     schema: bytes
     nonce: bytes
     verb: bytes
-    words: tuple[bytes | None, ...]
+    words: tuple[bytes, ...]
 
     @classmethod
-    def parse(cls, message: bytes, context: bytes) -> Question:
-        """Raises _MalformedError."""
-        speaker = _SPEAKER.match(context)
+    def parse(cls, notice: NoticeResponse) -> Message:
+        """Raises _MalformedError for what no function of ours has said."""
+        if notice.severity != "INFO" or notice.fields.get("R") != b"exec_stmt_raise":
+            raise _MalformedError
+        line = notice.fields.get("W", b"")[:_LONGEST_LINE].partition(b"\n")[0]
+        speaker = _SPEAKER.match(line)
         if speaker is None:
             raise _MalformedError
-        schema = speaker[1]
+        schema = speaker[1] or speaker[2]
         if schema.startswith(b'"'):
             schema = schema[1:-1].replace(b'""', b'"')
-        try:
-            _, nonce, verb, *words, role, session_role = message.split(b" ")
-            if len(nonce) != 32 or not nonce.isalnum():
-                raise _MalformedError
-            if verb in (b"next", b"narrow"):
-                [number] = words
-                if not number.isdigit() or len(number) > _LONGEST_NUMBER:
-                    raise _MalformedError
-                return cls(schema, nonce, verb, (number,))
-            if verb not in (b"call", b"custom"):
-                raise _MalformedError
-            if verb == b"call":
-                words = [role, session_role, *words]
-            return cls(schema, nonce, verb, tuple(map(_word, words)))
-        except ValueError:
-            raise _MalformedError from None
+        text = notice.message
+        _, nonce, verb, *words = [*text.split(b" ", _MOST_WORDS), b"", b""]
+        del words[-2:]
+        if len(nonce) != 32 or not nonce.isalnum() or verb not in _VERBS:
+            raise _MalformedError
+        if verb not in (b"call", b"custom") and len(text) > _LARGEST_STEP:
+            raise _MalformedError
+        if len(words) < _VERBS[verb]:
+            raise _MalformedError
+        return cls(text, schema, nonce, verb, tuple(words))
+
+
+_VERBS: Final = {b"call": 5, b"custom": 3, b"proof": 1, b"next": 1}
+"""How many words each has at least."""
+
+
+def _number(word: bytes) -> int:
+    if not word.isdigit() or len(word) > _LONGEST_NUMBER:
+        raise _MalformedError
+    return int(word)
 
 
 def _word(word: bytes) -> bytes | None:
     if word == b"-":
         return None
-    text = base64.b64decode(word, validate=True)
+    try:
+        text = base64.b64decode(word, validate=True)
+    except ValueError:
+        raise _MalformedError from None
     if b"\0" in text:
         raise _MalformedError
     return text
+
+
+async def _long_word(word: bytes) -> bytes | None:
+    """The same for one that may be of many megabytes: others get their turn in between."""
+    parts = []
+    for start in range(0, len(word), _WHOLE_AT_ONCE):
+        if start:
+            await asyncio.sleep(0)
+        parts.append(_word(word[start : start + _WHOLE_AT_ONCE]))
+    if len(parts) == 1:
+        return parts[0]
+    return b"".join(part or b"" for part in parts)
 
 
 class Secrets:
@@ -175,13 +234,31 @@ class Secrets:
         self._secret = secrets.token_hex(16).encode()
         self.setting = self.token + self._secret
 
-    def hash(self, nonce: bytes, number: bytes = b"", *, server_version: int) -> bytes:
-        """64 hexadecimal digits that nobody else can guess."""
-        text = self._secret + nonce + number
-        if server_version >= 110000:
-            return hashlib.sha256(text).hexdigest().encode()
-        halves = [hashlib.md5(text + end, usedforsecurity=False) for end in (b"a", b"b")]
-        return b"".join(half.hexdigest().encode() for half in halves)
+    def hash(self, nonce: bytes, *, server_version: int) -> bytes:
+        """64 hexadecimal digits that nobody else can guess, for one question."""
+        return _hash(self._secret + nonce, server_version)
+
+    def key(self, word: bytes, nonce: bytes) -> bytes:
+        """What the answers to one question are enciphered with."""
+        return b"%b%b%b " % (self._secret, word, nonce)
+
+
+def _hash(text: bytes, server_version: int) -> bytes:
+    """64 hexadecimal digits; `bodies` has the same, and before 11 there is no SHA-2."""
+    if server_version >= 110000:
+        return hashlib.sha256(text).hexdigest().encode()
+    halves = [hashlib.md5(text + end, usedforsecurity=False) for end in (b"a", b"b")]
+    return b"".join(half.hexdigest().encode() for half in halves)
+
+
+def _enciphered(data: bytes, key: bytes, server_version: int) -> bytes:
+    """Data XOR a pad that is made of the key."""
+    pad = b"".join(
+        bytes.fromhex(_hash(b"%b%d" % (key, n), server_version).decode())
+        for n in range((len(data) + 31) // 32)
+    )[: len(data)]
+    number = int.from_bytes(data, "big") ^ int.from_bytes(pad, "big")
+    return number.to_bytes(len(data), "big")
 
 
 class Inside:
@@ -191,12 +268,16 @@ class Inside:
         self._session = session
         self.secrets = Secrets()
         self._waits = Waits()
-        # From the first call in a statement to its end; whether it holds the lock that the function
-        # waits for next.
+        # From the first call in a statement to its end; as which role it has logged in, None for
+        # the session's; whether it holds the lock that the function waits for next.
         self._channel: Channel | None = None
+        self._login: bytes | None = None
         self._is_locked = False
-        # What is done for a function that waits, what it is told piece by piece.
+        # What is done for a function that waits, and what waits for that to end; a question that
+        # is not proven; what the function is told piece by piece.
         self._task: asyncio.Task[None] | None = None
+        self._next_task: asyncio.Task[None] | None = None
+        self._challenge: _Challenge | None = None
         self._shown: _Shown | None = None
         # A call that goes on with the next question: one that needs custom settings, or whose rows
         # are not all handed over.
@@ -213,24 +294,37 @@ class Inside:
         if self.secrets.token not in body:
             return False
         notice = NoticeResponse.parse(body)
-        message = notice.message
-        if not message.startswith(self.secrets.token):
+        if not notice.message.startswith(self.secrets.token):
             return False
         try:
-            question = Question.parse(message, notice.fields.get("W", b""))
+            message = Message.parse(notice)
         except _MalformedError:
             return False
-        if question.verb == b"call":
+        if message.verb == b"call":
             self._drop()
-        work = self._guard(question, self._task)
-        self._task = asyncio.get_running_loop().create_task(work)
+        elif self._next_task is not None:
+            return True  # A function waits for the answer before it asks again.
+        work = self._guard(message, self._task)
+        task = asyncio.get_running_loop().create_task(work)
+        if self._task is None:
+            self._task = task
+        else:
+            self._next_task = task
+        task.add_done_callback(self._task_done)
         return True
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        if task is self._task:
+            self._task, self._next_task = self._next_task, None
+        elif task is self._next_task:
+            self._next_task = None
 
     def statement_ended(self) -> None:
         """The server has sent an error, or is ready for the next query: nobody waits any more."""
-        if self._task is None and self._channel is None:
-            return
         self._drop()
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self._channel is not None:
             channel, self._channel = self._channel, None
             self._session.give_back(channel)
@@ -247,10 +341,10 @@ class Inside:
             return None
         response = ErrorResponse.parse(error)
         lines = response.fields.get("W", b"").split(b"\n")
-        if _ASK not in lines[0]:
+        if _ASK not in lines[0][:_LONGEST_LINE]:
             return None
-        while lines and _OWN_LINE.search(lines[0]):
-            del lines[0]
+        own = itertools.takewhile(lambda line: _OWN_LINE.search(line[:_LONGEST_LINE]), lines)
+        del lines[: len(list(own))]
         told, self._error = self._error, None
         if told is not None and told.fields.get("M") == response.message and "W" in told.fields:
             lines.insert(0, told.fields["W"])
@@ -262,23 +356,25 @@ class Inside:
 
     def _drop(self) -> None:
         """Nobody waits for what is being done."""
-        if self._task is not None:
-            self._task.cancel()
-        if self._coming is not None:
-            self._coming.cancel()
-        self._task = self._coming = self._shown = self._call = None
+        for task in (self._task, self._next_task, self._coming):
+            if task is not None:
+                task.cancel()
+        self._task = self._next_task = self._coming = None
+        self._challenge = self._shown = self._call = None
         if self._blocks is not None:
             self._end_blocks(self._blocks)
 
     # Serving
 
-    async def _guard(self, question: Question, after: asyncio.Task[None] | None) -> None:
-        """Answer a question. `after`: what is still being done for the one before it, which may be
-        answered already, so far as the function can see."""
+    async def _guard(self, message: Message, after: asyncio.Task[None] | None) -> None:
+        """Deal with a message. `after`: what is still being done for the one before it, which may
+        be answered already, so far as the function can see."""
         try:
             if after is not None:
                 await asyncio.wait([after])
-            await self._serve(question)
+            await self._serve(message)
+        except _MalformedError:
+            logger.debug("a malformed message from inside the database")
         except (ServerError, OSError, SQLError) as error:
             # The function will find that there is no answer.
             logger.debug("no answer to a call from inside the database: %s", error)
@@ -292,21 +388,37 @@ class Inside:
             self._channel.terminate()
             self._channel = None
 
-    async def _serve(self, question: Question) -> None:
-        if question.verb in (b"next", b"narrow"):
-            await self._show_next(question)
-            return
-        if self._channel is None:
-            self._channel = await self._session.lease_channel()
-        if question.verb == b"call":
-            self._call = None  # in case there is something wrong with this one
-            self._call = _Call(question)
-        call = self._call
-        if call is None:
-            return
-        answer = await self._or_error(call, self._answer, question, call)
-        self._shown = _Shown(question.nonce, call.encoding, answer)
-        await self._show(self._shown, 0, call)
+    async def _serve(self, message: Message) -> None:
+        match message.verb:
+            case b"call":
+                self._call = None  # in case there is something wrong with this one
+                call = _Call(message)
+                call.check_size(len(message.text))
+                await self._ask_for_proof(message, call)
+            case b"custom":
+                # Only a call that has asked for them goes on with them.
+                asked, self._call = self._call, None
+                if asked is not None and asked.custom_settings:
+                    if len(message.text) > _LARGEST_QUESTION:
+                        raise _MalformedError
+                    await self._ask_for_proof(message, asked)
+            case b"proof":
+                challenge, self._challenge = self._challenge, None
+                if challenge is not None and await challenge.is_met_by(message):
+                    await self._serve_proven(challenge)
+            case _:
+                await self._show_next(message)
+
+    async def _serve_proven(self, challenge: _Challenge) -> None:
+        question, call = challenge.question, challenge.call
+        answer = await self._or_error(call, self._answer, challenge)
+        self._show_answer(question.nonce, call, answer, challenge.word)
+        await self._show(0)
+
+    def _show_answer(self, nonce: bytes, call: _Call, answer: Answer, word: bytes) -> None:
+        self._call = call
+        key = self.secrets.key(word, nonce)
+        self._shown = _Shown(nonce, key, call.encoding, answer)
 
     async def _or_error(
         self, call: _Call, find: Callable[P, Awaitable[Answer]], *args: P.args, **kwargs: P.kwargs
@@ -325,12 +437,15 @@ class Inside:
                 self._session.drop(job)
             raise
 
-    async def _answer(self, question: Question, call: _Call) -> Answer:
-        context = await self._take_up(question, call)
+    async def _answer(self, challenge: _Challenge) -> Answer:
+        question, call = challenge.question, challenge.call
+        context = self._context(challenge)
         if question.verb == b"custom":
-            pairs = zip(call.custom_settings, question.words, strict=False)
+            words = map(_word, question.words[3:])
+            pairs = zip(call.custom_settings, words, strict=False)
             settings = tuple((name, value) for name, value in pairs if value is not None)
             context = replace(context, settings=context.settings + settings)
+            call.custom_settings = ()
         elif Needs.SETTINGS in call.function.needs and self._has_missing_ok:
             codec = encodings.codec(call.encoding)
             call.custom_settings = tuple(
@@ -340,8 +455,9 @@ class Inside:
                 return [b"c", *call.custom_settings]
         if not context.may_call:
             raise permission_denied(call.function.name)
-        caller = InsideCaller(self._session, self._waits, context, call)
-        value = await call.function.run(caller, **call.arguments())
+        launcher = self._session.launcher_for(self._login)
+        caller = InsideCaller(self._session, launcher, self._waits, context, call)
+        value = await call.function.run(caller, **await call.arguments())
         if isinstance(value, Job):
             self._blocks = Blocks(
                 value, call.encoding, notice=self._session.inject, wait=caller.wait_for
@@ -373,95 +489,138 @@ class Inside:
 
     # Through the channel
 
-    async def _take_up(self, question: Question, call: _Call) -> Context:
-        """Let the function wait, and have the server say what its role may do."""
+    async def _ask_for_proof(self, question: Message, call: _Call) -> None:
+        """Show the word that the function must read, and have the server say what its role may do.
+
+        If there is no channel to show it, the question is answered at once: with that error.
+        """
+        login = _word(question.words[0])
+        try:
+            await self._lease_channel(login)
+        except SQLError as error:
+            if login is None:
+                raise
+            await self._lease_channel(None)
+            await self._refuse(question, call, _no_login(login, error))
+            return
+        assert self._channel is not None
+        if not self._channel.room or not call.is_known:
+            reason = _unprovable() if call.is_known else _malformed()
+            await self._refuse(question, call, reason)
+            return
         session = self._session
         roles = session.known_jobs.roles.union(
             session.peers.roles, (job.role_id for job in session.jobs)
         )
         checks = role_query(
             call.role,
-            call.session_role,
+            call.session_role if login is None else call.role,
             call.function,
             question.schema,
             encoding=call.encoding,
             roles=roles,
         )
-        (_, state), *found = await self._channel_query(b"%b; %b" % (self._lock(question), checks))
+        word = secrets.token_hex(16).encode()
+        hash = self._hash(question.nonce)
+        shows = b"/*%b%b*/%b; %b" % (hash[28:60], word, self._lock(hash), checks)
+        # Before the function can have read it.
+        challenge = self._challenge = _Challenge(question, call, word, session.server_version)
+        (_, state), *found = await self._channel_query(shows)
         self._is_locked = (state or b"").endswith(b"w")
-        if not found:
+        challenge.found = found[0] if found else None
+
+    async def _lease_channel(self, login: bytes | None) -> None:
+        if self._channel is not None and self._login != login:
+            self._give_back()
+        if self._channel is None:
+            self._channel = await self._session.lease_channel(login)
+            self._login = login
+            self._is_locked = False
+
+    async def _refuse(self, question: Message, call: _Call, error: SQLError) -> None:
+        """Answer with an error what nobody has proven: it has nothing in it that is secret."""
+
+        async def answer() -> Answer:
+            raise error
+
+        self._show_answer(question.nonce, call, await self._or_error(call, answer), b"")
+        assert self._shown is not None
+        self._shown.narrow = True
+        await self._show(0)
+
+    def _context(self, challenge: _Challenge) -> Context:
+        """What the server has said about the role. Raises SQLError."""
+        call = challenge.call
+        if challenge.found is None:
             raise SQLError(UNDEFINED_OBJECT, "the current role does not exist")
-        role_id, may_become, may_call, usable_roles, trusted = found[0]
+        role_id, may_become, may_call, usable_roles, trusted = challenge.found
         if trusted != b"t":
             raise SQLError(
                 INSUFFICIENT_PRIVILEGE,
                 "calls from inside the database are not served here",
-                detail="The extension's functions must be committed, and a superuser's; or, in the"
-                " session of a role that is none, of a role with CREATE on the database. In a"
-                " superuser's session the current role must be a superuser, because what a job"
-                " runs could undo SET ROLE.",
-                hint="Commit CREATE EXTENSION first, let a superuser say it, or connect as the"
-                " current role.",
+                detail="The extension's functions must be committed. They and their schema must"
+                " belong to a superuser, to the owner of the database, or to the role that calls.",
+                hint="Commit CREATE EXTENSION first, and let a superuser or the owner of the"
+                " database say it.",
             )
         if may_become != b"t":
             raise SQLError(
                 INSUFFICIENT_PRIVILEGE,
                 f'the session\'s role may not become "{call.role.decode("utf-8", "replace")}"',
-                detail="A background worker logs in as the role that the session has logged in as,"
-                " and runs as the current role.",
-                hint="In a SECURITY DEFINER function that is its owner: grant the owner's role to"
-                " the role that logs in, or call from a function that is SECURITY INVOKER.",
             )
         return Context(
             may_call=may_call == b"t",
             role_id=int(role_id or 0),
             role=call.role,
-            session_role=call.session_role,
-            set_role=b"none" if call.role == call.session_role else call.role,
+            session_role=call.session_role if self._login is None else call.role,
+            set_role=(
+                b"none" if self._login is not None or call.role == call.session_role else call.role
+            ),
             statement_timeout=b"0",
             own_settings=call.own_settings,
             usable_roles=frozenset(int(oid or 0) for oid in parse_array(usable_roles or b"{}")),
             settings=call.settings,
         )
 
-    def _lock(self, question: Question) -> bytes:
+    def _lock(self, hash: bytes) -> bytes:
         """The SELECT with which a channel takes the lock that the function waits for."""
-        hash = self._hash(question.nonce)
         return (
             b"SELECT pg_catalog.pg_advisory_unlock_all(), pg_catalog.set_config('application_name',"
-            b" CASE WHEN pg_catalog.pg_try_advisory_lock(%d) THEN '%bw' ELSE '%bt' END, false)"
+            b" CASE WHEN pg_catalog.pg_try_advisory_lock(%d) THEN '%bpw' ELSE '%bpt' END, false)"
             % (_key(hash), hash[:12], hash[:12])
         )
 
-    async def _show_next(self, question: Question) -> None:
+    async def _show_next(self, message: Message) -> None:
         """The next piece of what is being handed over."""
         shown, call = self._shown, self._call
-        if shown is None or call is None or shown.nonce != question.nonce:
+        if shown is None or call is None or shown.nonce != message.nonce:
             return
-        number = int(question.words[0] or 0)
-        if question.verb == b"narrow":
-            shown.narrow = True
-            shown.first = number
-        elif shown.is_last(number - 1) and self._coming is not None:
+        number = _number(message.words[0])
+        if shown.is_last(number - 1) and self._coming is not None:
             shown.answer = array_text(await self._coming, call.encoding)
             shown.first = number
-        await self._show(shown, number, call)
+        await self._show(number)
 
-    async def _show(self, shown: _Shown, number: int, call: _Call) -> None:
+    async def _show(self, number: int) -> None:
         """Show a piece, and wake the function up."""
+        shown, call = self._shown, self._call
         assert self._channel is not None
+        assert shown is not None
+        assert call is not None
         shown.room = self._channel.room
         hash = self._hash(shown.nonce)
         tag, mark, count = hash[:12], hash[28:60], b"%04d" % (number % 10000)
-        piece, is_last = shown.piece(number), shown.is_last(number)
+        is_last = shown.is_last(number)
+        key = b"%b%d " % (shown.key, number)
+        data = _enciphered(shown.piece(number), key, self._session.server_version)
+        data = base64.b64encode(data)
         if shown.is_narrow:
-            pad = bytes.fromhex(self._hash(shown.nonce, b"%d" % number).decode())
-            enciphered = bytes(a ^ b for a, b in zip(piece, pad, strict=False))
-            name = tag + (b"a" if is_last else b"b") + count + base64.b64encode(enciphered)
+            name = tag + (b"a" if is_last else b"b") + count + data
             comment = b""
         else:
             name = tag + (b"q" if is_last else b"r") + count
-            comment = b"/*%b%b%b*/" % (mark, count, base64.b64encode(piece))
+            # Not "/*", where the data ends in "/": comments nest.
+            comment = b"/*%b%b%b */" % (mark, count, data)
         columns = [b"pg_catalog.set_config('application_name', '%b', false)" % name]
         if self._is_locked:
             columns.append(b"pg_catalog.pg_advisory_unlock(%d)" % (_key(hash) ^ number))
@@ -479,8 +638,8 @@ class Inside:
             raise ConnectionError("the channel is gone")
         return await self._channel.query(sql)
 
-    def _hash(self, nonce: bytes, number: bytes = b"") -> bytes:
-        return self.secrets.hash(nonce, number, server_version=self._session.server_version)
+    def _hash(self, nonce: bytes) -> bytes:
+        return self.secrets.hash(nonce, server_version=self._session.server_version)
 
 
 def _key(hash: bytes) -> int:
@@ -488,19 +647,50 @@ def _key(hash: bytes) -> int:
     return int.from_bytes(bytes.fromhex(hash[12:28].decode()), "big", signed=True)
 
 
+class _Challenge:
+    """A question whose function has yet to prove the rights that it calls with.
+
+    Attributes:
+        question: the message.
+        call: what it says.
+        word: what a channel shows to those who have the rights of its login role.
+        found: what the server says about the role that the question names; None if nothing.
+    """
+
+    def __init__(self, question: Message, call: _Call, word: bytes, server_version: int) -> None:
+        self.question = question
+        self.call = call
+        self.word = word
+        self.found: tuple[bytes | None, ...] | None = None
+        self._server_version = server_version
+
+    async def is_met_by(self, message: Message) -> bool:
+        """Whether the message proves it."""
+        if message.nonce != self.question.nonce:
+            return False
+        text = self.word + self.question.text
+        if len(text) <= _WHOLE_AT_ONCE:
+            wanted = _hash(text, self._server_version)
+        else:
+            wanted = await asyncio.to_thread(_hash, text, self._server_version)
+        return hmac.compare_digest(message.words[0], wanted)
+
+
 class _Shown:
     """An answer, or a block of one, that is being handed over.
 
     Attributes:
         nonce: of the question.
+        key: what it is enciphered with.
         answer: as a text[].
         first: the number of its first piece.
-        narrow: whether the function cannot see the channel's query.
+        narrow: whether the function may be unable to see the channel's query.
         room: how many characters of a query the channel shows.
     """
 
-    def __init__(self, nonce: bytes, encoding: bytes, answer: Answer) -> None:
+    def __init__(self, nonce: bytes, key: bytes, encoding: bytes, answer: Answer) -> None:
         self.nonce = nonce
+        self.key = key
         self.answer = array_text(answer, encoding)
         self.first = 0
         self.narrow = False
@@ -537,22 +727,30 @@ class _Call:
         launched: the jobs that it has started.
     """
 
-    def __init__(self, question: Question) -> None:
-        """Raises SQLError for what no body of ours has said."""
+    def __init__(self, message: Message) -> None:
+        """Raises SQLError for what no function of ours has said, _MalformedError."""
+        words = message.words
+        own = 5 + len(SETTINGS)
         try:
-            role, session_role, name, encoding, *rest = (word or b"" for word in question.words)
-            self._function = _FUNCTIONS.get(name)
-            count = int(rest[len(SETTINGS)])
-            values = question.words[5 + len(SETTINGS) :]
-            self._arguments, settings = values[:count], values[count:]
+            role, session_role, name, encoding, *texts = map(_word, words[1:own])
+            count = int(_word(words[own]) or b"")
+            self._arguments = words[own + 1 : own + 1 + count]
+            settings = [_word(word) for word in words[own + 1 + count :]]
             pairs = list(zip(settings[::2], settings[1::2], strict=True))
         except (ValueError, LookupError):
-            raise _malformed() from None
-        self.encoding, self.role, self.session_role = encoding, role, session_role
+            raise _MalformedError from None
+        if count < 0 or len(self._arguments) != count:
+            raise _MalformedError
+        self._function = _FUNCTIONS.get(name or b"")
+        self.encoding, self.role, self.session_role = (
+            encoding or b"",
+            role or b"",
+            session_role or b"",
+        )
         self.own_settings = {
-            name: word.decode("utf-8", "replace")
-            for name, word in zip(SETTINGS, question.words[4:], strict=False)
-            if word is not None
+            name: text.decode("utf-8", "replace")
+            for name, text in zip(SETTINGS, texts, strict=True)
+            if text is not None
         }
         self.settings = tuple(
             (name or b"", value or b"")
@@ -569,15 +767,51 @@ class _Call:
             raise _malformed()
         return self._function
 
-    def arguments(self) -> dict[str, Any]:
+    @property
+    def is_known(self) -> bool:
+        """Whether there is such a function."""
+        return self._function is not None
+
+    def check_size(self, size: int) -> None:
+        """Raises _MalformedError for a message larger than the call can be."""
+        carries_sql = self._function is not None and Needs.SETTINGS in self._function.needs
+        if size > _LARGEST_QUESTION and not carries_sql:
+            raise _MalformedError
+
+    async def arguments(self) -> dict[str, Any]:
         """By name. Raises SQLError."""
+        texts = [await _long_word(word) for word in self._arguments]
         try:
             return {
                 parameter.name: decode_argument(parameter.type, text)
-                for parameter, text in zip(self.function.parameters, self._arguments, strict=True)
+                for parameter, text in zip(self.function.parameters, texts, strict=True)
             }
         except ValueError:
             raise _malformed() from None
+
+
+def _no_login(role: bytes, error: SQLError) -> SQLError:
+    """Why there is no channel of the role that the calling code runs as."""
+    if not error.sqlstate.startswith("28"):
+        return error
+    name = role.decode("utf-8", "replace")
+    return SQLError(
+        INSUFFICIENT_PRIVILEGE,
+        f'cannot start a background worker as role "{name}"',
+        detail=f'The calling code runs as "{name}" (as the owner of a SECURITY DEFINER function, a'
+        f" table or an index), so the background worker must log in as that role. {error.detail}",
+        hint=f'Give the proxy the password of role "{name}" in its passfile or auth_file, or set'
+        " auth_query; the role must have LOGIN.",
+    )
+
+
+def _unprovable() -> SQLError:
+    return SQLError(
+        OBJECT_NOT_IN_PREREQUISITE_STATE,
+        "calls from inside the database are not served here",
+        detail="The server shows no queries, by which the calling code could prove its role.",
+        hint="Set track_activities to on.",
+    )
 
 
 def _malformed() -> SQLError:
@@ -606,8 +840,11 @@ def _value(value: Any, function: Function, encoding: bytes) -> Answer:
 class InsideCaller:
     """Makes calls from inside the database (`calls.Caller`)."""
 
-    def __init__(self, session: Owner, waits: Waits, context: Context, call: _Call) -> None:
+    def __init__(
+        self, session: Owner, launcher: Launcher, waits: Waits, context: Context, call: _Call
+    ) -> None:
         self._session = session
+        self._launcher = launcher
         self._waits = waits
         self._context = context
         self._call = call
@@ -633,7 +870,8 @@ class InsideCaller:
     async def launch(
         self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
     ) -> Job:
-        job = await self._session.launch(
+        job = await self._launcher.launch(
+            self._session,
             sql,
             queue_size,
             self.context,

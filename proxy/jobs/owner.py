@@ -117,12 +117,20 @@ class Owner(ABC):
         """A setting of ours. Raises SQLError 22023."""
         return self.launcher.setting(setting, context)
 
-    async def lease_channel(self) -> Channel:
+    def launcher_for(self, login: bytes | None) -> Launcher:
+        """Launches jobs that log in as another role than the owner's; None: as the owner's."""
+        return self.launcher if login is None else self.launcher.for_login(login)
+
+    async def lease_channel(self, login: bytes | None) -> Channel:
         """A channel to answer calls from inside the database.
+
+        Args:
+            login: the role that it is of, as the server's database has the name; None for that
+                of the owner.
 
         Raises SQLError, ServerError, OSError.
         """
-        return await self.launcher.channel()
+        return await self.launcher_for(login).channel()
 
     def give_back(self, channel: Channel) -> None:
         """Let others have it."""
