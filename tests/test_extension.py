@@ -3,6 +3,7 @@ transaction, said in the server's words."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import psycopg
 import pytest
 
 from protocol import messages as m
-from proxy.extension.ddl import VERSIONS
+from proxy.extension.installed import VERSIONS
 from proxy.functions import catalog
 from tests.background import failure, message, notices, wait_until
 from tests.conftest import StartProxy
@@ -807,7 +808,8 @@ def test_role_that_is_no_superuser(
     proxy: Proxy, scratch: str, conn: Connection, observer: Connection, role: str
 ) -> None:
     """What needs CREATEROLE says so, and the rest is done."""
-    observer.execute(f"GRANT CREATE ON DATABASE {scratch} TO {role}")
+    owner = one(observer, "SELECT current_user")
+    observer.execute(f"ALTER DATABASE {scratch} OWNER TO {role}")
     observer.execute(f"DROP ROLE IF EXISTS {ROLE}")
     with proxy.connect(dbname=scratch, user=role) as plain:
         with notices(plain) as said:
@@ -826,7 +828,82 @@ def test_role_that_is_no_superuser(
         may = f"SELECT has_function_privilege('{ROLE}', 'pg_background_detach(int)', 'EXECUTE')"
         assert one(conn, may) is True
         plain.execute("DROP EXTENSION pg_background")
-    observer.execute(f"REVOKE CREATE ON DATABASE {scratch} FROM {role}")
+    observer.execute(f"ALTER DATABASE {scratch} OWNER TO {owner}")
+
+
+def test_role_that_may_only_create(
+    proxy: Proxy, scratch: str, conn: Connection, observer: Connection, role: str
+) -> None:
+    """It has an extension of its own, and nobody else has anything to do with it."""
+    observer.execute(f"GRANT CREATE ON DATABASE {scratch} TO {role}")
+    observer.execute(f"CREATE SCHEMA of_{role} AUTHORIZATION {role}")
+    with proxy.connect(dbname=scratch, user=role) as plain:
+        plain.execute(f"SET search_path = of_{role}")
+        with notices(plain) as said:
+            create(plain)
+        assert [n["severity_nonlocalized"] for n in said] == ["WARNING"]
+        assert f'sessions of role "{role}"' in (said[0]["message_primary"] or "")
+        direct = "SELECT pg_background_launch('SELECT 1')"
+        assert isinstance(one(plain, direct), int)
+        inside = f"WITH l AS ({direct} AS pid) TABLE l"
+        assert isinstance(one(plain, inside), int)
+        assert version(conn) is None
+        assert isinstance(one(conn, direct), int)
+        create(conn, "SCHEMA public")
+        assert version(conn) == "1.10"
+        # The common one is everybody's from now on.
+        assert failure(plain, direct).sqlstate == "42883"
+    conn.execute("DROP EXTENSION pg_background")
+
+
+@pytest.mark.parametrize("schema", ["public", "of_role"])
+@pytest.mark.parametrize("says", ["x", "2.0", "1.10"])
+def test_marker_of_another_role(
+    proxy: Proxy,
+    scratch: str,
+    conn: Connection,
+    observer: Connection,
+    role: str,
+    schema: str,
+    says: str,
+) -> None:
+    """It makes no call of others fail, and keeps nobody from creating the extension."""
+    observer.execute(f"GRANT CREATE ON DATABASE {scratch} TO {role}")
+    schema = schema.replace("of_role", f"of_{role}")
+    observer.execute(f"CREATE SCHEMA of_{role} AUTHORIZATION {role}")
+    observer.execute(f"GRANT CREATE ON SCHEMA public TO {role}")
+    with server_as(conn, role):
+        conn.execute(
+            f"CREATE FUNCTION {schema}.{MARKER}() RETURNS text LANGUAGE sql AS"
+            f" $$SELECT '{says}'$$".encode()
+        )
+    assert version(conn) is None
+    assert kind(conn) == "pid"
+    where = "CREATE SCHEMA mine; CREATE EXTENSION pg_background SCHEMA mine"
+    conn.execute(where.encode())
+    assert version(conn) == "1.10"
+    assert isinstance(one(conn, "SELECT mine.pg_background_launch('SELECT 1')"), int)
+    conn.execute("DROP EXTENSION pg_background; DROP SCHEMA mine")
+
+
+def test_schema_of_another_role(conn: Connection, observer: Connection, role: str) -> None:
+    """Its owner could replace what is in there."""
+    observer.execute(f"CREATE SCHEMA of_{role} AUTHORIZATION {role}; CREATE SCHEMA mine")
+    error = failure(conn, f"CREATE EXTENSION pg_background SCHEMA of_{role}")
+    assert error.sqlstate == "42501"
+    assert error.diag.message_hint
+    create(conn, "SCHEMA mine")
+    error = failure(conn, f"ALTER EXTENSION pg_background SET SCHEMA of_{role}")
+    assert error.sqlstate == "42501"
+    conn.execute("DROP EXTENSION pg_background; DROP SCHEMA mine")
+
+
+@contextlib.contextmanager
+def server_as(conn: Connection, role: str) -> Iterator[None]:
+    """A session as another role, for a while."""
+    conn.execute(f"SET ROLE {role}".encode())
+    yield
+    conn.execute("RESET ROLE")
 
 
 def test_nobody_else_makes_others_believe_in_an_extension(

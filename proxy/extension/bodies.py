@@ -38,6 +38,8 @@ messages begin with, and 32 that nobody else knows."""
 JOB_SETTING: Final = "pg_background_proxy.job"
 """The setting of a job's backend: the word that its reports of progress begin with."""
 
+SPEAKER: Final = "_pg_background_say"
+"""The function without arguments that raises all messages of the others."""
 
 _TYPES: Final = {
     BOOL: "bool",

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from proxy.extension import installed, privileges
-from proxy.extension.installed import MARKER, RENAMED, TAG, api_version
+from proxy.extension.installed import MARKER, RENAMED, TAG, VERSIONS, api_version, is_trusted
 from proxy.extension.objects import OWN, RESTORED, script, signature, types
 from proxy.functions import DECLARED
 from proxy.sql.text import EXECUTOR_ROLE, do_block, literal
 
-VERSIONS: Final = (*(f"1.{minor}" for minor in range(11)), "2.0")
-"""In order. All have all functions; those of 2.0 are of the second version of the API."""
 DEFAULT_VERSIONS: Final = {1: "1.10", 2: "2.0"}
 """By api_version."""
 
@@ -196,6 +194,8 @@ def _create(command: CreateExtension, api: int, scripts: dict[int, str]) -> byte
             hint="Must have CREATE privilege on current database to create this extension.",
         )
         + "END IF; "
+        + _CHECK_SCHEMA_OWNER
+        + _WARN_OF_OWNER
         + _types_loop(api_version(version), replace=False)
         + _install({api_version(version): scripts[api_version(version)]})
         + _execute(f"COMMENT ON FUNCTION {OWN}.{MARKER}() IS {_string(_COMMENT)}")
@@ -214,6 +214,33 @@ _FIND_SCHEMA: Final = (
         f'invalid character in extension "{installed.NAME}" schema: must not contain "$body$"',
     )
     + "END IF; "
+)
+
+
+# Who owns the schema may drop and replace what is in there, and so speak for the extension.
+_CHECK_SCHEMA_OWNER: Final = (
+    "IF EXISTS(SELECT 1 FROM pg_catalog.pg_namespace n"
+    f" WHERE n.oid OPERATOR(pg_catalog.=) namespace AND NOT ({is_trusted('n.nspowner')}"
+    " OR pg_catalog.pg_get_userbyid(n.nspowner) OPERATOR(pg_catalog.=) current_user)) THEN "
+    + _raise(
+        "insufficient_privilege",
+        'schema "%s" belongs to a role that could replace the functions of extension'
+        f' "{installed.NAME}"',
+        "schema_name",
+        hint="Create the extension in a schema of your own, of a superuser or of the owner of the"
+        " database.",
+    )
+    + "END IF; "
+)
+
+_WARN_OF_OWNER: Final = (
+    "IF NOT EXISTS(SELECT 1 FROM pg_catalog.pg_roles o WHERE o.rolname OPERATOR(pg_catalog.=)"
+    " current_user AND (o.rolsuper OR o.oid OPERATOR(pg_catalog.=) (SELECT d.datdba"
+    " FROM pg_catalog.pg_database d WHERE d.datname OPERATOR(pg_catalog.=)"
+    " pg_catalog.current_database()))) THEN RAISE WARNING USING MESSAGE ="
+    f' pg_catalog.format(\'extension "{installed.NAME}" will be found only in sessions of role'
+    " \"%s\"', current_user), HINT = 'Let a superuser or the owner of the database create it for"
+    " all.'; END IF; "
 )
 
 
@@ -460,6 +487,7 @@ def _move(command: MoveExtension, scripts: dict[int, str]) -> bytes:
         + b"; "
         + (
             _FIND_SCHEMA
+            + _CHECK_SCHEMA_OWNER
             # A loop would see what has moved, as the search path finds it.
             + f"SELECT pg_catalog.array_agg(s.command) INTO items FROM ({moves}) s(command);"
             " FOREACH item IN ARRAY items LOOP EXECUTE item; END LOOP; "

@@ -37,6 +37,7 @@ from proxy.functions import (
     Function,
     Type,
 )
+from proxy.sql.text import EXECUTOR_ROLE
 
 NAME: Final = "pg_background"
 MARKER: Final = "_pg_background_version"
@@ -53,17 +54,74 @@ IS_HELPER: Final = (
 """Whether ``p`` is such a function. PUBLIC may execute them: they do nothing that one could not say
 oneself, and whoever is granted one function of the API needs them."""
 
-FIND: Final = (
-    f"FROM pg_catalog.pg_proc p WHERE p.proname OPERATOR(pg_catalog.=) '{MARKER}'"
-    " AND p.pronargs OPERATOR(pg_catalog.=) 0 AND pg_catalog.has_database_privilege("
-    "p.proowner, CAST(pg_catalog.current_database() AS pg_catalog.text), 'CREATE')"
-    " ORDER BY p.oid LIMIT 1"
-)
-"""FROM … of the marker, as ``p``: one row or none. It counts only if its owner may create
-extensions here, so that nobody else can make others believe in one."""
+VERSIONS: Final = (*(f"1.{minor}" for minor in range(11)), "2.0")
+"""In order. All have all functions; those of 2.0 are of the second version of the API."""
 
 VERSION: Final = "pg_catalog.\"substring\"(p.prosrc, '[0-9.]+')"
 """The extension's version, where ``p`` is the marker."""
+
+_BOOTSTRAP_SUPERUSER: Final = "CAST(10 AS pg_catalog.oid)"
+
+
+def is_trusted(owner: str) -> str:
+    """Whether what a role owns may pass for the extension in this session: a superuser's, the
+    database owner's, or the session's own. Nobody else can make others believe in one.
+
+    Args:
+        owner: an SQL expression, the OID of the role.
+    """
+    # What the bootstrap superuser may, every superuser may.
+    return (
+        f"(pg_catalog.pg_has_role({owner}, {_BOOTSTRAP_SUPERUSER}, 'USAGE')"
+        f" OR pg_catalog.pg_get_userbyid({owner}) OPERATOR(pg_catalog.=) ANY"
+        " (ARRAY[session_user, CAST('pg_database_owner' AS pg_catalog.name)])"
+        f" OR {owner} OPERATOR(pg_catalog.=) (SELECT d.datdba FROM pg_catalog.pg_database d"
+        " WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()))"
+    )
+
+
+FIND: Final = (
+    f"FROM pg_catalog.pg_proc p WHERE p.proname OPERATOR(pg_catalog.=) '{MARKER}'"
+    " AND p.pronargs OPERATOR(pg_catalog.=) 0"
+    f" AND {VERSION} OPERATOR(pg_catalog.=) ANY"
+    f" (CAST('{{{','.join(VERSIONS)}}}' AS pg_catalog.text[])) AND {is_trusted('p.proowner')}"
+    " AND EXISTS(SELECT 1 FROM pg_catalog.pg_namespace s"
+    f" WHERE s.oid OPERATOR(pg_catalog.=) p.pronamespace AND {is_trusted('s.nspowner')})"
+    f" ORDER BY pg_catalog.pg_has_role(p.proowner, {_BOOTSTRAP_SUPERUSER}, 'USAGE') DESC, p.oid"
+    " LIMIT 1"
+)
+"""FROM … of the marker, as ``p``: one row or none. It and its schema must belong to somebody whom
+the session trusts; a superuser's comes first."""
+
+
+def _is_settled(row: str) -> str:
+    """Whether nobody has dropped or replaced a catalog's row without having committed that yet."""
+    return (
+        f"({row}.xmax OPERATOR(pg_catalog.=) 0 OR NOT EXISTS(SELECT 1 FROM pg_catalog.pg_locks k"
+        f" WHERE k.transactionid OPERATOR(pg_catalog.=) {row}.xmax AND k.granted))"
+    )
+
+
+def speaks(function: str, schema: str) -> str:
+    """Whether a function without arguments is one of the extension's, as all others see it.
+
+    Args:
+        function: its name.
+        schema: an SQL expression, the name of its schema.
+    """
+    return (
+        f"EXISTS(SELECT 1 FROM (SELECT p.oid {FIND}) x, pg_catalog.pg_proc p,"
+        " pg_catalog.pg_namespace n, pg_catalog.pg_proc a"
+        " WHERE p.oid OPERATOR(pg_catalog.=) x.oid"
+        " AND n.oid OPERATOR(pg_catalog.=) p.pronamespace"
+        f" AND n.nspname OPERATOR(pg_catalog.=) {schema}"
+        " AND a.pronamespace OPERATOR(pg_catalog.=) n.oid"
+        f" AND a.proname OPERATOR(pg_catalog.=) '{function}'"
+        " AND a.pronargs OPERATOR(pg_catalog.=) 0"
+        " AND a.proowner OPERATOR(pg_catalog.=) p.proowner"
+        f" AND {_is_settled('p')} AND {_is_settled('n')} AND {_is_settled('a')})"
+    )
+
 
 REALLY: Final = (
     "EXISTS(SELECT 1 FROM pg_catalog.pg_extension e"
@@ -156,7 +214,7 @@ def installed_query(functions: Iterable[Function]) -> str:
         " AS pg_catalog.text), CAST(n.nspname AS pg_catalog.text)],"
         " ARRAY(SELECT pg_catalog.concat(f.proname, '/', f.pronargs) FROM pg_catalog.pg_proc f"
         f" WHERE f.proname {which} AND f.pronamespace OPERATOR(pg_catalog.=) n.oid"
-        " AND pg_catalog.has_function_privilege(f.oid, 'EXECUTE')"
+        f" AND {_may_execute('current_user')}"
         " UNION ALL SELECT pg_catalog.concat(c.relname, '/view') FROM pg_catalog.pg_class c"
         f" WHERE c.relname {which} AND c.relnamespace OPERATOR(pg_catalog.=) n.oid"
         " AND c.relkind OPERATOR(pg_catalog.=) 'v'"
@@ -178,6 +236,17 @@ def parse_installed(values: Sequence[bytes | None]) -> Installed:
     )
 
 
+def _may_execute(role: str) -> str:
+    """Whether a role may execute ``f``. What nobody has granted or revoked, as after the restore of
+    a dump without privileges, is not for PUBLIC: CREATE EXTENSION has revoked that."""
+    return (
+        f"(pg_catalog.has_function_privilege({role}, f.oid, 'EXECUTE') AND (f.proacl IS NOT NULL"
+        f" OR pg_catalog.pg_has_role({role}, f.proowner, 'USAGE')"
+        " OR EXISTS(SELECT 1 FROM pg_catalog.pg_roles g WHERE g.rolname OPERATOR(pg_catalog.=)"
+        f" '{EXECUTOR_ROLE}' AND pg_catalog.pg_has_role({role}, g.oid, 'USAGE'))))"
+    )
+
+
 def may_execute(name: str, parameters: str, role: str) -> str:
     """A subquery: whether a role may execute one of the extension's functions; NULL without it.
 
@@ -187,7 +256,7 @@ def may_execute(name: str, parameters: str, role: str) -> str:
         role: the OID of the role, the same.
     """
     return (
-        f"(SELECT pg_catalog.bool_or(pg_catalog.has_function_privilege({role}, f.oid, 'EXECUTE'))"
+        f"(SELECT pg_catalog.bool_or({_may_execute(role)})"
         " FROM pg_catalog.pg_proc f WHERE f.pronamespace OPERATOR(pg_catalog.=)"
         f" (SELECT p.pronamespace {FIND}) AND f.proname OPERATOR(pg_catalog.=) {name}"
         f" AND f.pronargs OPERATOR(pg_catalog.=) {parameters})"

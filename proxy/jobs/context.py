@@ -12,7 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from proxy.extension.installed import Installed, installed_query, may_execute, parse_installed
+from proxy.extension.bodies import SPEAKER
+from proxy.extension.installed import (
+    Installed,
+    installed_query,
+    may_execute,
+    parse_installed,
+    speaks,
+)
 from proxy.settings import SETTINGS
 from proxy.sql.encodings import parse_array
 from proxy.sql.text import EXECUTOR_ROLE, literal
@@ -179,23 +186,10 @@ ROLE_STATEMENT: Final = (
     b" ELSE pg_catalog.pg_has_role(session_user, r.oid, 'SET') END, COALESCE(%b, %b),"
     b" CAST(ARRAY(SELECT o FROM pg_catalog.unnest($5) o"
     b" WHERE pg_catalog.pg_has_role(r.oid, o, 'USAGE')) AS pg_catalog.text),"
-    b" (r.rolsuper OR NOT l.rolsuper) AND EXISTS (SELECT 1 FROM pg_catalog.pg_namespace n,"
-    b" pg_catalog.pg_proc a, pg_catalog.pg_proc v, pg_catalog.pg_roles w"
-    b" WHERE n.nspname OPERATOR(pg_catalog.=) $6"
-    b" AND a.pronamespace OPERATOR(pg_catalog.=) n.oid"
-    b" AND a.proname OPERATOR(pg_catalog.=) '_pg_background_say'"
-    b" AND a.pronargs OPERATOR(pg_catalog.=) 0"
-    b" AND v.pronamespace OPERATOR(pg_catalog.=) n.oid"
-    b" AND v.proname OPERATOR(pg_catalog.=) '_pg_background_version'"
-    b" AND v.pronargs OPERATOR(pg_catalog.=) 0"
-    b" AND v.proowner OPERATOR(pg_catalog.=) a.proowner"
-    b" AND w.oid OPERATOR(pg_catalog.=) a.proowner"
-    b" AND (w.rolsuper OR NOT l.rolsuper AND pg_catalog.has_database_privilege(w.oid,"
-    b" CAST(pg_catalog.current_database() AS pg_catalog.text), 'CREATE')))"
-    b" FROM pg_catalog.pg_roles r, pg_catalog.pg_roles l"
+    b" %b"
+    b" FROM pg_catalog.pg_roles r"
     b" WHERE r.rolname OPERATOR(pg_catalog.=) $1"
-    b" AND l.rolname OPERATOR(pg_catalog.=) session_user"
-    % (may_execute("$3", "$4", "r.oid").encode(), _IS_EXECUTOR)
+    % (may_execute("$3", "$4", "r.oid").encode(), _IS_EXECUTOR, speaks(SPEAKER, "$6").encode())
 )
 """What a channel prepares for role_query()."""
 
