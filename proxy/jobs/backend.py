@@ -84,7 +84,8 @@ class Backend(asyncio.BufferedProtocol):
     """One connection. Made by `open_backend`.
 
     Attributes:
-        pid: of the backend.
+        pid: of the backend; behind a connection pooler at first a number that the pooler made up.
+        is_pooled: whether there is a pooler in between; then a transaction is open for the job.
         ready: whether it has logged in.
         parameters: of its ParameterStatus messages.
         identity: what its login was based on (`identity`); None if nobody has asked.
@@ -93,6 +94,7 @@ class Backend(asyncio.BufferedProtocol):
     def __init__(self) -> None:
         self.pid = 0
         self.ready = False
+        self.is_pooled = False
         self._key: BackendKeyData | None = None
         self.parameters: dict[bytes, bytes] = {}
         self.identity: bytes | None = None

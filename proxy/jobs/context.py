@@ -233,23 +233,63 @@ def _name(name: bytes, encoding: bytes) -> bytes:
     )
 
 
-def takeover_query(context: Context, login_role: bytes, overrides: dict[bytes, bytes]) -> bytes:
+def takeover_query(
+    context: Context, login_role: bytes, overrides: dict[bytes, bytes], pid: int
+) -> bytes:
     """The SELECT that gives a fresh side backend the settings and the role of a session.
 
-    Its first column is the backend's pid (a pooler in between reports another one in
-    BackendKeyData). The role comes last, since what was set may be above its rights.
+    Its first column is the backend's pid. If that is not `pid`, the one that BackendKeyData has
+    told, there is a connection pooler in between, and nothing is set: it would stay with a server
+    connection that the next transaction of another client may get, and this one may not.
     """
+    return (
+        b"SELECT pg_catalog.pg_backend_pid(),"
+        b" CASE WHEN pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) %d THEN %b END"
+        % (pid, _set_all(context, login_role, overrides, local=False))
+    )
+
+
+def takeover_block(context: Context, login_role: bytes, overrides: dict[bytes, bytes]) -> bytes:
+    """Begins a transaction with the settings and the role of a session, which end with it.
+
+    For what is behind a connection pooler: none gives the server connection of an open transaction
+    to another client. The row is that of `takeover_query`.
+    """
+    return b"BEGIN%b; SELECT pg_catalog.pg_backend_pid(), %b" % (
+        b"".join(_TRANSACTION_MODES.get(pair, b"") for pair in context.settings),
+        _set_all(context, login_role, overrides, local=True),
+    )
+
+
+_TRANSACTION_MODES: Final = {
+    **{
+        (b"default_transaction_isolation", level.lower()): b" ISOLATION LEVEL " + level
+        for level in (b"SERIALIZABLE", b"REPEATABLE READ", b"READ COMMITTED", b"READ UNCOMMITTED")
+    },
+    (b"default_transaction_read_only", b"on"): b" READ ONLY",
+    (b"default_transaction_read_only", b"off"): b" READ WRITE",
+    (b"default_transaction_deferrable", b"on"): b" DEFERRABLE",
+    (b"default_transaction_deferrable", b"off"): b" NOT DEFERRABLE",
+}
+"""What a setting says about a transaction, if it holds before the transaction begins."""
+
+
+def _set_all(
+    context: Context, login_role: bytes, overrides: dict[bytes, bytes], *, local: bool
+) -> bytes:
+    """An expression that sets all that a job takes over. The role comes last, since what was set
+    may be above its rights."""
     settings = [pair for pair in context.settings if pair[0] not in overrides]
     settings += overrides.items()
     if context.session_role != login_role:
         settings.append((b"session_authorization", context.session_role))
     if context.set_role != b"none":
         settings.append((b"role", context.set_role))
-    calls = [
-        b"pg_catalog.set_config(%b, %b, false)" % (literal(name), literal(value))
+    return b"ARRAY[%b]" % b", ".join(
+        b"pg_catalog.set_config(%b, %b, %b)"
+        % (literal(name), literal(value), b"true" if local else b"false")
         for name, value in settings
-    ]
-    return b"SELECT " + b", ".join([b"pg_catalog.pg_backend_pid()", *calls])
+    )
 
 
 def activity_query(pids: Sequence[int], server_version: int) -> bytes:

@@ -2,8 +2,9 @@
 
 The rule: a job is one Query message in a backend of its own. PostgreSQL runs such a message as one
 transaction, so the string commits or fails as a whole, and a single statement may be one that
-refuses transaction blocks. Only the last statement's rows are results; what comes before is
-dropped as it arrives, and what nobody fetches stays in the server (`rows`).
+refuses transaction blocks. (Behind a connection pooler it may not: there the transaction is open
+already, and is committed after the message.) Only the last statement's rows are results; what comes
+before is dropped as it arrives, and what nobody fetches stays in the server (`rows`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from datetime import UTC, datetime
 from typing import Final, Protocol, TypeVar
 
 from protocol.errors import (
+    ACTIVE_SQL_TRANSACTION,
     CONFIGURATION_LIMIT_EXCEEDED,
     CONNECTION_FAILURE,
     FEATURE_NOT_SUPPORTED,
     INVALID_PARAMETER_VALUE,
+    INVALID_TRANSACTION_TERMINATION,
     UNDEFINED_OBJECT,
     ProtocolViolation,
     SQLError,
@@ -31,6 +34,7 @@ from protocol.messages import (
     ErrorResponse,
     Field,
     NoticeResponse,
+    Query,
     RowDescription,
 )
 from protocol.startup import CancelRequest
@@ -55,6 +59,11 @@ _NOTICE = ord("N")
 _READY = ord("Z")
 _PARSE_COMPLETE = ord("1")
 _COPY_IN = ord("G")
+
+_IDLE = b"I"
+"""ReadyForQuery: not in a transaction block."""
+
+_REFUSES_BLOCKS: Final = (ACTIVE_SQL_TRANSACTION, INVALID_TRANSACTION_TERMINATION)
 
 ReportT = TypeVar("ReportT", ErrorResponse, NoticeResponse)
 
@@ -119,6 +128,8 @@ class Job(KnownJob):
             self.output.drop()
         self._statements = 0
         self._taken_up = False
+        # Whether the string has run, and its transaction is being committed.
+        self._commits = False
         # Statements, by their place, that stand for a call of pg_background_progress, and the word
         # by which its messages are known.
         self._progress_calls: frozenset[int] = frozenset()
@@ -292,6 +303,8 @@ class Job(KnownJob):
         if kind == _ROW_DESCRIPTION:
             if len(self.tags) == self._statements - 1:
                 self.columns = RowDescription.parse(body).fields
+        elif kind == _COMMAND_COMPLETE and self._commits:
+            pass
         elif kind == _COMMAND_COMPLETE:
             self._statement_ended()
             is_progress = len(self.tags) in self._progress_calls
@@ -306,7 +319,7 @@ class Job(KnownJob):
             if error.severity in ("FATAL", "PANIC"):
                 self._fatal = error
             else:
-                self.error = self._with_context(error)
+                self.error = self._with_context(self._explained(error))
         elif kind == _COPY_IN:
             # A COPY that the lexer did not recognise; without this the server waits for ever.
             assert self._backend is not None
@@ -315,6 +328,16 @@ class Job(KnownJob):
         elif kind == _PARSE_COMPLETE:
             self._taken_up = True
         elif kind == _READY:
+            self._ready(body)
+
+    def _ready(self, status: bytes) -> None:
+        """The string has run. The transaction that was open for it is committed; if it has failed,
+        that ends it, too."""
+        assert self._backend is not None
+        if self._backend.is_pooled and status != _IDLE and not self._commits:
+            self._commits = True
+            self._backend.transport.write(Query(b"COMMIT").serialize())
+        else:
             self._finish()
 
     def _statement_ended(self) -> None:
@@ -335,6 +358,16 @@ class Job(KnownJob):
         clamped = None if percentage is None else min(max(percentage, 0), 100)
         self.progress = (clamped, text)
         return True
+
+    def _explained(self, error: ErrorResponse) -> ErrorResponse:
+        """With a word about the transaction block if that is what a statement has refused."""
+        assert self._backend is not None
+        if not (self._backend.is_pooled and error.sqlstate in _REFUSES_BLOCKS):
+            return error
+        return error.with_fields(
+            H=b"The proxy reaches the server through a connection pooler, so background workers run"
+            b" in a transaction block. Have the proxy connect to the server itself."
+        )
 
     def notice(self, output: Notice) -> bytes:
         """A message of the job as its caller gets it: the whole NoticeResponse."""

@@ -2,7 +2,7 @@
 
 The rule: the backend logs in as the client did, with the same startup packet, and takes over what
 the session has changed since. If any of that fails the launch fails; a job never runs with another
-role or other settings than its session had.
+role or other settings than its session had, not behind a connection pooler either.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from proxy.extension.bodies import JOB_SETTING, SESSION_SETTING
 from proxy.extension.channels import APPLICATION_NAME, Channel
 from proxy.extension.nested import Nested
 from proxy.jobs.backend import Backend, ServerError, no_backend, open_backend
-from proxy.jobs.context import Context, takeover_query
+from proxy.jobs.context import Context, takeover_block, takeover_query
 from proxy.jobs.identity import Login, StaleLoginError
 from proxy.jobs.job import Job, checked_queue_size
 from proxy.log import logger
@@ -164,7 +164,6 @@ class Launcher:
         )
         if worker_timeout:
             overrides[b"statement_timeout"] = b"%d" % worker_timeout
-        takeover = takeover_query(context, self._user, overrides)
         open_one = functools.partial(self._open, login)
         spares = self._server.spares
         is_stale = False
@@ -175,9 +174,7 @@ class Launcher:
                 key = (self._login, tuple(login.parameters.items()))
                 backend, is_spare = await spares.take(key, open_one)
             try:
-                ask = backend.query_as_before if is_spare else backend.query
-                row = await ask(takeover)
-                backend.pid = int(row[0] or 0)
+                await self._take_over(backend, context, overrides, is_spare=is_spare)
             except StaleLoginError as error:
                 # The server shall say what a new login gets. The others are no better.
                 logger.debug("the spares of %s are retired: %s", self._login, error)
@@ -202,6 +199,23 @@ class Launcher:
             if not is_spare:
                 raise no_backend(reason)
             # It was lost while nobody looked: that is no reason to fail.
+
+    async def _take_over(
+        self, backend: Backend, context: Context, overrides: dict[bytes, bytes], *, is_spare: bool
+    ) -> None:
+        """Give a backend the session's role and settings.
+
+        Behind a connection pooler the next query may be for another server connection, unless a
+        transaction is open: there the job runs in the transaction that has taken over.
+
+        Raises StaleLoginError, ServerError, and what an invalid answer comes to.
+        """
+        ask = backend.query_as_before if is_spare else backend.query
+        row = await ask(takeover_query(context, self._user, overrides, backend.pid))
+        if int(row[0] or 0) != backend.pid:
+            row = await backend.query(takeover_block(context, self._user, overrides))
+            backend.pid = int(row[0] or 0)
+            backend.is_pooled = True
 
     async def channel(self) -> Channel:
         """A channel to answer calls from inside the database.

@@ -221,6 +221,10 @@ class Spares:
             backend = await open_one()
             try:
                 row = await backend.query(_WARM_UP)
+                if int(row[0] or 0) != backend.pid:
+                    # It would say nothing of the connection that the job will get, or keep others
+                    # from having it.
+                    raise ConnectionError("there is a connection pooler before the server")
                 await backend.remember_identity(key[0])
                 taken = self._hand_on(pool, backend)
                 if not taken and (row[2] is None or int(row[2]) <= 0):
