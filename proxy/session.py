@@ -56,6 +56,7 @@ from proxy.net.connection import Connection
 from proxy.net.upstream import Route
 from proxy.sql import encodings, lexer, statements
 from proxy.sql.lexer import LexError
+from proxy.sql.reading import READING, Reading, depends_on_settings
 from proxy.sql.unserved import unavailable, unserved
 from proxy.traffic.asked import PARSE, QUERY
 from proxy.traffic.interception import Interception
@@ -397,9 +398,16 @@ class Session(Owner):
         self._server.keys[self._key] = self
 
     def has_call(self, kind: int, body: bytes) -> bool:
-        sql, end, rest = (body.partition(b"\0")[2] if kind == PARSE else body).partition(b"\0")
-        if not end or (kind == QUERY and rest):
-            return False  # malformed, as the server will say
+        sql = _text(kind, body)
+        if self.relay.settings_may_differ and depends_on_settings(sql):
+            return True  # the interception will know the settings
+        return self._holds_call(sql)
+
+    def holds_call(self, kind: int, body: bytes) -> bool:
+        """The same, for who knows that the settings are those that it is read with."""
+        return self._holds_call(_text(kind, body))
+
+    def _holds_call(self, sql: bytes) -> bool:
         # Without knowing the version one cannot tell whether it is a call; then it is seen later.
         versions = (self.api,) if self.api is not None and self.knows_api else CATALOGS
         return any(
@@ -460,12 +468,17 @@ class Session(Owner):
 
     @property
     def client_encoding(self) -> bytes:
-        return self.relay.parameters.get(b"client_encoding", b"UTF8")
+        return self.relay.setting(b"client_encoding") or b"UTF8"
+
+    @property
+    def reading(self) -> Reading:
+        """The settings that SQL is read with, as far as they are known."""
+        return Reading(*map(self.relay.setting, READING))
 
     @property
     def codec(self) -> str:
         """The Python codec of the client_encoding."""
-        return encodings.codec(self.relay.parameters.get(b"client_encoding", b""))
+        return encodings.codec(self.relay.setting(b"client_encoding"))
 
     @property
     def server_version(self) -> int:
@@ -572,16 +585,16 @@ class Session(Owner):
 
     @property
     def _standard_conforming_strings(self) -> bool:
-        return self.relay.parameters.get(b"standard_conforming_strings") != b"off"
+        return self.relay.setting(b"standard_conforming_strings") != b"off"
 
     @property
     def _encoding(self) -> str:
-        return self.relay.parameters.get(b"client_encoding", b"").decode("ascii", "replace")
+        return self.relay.setting(b"client_encoding").decode("ascii", "replace")
 
     @property
     def zone(self) -> tzinfo:
         """The session's time zone; UTC if Python does not know it."""
-        name = self.relay.parameters.get(b"TimeZone", b"UTC").decode("ascii", "replace")
+        name = self.relay.setting(b"TimeZone").decode("ascii", "replace") or "UTC"
         try:
             return ZoneInfo(name)
         except (ZoneInfoNotFoundError, ValueError):
@@ -670,6 +683,12 @@ class Session(Owner):
         self.client.close()
         if self.primary is not None:
             self.primary.close()
+
+
+def _text(kind: int, body: bytes) -> bytes:
+    """The SQL of a Query or Parse; none if it is malformed, as the server will say."""
+    sql, end, rest = (body.partition(b"\0")[2] if kind == PARSE else body).partition(b"\0")
+    return b"" if not end or (kind == QUERY and rest) else sql
 
 
 def _unsupported(raw: bytes) -> SQLError:

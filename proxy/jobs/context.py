@@ -61,6 +61,7 @@ class Context:
         usable_roles: of the role OIDs asked about, those whose rights the current role has.
         settings: names and values of all that was set in this session, ready for set_config();
             empty if they were not asked for.
+        client_encoding, time_zone: the settings, as PostgreSQL names them.
         extension: what CREATE EXTENSION has made in this database, None if it is not there. If it
             is, `may_call` does not count, but the privileges on its functions.
     """
@@ -75,6 +76,8 @@ class Context:
     usable_roles: frozenset[int]
     settings: tuple[tuple[bytes, bytes], ...]
     extension: Installed | None = None
+    client_encoding: bytes = b""
+    time_zone: bytes = b""
 
     @property
     def roles(self) -> frozenset[int]:
@@ -112,6 +115,7 @@ def context_query(
         _IS_EXECUTOR,
         b"r.oid, current_user, session_user, pg_catalog.current_setting('role')",
         b"pg_catalog.current_setting('statement_timeout')",
+        b"pg_catalog.current_setting('client_encoding'), pg_catalog.current_setting('TimeZone')",
         ours,
         b"CAST(ARRAY(SELECT o FROM pg_catalog.unnest(CAST('{%b}' AS pg_catalog.oid[])) o"
         b" WHERE pg_catalog.pg_has_role(o, 'USAGE')) AS pg_catalog.text)"
@@ -139,10 +143,12 @@ def parse_context(
     values: Sequence[bytes | None],
     *,
     custom_settings: Sequence[bytes] = (),
-    client_encoding: bytes = b"UTF8",
 ) -> Context:
     """The Context from the values of the row, in text format and the client's encoding."""
-    may_call, role_id, role, session_role, set_role, statement_timeout, *rest = values
+    may_call, role_id, role, session_role, set_role, statement_timeout, encoding, zone, *rest = (
+        values
+    )
+    client_encoding = encoding or b""
     own, (usable_roles, extension, *arrays) = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
     settings: list[tuple[bytes, bytes]] = []
     if arrays:
@@ -171,6 +177,8 @@ def parse_context(
         extension=None
         if extension is None
         else parse_installed(parse_array(extension, client_encoding)),
+        client_encoding=client_encoding,
+        time_zone=zone or b"",
     )
 
 

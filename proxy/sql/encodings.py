@@ -62,6 +62,36 @@ def is_valid(text: bytes, codec: str) -> bool:
     return True
 
 
+_NAME_SIZE: Final = 63
+_LONG_NAME: Final = 1024
+_NO_CONVERSION: Final = (b"", b"SQL_ASCII")
+
+
+def name_key(name: bytes, client_encoding: bytes, server_encoding: bytes) -> bytes:
+    """What tells a prepared statement or a portal from others: the first 63 bytes of its name in
+    the server's encoding, wherever in a character that is."""
+    if not (
+        name.isascii()
+        or client_encoding == server_encoding
+        or client_encoding in _NO_CONVERSION
+        or server_encoding in _NO_CONVERSION
+    ):
+        # What cannot be converted is no name: the server will say so.
+        text = name.decode(codec(client_encoding), "replace")
+        name = text.encode(codec(server_encoding), "replace")
+    return name[:_NAME_SIZE]
+
+
+def short_name(name: bytes, client_encoding: bytes) -> bytes:
+    """Another name of the same statement or portal, if this is very long: a Describe must not be
+    longer than 10 kB, a Parse may."""
+    if len(name) <= _LONG_NAME:
+        return name
+    # No letter is less than a byte for the server.
+    letters = name.decode(codec(client_encoding), "replace")[:_NAME_SIZE]
+    return letters.encode(codec(client_encoding), "replace")
+
+
 _ELEMENT: Final = re.compile(rb'"((?:[^"\\]|\\.)*)"|([^{},"]+)', re.DOTALL)
 _ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL)
 

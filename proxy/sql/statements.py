@@ -217,12 +217,14 @@ class ScalarPlan:
 
     Without ``outputs`` the client's columns are the stand-in's, with their names.
     ``in_from``: the first of the calls stands in FROM, behind the others.
+    ``width``: how many columns the stand-in has, None if a ``*`` hides that.
     """
 
     rewrite: Rewrite
     columns: tuple[CallColumn, ...]
     outputs: tuple[ItemOutput, ...] | None = None
     in_from: bool = False
+    width: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -809,7 +811,7 @@ class _Reader:
                 edits.append(self.insertion(span.last, b" AS " + span.names[0].encode() + b" "))
             columns.append(CallColumn(item.column, site.call))
         outputs = _item_outputs(found, spans)
-        return ScalarPlan(self.rewrite(*edits), tuple(columns), outputs)
+        return ScalarPlan(self.rewrite(*edits), tuple(columns), outputs, width=found.columns)
 
     def item_span(self, site: _Site) -> _Span:
         """A call that is an item of a select list, with the parentheses around it and what is
@@ -1029,7 +1031,7 @@ class _Reader:
             raise _NotServedError("not its column")
         alias = b"" if source.alias else b"AS " + source.name + b" "
         rewrite = self.rewrite(self.replacement(site, alias))
-        return ScalarPlan(rewrite, (CallColumn(0, site.call),))
+        return ScalarPlan(rewrite, (CallColumn(0, site.call),), width=1)
 
     def columns_result(self, site: _Site, items: list[_OutputItem], source: _Source) -> ResultPlan:
         """The function knows its columns; the alias may have other names for the first of them."""
@@ -1244,7 +1246,7 @@ class _Reader:
                 after, self.end(lateral.end - 1), self.standing_at(after, b"(" + _ARGUMENTS + b") ")
             ),
         )
-        return ScalarPlan(rewrite, tuple(columns), tuple(outputs), in_from=True)
+        return ScalarPlan(rewrite, tuple(columns), tuple(outputs), in_from=True, width=count)
 
     def call_item(
         self, site: _Site, first: int, last: int, column: int
@@ -1536,7 +1538,8 @@ class _Reader:
             edits.append(
                 self.insertion(span.last, b" AS " + site.call.function.name.encode() + b" ")
             )
-        return ScalarPlan(self.rewrite(*edits), (CallColumn(0, site.call),), tuple(outputs))
+        column = CallColumn(0, site.call)
+        return ScalarPlan(self.rewrite(*edits), (column,), tuple(outputs), width=1)
 
     def of_record(self, function: Function, item: _OutputItem, name: bytes) -> Iterator[ItemOutput]:
         """What an item makes of the only column, named ``name``, which is a function's result."""

@@ -33,7 +33,7 @@ from proxy.settings import MAX_WORKERS, parse_time_ms
 from proxy.sql import encodings
 from proxy.sql.statements import Call, FieldOf, Plan
 from proxy.traffic.dialogue import PrimaryDialogue
-from proxy.traffic.prepared import functions_of, is_harmless, needs_of
+from proxy.traffic.prepared import functions_of, is_harmless, misread, needs_of
 from proxy.traffic.relay import IDLE
 from proxy.traffic.waits import Waits
 
@@ -82,11 +82,9 @@ class SessionCaller:
 
         async def take(kind: int, body: bytes) -> None:
             if kind == _DATA_ROW:
-                self._context = parse_context(
-                    DataRow.parse(body).values,
-                    custom_settings=custom,
-                    client_encoding=relay.parameters.get(b"client_encoding", b""),
-                )
+                self._context = parse_context(DataRow.parse(body).values, custom_settings=custom)
+                relay.unreported[b"client_encoding"] = self._context.client_encoding
+                relay.unreported[b"TimeZone"] = self._context.time_zone
                 if wanted and known:
                     self._context = replace(self._context, settings=session.settings)
                 elif wanted and lasting and is_harmless(plan):
@@ -154,10 +152,15 @@ class SessionCaller:
             self._primary.ask(installed.VERSION_QUERY, take)
             await self._primary.settle()
 
-    def arguments(self, text: bytes | None) -> list[bytes | None]:
-        """The values that a stand-in has for the arguments of its calls."""
-        client_encoding = self._session.relay.parameters.get(b"client_encoding", b"")
-        return encodings.parse_array(text or b"{}", client_encoding)
+    def arguments(self, call: Call, text: bytes | None) -> list[bytes | None]:
+        """The values that a stand-in has for the arguments of a call. Raises SQLError XX000."""
+        try:
+            found = encodings.parse_array(text or b"{}", self.context.client_encoding)
+        except ProtocolViolation:
+            raise misread() from None
+        if len(found) != sum(1 for _ in call.leaves()):
+            raise misread()
+        return found
 
     # What the functions ask for
 

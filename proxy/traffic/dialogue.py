@@ -18,6 +18,7 @@ from protocol.framing import frame
 from protocol.messages import (
     Bind,
     Close,
+    DataRow,
     ErrorResponse,
     Execute,
     Flush,
@@ -44,6 +45,7 @@ SYNC_AHEAD: Final = SYNC_MESSAGE + FLUSH
 """Sync, and a message that does nothing: so the server does not take a session for idle that waits
 for us, and idle_session_timeout does not end it."""
 
+_DATA_ROW: Final = ord("D")
 _NOTICE: Final = ord("N")
 _ASYNCHRONOUS: Final = b"NSA"
 EXECUTED: Final = b"CIs"
@@ -151,7 +153,27 @@ class PrimaryDialogue:
         self.send(Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize(), b"2", drop)
         self.send(Execute(OWN_NAME, 0).serialize(), EXECUTED, take)
         self.send(Close(b"P", OWN_NAME).serialize(), b"3", drop)
-        self.send(Close(b"S", OWN_NAME).serialize(), b"3", drop)
+        self.send(
+            Close(b"S", OWN_NAME).serialize(),
+            b"3",
+            drop,
+            undo=lambda _: self.unclosed.add(OWN_NAME),
+        )
+
+    async def ask_settings(self, *names: bytes) -> None:
+        """Have the relay know what these settings are now, after all that was executed. SHOW takes
+        no snapshot, so the client may still choose its transaction's isolation."""
+
+        def noting(name: bytes) -> Take:
+            async def take(kind: int, body: bytes) -> None:
+                if kind == _DATA_ROW:
+                    self._relay.unreported[name] = DataRow.parse(body).values[0] or b""
+
+            return take
+
+        for name in names:
+            self.ask(b"SHOW " + name, noting(name))
+        await self.settle()
 
     async def ask_apart(self, sql: bytes, take: Take) -> None:
         """Ask before the client's batch begins, as a batch of its own."""

@@ -43,6 +43,8 @@ from protocol.values import NoBinaryForm
 from proxy.functions import TEXT, Column, Needs, Type
 from proxy.jobs.job import Job
 from proxy.net.inbox import Inbox
+from proxy.sql import encodings
+from proxy.sql.reading import READING, Reading, depends_on_settings
 from proxy.sql.statements import Plan, ResultPlan, ScalarPlan, Substitute, joined
 from proxy.traffic.asked import (
     BIND,
@@ -72,15 +74,17 @@ from proxy.traffic.prepared import (
     PreparedCall,
     as_defined,
     call_types,
+    check_stand_in,
     client_fields,
     format_of,
     is_harmless,
+    misread,
     needs_of,
     outputs_of,
     shape_unknown,
     stand_in_formats,
 )
-from proxy.traffic.relay import COPY_IN, ERROR, FAILED, IDLE, TERMINATE
+from proxy.traffic.relay import COPY_IN, ERROR, FAILED, IDLE, TERMINATE, may_be_ours
 from proxy.traffic.relay import FLUSH as FLUSH_TYPE
 from proxy.traffic.results import Table, encode, with_formats
 from proxy.traffic.waits import Waits
@@ -123,6 +127,9 @@ class Interception:
         self._ahead: deque[tuple[int, bytes]] = deque()
         # Something was executed in this batch, which an error would have to undo.
         self._executed = EXECUTE in self._relay.batch
+        # The relay knows the settings that SQL is read with: nothing was executed in this batch
+        # since they were reported, or asked for.
+        self._settings_known = False
         # The server has begun to read COPY data: the Sync sent before that has no ReadyForQuery.
         self._copied = False
 
@@ -133,6 +140,7 @@ class Interception:
         await self._relay.settle()
         if self._relay.asked.copying:
             return  # the server will say that this is no COPY data
+        self._settings_known = not self._relay.settings_may_differ
         self._primary.failed = self._relay.asked.skipping
         self._server.receive = self._primary.inbox.feed
         while not await self._message():
@@ -191,20 +199,27 @@ class Interception:
             return self._end_at(kind, body)
         if self._primary.failed and kind not in (SYNC, TERMINATE):
             return False
+        if kind == QUERY:
+            with contextlib.suppress(BatchFailedError):
+                await self._primary.settle()
+            if self._primary.failed:
+                return False  # the server skips it
         try:
             match chr(kind):
                 case "Q":
-                    await self._primary.settle()
-                    if not self._session.has_call(QUERY, body):
+                    await self._know_settings(body)
+                    if not self._session.holds_call(QUERY, body):
                         return self._end_at(kind, body)
                     self._session.settings_mentioned(body.lower())
                     await self._query(body)
                 case "P":
                     self._session.settings_mentioned(body.lower())
+                    await self._know_settings(body)
                     if b"set_config" in body.lower():
-                        self._relay.setters.add(body.partition(b"\0")[0])
+                        self._relay.setters.add(self._relay.key(body.partition(b"\0")[0]))
                     await self._parse(body)
                 case "B":
+                    self._settings_known = False  # a parameter's type has functions of its own
                     await self._bind(body)
                 case "D":
                     await self._describe(body)
@@ -340,13 +355,40 @@ class Interception:
         if all(plan is None or isinstance(plan, Substitute) for plan in plans):
             await self._substitutes(sql, parts, plans)
             return
+        reading = self._session.reading
         for number, (start, text) in enumerate(parts):
+            if number:
+                await self._check_settings(reading, [text for _, text in parts[number:]])
             offset = len(sql[:start].decode(self._session.codec, "replace"))
-            await self._statement(text, offset, is_last=number == len(parts) - 1)
+            comment = _rest_as_comment(sql, parts[0]) if number == 0 else b""
+            is_last = number == len(parts) - 1
+            await self._statement(text, offset, is_last=is_last, comment=comment)
         if b"" in self._primary.unclosed:
             self._close_unnamed()
             self._primary.synced = True
             await self._primary.settle(SYNC_MESSAGE)
+
+    async def _check_settings(self, before: Reading, texts: Sequence[bytes]) -> None:
+        """Raises SQLError if the server would read what comes next in a Query otherwise than it has
+        read the Query, because of what came before."""
+        if not any(map(depends_on_settings, texts)):
+            return
+        await self._primary.ask_settings(*READING)
+        now = self._session.reading
+        if not all(before.reads_as(now, text) for text in texts):
+            changed = [
+                name.decode()
+                for name, old, new in zip(READING, before, now, strict=True)
+                if old != new
+            ]
+            raise SQLError(
+                FEATURE_NOT_SUPPORTED,
+                f"a query string with a pg_background call must not change {' and '.join(changed)}"
+                " before statements that this gives another meaning",
+                detail="PostgreSQL reads a query string before it executes any of it; the proxy"
+                " has one with a pg_background call read statement by statement.",
+                hint="Send what comes before in a query string of its own.",
+            )
 
     async def _substitutes(
         self,
@@ -380,13 +422,16 @@ class Interception:
 
         return take
 
-    async def _statement(self, text: bytes, offset: int, *, is_last: bool) -> None:
+    async def _statement(
+        self, text: bytes, offset: int, *, is_last: bool, comment: bytes = b""
+    ) -> None:
         """One statement of a Query, through the extended protocol, so that it can be stopped
-        before the next one and the transaction stays one."""
+        before the next one and the transaction stays one. `comment`: sent behind it."""
         await self._know_api(text)
         plan = self._session.analyze(text)
         if plan is not None:
             text = plan.rewrite.sql
+        text += comment
         is_call = isinstance(plan, ScalarPlan | ResultPlan)
         statement = PreparedCall(plan) if plan is not None and is_call else None
         self._primary.unclosed.add(b"")
@@ -413,6 +458,16 @@ class Interception:
             sync = is_last and self._is_alone(plan)
             await self._fetch(b"", portal, 0, offset=offset, is_query=True, sync=sync)
 
+    async def _know_settings(self, body: bytes) -> None:
+        """Ask the server for the settings that it reads a Query or Parse with, if they make a
+        difference and it has not reported them since it executed something."""
+        if self._settings_known or not may_be_ours(body.lower()) or not depends_on_settings(body):
+            return
+        if self._relay.status == FAILED and not self._executed:
+            return  # nothing can have changed them, and SHOW would fail
+        await self._primary.ask_settings(*READING)
+        self._settings_known = True
+
     async def _know_api(self, sql: bytes, *, apart: bool = False) -> None:
         """Ask the server what a function returns, if that is not known yet and this may be a call
         of one where it makes a difference. `apart`: the batch has not begun."""
@@ -436,23 +491,24 @@ class Interception:
         await self._know_api(message.query)
         plan = self._session.analyze(message.query)
         statements = self._relay.statements
-        old = statements.get(message.statement)
+        key = self._relay.key(message.statement)
+        old = statements.get(key)
 
         def undo(was_read: bool) -> None:
-            statements.pop(message.statement, None)
+            statements.pop(key, None)
             # The unnamed statement goes with the attempt.
-            if old is not None and (message.statement or not was_read):
-                statements[message.statement] = old
+            if old is not None and (key or not was_read):
+                statements[key] = old
 
         if plan is None or (isinstance(plan, Substitute) and plan.tag is None):
-            statements.pop(message.statement, None)
+            statements.pop(key, None)
             if plan is not None:
                 body = replace(message, query=plan.rewrite.sql).serialize()[HEADER_SIZE:]
             parse = frame(PARSE, body)
             self._primary.send(parse, b"1", self._primary.pass_on, plan=plan, undo=undo)
             return
         prepared = PreparedCall(plan)
-        statements[message.statement] = prepared
+        statements[key] = prepared
         self._primary.send(
             replace(message, query=plan.rewrite.sql).serialize(),
             b"1",
@@ -462,8 +518,9 @@ class Interception:
         )
         if isinstance(plan, Substitute):
             return
+        name = encodings.short_name(message.statement, self._session.client_encoding)
         self._primary.send(
-            Describe(b"S", message.statement).serialize(),
+            Describe(b"S", name).serialize(),
             _DESCRIBED,
             self._described(prepared),
             plan=plan,
@@ -483,6 +540,8 @@ class Interception:
                     await self._primary.pass_on(kind, body)
             elif kind == _ROW_DESCRIPTION:
                 statement.fields = RowDescription.parse(body).fields
+                if not isinstance(statement.plan, Substitute):
+                    check_stand_in(statement.plan, statement.fields)
                 if shown is not None and not shape_unknown(statement.plan):
                     fields = with_formats(client_fields(statement), shown)
                     await self._primary.write(RowDescription(fields).serialize())
@@ -491,36 +550,39 @@ class Interception:
 
     async def _bind(self, body: bytes) -> None:
         message = Bind.parse(body)
-        if message.statement in self._relay.setters:
+        relay = self._relay
+        key, name = relay.key(message.portal), relay.key(message.statement)
+        if name in relay.setters:
             self._session.setting_bound(body)
-        portals = self._relay.portals
-        statement = self._relay.statements.get(message.statement)
+        portals = relay.portals
+        statement = relay.statements.get(name)
         if statement is None:
             if not message.portal:
-                self._relay.forget_portal(b"")
+                relay.forget_portal(b"")
             self._primary.send(frame(BIND, body), b"2", self._primary.pass_on)
             return
         formats = message.result_formats
         message = replace(message, result_formats=stand_in_formats(statement, formats))
         if not message.portal:
-            self._relay.forget_portal(b"")
-        portals[message.portal] = Portal(statement, formats)
+            relay.forget_portal(b"")
+        portals[key] = Portal(statement, formats)
         self._primary.send(
             message.serialize(),
             b"2",
             self._primary.pass_on,
             plan=statement.plan,
-            undo=lambda _: portals.pop(message.portal, None),
+            undo=lambda _: portals.pop(key, None),
         )
 
     async def _describe(self, body: bytes) -> None:
         message = Describe.parse(body)
         relay = self._relay
+        key = relay.key(message.name)
         if message.kind == b"P":
-            portal = relay.portals.get(message.name)
+            portal = relay.portals.get(key)
             statement = portal.statement if portal is not None else None
         else:
-            portal, statement = None, relay.statements.get(message.name)
+            portal, statement = None, relay.statements.get(key)
         if statement is None:
             self._primary.send(frame(DESCRIBE, body), _DESCRIBED, self._primary.pass_on)
             return
@@ -550,7 +612,7 @@ class Interception:
         assert not isinstance(plan, Substitute)
         if self._is_alone(plan) and self._next_are(EXECUTE, SYNC):
             execute = Execute.parse(self._ahead[0][1])
-            if execute.portal == message.name:
+            if relay.key(execute.portal) == key:
                 self._ahead.clear()
                 await self._fetch(message.name, portal, execute.max_rows, describe=True, sync=True)
                 return
@@ -560,19 +622,20 @@ class Interception:
     async def _close(self, body: bytes) -> None:
         message = Close.parse(body)
         statements = self._relay.statements
-        old = statements.pop(message.name, None) if message.kind == b"S" else None
+        key = self._relay.key(message.name)
+        old = statements.pop(key, None) if message.kind == b"S" else None
         if message.kind == b"P":
             self._relay.forget_portal(message.name)
 
         def undo(was_read: bool) -> None:
             if old is not None:
-                statements[message.name] = old
+                statements[key] = old
 
         self._primary.send(frame(CLOSE, body), b"3", self._primary.pass_on, undo=undo)
 
     async def _execute(self, body: bytes) -> None:
         message = Execute.parse(body)
-        portal = self._relay.portals.get(message.portal)
+        portal = self._relay.portals.get(self._relay.key(message.portal))
         if portal is None:
             self._send_execute(message.portal, message.max_rows, self._pass_execution)
             return
@@ -596,6 +659,7 @@ class Interception:
         offset: int = 0,
     ) -> None:
         self._executed = True
+        self._settings_known = False
         if plan is None or isinstance(plan, Substitute) or not is_harmless(plan):
             self._relay.untouched = False
         self._primary.send(
@@ -624,9 +688,10 @@ class Interception:
         assert isinstance(plan, ScalarPlan)
         needs = needs_of(plan)
         kept: list[tuple[int, bytes]] = []
+        may_set = not is_harmless(plan)
 
         async def take(kind: int, body: bytes) -> None:
-            if Needs.PRIMARY in needs:
+            if kept or Needs.PRIMARY in needs or (may_set and _has_other_letters(plan, kind, body)):
                 kept.append((kind, body))
             else:
                 await self._call_row(portal, kind, body)
@@ -639,8 +704,22 @@ class Interception:
         self._primary.synced = alone and (is_query or self._next_is_sync())
         with self.waits.calling(limited=Needs.TIME in needs):
             await self._primary.settle(SYNC_AHEAD if self._primary.synced else FLUSH)
+            if kept and may_set:
+                await self._check_encoding()
             for kind, body in kept:
                 await self._call_row(portal, kind, body)
+
+    async def _check_encoding(self) -> None:
+        """Raises SQLError if a stand-in has changed the encoding of its own rows, perhaps between
+        two of them."""
+        before = self._caller.context.client_encoding
+        await self._primary.ask_settings(b"client_encoding")
+        if self._session.client_encoding != before:
+            raise SQLError(
+                FEATURE_NOT_SUPPORTED,
+                "a statement with a pg_background call must not change client_encoding",
+                hint="Change it in a statement before.",
+            )
 
     async def _call_row(self, portal: Portal, kind: int, body: bytes) -> None:
         plan = portal.statement.plan
@@ -650,11 +729,13 @@ class Interception:
             return
         self.waits.check()
         values = list(DataRow.parse(body).values)
+        if len(values) != len(portal.statement.fields):
+            raise misread()
         results: dict[int, Any] = {}
         for column in plan.columns:
             place = column.index % len(values)
             results[place] = await self._caller.evaluate(
-                column.call, self._caller.arguments(values[place]), results
+                column.call, self._caller.arguments(column.call, values[place]), results
             )
         outputs = outputs_of(plan, len(values))
         types = call_types(plan, len(values))
@@ -742,6 +823,10 @@ class Interception:
             self.waits.is_waiting = True
             try:
                 if portal.result is None:
+                    if [len(row) for row in rows] != [len(portal.statement.fields)]:
+                        raise misread()
+                    if not is_harmless(plan) and not (rows[0][-1] or b"").isascii():
+                        await self._check_encoding()
                     portal.result = await self._open(portal, rows[0][-1])
                 await portal.result.describe()
                 yield portal.result
@@ -765,7 +850,8 @@ class Interception:
         plan = portal.statement.plan
         assert isinstance(plan, ResultPlan)
         function = plan.call.function
-        value = await self._caller.evaluate(plan.call, self._caller.arguments(arguments))
+        leaves = self._caller.arguments(plan.call, arguments)
+        value = await self._caller.evaluate(plan.call, leaves)
         defined = portal.statement.fields[-1 - plan.defined_columns : -1]
         if isinstance(value, Job):
             return Fetch(
@@ -797,6 +883,22 @@ class Interception:
 
     async def _wait_for(self, job: Job) -> None:
         await self.waits.for_jobs([job])
+
+
+def _rest_as_comment(sql: bytes, first: tuple[int, bytes]) -> bytes:
+    """What else there is in a Query than its first statement, as a comment, for the server to check
+    its encoding as that of the whole; none if it is ASCII."""
+    start, text = first
+    rest = sql[:start] + b" " + sql[start + len(text) :]
+    return b"" if rest.isascii() else b" --" + rest.replace(b"\r", b" ").replace(b"\n", b" ")
+
+
+def _has_other_letters(plan: ScalarPlan, kind: int, body: bytes) -> bool:
+    """Whether the arguments in a row are not ASCII, so that their encoding matters."""
+    if kind != _DATA_ROW or body.isascii():
+        return False
+    values = DataRow.parse(body).values
+    return not all((values[column.index % len(values)] or b"").isascii() for column in plan.columns)
 
 
 def _is_interrupt(error: BaseException) -> bool:

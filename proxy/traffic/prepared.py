@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from protocol.errors import DATATYPE_MISMATCH, SQLError
+from protocol.errors import DATATYPE_MISMATCH, INTERNAL_ERROR, SQLError
 from protocol.messages import Field
+from protocol.values import oids
 from proxy.functions import Column, Function, Needs, Type
 from proxy.sql.statements import Call, ItemOutput, Plan, ResultPlan, ScalarPlan, Substitute
 from proxy.traffic.fetch import Fetch
@@ -103,6 +104,36 @@ def outputs_of(plan: ScalarPlan, count: int) -> Sequence[ItemOutput]:
 def call_types(plan: ScalarPlan, count: int) -> dict[int, Type]:
     """The types of the calls, by their columns in a stand-in of so many."""
     return {column.index % count: column.call.function.result_type for column in plan.columns}
+
+
+def check_stand_in(plan: Plan, fields: Sequence[Field]) -> None:
+    """Raises SQLError XX000 if the server describes a stand-in otherwise than the plan has it: one
+    of the two has read something else, and nothing in it is ours to run."""
+    count = len(fields)
+    if isinstance(plan, ResultPlan):
+        calls = [-1]
+        width: int | None = 1
+        if plan.defined_columns:
+            shown = [
+                1 if item.column is not None else plan.defined_columns for item in plan.outputs
+            ]
+            width = sum(shown) + plan.defined_columns + 1
+    else:
+        calls = [column.index for column in plan.columns]
+        width = plan.width
+    if width not in (None, count) or not all(
+        -count <= call < count and fields[call].type_oid == oids.TEXT for call in calls
+    ):
+        raise misread()
+
+
+def misread() -> SQLError:
+    """The server has read a statement with a call otherwise than the proxy."""
+    return SQLError(
+        INTERNAL_ERROR,
+        "the server has read a statement with a pg_background call in another way than the proxy",
+        detail="No call was made.",
+    )
 
 
 def client_fields(statement: PreparedCall) -> tuple[Field, ...]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from protocol.framing import HEADER_SIZE, skip_run, unpack_length
 from protocol.messages import Flush, Sync
 from proxy.net.connection import Connection
+from proxy.sql import encodings
 from proxy.traffic.asked import (
     BIND,
     CLOSE,
@@ -64,7 +65,8 @@ _LONGEST: Final = 1 << 30
 """No message of the frontend is longer; the server closes the connection at once."""
 
 _NAMES_SIZE: Final = 4096
-"""How much of a message is held, at the most, to see which statement or portal it is about."""
+"""How much of a message is held to see which statement or portal it is about; all of it if its
+names are longer."""
 
 _NOTICE_SIZE: Final = 512
 """In how much of a notice the watchword would be."""
@@ -135,9 +137,11 @@ class Relay:
     """Both directions of one session.
 
     Attributes:
-        statements, portals: those that hold calls, by name.
+        statements, portals: those that hold calls, by name (`key`).
         setters: names of statements that may call set_config.
         parameters: of ParameterStatus, those in WATCHED.
+        unreported: what the server has said of these when it was asked within a batch. From 14 on
+            it reports changes at the end of the batch only, and what was undone by then not at all.
         status: of the last ReadyForQuery.
         batch: types of the extended-query messages that the client sent since its last Sync.
         asked: what the server has not answered yet.
@@ -147,6 +151,7 @@ class Relay:
     WATCHED: Final = (
         b"application_name",
         b"client_encoding",
+        b"server_encoding",
         b"server_version",
         b"standard_conforming_strings",
         b"TimeZone",
@@ -160,6 +165,7 @@ class Relay:
         self.portals: dict[bytes, Portal] = {}
         self.setters: set[bytes] = set()
         self.parameters: dict[bytes, bytes] = {}
+        self.unreported: dict[bytes, bytes] = {}
         self.status = IDLE
         self.batch = bytearray()
         self.asked = Asked()
@@ -219,7 +225,7 @@ class Relay:
                     return
                 text = data[position:end].lower()
                 if (
-                    _may_be_ours(text)
+                    may_be_ours(text)
                     and not self.asked.copying
                     and self._hooks.has_call(kind, data[position + HEADER_SIZE : end])
                 ):
@@ -228,7 +234,8 @@ class Relay:
                 if b"set" in text:
                     self._hooks.settings_mentioned(text)
                     if kind == PARSE and b"set_config" in text:
-                        self.setters.add(data[position + HEADER_SIZE : end].split(b"\0", 1)[0])
+                        name = data[position + HEADER_SIZE : end].split(b"\0", 1)[0]
+                        self.setters.add(self.key(name))
                 if kind == QUERY:
                     self.batch.clear()
                 elif self.statements and self._concerns_call(kind, data[position + HEADER_SIZE :]):
@@ -243,6 +250,8 @@ class Relay:
             elif kind in EXTENDED:
                 if self.statements or self.portals or self.setters:
                     known = min(end - position, _NAMES_SIZE)
+                    if known < end - position and not _has_names(data, position, known):
+                        known = end - position
                     if size - position < known:
                         self._hold(data, position, known)
                         return
@@ -282,9 +291,24 @@ class Relay:
 
     def forget_portal(self, name: bytes) -> None:
         """A portal is closed, or its name is taken by another."""
-        portal = self.portals.pop(name, None)
+        portal = self.portals.pop(self.key(name), None)
         if portal is not None:
             portal.close()
+
+    def key(self, name: bytes) -> bytes:
+        """What the server knows a statement or portal of this name by."""
+        return encodings.name_key(
+            name, self.setting(b"client_encoding"), self.setting(b"server_encoding")
+        )
+
+    def setting(self, name: bytes) -> bytes:
+        """A setting in WATCHED, as far as it is known."""
+        return self.unreported.get(name) or self.parameters.get(name, b"")
+
+    @property
+    def settings_may_differ(self) -> bool:
+        """Whether the server may have settings that it has not reported yet."""
+        return bool(self.asked) or BIND in self.batch or EXECUTE in self.batch
 
     def _concerns_call(self, kind: int, body: bytes) -> bool:
         """Tell whether this message is about a statement or portal with a call.
@@ -292,10 +316,10 @@ class Relay:
         A Parse is if it would replace one.
         """
         if kind == PARSE:
-            return body.partition(b"\0")[0] in self.statements
+            return self.key(body.partition(b"\0")[0]) in self.statements
         if kind == BIND:
             portal, _, rest = body.partition(b"\0")
-            statement = rest.partition(b"\0")[0]
+            statement = self.key(rest.partition(b"\0")[0])
             if statement in self.setters:
                 self._hooks.setting_bound(body)
             if statement in self.statements:
@@ -304,8 +328,8 @@ class Relay:
                 self.forget_portal(b"")
             return False
         if kind == EXECUTE:
-            return body.partition(b"\0")[0] in self.portals
-        name = body[1:].partition(b"\0")[0]
+            return self.key(body.partition(b"\0")[0]) in self.portals
+        name = self.key(body[1:].partition(b"\0")[0])
         if kind == CLOSE and body[:1] == b"S":
             self.setters.discard(name)
         return name in (self.statements if body[:1] == b"S" else self.portals)
@@ -430,10 +454,12 @@ class Relay:
         name, _, value = body.rstrip(b"\0").partition(b"\0")
         if name in self.WATCHED:
             self.parameters[name] = value
+            self.unreported.pop(name, None)
 
     def ready(self, status: int) -> None:
         """Note a ReadyForQuery."""
         self.status = status
+        self.unreported.clear()
         self._hooks.statement_ended()
         if self.asked.ready() == QUERY:
             # It has ended the unnamed statement and portal.
@@ -476,10 +502,15 @@ class Relay:
         source.receive = lambda rest: sink.write(rest)  # which changes when it is gone
 
 
-def _may_be_ours(text: bytes) -> bool:
+def may_be_ours(text: bytes) -> bool:
     """Whether a Query or Parse, in lower case, mentions the functions, or a catalog that is to show
     them."""
     return b"pg_background" in text or b"pg_extension" in text or b"pg_stat_activity" in text
+
+
+def _has_names(data: bytes, position: int, known: int) -> bool:
+    """Whether so much of a Bind, Describe, Execute or Close holds the names that it begins with."""
+    return len(data) - position < known or data.count(b"\0", position + 5, position + known) > 1
 
 
 def _is_plain_batch(data: bytes) -> bool:
