@@ -141,7 +141,7 @@ _OWN_LINE: Final = re.compile(
 )
 
 
-class _MalformedError(Exception):
+class NotOursError(Exception):
     """A message that no body of ours has sent."""
 
 
@@ -165,13 +165,13 @@ class Message:
 
     @classmethod
     def parse(cls, notice: NoticeResponse) -> Message:
-        """Raises _MalformedError for what no function of ours has said."""
+        """Raises NotOursError for what no function of ours has said."""
         if notice.severity != "INFO" or notice.fields.get("R") != b"exec_stmt_raise":
-            raise _MalformedError
+            raise NotOursError
         line = notice.fields.get("W", b"")[:_LONGEST_LINE].partition(b"\n")[0]
         speaker = _SPEAKER.match(line)
         if speaker is None:
-            raise _MalformedError
+            raise NotOursError
         schema = speaker[1] or speaker[2]
         if schema.startswith(b'"'):
             schema = schema[1:-1].replace(b'""', b'"')
@@ -179,11 +179,11 @@ class Message:
         _, nonce, verb, *words = [*text.split(b" ", _MOST_WORDS), b"", b""]
         del words[-2:]
         if len(nonce) != 32 or not nonce.isalnum() or verb not in _VERBS:
-            raise _MalformedError
+            raise NotOursError
         if verb not in (b"call", b"custom") and len(text) > _LARGEST_STEP:
-            raise _MalformedError
+            raise NotOursError
         if len(words) < _VERBS[verb]:
-            raise _MalformedError
+            raise NotOursError
         return cls(text, schema, nonce, verb, tuple(words))
 
 
@@ -193,7 +193,7 @@ _VERBS: Final = {b"call": 5, b"custom": 3, b"proof": 1, b"next": 1}
 
 def _number(word: bytes) -> int:
     if not word.isdigit() or len(word) > _LONGEST_NUMBER:
-        raise _MalformedError
+        raise NotOursError
     return int(word)
 
 
@@ -203,9 +203,9 @@ def _word(word: bytes) -> bytes | None:
     try:
         text = base64.b64decode(word, validate=True)
     except ValueError:
-        raise _MalformedError from None
+        raise NotOursError from None
     if b"\0" in text:
-        raise _MalformedError
+        raise NotOursError
     return text
 
 
@@ -298,7 +298,7 @@ class Inside:
             return False
         try:
             message = Message.parse(notice)
-        except _MalformedError:
+        except NotOursError:
             return False
         if message.verb == b"call":
             self._drop()
@@ -373,7 +373,7 @@ class Inside:
             if after is not None:
                 await asyncio.wait([after])
             await self._serve(message)
-        except _MalformedError:
+        except NotOursError:
             logger.debug("a malformed message from inside the database")
         except (ServerError, OSError, SQLError) as error:
             # The function will find that there is no answer.
@@ -400,7 +400,7 @@ class Inside:
                 asked, self._call = self._call, None
                 if asked is not None and asked.custom_settings:
                     if len(message.text) > _LARGEST_QUESTION:
-                        raise _MalformedError
+                        raise NotOursError
                     await self._ask_for_proof(message, asked)
             case b"proof":
                 challenge, self._challenge = self._challenge, None
@@ -728,7 +728,7 @@ class _Call:
     """
 
     def __init__(self, message: Message) -> None:
-        """Raises SQLError for what no function of ours has said, _MalformedError."""
+        """Raises SQLError for what no function of ours has said, NotOursError."""
         words = message.words
         own = 5 + len(SETTINGS)
         try:
@@ -738,9 +738,9 @@ class _Call:
             settings = [_word(word) for word in words[own + 1 + count :]]
             pairs = list(zip(settings[::2], settings[1::2], strict=True))
         except (ValueError, LookupError):
-            raise _MalformedError from None
+            raise NotOursError from None
         if count < 0 or len(self._arguments) != count:
-            raise _MalformedError
+            raise NotOursError
         self._function = _FUNCTIONS.get(name or b"")
         self.encoding, self.role, self.session_role = (
             encoding or b"",
@@ -773,10 +773,10 @@ class _Call:
         return self._function is not None
 
     def check_size(self, size: int) -> None:
-        """Raises _MalformedError for a message larger than the call can be."""
+        """Raises NotOursError for a message larger than the call can be."""
         carries_sql = self._function is not None and Needs.SETTINGS in self._function.needs
         if size > _LARGEST_QUESTION and not carries_sql:
-            raise _MalformedError
+            raise NotOursError
 
     async def arguments(self) -> dict[str, Any]:
         """By name. Raises SQLError."""
