@@ -66,6 +66,8 @@ class Server:
         )
         self._idle = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        # Cancel requests for statements whose session has ended.
+        self._cancels: set[asyncio.Task[None]] = set()
 
     def _use(self, setup: Setup) -> None:
         self.setup = setup
@@ -167,7 +169,10 @@ class Server:
         jobs = tuple(self.jobs.running)
         for session in tuple(self.sessions):
             session.shut_down()
-        await asyncio.gather(*(self.dialer.cancel(job.route, job.cancel_request()) for job in jobs))
+        await asyncio.gather(
+            *self._cancels,
+            *(self.dialer.cancel(job.route, job.cancel_request()) for job in jobs),
+        )
         for job in jobs:
             job.abandon()
         deadline = asyncio.get_running_loop().time() + LAST_WORDS
@@ -253,6 +258,12 @@ class Server:
                 self.cancel_job(job)
 
         asyncio.get_running_loop().call_later(timeout_ms / 1000, time_out)
+
+    def cancel_statement(self, route: Route, key: CancelRequest) -> None:
+        """Tell the server to stop a statement that waits for a session which has ended."""
+        task = self._spawn(self.dialer.cancel(route, key))
+        self._cancels.add(task)
+        task.add_done_callback(self._cancels.discard)
 
     def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

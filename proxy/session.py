@@ -59,7 +59,7 @@ from proxy.sql.lexer import LexError
 from proxy.sql.reading import READING, Reading, depends_on_settings
 from proxy.sql.unserved import unavailable, unserved
 from proxy.traffic.asked import PARSE, QUERY
-from proxy.traffic.interception import Interception
+from proxy.traffic.interception import TO_LEAVE, Interception
 from proxy.traffic.relay import IDLE, Relay
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Session(Owner):
 
     def __init__(self, server: Server) -> None:
         super().__init__(server)
-        self.client = Connection(self._startup_data, self._ended, self._lost)
+        self.client = Connection(self._startup_data, self._ended, self._lost, self._hung_up)
         self.primary: Connection | None = None
         self.custom_settings: dict[bytes, None] = {}
         self.settings: tuple[tuple[bytes, bytes], ...] = ()
@@ -125,6 +125,7 @@ class Session(Owner):
         self._gss_asked = False
         self._observer = LoginObserver()
         self._login: Login | None = None
+        self._leaving: asyncio.TimerHandle | None = None
         self._login_timer = self._start_timer(server.config.client_login_timeout)
         self._key: CancelRequest | None = None
         self._received = bytearray()
@@ -635,10 +636,31 @@ class Session(Owner):
         elif self.primary.can_write_eof:
             self._inside.end_client()
             self.primary.write_eof()
+            self._see_it_end()
         elif self.relay.between_messages and not self._is_replication:
             self._inside.end_client()
             self.primary.write(Terminate().serialize())
+            self._see_it_end()
         else:
+            self.close()
+
+    def _hung_up(self) -> None:
+        """The client has left behind messages that nobody has read yet."""
+        if self.interception is not None:
+            self.interception.client_hung_up()
+        else:
+            self._inside.end_client()
+
+    def _see_it_end(self) -> None:
+        """The server knows that the client has left, and closes the connection when it has done
+        what it was given. If it waits for more instead, it is hung up on."""
+        self._leaving = asyncio.get_running_loop().call_later(TO_LEAVE, self._has_it_ended)
+
+    def _has_it_ended(self) -> None:
+        if self._is_replication or self.relay.is_busy:
+            self._see_it_end()
+        else:
+            logger.debug("the server did not end with its client")
             self.close()
 
     def _lost(self, connection: Connection, error: Exception | None) -> None:
@@ -678,10 +700,20 @@ class Session(Owner):
         # A cancel request is passed on also if whoever has sent it does not wait.
         if self._task is not None and not self._is_cancel_request:
             self._task.cancel()
+        if self._leaving is not None:
+            self._leaving.cancel()
+        if self._inside.is_asked and self._key is not None:
+            # The function would wait for an answer that will not come.
+            self._server.cancel_statement(self.route, self._key)
         self._inside.statement_ended()
         self.jobs.clear()
         self.client.close()
-        if self.primary is not None:
+        if self.primary is None:
+            return
+        if self.primary.is_stopped_by_opposite:
+            # It may wait for us to read, and we for it: nobody wants what it writes.
+            self.primary.abort()
+        else:
             self.primary.close()
 
 

@@ -319,6 +319,11 @@ class Inside:
         elif task is self._next_task:
             self._next_task = None
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether a function may be waiting for an answer."""
+        return self._task is not None or self._channel is not None
+
     def statement_ended(self) -> None:
         """The server has sent an error, or is ready for the next query: nobody waits any more."""
         self._drop()

@@ -2,11 +2,14 @@
 
 The rule: whoever writes faster than the other side reads is made to wait. When a connection's
 write buffer is full, the connection opposite stops being read, until the buffer has drained.
+And nobody is waited for who is gone: neither one that is not being read, whose end the event loop
+does not see, nor one that is closed and takes nothing of what is left to write.
 """
 
 from __future__ import annotations
 
 import asyncio
+import select
 import ssl
 from collections.abc import Callable
 from typing import cast
@@ -15,6 +18,18 @@ from proxy.net import tls
 
 _WRITE_BUFFER = 256 * 1024
 """Bytes that may wait to be written before the other side is stopped."""
+
+LINGER = 60.0
+"""Seconds after which a closed connection is aborted if the other side has taken nothing of what
+was still to be written. A kernel does as much with a socket that nobody owns any more, after some
+minutes; and a server that is busy with one statement so long loses no more than those behind it,
+whose client has left."""
+
+_LOOK = 1.0
+"""Seconds between looks at whether a side that is not being read is still there."""
+
+_HUNG_UP = getattr(select, "POLLRDHUP", 0)
+"""What poll() says of an end of file behind data that was not read; Linux has it."""
 
 # Why a connection is not being read; it is read when no reason is left.
 _OPPOSITE_IS_FULL = 1
@@ -40,14 +55,25 @@ class Connection(asyncio.Protocol):
         receive: Callable[[bytes], None],
         ended: Callable[[Connection], None],
         lost: Callable[[Connection, Exception | None], None],
+        hung_up: Callable[[], None] | None = None,
     ) -> None:
+        """
+        Args:
+            receive: gets each chunk.
+            ended: told when the other side will send no more.
+            lost: told when the connection is gone.
+            hung_up: told if the other side has sent its end while it is not being read, perhaps
+                behind data. May be told more than once.
+        """
         self.data_received = receive
         self.write: Callable[[bytes], None] = _lose
         self.is_open = False
         self.is_encrypted = False
         self._ended = ended
         self._lost = lost
+        self._hung_up = hung_up
         self._stopped = 0
+        self._looks = False
         self._full: asyncio.Future[None] | None = None
 
     # asyncio's side
@@ -62,7 +88,7 @@ class Connection(asyncio.Protocol):
         # twentieth of what passing on a short query does.
         self.write = self.transport.write
         if self._stopped:
-            self.transport.pause_reading()
+            self._pause()
 
     def eof_received(self) -> bool:
         self._ended(self)
@@ -148,9 +174,23 @@ class Connection(asyncio.Protocol):
         self.connection_made(transport)
 
     def close(self) -> None:
-        """Close once everything is written."""
+        """Close once everything is written, or nobody takes it."""
         if self.is_open:
             self.transport.close()
+            self._linger()
+
+    def _linger(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left:
+            asyncio.get_running_loop().call_later(LINGER, self._abort_unless_less_than, left)
+
+    def _abort_unless_less_than(self, size: int) -> None:
+        if not self.is_open:
+            return
+        if self.transport.get_write_buffer_size() < size:
+            self._linger()
+        else:
+            self.transport.abort()
 
     def abort(self) -> None:
         """Close at once."""
@@ -165,10 +205,37 @@ class Connection(asyncio.Protocol):
         """The inbox has room again."""
         self._go(_INBOX_IS_FULL)
 
+    @property
+    def is_stopped_by_opposite(self) -> bool:
+        """Whether it is not being read because the connection opposite is full."""
+        return bool(self._stopped & _OPPOSITE_IS_FULL)
+
     def _stop(self, reason: int) -> None:
         if not self._stopped and self.is_open:
-            self.transport.pause_reading()
+            self._pause()
         self._stopped |= reason
+
+    def _pause(self) -> None:
+        self.transport.pause_reading()
+        if not self._looks and self._hung_up is not None:
+            self._looks = True
+            asyncio.get_running_loop().call_later(_LOOK, self._look)
+
+    def _look(self) -> None:
+        """See whether somebody is there, as nothing else does while it is not being read."""
+        self._looks = False
+        if not (self._stopped and self.is_open and self._hung_up is not None):
+            return
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), _HUNG_UP)
+        events = poll.poll(0)
+        if events and events[0][1] & (select.POLLERR | select.POLLHUP):
+            self.transport.abort()
+            return
+        if events:
+            self._hung_up()
+        self._looks = True
+        asyncio.get_running_loop().call_later(_LOOK, self._look)
 
     def _go(self, reason: int) -> None:
         stopped, self._stopped = self._stopped, self._stopped & ~reason

@@ -48,6 +48,11 @@ class Asked:
         """Whether an answer is due."""
         return bool(self._queue)
 
+    @property
+    def owes_ready(self) -> bool:
+        """Whether a ReadyForQuery is due."""
+        return any(kind in _READY_AFTER for kind in self._queue)
+
     def add(self, kind: int) -> None:
         """The client has sent a message: one of the types above."""
         if self.copying:

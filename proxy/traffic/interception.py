@@ -95,6 +95,10 @@ if TYPE_CHECKING:
 _FRONTEND: Final = b"QPBDECFHSXdcf"
 """Message types of the frontend, as far as there are any after the login."""
 
+TO_LEAVE: Final = 10.0
+"""Seconds that a server gets to end the session when its client has left, and it has nothing more
+to do. Then the connection is closed, which to it is a client that has vanished."""
+
 # Message types of the backend.
 _COMMAND_COMPLETE: Final = ord("C")
 _DATA_ROW: Final = ord("D")
@@ -164,6 +168,11 @@ class Interception:
         job is waited for."""
         self._from_client.close(ConnectionError("the client has closed the connection"))
         self.waits.end_client(reads=self._client.full is None)
+
+    def client_hung_up(self) -> None:
+        """The client has left behind messages that were not read. No job is waited for; otherwise
+        they are served in their turn."""
+        self.waits.client_hung_up()
 
     def server_lost(self, error: Exception) -> None:
         """The primary backend is gone."""
@@ -258,17 +267,24 @@ class Interception:
 
     async def _end_server(self) -> None:
         """Let the server see that the client has ended, and pass on the errors that it still has.
-        Raises ConnectionError when it has closed the connection."""
+        Raises ConnectionError when it has closed the connection, or is not going to."""
         self._primary.push()
-        self._server.write(self._from_client.take_rest())  # a part of a message
+        rest = self._from_client.take_rest()  # a part of a message
         if self._server.can_write_eof:
+            self._server.write(rest)
             self._server.write_eof()
+        elif rest:
+            # Terminate would be taken for more of it, and waited for the rest.
+            raise ConnectionError("the client has left in the middle of a message")
         else:
             self._server.write(Terminate().serialize())
-        while True:
-            kind, body = await self._primary.next_message()
-            if kind == ERROR:
-                self._client.write(frame(kind, body))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TO_LEAVE):
+                while True:
+                    kind, body = await self._primary.next_message()
+                    if kind == ERROR:
+                        self._client.write(frame(kind, body))
+        raise ConnectionError("the server did not end with its client")
 
     def _end_at(self, kind: int, body: bytes) -> bool:
         """Leave this message to the relay, and what comes after it."""

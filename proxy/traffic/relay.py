@@ -181,6 +181,8 @@ class Relay:
         self._client_skip = 0
         self._held: bytearray | None = None
         self._held_size = 0
+        # It is no stream of messages: what it is the server tells.
+        self._client_astray = False
         # The server's stream: the same.
         self._server_skip = 0
         self._tail = bytearray()
@@ -217,6 +219,7 @@ class Relay:
             kind = data[position]
             end = position + 1 + unpack_length(data, position + 1)[0]
             if not HEADER_SIZE <= end - position <= _LONGEST:
+                self._client_astray = True
                 self._give_up(self._client, self._server, data)
                 return
             if kind in (QUERY, PARSE):
@@ -477,7 +480,12 @@ class Relay:
     @property
     def between_messages(self) -> bool:
         """Whether the client has sent no part of a message that is still to come."""
-        return self._held is None and not self._client_skip
+        return self._held is None and not (self._client_skip or self._client_astray)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the server does what it was given, and does not wait for more."""
+        return self.asked.owes_ready and not self.asked.copying
 
     # Taking turns with an interception
 

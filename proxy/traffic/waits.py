@@ -124,6 +124,12 @@ class Waits:
         if reads and self._waits_for_jobs:
             self.fail(_client_gone())
 
+    def client_hung_up(self) -> None:
+        """The client has left behind messages that were not read yet, which may still be served;
+        but no job is waited for."""
+        if self._waits_for_jobs:
+            self.fail(_client_gone())
+
     def fail(self, error: Exception) -> None:
         """The wait, if there is one, ends with this error."""
         if self._waiter is not None and not self._waiter.done():
