@@ -8,7 +8,7 @@ makes it allocate: it only says how many bytes will be skipped or waited for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from struct import Struct
 
 from protocol.wire import ProtocolViolation
@@ -23,6 +23,15 @@ unpack_length = Struct("!i").unpack_from
 def bad_length(kind: int, length: int) -> ProtocolViolation:
     """The error for a message whose length word cannot be: it counts itself, so 4 is the least."""
     return ProtocolViolation(f"message of type {chr(kind)!r} has the impossible length {length}")
+
+
+_AUTHENTICATION = ord("R")
+
+
+def limit_before_login(kind: int) -> int:
+    """The longest message, by its length word, that is taken from a server before the login is
+    done: libpq's limits. Nothing that it says then is long, and nobody knows yet who it is."""
+    return 2000 if kind == _AUTHENTICATION else 30_000
 
 
 # How many headers `skip_run` compares at once, at first and at most, and how many messages it looks
@@ -77,13 +86,17 @@ class MessageBuffer:
 
     For the side of a conversation that is read message by message. What it holds is what was fed
     and not yet taken: the caller bounds it by pausing its source (`len(buffer)`).
+
+    Attributes:
+        limit: gives the longest that a message of a type may be, by its length word; None: any.
     """
 
-    __slots__ = ("_data", "_start")
+    __slots__ = ("_data", "_start", "limit")
 
     def __init__(self, data: bytes = b"") -> None:
         self._data = bytearray(data)
         self._start = 0
+        self.limit: Callable[[int], int] | None = None
 
     def __len__(self) -> int:
         """Bytes held."""
@@ -99,7 +112,7 @@ class MessageBuffer:
     def next_message(self) -> tuple[int, bytes] | None:
         """The next whole message as (type, body), or None until more is fed.
 
-        Raises ProtocolViolation for a length word under 4.
+        Raises ProtocolViolation for a length word under 4, or over the limit.
         """
         start = self._start
         if len(self._data) - start < HEADER_SIZE:
@@ -107,6 +120,10 @@ class MessageBuffer:
         (length,) = unpack_length(self._data, start + 1)
         if length < 4:
             raise bad_length(self._data[start], length)
+        if self.limit is not None and length > self.limit(self._data[start]):
+            raise ProtocolViolation(
+                f"message of type {chr(self._data[start])!r} is too long at this time: {length}"
+            )
         end = start + 1 + length
         if end > len(self._data):
             return None

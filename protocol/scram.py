@@ -41,6 +41,10 @@ MAX_ITERATIONS = 1_000_000
 """A server that asks for more is refused: the work (about 0.2 s for this many) is the
 client's, and the server has proved nothing yet. PostgreSQL's default is 4096."""
 
+MIN_ITERATIONS = 4096
+"""What RFC 7677 asks for at least. A server may be configured to fewer, so who takes fewer from
+which server is the caller's to say."""
+
 _DIGEST = "sha256"
 _KEY_LENGTH = 32
 _PRINTABLE = rb"[!-+\--~]+"  # RFC 5802: printable, without the comma
@@ -135,12 +139,22 @@ class ScramClient:
 
     Args:
         password: as bytes; `saslprep` is applied.
+        min_iterations: a server that asks for fewer is refused: it could guess the password from
+            our answer the faster.
         user: PostgreSQL ignores it (the StartupMessage has the role), so it is empty by default.
         nonce: for tests; random otherwise.
     """
 
-    def __init__(self, password: bytes, *, user: bytes = b"", nonce: bytes | None = None) -> None:
+    def __init__(
+        self,
+        password: bytes,
+        *,
+        min_iterations: int = 1,
+        user: bytes = b"",
+        nonce: bytes | None = None,
+    ) -> None:
         self._start(lambda salt, iterations: _derive(password, salt, iterations), user, nonce)
+        self._min_iterations = min_iterations
 
     @classmethod
     def from_keys(
@@ -163,6 +177,7 @@ class ScramClient:
         nonce: bytes | None,
     ) -> None:
         self._derive = derive
+        self._min_iterations = 1
         self._nonce = nonce or _nonce()
         name = user.replace(b"=", b"=3D").replace(b",", b"=2C")
         self._client_first_bare = b"n=%b,r=%b" % (name, self._nonce)
@@ -179,13 +194,13 @@ class ScramClient:
         With a password this computes for about a millisecond per 4000 iterations.
 
         Raises:
-            ProtocolViolation: malformed, a nonce that does not extend ours, or more than
-                `MAX_ITERATIONS`.
+            ProtocolViolation: malformed, a nonce that does not extend ours, or more iterations
+                than `MAX_ITERATIONS`, or too few.
         """
         nonce, salt, iterations = _match(_SERVER_FIRST, server_first, "server-first-message")
         if not nonce.startswith(self._nonce) or nonce == self._nonce:
             raise ProtocolViolation("the server's SCRAM nonce does not extend ours")
-        if int(iterations) > MAX_ITERATIONS:
+        if not self._min_iterations <= int(iterations) <= MAX_ITERATIONS:
             raise ProtocolViolation(f"the server asks for {int(iterations)} SCRAM iterations")
         client_key, self._server_key = self._derive(_unbase64(salt), int(iterations))
         without_proof = b"c=biws,r=" + nonce

@@ -9,6 +9,7 @@ nobody knows, is an error that says so in one line; nothing is ignored.
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
 import re
 import tomllib
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from proxy.auth.methods import Policy, parse_require_auth
 from proxy.conninfo import parse_conninfo
 from proxy.net.keepalive import Keepalive
 from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, parse_time_ms
@@ -50,7 +52,7 @@ TARGET_SESSION_ATTRS: Final = (
     *("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
 )
 _CONNECTING: Final = (
-    *("host", "hostaddr", "port", "connect_timeout"),
+    *("host", "hostaddr", "port", "connect_timeout", "require_auth"),
     *("sslrootcert", "sslcert", "sslkey"),
     *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
     "tcp_user_timeout",
@@ -70,6 +72,7 @@ _ENVIRONMENT: Final[Mapping[str, str]] = {
     "hostaddr": "PGHOSTADDR",
     "port": "PGPORT",
     "connect_timeout": "PGCONNECT_TIMEOUT",
+    "require_auth": "PGREQUIREAUTH",
     "sslmode": "PGSSLMODE",
     "sslnegotiation": "PGSSLNEGOTIATION",
     "sslrootcert": "PGSSLROOTCERT",
@@ -116,6 +119,17 @@ class Host(NamedTuple):
         """Whether it is reached by a Unix socket."""
         return not self.hostaddr and self.name.startswith("/")
 
+    @property
+    def is_on_this_machine(self) -> bool:
+        """Whether its address says that nothing on a network can be in its place."""
+        address = self.hostaddr or self.name
+        if self.is_local or address == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(address).is_loopback
+        except ValueError:
+            return False
+
     def __str__(self) -> str:
         return str(ListenAddress(self.name, self.port))
 
@@ -136,6 +150,23 @@ class Upstream:
     sslkey: str = ""
     target_session_attrs: str = "any"
     keepalive: Keepalive = Keepalive()
+    require_auth: frozenset[str] | None = None
+    """The methods that a server may ask for; None for all."""
+
+    @property
+    def verifies(self) -> bool:
+        """Whether each connection by TCP shows a certificate of an authority that we know."""
+        return self.sslmode in ("verify-ca", "verify-full") or (
+            self.sslmode == "require" and bool(self.sslrootcert)
+        )
+
+    def proves(self, host: Host) -> bool:
+        """Whether nobody on a network can be in that host's place."""
+        return self.verifies or host.is_on_this_machine
+
+    def policy(self, host: Host) -> Policy:
+        """What that host may ask for in a login."""
+        return Policy(self.require_auth, self.proves(host), self.sslmode)
 
     def __str__(self) -> str:
         return ",".join(map(str, self.hosts))
@@ -169,6 +200,7 @@ def parse_upstream(text: str, environ: Mapping[str, str] | None = None) -> Upstr
     for keyword, value in given.items():
         _check_keyword(keyword, value)
     timeout = given.get("connect_timeout")
+    required = given.get("require_auth")
     upstream = Upstream(
         _hosts(given),
         None if timeout is None else parse_seconds(timeout),
@@ -187,6 +219,7 @@ def parse_upstream(text: str, environ: Mapping[str, str] | None = None) -> Upstr
             count=_number(given, "keepalives_count"),
             user_timeout=_number(given, "tcp_user_timeout"),
         ),
+        require_auth=parse_require_auth(required) if required else None,
     )
     _check_ssl(upstream)
     return upstream

@@ -119,7 +119,9 @@ class Server:
     ) -> Credentials:
         """What a role whose login was accepted can log in with once more."""
         find = functools.partial(
-            self.credentials.credentials, route.host.name, route.host.port, database, user, login
+            self.credentials.credentials,
+            *(route.host.name, route.host.port, database, user, login),
+            policy=self.config.upstream.policy(route.host),
         )
         found = find()
         asked = login.method is not None and self.auth_query.enabled

@@ -366,6 +366,7 @@ class Session(Owner):
             self._observer,
             lambda: self._server.secret_of(self.route, database, user, stranger),
             asks_password=self._may_send_password() if plain else None,
+            policy=self._server.config.upstream.policy(self.route.host),
         )
 
     def _with_own_settings(self, startup: StartupMessage) -> StartupMessage:

@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 from proxy.auth.auth_query import AuthQuery
 from proxy.auth.credentials import CredentialStore
+from proxy.auth.methods import SCRAM
 from proxy.config import Config, ConfigError, check_together
 from proxy.log import logger
 from proxy.net import tls
@@ -60,7 +61,22 @@ class Setup:
         except OSError as error:
             raise OSError(f"cannot reach the server {self.config.upstream}: {error}") from None
         logger.info("passing on to %s%s", route, " (TLS)" if route.encrypted else "")
+        self._warn_of_strangers()
         return route
+
+    def _warn_of_strangers(self) -> None:
+        """Say it if whoever answers in the server's place is given what the proxy keeps secret."""
+        config = self.config
+        names = ("passfile", "auth_file", "auth_user")
+        secrets = [name for name in names if getattr(config, name)]
+        unproven = [host for host in config.upstream.hosts if not config.upstream.proves(host)]
+        if secrets and unproven and config.upstream.require_auth != frozenset({SCRAM}):
+            logger.warning(
+                "nothing proves that %s is the server, and the proxy logs in there with what it has"
+                " in %s (sslmode=%s verifies nothing): set sslmode=verify-full and sslrootcert in"
+                " upstream, or require_auth=scram-sha-256",
+                *(",".join(map(str, unproven)), ", ".join(secrets), config.upstream.sslmode),
+            )
 
 
 def client_keepalive(config: Config) -> Keepalive:

@@ -38,17 +38,12 @@ from protocol.auth import md5_password, md5_response_from_secret
 from protocol.errors import INVALID_AUTHORIZATION_SPECIFICATION, ProtocolViolation, SQLError
 from protocol.messages import (
     AuthenticationCleartextPassword,
-    AuthenticationGSS,
-    AuthenticationGSSContinue,
-    AuthenticationKerberosV5,
     AuthenticationMD5Password,
     AuthenticationOk,
     AuthenticationRequest,
     AuthenticationSASL,
     AuthenticationSASLContinue,
     AuthenticationSASLFinal,
-    AuthenticationSCMCredential,
-    AuthenticationSSPI,
     PasswordMessage,
     SASLInitialResponse,
     SASLResponse,
@@ -62,6 +57,7 @@ from protocol.scram import (
     ScramSecret,
     client_key_from_proof,
 )
+from proxy.auth.methods import ANYTHING, CLEARTEXT_HINT, PROVE_HINT, Guard, Policy, in_words
 from proxy.log import logger
 
 T = TypeVar("T")
@@ -384,7 +380,7 @@ class LoginObserver(_HoldsSecrets):
 
     def _begin(self, request: AuthenticationRequest) -> None:
         self._forget()
-        self.method = _method(request)
+        self.method = in_words(request)
         if isinstance(request, AuthenticationCleartextPassword):
             self._on_response = self._cleartext
         elif isinstance(request, AuthenticationSASL):
@@ -427,6 +423,8 @@ class Credentials(_HoldsSecrets):
         has_passfile, has_auth_file, has_auth_query: whether the proxy has been given one.
         client_key: of a login by SCRAM that the proxy has taken from the client itself.
         purpose: what errors say that the login was for.
+        policy: what the server may ask for.
+        is_ours: the password is of a file of the proxy's, and not what the client has sent.
     """
 
     user: bytes
@@ -438,6 +436,8 @@ class Credentials(_HoldsSecrets):
     has_auth_query: bool = False
     client_key: bytes | None = field(default=None, repr=False)
     purpose: str = " to start a background worker with"
+    policy: Policy = ANYTHING
+    is_ours: bool = False
 
     def authenticator(self) -> Authenticator:
         """For one login."""
@@ -449,7 +449,7 @@ class Credentials(_HoldsSecrets):
             server_key = self.secret.server_key if isinstance(self.secret, ScramSecret) else None
             return ScramClient.from_keys(self.client_key, server_key)
         if self.password is not None:
-            return ScramClient(self.password)
+            return ScramClient(self.password, min_iterations=self.policy.min_iterations)
         if isinstance(self.secret, ScramSecret) and self.login.scram is not None:
             client_key = self.login.scram.client_key(self.secret)
             if client_key is not None:
@@ -515,12 +515,14 @@ class CredentialStore:
             secret = None if password is None else Cleartext(password)
         return secret
 
-    def own_credentials(self, host: str, port: int, database: bytes, user: bytes) -> Credentials:
+    def own_credentials(
+        self, host: str, port: int, database: bytes, user: bytes, policy: Policy
+    ) -> Credentials:
         """What auth_user logs in with: a role of the proxy's own, which no client has claimed."""
         observer = LoginObserver()
         observer.accepted = True
         return dataclasses.replace(
-            self.credentials(host, port, database, user, observer),
+            self.credentials(host, port, database, user, observer, policy=policy),
             purpose=", which is the auth_user",
         )
 
@@ -534,6 +536,7 @@ class CredentialStore:
         *,
         queried: Secret | None = None,
         has_auth_query: bool = False,
+        policy: Policy = ANYTHING,
     ) -> Credentials:
         """What the role of a session can log in with once more, as the files say now.
 
@@ -545,6 +548,7 @@ class CredentialStore:
             observer: of the session's login, as that user.
             queried: what auth_query has found, for a role that is in neither file.
             has_auth_query: whether it was asked.
+            policy: what the server may ask for.
 
         Raises:
             ValueError: the server has not accepted that login (yet).
@@ -567,6 +571,8 @@ class CredentialStore:
             has_passfile=self._passfile is not None,
             has_auth_file=self._auth_file is not None,
             has_auth_query=has_auth_query,
+            policy=policy,
+            is_ours=observer.password is None,
         )
 
 
@@ -587,10 +593,11 @@ _HINT_HBA: Final = (
 class Authenticator(_HoldsSecrets):
     """The client's side of one login. Every authentication request of the server goes in."""
 
-    __slots__ = ("_credentials", "_expected", "_scram")
+    __slots__ = ("_credentials", "_expected", "_guard", "_scram")
 
     def __init__(self, credentials: Credentials) -> None:
         self._credentials = credentials
+        self._guard = Guard(credentials.policy)
         self._scram: ScramClient | None = None
         # The next request, once a conversation has begun. It keeps a server that cannot prove to
         # know the role's secret from leaving out the proof.
@@ -601,15 +608,17 @@ class Authenticator(_HoldsSecrets):
 
         Raises:
             SQLError: 28000. There is nothing to log in with, the server asks for what the proxy
-                cannot do, or the server does not prove that it knows the role's SCRAM secret.
+                cannot do or may not have, or the server does not prove that it knows the role's
+                SCRAM secret.
         """
         if self._expected is not None and not isinstance(request, self._expected):
             raise self._failed("The server broke off its SCRAM-SHA-256 conversation.")
+        self._guard.check(request)
         match request:
             case AuthenticationOk():
                 return None
             case AuthenticationCleartextPassword():
-                return self._password_message(self._credentials.password, request, _HINT)
+                return self._password_message(self._cleartext(), request, _HINT)
             case AuthenticationMD5Password(salt):
                 response = self._credentials.md5_response(salt)
                 return self._password_message(response, request, _HINT_MD5)
@@ -621,9 +630,19 @@ class Authenticator(_HoldsSecrets):
                 self._server_final(self._scram, server_final)
                 return None
         raise self._failed(
-            f"The server asks for {_method(request)}, which the proxy cannot do for a client.",
+            f"The server asks for {in_words(request)}, which the proxy cannot do for a client.",
             hint=_HINT_HBA,
         )
+
+    def _cleartext(self) -> bytes | None:
+        credentials, policy = self._credentials, self._credentials.policy
+        if credentials.password is not None and not policy.allows_cleartext(
+            ours=credentials.is_ours
+        ):
+            raise self._failed(
+                f"The server asks for a cleartext password. {policy.unproven}", hint=CLEARTEXT_HINT
+            )
+        return credentials.password
 
     def _password_message(
         self, password: bytes | None, request: AuthenticationRequest, hint: str
@@ -643,7 +662,8 @@ class Authenticator(_HoldsSecrets):
         try:
             client_final = scram.final_message(server_first)
         except ProtocolViolation as violation:
-            raise self._failed(f"SCRAM-SHA-256: {violation}.") from None
+            hint = None if self._credentials.policy.is_proven else PROVE_HINT
+            raise self._failed(f"SCRAM-SHA-256: {violation}.", hint=hint) from None
         self._expected = AuthenticationSASLFinal
         return SASLResponse(client_final).serialize()
 
@@ -658,7 +678,7 @@ class Authenticator(_HoldsSecrets):
         return SQLError(
             INVALID_AUTHORIZATION_SPECIFICATION,
             f'no password for role "{self._role}"{self._credentials.purpose}',
-            detail=f"The server asks for {_method(request)}. {self._credentials.searched()}",
+            detail=f"The server asks for {in_words(request)}. {self._credentials.searched()}",
             hint=hint,
         )
 
@@ -677,24 +697,3 @@ class Authenticator(_HoldsSecrets):
     @property
     def _role(self) -> str:
         return self._credentials.user.decode("utf-8", "replace")
-
-
-_METHODS: Final[dict[type[AuthenticationRequest], str]] = {
-    AuthenticationCleartextPassword: "a cleartext password",
-    AuthenticationGSS: "GSSAPI",
-    AuthenticationGSSContinue: "GSSAPI",
-    AuthenticationKerberosV5: "Kerberos V5",
-    AuthenticationMD5Password: "an MD5 password",
-    AuthenticationSASLContinue: "SASL",
-    AuthenticationSASLFinal: "SASL",
-    AuthenticationSCMCredential: "SCM credentials",
-    AuthenticationSSPI: "SSPI",
-}
-
-
-def _method(request: AuthenticationRequest) -> str:
-    """What a request asks for, in words."""
-    if isinstance(request, AuthenticationSASL):
-        names = [name.decode("ascii", "replace") for name in request.mechanisms]
-        return "SCRAM-SHA-256" if MECHANISM in request.mechanisms else f"SASL ({', '.join(names)})"
-    return _METHODS[type(request)]

@@ -11,8 +11,9 @@ The rule: who is let in is the server's decision, always. Three ways lead to it:
   role's secret the proxy can check the client itself, and recovers from its proof the key to log in
   with. A client with a wrong password is let fail at the server, with a key that is wrong too.
 
-Until the login is over, messages are read whole, and none is larger than `_LIMIT`. The client's
-are taken only when the server has asked for something; what it sends ahead waits for the relay.
+Until the login is over, messages are read whole, and none is larger than `_LIMIT`, or than libpq
+takes them of a server (`limit_before_login`). The client's are taken only when the server has asked
+for something; what it sends ahead waits for the relay.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from protocol.errors import (
     ProtocolViolation,
     SQLError,
 )
-from protocol.framing import MessageBuffer, frame
+from protocol.framing import MessageBuffer, frame, limit_before_login
 from protocol.messages import (
     AuthenticationCleartextPassword,
     AuthenticationOk,
@@ -43,6 +44,7 @@ from protocol.messages import (
 )
 from protocol.scram import MECHANISM, ClientFirst, ScramSecret, ScramServer
 from proxy.auth.credentials import Authenticator, Cleartext, Credentials, LoginObserver, Secret
+from proxy.auth.methods import Guard, Policy
 from proxy.net.connection import Connection
 
 AUTHENTICATION: Final = AuthenticationOk.type
@@ -93,6 +95,10 @@ class _Mailbox:
             self._source.pause_reading()
         self._news.set()
 
+    def bound(self, limit: Callable[[int], int]) -> None:
+        """A message may be as long as this says for its type."""
+        self._buffer.limit = limit
+
     def end(self) -> None:
         self.ended = True
         self._news.set()
@@ -124,6 +130,7 @@ class Login:
         find_secret: what is known to check the client with, if SCRAM cannot pass through.
         asks_password: auth_type is plain. None if it is not; else whether this client's connection
             is fit for a password in clear text.
+        policy: what the server may ask for.
     """
 
     def __init__(
@@ -135,6 +142,7 @@ class Login:
         find_secret: Callable[[], Awaitable[Secret | None]],
         *,
         asks_password: bool | None,
+        policy: Policy,
     ) -> None:
         self._client = client
         self._server = server
@@ -142,6 +150,8 @@ class Login:
         self._observer = observer
         self._find_secret = find_secret
         self._asks_password = asks_password
+        self._policy = policy
+        self._guard = Guard(policy)
         self._news = asyncio.Event()
         self._from_client = _Mailbox(client, self._news)
         self._from_server = _Mailbox(server, self._news)
@@ -157,6 +167,7 @@ class Login:
         self._last_word = b""
         client.receive = self._from_client.feed
         server.receive = self._from_server.feed
+        self._from_server.bound(limit_before_login)
 
     def server_ended(self) -> None:
         """It will send no more."""
@@ -210,6 +221,7 @@ class Login:
                 self._client.write(self._preface)
             self._preface = None
             request = parse_authentication(body)
+            self._guard.check(request)
             if self._asks_password is not None and not isinstance(request, AuthenticationOk):
                 await self._ask_for_password()
             if self._authenticator is not None:
@@ -230,6 +242,8 @@ class Login:
             self._client.write(message)
         else:
             self._preface += message
+            if len(self._preface) > _LIMIT:
+                raise ProtocolViolation("the server says too much before the login")
         return False
 
     def _pass_on(self, request: AuthenticationRequest) -> None:
@@ -327,7 +341,7 @@ class Login:
             self._be(client_key=secrets.token_bytes(32))
         else:
             if isinstance(known, Cleartext):
-                self._be(password=known.password)
+                self._be(password=known.password, is_ours=True)
             else:
                 self._be(client_key=conversation.client_key, secret=known)
             self._last_word = AuthenticationSASLFinal(conversation.final_message()).serialize()
@@ -341,10 +355,15 @@ class Login:
         password: bytes | None = None,
         client_key: bytes | None = None,
         secret: Secret | None = None,
+        is_ours: bool = False,
     ) -> None:
         """From now on the proxy answers the server, with this."""
         self._authenticator = Credentials(
-            self._user, password, secret, self._observer, client_key=client_key, purpose=""
+            *(self._user, password, secret, self._observer),
+            client_key=client_key,
+            purpose="",
+            policy=self._policy,
+            is_ours=is_ours,
         ).authenticator()
 
 

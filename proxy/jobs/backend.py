@@ -18,6 +18,7 @@ from protocol.errors import (
     ProtocolViolation,
     SQLError,
 )
+from protocol.framing import limit_before_login
 from protocol.messages import (
     BackendKeyData,
     Bind,
@@ -48,6 +49,9 @@ Row = tuple[bytes | None, ...]
 
 # Parse of nothing, and Flush: answered at once, and nothing is done for it.
 _TAKE_UP: Final = Parse(b"", b"", ()).serialize() + Flush().serialize()
+
+_MAX_BEFORE_LOGIN: Final = 256 * 1024
+"""Bytes of all messages until a backend is ready; a server's settings are a kilobyte or two."""
 
 READ_SIZE = 64 * 1024
 """The most bytes taken from the kernel at once."""
@@ -125,15 +129,22 @@ class Backend(asyncio.BufferedProtocol):
     async def login(self, startup: StartupMessage, credentials: Credentials) -> None:
         """Send the startup packet, answer what the server asks for, wait until it is ready.
 
-        Raises SQLError: the server's own error, or 28000 if we have nothing to log in with.
+        Raises SQLError: the server's own error, or 28000 if we have nothing to log in with;
+        ProtocolViolation: it says more than a server has to say until then.
         """
         self.transport.write(startup.serialize())
         authenticator = credentials.authenticator()
+        self._inbox.bound(limit_before_login)
+        said = 0
         while True:
             kind, body = await self._inbox.next()
+            said += len(body)
+            if said > _MAX_BEFORE_LOGIN:
+                raise ProtocolViolation("the server says too much before the login is done")
             if kind == _PARAMETER_STATUS:
                 self._parameter_status(body)
             elif kind == _READY:
+                self._inbox.bound(None)
                 self.ready = True
                 return
             elif kind == _BACKEND_KEY_DATA:

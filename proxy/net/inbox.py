@@ -2,13 +2,13 @@
 
 The rule: an inbox holds at most about `LIMIT` bytes that nobody has asked for; beyond that it
 stops its connection, and the kernel stops whoever writes. A message longer than the limit is
-still gathered whole, because somebody awaits it.
+still gathered whole, because somebody awaits it; but for `bound`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from protocol.framing import MessageBuffer
@@ -44,6 +44,10 @@ class Inbox:
         elif not self._paused and len(self._buffer) > LIMIT:
             self._paused = True
             self._source.pause_reading()
+
+    def bound(self, limit: Callable[[int], int] | None) -> None:
+        """From now on a message may be as long as this says for its type; None: any length."""
+        self._buffer.limit = limit
 
     def close(self, error: Exception) -> None:
         """No more will come; whoever waits for a message, now or later, gets the error."""

@@ -187,7 +187,9 @@ class Dialer:
                 b"search_path": b"pg_catalog",
             }
         )
-        credentials = self._credentials.own_credentials(host.name, host.port, database, user)
+        credentials = self._credentials.own_credentials(
+            host.name, host.port, database, user, self._upstream.policy(host)
+        )
         taken: list[Route] = []
 
         async def first(factory: Callable[[], P]) -> P:
