@@ -176,5 +176,5 @@ def _demo(arguments: dict[str, Any]) -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {log.printable(message)}", file=sys.stderr)
     return code

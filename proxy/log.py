@@ -1,5 +1,8 @@
 """The log: one event a line on stderr, in the form of PostgreSQL's own log.
 
+The invariant: whatever a client or a server has put into an event, it is text to whoever reads the
+log: no control character of it reaches a terminal, and no line of it can pass for an event.
+
 Everything logs to the logger ``proxy``. Passwords and keys are never logged, and SQL only at the
 level debug.
 """
@@ -7,6 +10,7 @@ level debug.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from typing import Final, TextIO
@@ -15,6 +19,25 @@ logger: Final = logging.getLogger("proxy")
 
 # PostgreSQL's names: what an operator reads in the server's log, in the same place.
 _SEVERITIES: Final = {"INFO": "LOG", "CRITICAL": "FATAL"}
+
+
+_HARMFUL: Final = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but for tab and line feed, DEL, C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what turns the direction of text round
+    "\u2028\u2029\ud800-\udfff]"  # line and paragraph separators; what is no character
+)
+
+
+def printable(text: str) -> str:
+    """Text that says the same and does nothing: control characters are written as escapes.
+
+    Line feeds and tabs are left as they are; what begins a line is for the caller to see to.
+    """
+    return _HARMFUL.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape", "surrogatepass").decode()
 
 
 class PostgresFormatter(logging.Formatter):
@@ -34,7 +57,7 @@ class PostgresFormatter(logging.Formatter):
         text = record.getMessage()
         if record.exc_info:
             text = f"{text}\n{self.formatException(record.exc_info)}"
-        text = text.replace("\r", "\\r").replace("\n", "\n\t")
+        text = printable(text).replace("\n", "\n\t")
         return (
             f"{when}.{int(record.msecs):03d} UTC [{record.process}]{self._who} {severity}:  {text}"
         )

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,24 @@ def test_the_log_has_postgresqls_form_and_no_event_can_pass_for_another() -> Non
     first, second = log.PostgresFormatter().format(record).split("\n")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} UTC \[\d+\] LOG:  role a", first)
     assert second == "\tERROR:  b"
+
+
+def test_no_control_character_reaches_who_reads_the_log() -> None:
+    """Every character that there is, as a client may have it in its role's name."""
+    text = "".join(map(chr, range(0x110000)))
+    record = logging.LogRecord("proxy", logging.INFO, "", 0, "role %s", (text,), None)
+    said = log.PostgresFormatter().format(record)
+    _, *more = said.split("\n")
+    assert len(more) == 1
+    assert more[0].startswith("\t")
+    kept = set(said.replace("\n\t", ""))
+    bidirectional = {chr(code) for code in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F))}
+    for character in kept:
+        assert unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") or character == "\t"
+    assert not kept & (bidirectional | {chr(code) for code in range(0x2066, 0x206A)})
+    for harmless in "aZ~ éß漢😀\u0301":
+        assert harmless in kept
+    for escape in ("\\x00", "\\x1b", "\\x7f", "\\x9b", "\\r", "\\u202e", "\\ud800"):
+        assert escape in said
+    assert len(said.splitlines()) == 2
+    said.encode()

@@ -402,6 +402,35 @@ def _knock_at(proxy: Proxy, user: str) -> None:
         proxy.connect(user=user, password="x", sslmode="require")
 
 
+def test_a_roles_name_does_nothing_to_who_reads_the_log(
+    server: Server, start_proxy: StartProxy, lookup_file: str
+) -> None:
+    name = "e\x1b]0;owned\x07\x1b[2J\x7f\u009b31m\r\nx"
+    quoted = '"' + name + '"'
+    with server.connect() as conn:
+        conn.execute("SET password_encryption = md5")
+        conn.execute(f"CREATE ROLE {quoted} LOGIN PASSWORD 'x' IN ROLE pgbackground_role")
+    server.set_hba([*HBA, "host all all 127.0.0.1/32 md5"])
+    try:
+        proxy = start_proxy(
+            *("--auth-user", "lookup", "--auth-file", lookup_file, "--auth-dbname", "postgres"),
+            *("--auth-query", "SELECT nonsense", "--log-level", "debug"),
+        )
+        with (
+            proxy.connect(user=name, password="x") as conn,
+            pytest.raises(psycopg.Error, match="no password for role"),
+        ):
+            job_role(conn)
+        proxy.wait_for_log(r'auth_query for role "e\\x1b\]0;owned\\x07\\x1b\[2J\\x7f\\x9b31m\\r')
+        assert all(
+            ord(character) > 31 for character in proxy.log.replace("\n\t", "").replace("\n", "")
+        )
+    finally:
+        server.set_hba(HBA)
+        with server.connect() as conn:
+            conn.execute(f"DROP ROLE {quoted}")
+
+
 def test_strangers_cannot_make_the_proxy_log_in_without_end(
     tls_roles: Server, start_proxy: StartProxy, certificates: Certificates, lookup_file: str
 ) -> None:
