@@ -44,7 +44,7 @@ class Setup:
         try:
             self.credentials = CredentialStore(config.passfile, config.auth_file)
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(f"auth_file: {error}") from None
         self.tls = tls.client_context(config)
         self.dialer = Dialer(config, self.credentials)
         self.auth_query = AuthQuery(config, self.dialer)

@@ -323,6 +323,7 @@ def test_auth_file_has_passwords_and_secrets() -> None:
 )
 def test_malformed_auth_file_names_file_and_line_and_no_secret(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "userlist.txt"
+    path.touch(mode=0o600)
     path.write_bytes(b'; comment\n"bob" "fine"\n' + line)
     with pytest.raises(ValueError, match="line 3") as caught:
         AuthFile(path)
@@ -334,6 +335,7 @@ def test_auth_file_that_becomes_malformed_stays_as_it_was(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "userlist.txt"
+    path.touch(mode=0o600)
     path.write_bytes(b'"alice" "one"')
     auth_file = AuthFile(path)
     path.write_bytes(b'"alice" "s3cr3t')
@@ -470,6 +472,7 @@ def test_cleartext_password_answers_every_method() -> None:
 
 def test_md5_secret_answers_md5(tmp_path: Path) -> None:
     auth_file = tmp_path / "userlist.txt"
+    auth_file.touch(mode=0o600)
     auth_file.write_bytes(b'"alice" "%b"' % md5_secret(b"alice", PASSWORD))
     respond = credentials(auth_file=auth_file).authenticator().respond
     expected = md5_password(b"alice", PASSWORD, SALT)
@@ -478,6 +481,7 @@ def test_md5_secret_answers_md5(tmp_path: Path) -> None:
 
 def test_scram_secret_answers_scram_after_a_login_by_scram(tmp_path: Path) -> None:
     auth_file = tmp_path / "userlist.txt"
+    auth_file.touch(mode=0o600)
     auth_file.write_bytes(b'"alice" "%b"' % SCRAM_SECRET.serialize())
     login = observed(*scram_login(SCRAM_SECRET, PASSWORD))
     log_in_by_scram(
@@ -489,6 +493,7 @@ def test_sources_are_tried_in_order(tmp_path: Path) -> None:
     login = observed(CLEARTEXT, PasswordMessage(b"from the client"), OK)
     passfile = private_file(tmp_path / "passfile", b"127.0.0.1:5432:db:alice:from the passfile")
     auth_file = tmp_path / "userlist.txt"
+    auth_file.touch(mode=0o600)
     auth_file.write_bytes(b'"alice" "from the auth_file"')
     found = credentials(login=login, passfile=passfile, auth_file=auth_file)
     assert found.password == b"from the client"
@@ -531,6 +536,7 @@ def test_nothing_to_log_in_with_says_what_to_configure(
 def test_error_tells_what_the_files_have_instead(tmp_path: Path) -> None:
     passfile = private_file(tmp_path / "passfile", b"*:*:*:bob:x")
     auth_file = tmp_path / "userlist.txt"
+    auth_file.touch(mode=0o600)
     auth_file.write_bytes(
         b'"md5" "%b"\n"scram" "%b"\n' % (md5_secret(b"md5", PASSWORD), SCRAM_SECRET.serialize())
     )
@@ -642,6 +648,7 @@ def test_secrets_are_in_no_text_and_in_no_pickle(
     md5 = md5_secret(b"bob", PASSWORD)
     passfile_path = private_file(tmp_path / "passfile", b"*:*:*:*:" + PASSWORD)
     auth_file_path = tmp_path / "userlist.txt"
+    auth_file_path.touch(mode=0o600)
     auth_file_path.write_bytes(
         b'"alice" "%b"\n"bob" "%b"\n"carol" "%b"' % (PASSWORD, md5, SCRAM_SECRET.serialize())
     )
@@ -811,6 +818,7 @@ def test_login_with_the_password_in_the_auth_file(
     server: Server, role: str, tmp_path: Path
 ) -> None:
     auth_file = tmp_path / "userlist.txt"
+    auth_file.touch(mode=0o600)
     auth_file.write_text(f'"{role}" "{PASSWORDS[role]}"', encoding="utf-8")
     log_in(server, role, credentials(role.encode(), auth_file=auth_file).authenticator().respond)
 
@@ -826,6 +834,7 @@ def test_login_with_the_password_that_libpq_sent_in_cleartext(server: Server) ->
 
 def test_login_with_the_md5_secret_of_pg_authid(server: Server, tmp_path: Path) -> None:
     auth_file = tmp_path / "userlist.txt"
+    auth_file.touch(mode=0o600)
     auth_file.write_bytes(b'"pw_md5" "%b"' % stored_secret(server, "pw_md5"))
     login = libpq_login(server, "pw_md5")
     assert login.method == "an MD5 password"
@@ -837,6 +846,7 @@ def test_login_with_the_scram_secret_of_pg_authid_after_a_login_by_libpq(
     server: Server, tmp_path: Path
 ) -> None:
     auth_file = tmp_path / "userlist.txt"
+    auth_file.touch(mode=0o600)
     auth_file.write_bytes(b'"pw_scram" "%b"' % stored_secret(server, "pw_scram"))
     found = credentials(b"pw_scram", login=libpq_login(server, "pw_scram"), auth_file=auth_file)
     assert found.password is None
@@ -851,6 +861,7 @@ def test_login_with_the_scram_secret_after_a_login_of_our_own(
     own = with_password("pw_scram", PASSWORDS["pw_scram"])
     log_in(server, "pw_scram", own.respond, observer)
     auth_file = tmp_path / "userlist.txt"
+    auth_file.touch(mode=0o600)
     auth_file.write_bytes(b'"pw_scram" "%b"' % stored_secret(server, "pw_scram"))
     found = credentials(b"pw_scram", login=observer, auth_file=auth_file)
     log_in(server, "pw_scram", found.authenticator().respond)

@@ -174,6 +174,7 @@ def test_client_that_does_not_read_does_not_hold_up_the_end(
 
 
 def test_malformed_auth_file_is_one_clear_line(tmp_path: Path, server: Server) -> None:
+    (tmp_path / "users").touch(mode=0o600)
     (tmp_path / "users").write_text('"alice" no quotes\n')
     with pytest.raises(TimeoutError) as caught:
         Proxy(f"host={server.host} port={server.port}", "--auth-file", str(tmp_path / "users"))
@@ -345,6 +346,7 @@ def passfile(server: Server, path: Path) -> list[str]:
 
 
 def auth_file_of_passwords(server: Server, path: Path) -> list[str]:
+    path.touch(mode=0o600)
     path.write_text("".join(f'"{role}" "{pw}"\n' for role, pw in PASSWORDS.items()))
     return ["--auth-file", str(path)]
 
@@ -354,6 +356,7 @@ def auth_file_of_secrets(server: Server, path: Path) -> list[str]:
         secrets = direct.execute(
             "SELECT rolname, rolpassword FROM pg_authid WHERE rolname = ANY(%s)", [list(PASSWORDS)]
         ).fetchall()
+    path.touch(mode=0o600)
     path.write_text("".join(f'"{role}" "{secret}"\n' for role, secret in secrets))
     return ["--auth-file", str(path)]
 
@@ -408,6 +411,7 @@ def test_launch_without_a_password_says_what_is_missing_and_the_session_lives_on
 def test_wrong_password_in_the_file_is_the_servers_refusal(
     server: Server, start_proxy: StartProxy, tmp_path: Path
 ) -> None:
+    (tmp_path / "users").touch(mode=0o600)
     (tmp_path / "users").write_text('"pw_scram" "wrong one"\n')
     proxy = start_proxy("--auth-file", str(tmp_path / "users"))
     with proxy.connect(user="pw_scram", password=PASSWORDS["pw_scram"]) as conn:

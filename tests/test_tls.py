@@ -252,6 +252,7 @@ def test_a_file_that_cannot_be_used_is_said(
     certificates: Certificates, tmp_path: Path, options: dict[str, str], message: str
 ) -> None:
     nothing = tmp_path / "nothing.pem"
+    nothing.touch(mode=0o600)
     nothing.write_text("nothing\n")
     files = {"ca": certificates.ca, "nothing": nothing}
     changed = [

@@ -911,6 +911,7 @@ def test_certificates_are_read_again(
 
     def install(pair: Any) -> None:
         cert.write_bytes(pair.cert.read_bytes())
+        key.touch(mode=0o600)
         key.write_bytes(pair.key.read_bytes())
         key.chmod(0o600)
 

@@ -57,6 +57,7 @@ from protocol.scram import (
     ScramSecret,
     client_key_from_proof,
 )
+from proxy import private
 from proxy.auth.methods import ANYTHING, CLEARTEXT_HINT, PROVE_HINT, Guard, Policy, in_words
 from proxy.log import logger
 
@@ -110,16 +111,16 @@ class _WatchedFile(ABC, Generic[T]):
 
     def _load(self) -> T:
         try:
-            self._check(self._path.stat().st_mode)
+            self._check(self._path.stat())
             data = self._path.read_bytes()
         except OSError as error:
             logger.warning("ignoring %s: %s", self._path, error.strerror)
             data = b""
         return self._parse(data)
 
-    def _check(self, mode: int) -> None:
-        """Raises OSError if a file of this mode must not be read."""
-        if not stat.S_ISREG(mode):
+    def _check(self, status: os.stat_result) -> None:
+        """Raises OSError if such a file counts as empty, ValueError if it is malformed."""
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is not a plain file")
 
     @abstractmethod
@@ -193,9 +194,9 @@ class PassFile(_WatchedFile[tuple[PassFileEntry, ...]]):
                 return entry.password or None
         return None
 
-    def _check(self, mode: int) -> None:
-        super()._check(mode)
-        if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+    def _check(self, status: os.stat_result) -> None:
+        super()._check(status)
+        if os.name == "posix" and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise PermissionError(
                 errno.EPERM, "group or others have access to it; chmod 0600 makes it private"
             )
@@ -263,13 +264,19 @@ class AuthFile(_WatchedFile[dict[bytes, Secret]]):
     """A file of passwords and secrets in the format of PgBouncer's ``auth_file``.
 
     Raises:
-        ValueError: it is malformed; the message names file and line. Once it has been read, a
-            change that makes it malformed is logged, and what was read before stays in use.
+        ValueError: it is malformed, and the message names file and line; or others have access to
+            it. Once it has been read, a change that makes it so is logged, and what was read before
+            stays in use.
     """
 
     def lookup(self, user: bytes) -> Secret | None:
         """What the file has for this role."""
         return self.content().get(user)
+
+    def _check(self, status: os.stat_result) -> None:
+        super()._check(status)
+        if private.is_exposed(status):
+            raise ValueError(private.exposed(self._path))
 
     def _parse(self, data: bytes) -> dict[bytes, Secret]:
         try:

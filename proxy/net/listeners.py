@@ -15,6 +15,7 @@ import contextlib
 import errno
 import socket
 import ssl
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -156,13 +157,13 @@ class Listeners:
             listening = self._open.enter_context(socket.socket(socket.AF_UNIX))
             listening.setblocking(False)
             listening.bind(str(path))
-            self._open.callback(path.unlink, missing_ok=True)
+            self._open.callback(_remove_own, path, _identity(path))
             self._accept_from(listening)
             return
         loop = asyncio.get_running_loop()
         server = await loop.create_unix_server(self._client, str(path), backlog=_BACKLOG)
         # Python removes the file only from 3.13 on.
-        self._open.callback(path.unlink, missing_ok=True)
+        self._open.callback(_remove_own, path, _identity(path))
         self._open.callback(server.close)
 
     async def _bind(self, address: ListenAddress) -> list[socket.socket]:
@@ -280,13 +281,33 @@ async def _peek(connection: socket.socket) -> bytes:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a proxy that is gone. Raises OSError if one is listening there."""
+    """Remove the socket of a proxy that is gone. Raises OSError for anything else."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise OSError("something else than a socket is there; it is left alone")
+    except FileNotFoundError:
+        return
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(str(path))
         except FileNotFoundError:
             return
         except ConnectionRefusedError:
-            path.unlink()
+            path.unlink(missing_ok=True)
             return
+        except BlockingIOError:
+            pass  # its backlog is full
     raise OSError("another process is listening there")
+
+
+def _remove_own(path: Path, own: tuple[int, int]) -> None:
+    """Remove a socket if it is still the one that we made."""
+    with contextlib.suppress(OSError):
+        if _identity(path) == own:
+            path.unlink()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino

@@ -12,6 +12,7 @@ import ssl
 from pathlib import Path
 from typing import Final, cast
 
+from proxy import private
 from proxy.config import Config, ConfigError, Upstream
 
 ALPN_PROTOCOL: Final = "postgresql"
@@ -95,6 +96,8 @@ def _load_certificate(
                 pass
         except OSError as error:
             raise ConfigError(f"{name}: cannot read {file}: {error.strerror}") from None
+    if private.is_exposed(Path(key).expanduser().stat()):
+        raise ConfigError(f"{key_name}: {private.exposed(key)}")
     try:
         context.load_cert_chain(Path(cert).expanduser(), Path(key).expanduser(), password=encrypted)
     except (ValueError, OSError) as error:

@@ -1,0 +1,28 @@
+"""Files that hold secrets: who may read them, as PostgreSQL judges its server's private key.
+
+The invariant: a file that others than its owner can read is not used. One of root's may be read by
+its group: so are secrets handed to services that do not run as root.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_OTHERS_OF_ROOT = stat.S_IWGRP | stat.S_IXGRP | stat.S_IRWXO
+
+
+def is_exposed(status: os.stat_result) -> bool:
+    """Whether others have access to such a file; always false on Windows, which has no modes."""
+    others = _OTHERS_OF_ROOT if status.st_uid == 0 else _OTHERS
+    return os.name == "posix" and bool(status.st_mode & others)
+
+
+def exposed(path: Path | str) -> str:
+    """The error about such a file."""
+    return (
+        f"{path} has group or world access; chmod 600 {path} (or 640, if root owns it) makes it"
+        " private"
+    )
