@@ -2,12 +2,16 @@
 
 Each step shows its SQL and what came back, and checks that it came back as the text says: the tour
 is also the shortest test of the whole program.
+
+The invariant: only who runs the demo (and root) can connect to it. Everybody who can is a
+superuser, so server and proxy listen on Unix sockets alone, in a folder that is closed to others.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -29,6 +33,8 @@ Rows = list[tuple[Any, ...]]
 _MISSING: Final = (
     "the demo needs a PostgreSQL and a client: pip install 'pg-background-proxy[demo]'"
 )
+_SETTINGS: Final = {"listen_addresses": "''"}
+_HBA: Final = ("local all all trust",)
 _START_TIMEOUT: Final = 15.0  # seconds
 _STEP_TIMEOUT: Final = 30.0
 _WIDTH: Final = 60  # of one column
@@ -66,7 +72,7 @@ def main(run: Callable[[Coroutine[Any, Any, int]], int], *, once: bool) -> int:
     log.configure("warning")
     print("Starting PostgreSQL in a temporary folder and the proxy before it ...", flush=True)
     try:
-        with Cluster(programs) as cluster:
+        with Cluster(programs, _SETTINGS, _HBA, private=True) as cluster:
             code = run(_serve_and_show(cluster, programs, once=once))
     except ClusterError as error:
         raise DemoError(str(error)) from error
@@ -75,20 +81,20 @@ def main(run: Callable[[Coroutine[Any, Any, int]], int], *, once: bool) -> int:
 
 
 async def _serve_and_show(cluster: Cluster, programs: Path, *, once: bool) -> int:
-    from proxy.embedded import free_port
     from proxy.server import serve
 
-    port = free_port()
+    folder = cluster.socket_dir
+    port = cluster.port % 65535 + 1
     proxy = asyncio.create_task(
         serve(
             Config(
-                listen=(ListenAddress(cluster.host, port),),
-                upstream=Upstream((Host(cluster.host, cluster.port),)),
+                listen=(ListenAddress(folder, port),),
+                upstream=Upstream((Host(folder, cluster.port),)),
                 shutdown_timeout=1.0,
             )
         )
     )
-    tour = asyncio.create_task(_show(f"host={cluster.host} port={port}", cluster.version))
+    tour = asyncio.create_task(_show(f"host={folder} port={port}", cluster.version))
     # The proxy ends first if it could not start, or if somebody pressed Ctrl-C.
     await asyncio.wait({proxy, tour}, return_when=asyncio.FIRST_COMPLETED)
     if proxy.done():
@@ -99,8 +105,9 @@ async def _serve_and_show(cluster: Cluster, programs: Path, *, once: bool) -> in
     if failure is not None:
         print(f"\nFAILED: {str(failure).strip()}", file=sys.stderr)
     elif not once:
-        psql = shutil.which("psql") or programs / "psql"
-        print(f"\nThe proxy is up. Try it:\n\n    {psql} -h {cluster.host} -p {port} -U postgres\n")
+        psql = shutil.which("psql") or str(programs / "psql")
+        command = shlex.join([psql, "-h", folder, "-p", str(port), "-U", "postgres"])
+        print(f"\nThe proxy is up. Try it, as the same user:\n\n    {command}\n")
         print("Ctrl-C stops everything.", flush=True)
     if failure is not None or once:
         os.kill(os.getpid(), signal.SIGTERM)

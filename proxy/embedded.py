@@ -112,6 +112,8 @@ class Cluster:
         bin_dir: the folder with ``initdb`` and ``postgres``.
         settings: lines for postgresql.conf, over SETTINGS; values as they stand in that file.
         hba: the lines of pg_hba.conf.
+        private: whether its folder, and with it the Unix socket, is closed to other users. (The
+            port on loopback is not: that is for `hba` and listen_addresses.)
     """
 
     def __init__(
@@ -119,6 +121,8 @@ class Cluster:
         bin_dir: Path,
         settings: Mapping[str, str] | None = None,
         hba: Iterable[str] = TRUST_LOCAL,
+        *,
+        private: bool = False,
     ) -> None:
         self.bin = bin_dir
         self.version = server_version(bin_dir)
@@ -128,7 +132,7 @@ class Cluster:
         self._hba = tuple(hba)
         self._process: subprocess.Popen[bytes] | None = None
         self._user = _server_user()
-        self.directory = _temporary_directory(self._user)
+        self.directory = _temporary_directory(self._user, 0o700 if private else 0o755)
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD, "guard", str(self.directory)],
             stdin=subprocess.PIPE,
@@ -369,12 +373,12 @@ def _copy_programs(bin_dir: Path, target: Path) -> Path:
     return copied / bin_dir.name
 
 
-def _temporary_directory(owner: int | None) -> Path:
+def _temporary_directory(owner: int | None, mode: int) -> Path:
     path = Path(tempfile.mkdtemp(prefix="pgbg-"))
     if len(str(path)) > 80:  # a Unix socket's path has at most 107 characters
         path.rmdir()
         path = Path(tempfile.mkdtemp(prefix="pgbg-", dir="/tmp"))
-    path.chmod(0o755)  # for clients of any user; the data directory is closed
+    path.chmod(mode)  # 0755 is for clients of any user; the data directory is closed
     if owner is not None:
         os.chown(path, owner, -1)
     return path

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import pwd
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from tests.servers import REPOSITORY, clean_environment
@@ -50,12 +56,58 @@ def test_the_demo_stays_up_until_it_is_interrupted(temporary: Path) -> None:
     with start(temporary, "proxy", "demo") as process:
         assert process.stdout is not None
         lines = iter(process.stdout.readline, "")
-        assert any("Ctrl-C stops everything." in line for line in lines)
-        process.send_signal(signal.SIGINT)
+        told = list(itertools.takewhile(lambda line: "Ctrl-C stops everything." not in line, lines))
+        [command] = [line.strip() for line in told if line.startswith("    ") and " -p " in line]
+        try:
+            _check_that_the_command_works(command)
+            _check_that_nobody_else_gets_in(process.pid, command)
+        finally:
+            process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert "Nothing is left behind." in said
     assert "Traceback" not in said
+
+
+def _pasted(command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["/bin/sh", "-c", f"{command} -XAtc \"SELECT current_user, pg_background_launch('') > 0\""],
+        env=clean_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        **options,
+    )
+
+
+def _check_that_the_command_works(command: str) -> None:
+    done = _pasted(command)
+    assert (done.stdout, done.stderr) == ("postgres|t\n", "")
+
+
+def _check_that_nobody_else_gets_in(pid: int, command: str) -> None:
+    """Whoever connects is a superuser, and could have a shell by COPY FROM PROGRAM."""
+    demo = psutil.Process(pid)
+    for process in (demo, *demo.children(recursive=True)):
+        for socket in process.net_connections("inet"):
+            assert socket.status != psutil.CONN_LISTEN, (process, socket)
+    if os.geteuid() == 0:
+        server = next(p for p in demo.children(recursive=True) if p.name().startswith("postgres"))
+        nobody = pwd.getpwnam("nobody")
+        assert nobody.pw_uid != server.uids().real
+        done = _pasted(command, user=nobody.pw_uid, group=nobody.pw_gid, extra_groups=[])
+        assert "Permission denied" in done.stderr
+        assert done.returncode != 0
+        at_server = re.sub(r"-p \d+", f"-p {_port_of(server)}", command)
+        done = _pasted(at_server, user=nobody.pw_uid, group=nobody.pw_gid, extra_groups=[])
+        assert done.returncode != 0
+
+
+def _port_of(server: psutil.Process) -> str:
+    words: list[str] = server.cmdline()
+    return words[words.index("-p") + 1]
 
 
 def test_without_the_extra_the_demo_says_what_to_install() -> None:
