@@ -16,7 +16,8 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 
 from protocol.startup import CancelRequest
 from proxy import log
-from proxy.auth.credentials import Credentials, LoginObserver, Secret
+from proxy.auth.checks import Check
+from proxy.auth.credentials import Credentials, LoginObserver
 from proxy.config import Config
 from proxy.extension.channels import Channels
 from proxy.functions import CATALOGS
@@ -130,10 +131,10 @@ class Server:
             found = find(queried=queried, has_auth_query=True)
         return found
 
-    async def secret_of(
+    async def check_of(
         self, route: Route, database: bytes, user: bytes, stranger: str
-    ) -> Secret | None:
-        """What is known of a role, to check a client with that claims to be it.
+    ) -> Check | None:
+        """What to check a client with that claims to be a role; None if the proxy has no secrets.
 
         Args:
             route: to the session's server.
@@ -141,9 +142,12 @@ class Server:
             user: the role.
             stranger: whose connection it is (`pace.who`).
         """
+        if not (self.credentials.has_files or self.auth_query.enabled):
+            return None
         host = route.host
         found = self.credentials.secret(host.name, host.port, database, user)
-        return found or await self.auth_query.secret(host, user, stranger)
+        found = found or await self.auth_query.secret(host, user, stranger)
+        return self.setup.checks.check(user, found)
 
     # Its life
 

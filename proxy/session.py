@@ -364,7 +364,7 @@ class Session(Owner):
             primary,
             user,
             self._observer,
-            lambda: self._server.secret_of(self.route, database, user, stranger),
+            lambda: self._server.check_of(self.route, database, user, stranger),
             asks_password=self._may_send_password() if plain else None,
             policy=self._server.config.upstream.policy(self.route.host),
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from proxy.auth.auth_query import AuthQuery
+from proxy.auth.checks import Checks
 from proxy.auth.credentials import CredentialStore
 from proxy.auth.methods import SCRAM
 from proxy.config import Config, ConfigError, check_together
@@ -47,6 +48,10 @@ class Setup:
             raise ConfigError(f"auth_file: {error}") from None
         self.tls = tls.client_context(config)
         self.dialer = Dialer(config, self.credentials)
+        self.checks = Checks(
+            config.client_tls_key_file if self.tls is not None else None,
+            self.credentials.secrets_of_file(),
+        )
         self.auth_query = AuthQuery(config, self.dialer)
         self.own_settings = {
             MAX_WORKERS.name: str(config.max_workers),

@@ -514,6 +514,15 @@ class CredentialStore:
         self._passfile = None if passfile is None else PassFile(passfile)
         self._auth_file = None if auth_file is None else AuthFile(auth_file)
 
+    @property
+    def has_files(self) -> bool:
+        """Whether there is either file."""
+        return self._passfile is not None or self._auth_file is not None
+
+    def secrets_of_file(self) -> list[Secret]:
+        """All that the auth_file has."""
+        return [] if self._auth_file is None else list(self._auth_file.content().values())
+
     def secret(self, host: str, port: int, database: bytes, user: bytes) -> Secret | None:
         """What the files have for a role, to check a client with. It lets nobody in by itself."""
         secret = None if self._auth_file is None else self._auth_file.lookup(user)

@@ -9,7 +9,8 @@ The rule: who is let in is the server's decision, always. Three ways lead to it:
 - SCRAM on both sides, where it could not pass through: a client that has TLS, and so could bind,
   says that the server does not offer it; a server that has TLS takes that for an attack. With the
   role's secret the proxy can check the client itself, and recovers from its proof the key to log in
-  with. A client with a wrong password is let fail at the server, with a key that is wrong too.
+  with. A client with a wrong password is let fail at the server, with a key that is wrong too; and
+  so is, if the proxy knows secrets at all, one whose role it does not know.
 
 Until the login is over, messages are read whole, and none is larger than `_LIMIT`, or than libpq
 takes them of a server (`limit_before_login`). The client's are taken only when the server has asked
@@ -25,6 +26,7 @@ from typing import Final
 
 from protocol.errors import (
     INVALID_AUTHORIZATION_SPECIFICATION,
+    INVALID_PASSWORD,
     ProtocolViolation,
     SQLError,
 )
@@ -42,7 +44,8 @@ from protocol.messages import (
     SASLResponse,
     parse_authentication,
 )
-from protocol.scram import MECHANISM, ClientFirst, ScramSecret, ScramServer
+from protocol.scram import MECHANISM, ClientFirst, ScramServer
+from proxy.auth.checks import Check
 from proxy.auth.credentials import Authenticator, Cleartext, Credentials, LoginObserver, Secret
 from proxy.auth.methods import Guard, Policy
 from proxy.net.connection import Connection
@@ -55,6 +58,11 @@ _PLUS: Final = MECHANISM + b"-PLUS"
 _LIMIT: Final = 64 * 1024
 """Bytes of one message; PostgreSQL's own limit for what a client sends at this time."""
 
+_DOOMED_HINT: Final = (
+    "If the password is right, the proxy does not have the role's password or SCRAM secret"
+    " (auth_file, passfile or auth_query): it ends TLS on both sides, so SCRAM channel binding"
+    " cannot reach the server. channel_binding=disable in the client does without."
+)
 _BINDING_HINT: Final = (
     "The proxy ends TLS on both sides, so SCRAM channel binding cannot reach the server. Let the"
     " proxy know the role's SCRAM secret (auth_file or auth_query), or set auth_type = plain in the"
@@ -127,7 +135,8 @@ class Login:
         client, server: their connections; what comes in is the login's while it runs.
         user: the role in the startup packet.
         observer: is shown the client's side of it.
-        find_secret: what is known to check the client with, if SCRAM cannot pass through.
+        find_check: what to check the client with, if SCRAM cannot pass through; None if the proxy
+            knows nothing of any role.
         asks_password: auth_type is plain. None if it is not; else whether this client's connection
             is fit for a password in clear text.
         policy: what the server may ask for.
@@ -139,7 +148,7 @@ class Login:
         server: Connection,
         user: bytes,
         observer: LoginObserver,
-        find_secret: Callable[[], Awaitable[Secret | None]],
+        find_check: Callable[[], Awaitable[Check | None]],
         *,
         asks_password: bool | None,
         policy: Policy,
@@ -148,7 +157,7 @@ class Login:
         self._server = server
         self._user = user
         self._observer = observer
-        self._find_secret = find_secret
+        self._find_check = find_check
         self._asks_password = asks_password
         self._policy = policy
         self._guard = Guard(policy)
@@ -162,6 +171,8 @@ class Login:
         # The server has offered SCRAM-SHA-256-PLUS, in this request.
         self._binding_offered: AuthenticationSASL | None = None
         self._binding_lost = False
+        # The client has failed the proxy's check, and is to hear it from the server.
+        self._doomed = False
         # The proxy itself answers the server; then it has a last word for the client.
         self._authenticator: Authenticator | None = None
         self._last_word = b""
@@ -238,6 +249,8 @@ class Login:
                 raise RefusedError(error, self._preface + message)
             if self._binding_lost and error.sqlstate == INVALID_AUTHORIZATION_SPECIFICATION:
                 message = error.with_fields(H=_BINDING_HINT.encode()).serialize()
+            elif self._doomed and error.sqlstate == INVALID_PASSWORD:
+                message = error.with_fields(H=_DOOMED_HINT.encode()).serialize()
         if self._preface is None:
             self._client.write(message)
         else:
@@ -325,19 +338,16 @@ class Login:
 
     async def _scram_on_both_sides(self, client_first: bytes, request: AuthenticationSASL) -> bool:
         """Check the client, then log in for it; false if there is nothing to check it with."""
-        known = await self._find_secret()
-        match known:
-            case ScramSecret():
-                secret = known
-            case Cleartext():
-                secret = ScramSecret.from_password(known.password)
-            case _:
-                self._binding_lost = True
-                return False
-        conversation = ScramServer(secret)
+        check = await self._find_check()
+        if check is None:
+            self._binding_lost = True
+            return False
+        known = check.known
+        conversation = ScramServer(check.secret)
         self._ask(AuthenticationSASLContinue(conversation.first_message(client_first)))
         client_final = SASLResponse.parse(await self._client_answer()).response
-        if not conversation.verify(client_final):
+        if not conversation.verify(client_final) or known is None:
+            self._doomed = True
             self._be(client_key=secrets.token_bytes(32))
         else:
             if isinstance(known, Cleartext):

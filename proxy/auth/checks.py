@@ -1,0 +1,81 @@
+"""What the proxy checks a client with, where the server cannot do it.
+
+The invariant: a client that does not know the password cannot tell by the conversation whether the
+proxy knows its role. All roles have a salt that is theirs for good, and the same error; one that is
+not known has keys that no password gives, as PostgreSQL's own mock authentication has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from protocol.scram import MIN_ITERATIONS, ScramSecret
+from proxy.auth.credentials import Cleartext, Secret
+
+_MAX_DERIVED: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How a client is checked that claims to be one role.
+
+    Attributes:
+        secret: for the conversation with it.
+        known: what it was made from; None if nothing is known, and then the check must fail.
+    """
+
+    secret: ScramSecret = field(repr=False)
+    known: Cleartext | ScramSecret | None = field(repr=False)
+
+
+class Checks:
+    """Makes them.
+
+    Args:
+        key_file: the proxy's private key for TLS, from which the salts come: so they are the same
+            in all workers, and after a restart. Without one they hold for this process.
+        secrets_known: the secrets of the auth_file: what is made up has as many iterations as most.
+    """
+
+    def __init__(self, key_file: Path | None, secrets_known: Iterable[Secret]) -> None:
+        material = secrets.token_bytes(32) if key_file is None else key_file.read_bytes()
+        self._key = hmac.digest(material, b"pg_background_proxy: salts of roles", "sha256")
+        counts = Counter(s.iterations for s in secrets_known if isinstance(s, ScramSecret))
+        self._iterations = counts.most_common(1)[0][0] if counts else MIN_ITERATIONS
+        self._derived: dict[tuple[bytes, bytes], ScramSecret] = {}
+
+    def check(self, user: bytes, known: Secret | None) -> Check:
+        """For a role, of which this is known."""
+        match known:
+            case ScramSecret():
+                return Check(known, known)
+            case Cleartext(password):
+                return Check(self._from_password(user, password), known)
+            case _:  # an MD5 secret is of no use here
+                made_up = (self._pseudorandom(what, user) for what in (b"stored", b"server"))
+                salt = self._salt(user)
+                return Check(ScramSecret(self._iterations, salt, *made_up), None)
+
+    def _from_password(self, user: bytes, password: bytes) -> ScramSecret:
+        """Kept: it takes a millisecond, which a clock could see each time."""
+        key = user, hashlib.sha256(password).digest()
+        if key not in self._derived:
+            if len(self._derived) >= _MAX_DERIVED:
+                self._derived.clear()
+            self._derived[key] = ScramSecret.from_password(
+                password, salt=self._salt(user), iterations=self._iterations
+            )
+        return self._derived[key]
+
+    def _salt(self, user: bytes) -> bytes:
+        return self._pseudorandom(b"salt", user)[:16]
+
+    def _pseudorandom(self, what: bytes, user: bytes) -> bytes:
+        return hmac.digest(self._key, what + b"\0" + user, "sha256")
