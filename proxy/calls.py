@@ -52,6 +52,10 @@ class Caller(Protocol):
     @property
     def context(self) -> Context: ...
 
+    @property
+    def cluster(self) -> bytes:
+        """Of the session; roles of others are other roles, whatever their OIDs."""
+
     async def known_jobs(self) -> Sequence[KnownJob]:
         """Of all sessions of the proxy, those that ended a while ago included; at least those that
         the current role may touch."""
@@ -160,8 +164,7 @@ def _own_with_cookie(caller: Caller, pid: int, cookie: int) -> Job:
 
 
 def _may_touch(caller: Caller, job: KnownJob) -> bool:
-    context = caller.context
-    return job.role_id == context.role_id or job.role_id in context.usable_roles
+    return job.cluster == caller.cluster and job.role_id in caller.context.roles
 
 
 def _check_role(caller: Caller, job: KnownJob) -> None:

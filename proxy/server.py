@@ -90,7 +90,10 @@ class Server:
         Raises ConfigError: nothing has changed then.
         """
         config, fixed = reloaded(self.config, config)
+        moved = config.upstream != self.config.upstream
         self._use(Setup(config))
+        if moved:
+            self.spares.give_way()
         self.jobs.retention = config.outcome_retention
         self.spares.count = config.spares
         self.spares.lifetime = self.channels.lifetime = config.spare_lifetime

@@ -16,7 +16,7 @@ from typing import Final
 from protocol.errors import SQLError
 from proxy.jobs.backend import Backend, ServerError
 from proxy.jobs.context import ROLE_STATEMENT
-from proxy.jobs.identity import Login
+from proxy.jobs.identity import SYSTEM_ID_QUERY, Login
 from proxy.log import logger
 
 Open = Callable[[], Awaitable[Backend]]
@@ -54,11 +54,13 @@ class Channel:
 
     Attributes:
         room: how many characters of a query can be seen; 0 if none.
+        system_id: of the database cluster (`identity`).
         timer: closes it when nobody needs it.
     """
 
-    def __init__(self, login: Login, backend: Backend, room: int) -> None:
+    def __init__(self, login: Login, backend: Backend, room: int, system_id: bytes) -> None:
         self.login = login
+        self.system_id = system_id
         self.room = room
         self._backend = backend
         self.timer: asyncio.TimerHandle | None = None
@@ -134,11 +136,12 @@ class Channels:
             return await self._returned(login)
         try:
             row = await backend.query(_SET_UP)
+            [system_id] = await backend.query(SYSTEM_ID_QUERY)
         except BaseException:
             backend.terminate()
             raise
         room = int(row[0] or 1) - 1
-        return Channel(login, backend, min(room, _LARGEST))
+        return Channel(login, backend, min(room, _LARGEST), system_id or b"")
 
     async def _returned(self, login: Login) -> Channel:
         waiter: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()

@@ -863,6 +863,10 @@ class InsideCaller:
         return self._context
 
     @property
+    def cluster(self) -> bytes:
+        return self._session.cluster
+
+    @property
     def max_workers(self) -> int:
         return self._session.setting(MAX_WORKERS, self.context)
 

@@ -30,6 +30,7 @@ class Nested(Owner):
         super().__init__(server)
         self._launcher = launcher.for_job()
         self._server_version = owner.server_version
+        self.system_id = owner.system_id
         # Those that its session had.
         self.custom_settings = dict(owner.custom_settings)
         self.output: OutputQueue | None = None

@@ -92,6 +92,7 @@ class Backend(asyncio.BufferedProtocol):
         is_pooled: whether there is a pooler in between; then a transaction is open for the job.
         ready: whether it has logged in.
         parameters: of its ParameterStatus messages.
+        system_id: of its database cluster (`identity`); None if nobody has asked.
         identity: what its login was based on (`identity`); None if nobody has asked.
     """
 
@@ -102,6 +103,7 @@ class Backend(asyncio.BufferedProtocol):
         self._key: BackendKeyData | None = None
         self.parameters: dict[bytes, bytes] = {}
         self.identity: bytes | None = None
+        self.system_id: bytes | None = None
         self.receiver: Receiver | None = None
 
     # asyncio's side

@@ -66,6 +66,19 @@ backend it is to be asked before its role is changed."""
 IDENTITY_QUERY: Final = b"SELECT session_user, pg_catalog.current_database()," + IDENTITY
 """Asks for it, behind the names that it is about."""
 
+# Everybody may read it unless that was revoked, and a function that one may not call is an error
+# though it is never called. So the call is in a text that is not looked at before the condition is.
+SYSTEM_ID: Final = b"""
+    COALESCE((SELECT s.word FROM pg_catalog.ts_stat('
+        SELECT pg_catalog.array_to_tsvector(ARRAY[CAST(system_identifier AS pg_catalog.text)])
+        FROM pg_catalog.pg_control_system()') s
+     WHERE pg_catalog.has_function_privilege(CAST(pg_catalog.to_regprocedure(
+        'pg_catalog.pg_control_system()') AS pg_catalog.oid), 'EXECUTE')), '')"""
+"""An SQL expression, text: the system identifier, which a database cluster has in common with its
+standbys and with no other; empty if the current role may not know it."""
+
+SYSTEM_ID_QUERY: Final = b"SELECT" + SYSTEM_ID
+
 
 class StaleLoginError(Exception):
     """A new login would not come to the same."""

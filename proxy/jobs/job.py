@@ -100,6 +100,7 @@ class Job(KnownJob):
         *,
         queue_size: int,
         role_id: int,
+        cluster: bytes,
         route: Route,
         label: bytes | None = None,
         marker: bytes,
@@ -113,6 +114,7 @@ class Job(KnownJob):
             sql,
             queue_size=queue_size,
             role_id=role_id,
+            cluster=cluster,
             label=label,
         )
         self.route = route

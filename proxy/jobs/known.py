@@ -37,6 +37,7 @@ class KnownJob:
         pid, cookie: of its backend, and a random number that tells it from others of that pid.
         label: what its launcher called it.
         role_id: OID of the current role at launch.
+        cluster: what tells the database cluster of that role from others.
         queue_size: bytes of output that are held at the most.
         launched_at, finished_at: in UTC.
         tags: the command tag of each statement that has ended.
@@ -55,12 +56,14 @@ class KnownJob:
         *,
         queue_size: int,
         role_id: int,
+        cluster: bytes,
         label: bytes | None,
     ) -> None:
         self.pid = pid
         self.cookie = cookie
         self.label = label
         self.role_id = role_id
+        self.cluster = cluster
         self.queue_size = queue_size
         self.launched_at = datetime.now(UTC)
         self.finished_at: datetime | None = None
@@ -152,6 +155,7 @@ class KnownJob:
             "cookie": self.cookie,
             "label": _text(self.label),
             "role_id": self.role_id,
+            "cluster": _text(self.cluster),
             "queue_size": self.queue_size,
             "launched_at": self.launched_at.isoformat(),
             "finished_at": None if self.finished_at is None else self.finished_at.isoformat(),
@@ -182,6 +186,7 @@ class RemoteJob(KnownJob):
             b"",
             queue_size=snapshot["queue_size"],
             role_id=snapshot["role_id"],
+            cluster=snapshot["cluster"].encode("latin-1"),
             label=_bytes(snapshot["label"]),
         )
         self.owner = owner

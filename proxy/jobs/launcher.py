@@ -97,6 +97,7 @@ class Launcher:
                 SESSION_SETTING.encode(): nested.inside.secrets.setting,
             },
             worker_timeout=self.setting(WORKER_TIMEOUT, context),
+            system_id=owner.system_id,
         )
 
         def ended(job: Job) -> None:
@@ -108,6 +109,7 @@ class Launcher:
             sql,
             queue_size=size,
             role_id=context.role_id,
+            cluster=owner.cluster,
             route=self._route,
             label=label,
             marker=marker,
@@ -143,6 +145,7 @@ class Launcher:
         client_encoding: bytes,
         overrides: dict[bytes, bytes],
         worker_timeout: int,
+        system_id: bytes | None,
     ) -> Backend:
         """A backend that is ready for the job.
 
@@ -151,6 +154,7 @@ class Launcher:
             client_encoding: the session's.
             overrides: settings beside the session's.
             worker_timeout: in milliseconds, 0 for the session's statement_timeout.
+            system_id: of the session's database cluster, if it is known.
 
         Raises SQLError: there is none to be had, or it cannot take over the session's settings.
         """
@@ -174,6 +178,8 @@ class Launcher:
                 key = (self._login, tuple(login.parameters.items()))
                 backend, is_spare = await spares.take(key, open_one)
             try:
+                if is_spare and system_id and backend.system_id not in (system_id, b""):
+                    raise StaleLoginError("another server has the address now")
                 await self._take_over(backend, context, overrides, is_spare=is_spare)
             except StaleLoginError as error:
                 # The server shall say what a new login gets. The others are no better.
@@ -243,6 +249,11 @@ class Launcher:
         startup = {**self._startup, b"user": role, b"database": database}
         observer = LoginObserver.of_code()
         return Launcher(self._server, startup, self._route, observer, self.pid)
+
+    @property
+    def address(self) -> bytes:
+        """Of the server."""
+        return repr(self._route.host).encode()
 
     @property
     def _user(self) -> bytes:

@@ -30,6 +30,8 @@ class Owner(ABC):
     Attributes:
         jobs: those that it launched and has not fetched or detached.
         custom_settings: names with a dot that it may have set.
+        system_id: the system identifier of its database cluster; empty if that cannot be known,
+            None as long as nobody has asked.
     """
 
     custom_settings: dict[bytes, None]
@@ -37,6 +39,7 @@ class Owner(ABC):
     def __init__(self, server: Server) -> None:
         self._server = server
         self.jobs = Jobs()
+        self.system_id: bytes | None = None
 
     @property
     @abstractmethod
@@ -56,6 +59,11 @@ class Owner(ABC):
     @abstractmethod
     async def inject(self, message: bytes) -> None:
         """A message of one of its jobs, while the server is in the middle of a statement."""
+
+    @property
+    def cluster(self) -> bytes:
+        """What tells its database cluster from others, by which OIDs mean something."""
+        return self.system_id or self.launcher.address
 
     @property
     def known_jobs(self) -> KnownJobs[Job]:
@@ -130,7 +138,10 @@ class Owner(ABC):
 
         Raises SQLError, ServerError, OSError.
         """
-        return await self.launcher_for(login).channel()
+        channel = await self.launcher_for(login).channel()
+        if self.system_id is None:
+            self.system_id = channel.system_id
+        return channel
 
     def give_back(self, channel: Channel) -> None:
         """Let others have it."""

@@ -21,7 +21,7 @@ from typing import Final
 from protocol.errors import SQLError
 from proxy.extension.channels import Channels
 from proxy.jobs.backend import Backend, ServerError
-from proxy.jobs.identity import Login, StaleLoginError
+from proxy.jobs.identity import SYSTEM_ID, Login, StaleLoginError
 from proxy.log import logger
 
 _RETRY: Final = 5.0
@@ -39,7 +39,8 @@ packet."""
 _REPLACE_AFTER: Final = 0.002
 """Seconds until a spare that was taken is replaced: the launch comes first."""
 
-_WARM_UP: Final = b"""
+_WARM_UP: Final = (
+    b"""
 SELECT pg_catalog.pg_backend_pid(),
        pg_catalog.set_config('application_name', 'pg_background spare', false),
        LEAST(
@@ -47,7 +48,8 @@ SELECT pg_catalog.pg_backend_pid(),
            OPERATOR(pg_catalog.-) (s.most OPERATOR(pg_catalog./) 10),
            CASE WHEN o.rolconnlimit OPERATOR(pg_catalog.>=) 0 OR
                      d.datconnlimit OPERATOR(pg_catalog.>=) 0 THEN 0 END
-       )
+       ),
+       %b
 FROM (SELECT pg_catalog.current_setting('max_connections')::pg_catalog.int4 AS most,
              pg_catalog.current_setting('superuser_reserved_connections')::pg_catalog.int4
              OPERATOR(pg_catalog.+) CASE
@@ -61,6 +63,8 @@ FROM (SELECT pg_catalog.current_setting('max_connections')::pg_catalog.int4 AS m
 WHERE o.rolname OPERATOR(pg_catalog.=) session_user
   AND d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()
 """
+    % SYSTEM_ID
+)
 """Fills the backend's caches; the third column is above 0 if the server can spare the slot."""
 
 
@@ -225,6 +229,7 @@ class Spares:
                     # It would say nothing of the connection that the job will get, or keep others
                     # from having it.
                     raise ConnectionError("there is a connection pooler before the server")
+                backend.system_id = row[3]
                 await backend.remember_identity(key[0])
                 taken = self._hand_on(pool, backend)
                 if not taken and (row[2] is None or int(row[2]) <= 0):

@@ -28,6 +28,7 @@ from proxy.extension import installed
 from proxy.extension.privileges import drop_role_block, privileges_block
 from proxy.functions import BOOL, HANDLES, TEXT, Needs, Type
 from proxy.jobs.context import Context, activity_query, context_query, parse_context
+from proxy.jobs.identity import SYSTEM_ID_QUERY
 from proxy.jobs.known import Handle, KnownJob
 from proxy.settings import MAX_WORKERS, parse_time_ms
 from proxy.sql import encodings
@@ -94,6 +95,12 @@ class SessionCaller:
                 self._waits.start_timer(parse_time_ms(timeout))
 
         self._primary.ask(sql, take)
+        if session.system_id is None:
+            self._primary.ask(SYSTEM_ID_QUERY, self._take_system_id)
+
+    async def _take_system_id(self, kind: int, body: bytes) -> None:
+        if kind == _DATA_ROW:
+            [self._session.system_id] = DataRow.parse(body).values
 
     async def evaluate(
         self,
@@ -172,6 +179,10 @@ class SessionCaller:
     def context(self) -> Context:
         assert self._context is not None
         return self._context
+
+    @property
+    def cluster(self) -> bytes:
+        return self._session.cluster
 
     @property
     def max_workers(self) -> int:
