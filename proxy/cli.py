@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from proxy import __version__, config, log
+from proxy.net.descriptors import raise_limit
 
 PROGRAM: Final = "pg-background-proxy"
 
@@ -159,10 +160,12 @@ def _serve(arguments: dict[str, Any]) -> int:
         from proxy.workers.supervisor import supervise
 
         log.configure(first.log_level, who="supervisor")
+        raise_limit()
         return run(supervise(given))
     from proxy.server import serve
 
     log.configure(first.log_level)
+    raise_limit()
     return run(serve(first, settings))
 
 

@@ -305,12 +305,7 @@ async def serve(config: Config, read_again: Callable[[], Config] | None = None) 
     if read_again is not None:
         loop.add_signal_handler(signal.SIGHUP, reload, read_again, server.reload)
     reception = server.reception
-    listeners = Listeners(
-        reception.take,
-        client_keepalive(config),
-        reception.client,
-        peek=server.tls is not None,
-    )
+    listeners = Listeners(reception.take, client_keepalive(config))
     with contextlib.closing(listeners):
         for address in config.listen:
             await listeners.listen(address)

@@ -53,6 +53,7 @@ from proxy.jobs.owner import Owner
 from proxy.log import logger
 from proxy.net import tls
 from proxy.net.connection import Connection
+from proxy.net.descriptors import OutOfDescriptorsError, no_room
 from proxy.net.upstream import Route
 from proxy.sql import encodings, lexer, statements
 from proxy.sql.lexer import LexError
@@ -735,6 +736,8 @@ def _unsupported(raw: bytes) -> SQLError:
 
 
 def _no_connection(error: OSError) -> SQLError:
+    if isinstance(error, OutOfDescriptorsError):
+        return no_room()
     # Of all SQLSTATEs this one tells libpq that there is no server: pg_isready says so, and a
     # client with several hosts tries the next.
     return SQLError(

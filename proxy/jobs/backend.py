@@ -34,6 +34,7 @@ from protocol.messages import (
 from protocol.startup import CancelRequest, StartupMessage
 from proxy.auth.credentials import Credentials
 from proxy.jobs.identity import IDENTITY_QUERY, Login, StaleLoginError, still_holds
+from proxy.net.descriptors import HINT, OutOfDescriptorsError
 from proxy.net.inbox import Inbox
 
 # Message types of the backend.
@@ -304,6 +305,8 @@ async def open_backend(
         raise no_backend(str(error), error.response.sqlstate) from None
     except TimeoutError:
         raise no_backend(f"The server did not answer within {timeout:g} seconds.") from None
+    except OutOfDescriptorsError as error:
+        raise no_backend(f"{error}", hint=HINT) from None
     except (OSError, ProtocolViolation) as error:
         raise no_backend(f"{error}") from None
     finally:
@@ -311,7 +314,13 @@ async def open_backend(
             backend.transport.abort()
 
 
-def no_backend(reason: str, sqlstate: str = "") -> SQLError:
+_NO_BACKEND: Final = (
+    "Each background worker is a server connection. You may need to wait for others to end, or to"
+    " increase max_connections."
+)
+
+
+def no_backend(reason: str, sqlstate: str = "", *, hint: str = _NO_BACKEND) -> SQLError:
     """The error of a launch that got no backend."""
     if sqlstate.startswith("28"):
         return SQLError(
@@ -324,8 +333,7 @@ def no_backend(reason: str, sqlstate: str = "") -> SQLError:
         sqlstate if sqlstate == TOO_MANY_CONNECTIONS else INSUFFICIENT_RESOURCES,
         "could not start a background worker",
         detail=reason,
-        hint="Each background worker is a server connection. You may need to wait for others to"
-        " end, or to increase max_connections.",
+        hint=hint,
     )
 
 

@@ -2,10 +2,10 @@
 
 The rule: what listens decides nothing about the connections that come in. With one process, each
 goes to the `Reception` there, which makes a session of it and decides from the first byte alone how
-it begins: with TLS that may be with the handshake (``sslnegotiation=direct``). So where there is
-TLS we accept connections ourselves, look at that byte without taking it, and hand the socket to the
-loop; without TLS, and on Unix sockets, which have none, the loop does it all. With several
-processes the supervisor listens, and its workers have the receptions.
+it begins: with TLS that may be with the handshake (``sslnegotiation=direct``). So we accept
+connections ourselves, look at that byte without taking it, and hand the socket to the loop (which
+would close without a word what it has no descriptor for). With several processes the supervisor
+listens, and its workers have the receptions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import errno
 import socket
 import ssl
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -24,11 +24,14 @@ from proxy.config import ListenAddress
 from proxy.log import logger
 from proxy.net import tls
 from proxy.net.connection import Connection
+from proxy.net.descriptors import Reserve, is_shortage, report, turn_away
 from proxy.net.keepalive import Keepalive
 
 _BACKLOG: Final = 1024
 _HANDSHAKE: Final = b"\x16"
 """The first byte of a TLS connection."""
+_NOBODY: Final = (BlockingIOError, InterruptedError, ConnectionAbortedError)
+"""What accept() raises when nobody waits any more."""
 _RETRY: Final = 1.0
 """Seconds without new clients after accept() failed, mostly for lack of file descriptors."""
 
@@ -61,10 +64,6 @@ class Reception:
         self._context = context
         self._login_timeout = login_timeout
         self._welcoming: set[asyncio.Task[None]] = set()
-
-    def client(self) -> Connection:
-        """The client's side of a new session, for a connection that the loop accepts."""
-        return self._new_session().client
 
     def take(self, connection: socket.socket) -> None:
         """Make a session of a connection, once it has said how it begins."""
@@ -108,39 +107,28 @@ class Listeners:
 
     Args:
         take: what becomes of a connection.
-        client: makes the protocol of one that the loop may accept for us, on Unix sockets and,
-            if `peek` is false, TCP; None: all go to `take`.
-        peek: whether the first byte of a TCP connection is to be looked at.
         keepalive: of the connections.
     """
 
-    def __init__(
-        self,
-        take: Callable[[socket.socket], None],
-        keepalive: Keepalive,
-        client: Callable[[], Connection] | None = None,
-        *,
-        peek: bool = True,
-    ) -> None:
+    def __init__(self, take: Callable[[socket.socket], None], keepalive: Keepalive) -> None:
         self._take = take
         self._keepalive = keepalive
-        self._client = client
-        self._peek = peek
         self._open = contextlib.ExitStack()
-        # Those whose connections we accept ourselves.
-        self._ours: list[socket.socket] = []
+        self._listening: list[socket.socket] = []
+        self._reserve = Reserve()
+        self._open.callback(self._reserve.release)
         self._paused = False
 
     async def listen(self, address: ListenAddress) -> None:
         """Take clients at one more address. Raises OSError, for the user to read."""
         try:
             if address.socket_path is not None:
-                await self._listen_unix(address.socket_path)
+                self._listen_unix(address.socket_path)
                 logger.info("listening on Unix socket %s", address.socket_path)
                 return
             sockets = await self._bind(address)
             for listening in sockets:
-                await self._serve(listening)
+                self._accept_from(listening)
         except OSError as error:
             raise OSError(f"cannot listen on {address}: {error.strerror or error}") from None
         for name in sorted({listening.getsockname()[:2] for listening in sockets}):
@@ -148,23 +136,16 @@ class Listeners:
 
     def close(self) -> None:
         """Take no more clients."""
-        self._ours.clear()
+        self._listening.clear()
         self._open.close()
 
-    async def _listen_unix(self, path: Path) -> None:
+    def _listen_unix(self, path: Path) -> None:
         _remove_stale(path)
-        if self._client is None:
-            listening = self._open.enter_context(socket.socket(socket.AF_UNIX))
-            listening.setblocking(False)
-            listening.bind(str(path))
-            self._open.callback(_remove_own, path, _identity(path))
-            self._accept_from(listening)
-            return
-        loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(self._client, str(path), backlog=_BACKLOG)
-        # Python removes the file only from 3.13 on.
+        listening = self._open.enter_context(socket.socket(socket.AF_UNIX))
+        listening.setblocking(False)
+        listening.bind(str(path))
         self._open.callback(_remove_own, path, _identity(path))
-        self._open.callback(server.close)
+        self._accept_from(listening)
 
     async def _bind(self, address: ListenAddress) -> list[socket.socket]:
         """A listening socket for each address that the host stands for and this machine has."""
@@ -197,19 +178,9 @@ class Listeners:
         listening.bind(name)
         return listening
 
-    async def _serve(self, listening: socket.socket) -> None:
-        if self._client is None or self._peek:
-            self._accept_from(listening)
-            return
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(self._client, sock=listening, backlog=_BACKLOG)
-        self._open.callback(server.close)
-
-    # Those that we accept ourselves
-
     def _accept_from(self, listening: socket.socket) -> None:
         listening.listen(_BACKLOG)
-        self._ours.append(listening)
+        self._listening.append(listening)
         loop = asyncio.get_running_loop()
         if not self._paused:
             loop.add_reader(listening, self._accept, listening)
@@ -218,23 +189,51 @@ class Listeners:
     def pause(self) -> None:
         """Leave new connections in the sockets' backlog."""
         self._paused = True
-        for listening in self._ours:
+        for listening in self._listening:
             asyncio.get_running_loop().remove_reader(listening)
 
     def resume(self) -> None:
         """Take them again."""
         self._paused = False
-        for listening in self._ours:
+        for listening in self._listening:
             asyncio.get_running_loop().add_reader(listening, self._accept, listening)
 
     def _accept(self, listening: socket.socket) -> None:
-        for connection in _accepted(listening, self._wait_a_bit):
+        for _ in range(_BACKLOG):
+            try:
+                connection, _ = listening.accept()
+                connection.setblocking(False)
+            except _NOBODY:
+                return
+            except OSError as error:
+                if is_shortage(error) and self._turn_away(listening):
+                    continue
+                self._wait_a_bit(listening, error)
+                return
             self._take(connection)
             if self._paused:
                 return
 
+    def _turn_away(self, listening: socket.socket) -> bool:
+        """There is no descriptor for whoever is next: spend the reserve on the answer; whether that
+        could be done."""
+        if not self._reserve.keep():
+            return False
+        self._reserve.release()
+        try:
+            with contextlib.suppress(*_NOBODY):
+                connection, _ = listening.accept()
+                turn_away(connection)
+                report("accept new connections")
+        except OSError:
+            pass  # another thread was faster
+        return self._reserve.keep()
+
     def _wait_a_bit(self, listening: socket.socket, error: OSError) -> None:
-        logger.error("could not accept new connection: %s", error.strerror)
+        if is_shortage(error):
+            report("accept new connections")
+        else:
+            logger.error("could not accept new connection: %s", error.strerror)
         loop = asyncio.get_running_loop()
         loop.remove_reader(listening)
         self._open.callback(loop.call_later(_RETRY, self._go_on, listening).cancel)
@@ -242,22 +241,6 @@ class Listeners:
     def _go_on(self, listening: socket.socket) -> None:
         if not self._paused:
             asyncio.get_running_loop().add_reader(listening, self._accept, listening)
-
-
-def _accepted(
-    listening: socket.socket, failed: Callable[[socket.socket, OSError], None]
-) -> Iterator[socket.socket]:
-    """The connections that wait to be accepted."""
-    for _ in range(_BACKLOG):
-        try:
-            connection, _ = listening.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            failed(listening, error)
-            return
-        connection.setblocking(False)
-        yield connection
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

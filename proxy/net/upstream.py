@@ -25,6 +25,7 @@ from proxy.config import Config, Host
 from proxy.jobs.backend import Backend, ServerError, open_backend, send_cancel
 from proxy.log import logger
 from proxy.net import tls
+from proxy.net.descriptors import OutOfDescriptorsError, is_shortage, report
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 
@@ -112,6 +113,8 @@ class Dialer:
                         failures[f"{host}: session is not {attrs}"] = None
                         continue
                     return await self._connect_host(host, factory)
+                except OutOfDescriptorsError:
+                    raise
                 except (OSError, SQLError) as error:
                     self._states.pop(host, None)
                     failures[f"{host}: {_reason(error)}"] = None
@@ -254,6 +257,11 @@ class Dialer:
                 yield
         except TimeoutError:
             raise TimeoutError(f"connection to {host} timed out") from None
+        except OSError as error:
+            if not is_shortage(error):
+                raise
+            report("connect to the server")
+            raise OutOfDescriptorsError from None
 
     async def _plain(self, host: Host, factory: Callable[[], P]) -> P:
         loop = asyncio.get_running_loop()

@@ -37,6 +37,7 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 import sqlglot
+import sqlglot.dialects.postgres  # which it would load at the first statement
 from sqlglot import exp
 
 from proxy.functions import (

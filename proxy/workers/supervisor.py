@@ -30,6 +30,7 @@ from typing import Final
 from proxy import config, log
 from proxy.config import Texts
 from proxy.log import logger
+from proxy.net.descriptors import turn_away
 from proxy.net.listeners import Listeners
 from proxy.setup import LAST_WORDS, Setup, client_keepalive, reload, reloaded
 from proxy.workers.bus import Channel, Message
@@ -136,6 +137,11 @@ class _Worker:
     def taken(self) -> None:
         """It has the oldest of those that were given to it."""
         self.untaken.popleft().close()
+
+    def refused(self) -> None:
+        """It has no descriptor for that."""
+        turn_away(self.untaken.popleft())
+        self.sessions -= 1
 
     def retire(self) -> None:
         """Give it no more clients, so that it ends when those that it has have left."""
@@ -334,6 +340,8 @@ class Supervisor:
                 worker.is_ready()
             case "taken":
                 worker.taken()
+            case "refused":
+                worker.refused()
             case "closed":
                 worker.sessions -= 1
             case "draining":

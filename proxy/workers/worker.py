@@ -18,6 +18,7 @@ from typing import Any
 from proxy import config, log
 from proxy.config import ConfigError
 from proxy.log import logger
+from proxy.net.descriptors import report
 from proxy.server import Server
 from proxy.workers.bus import Channel, Message
 
@@ -103,9 +104,8 @@ class Worker:
                 return
             if not fds:
                 # We are short of file descriptors, and the kernel has closed it.
-                logger.error("could not accept new connection: too many open files")
-                self._send("taken")
-                self._send("closed")
+                report("accept new connections")
+                self._send("refused")
                 continue
             self._send("taken")
             connection = socket.socket(fileno=fds[0])

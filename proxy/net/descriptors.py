@@ -1,0 +1,111 @@
+"""File descriptors: how many the process may have, and what becomes of a client without one.
+
+The rule: who is not served for lack of them is told so, as far as that is possible, and the log
+says it too, once for many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import socket
+import time
+from typing import Final
+
+from protocol.errors import TOO_MANY_CONNECTIONS, SQLError
+from proxy.log import logger
+
+HINT: Final = (
+    "The proxy has as many open files as it may have, two or more a session and one a job: raise"
+    " its limit (ulimit -n, or LimitNOFILE in a unit of systemd)."
+)
+_QUIET: Final = 5.0
+"""Seconds between two lines of the log."""
+
+
+class OutOfDescriptorsError(OSError):
+    """There is no descriptor for a connection."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EMFILE, "the proxy is out of file descriptors")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def raise_limit() -> None:
+    """Use as many as the hard limit lets us have: the soft one is mostly 1024, for the sake of
+    programs that use select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError) as error:
+        logger.warning("could not raise the limit of open files from %d: %s", soft, error)
+        return
+    logger.debug("raised the limit of open files from %d to %d", soft, hard)
+
+
+def is_shortage(error: OSError) -> bool:
+    """Whether this is for lack of descriptors, in the process or the machine."""
+    # The errors of several addresses come as one, in words only.
+    return error.errno in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error)
+
+
+_last_report = -_QUIET
+
+
+def report(what: str) -> None:
+    """Log that there are none, unless that was just said. `what`: cannot be done."""
+    global _last_report
+    now = time.monotonic()
+    if now - _last_report < _QUIET:
+        return
+    _last_report = now
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    logger.error("could not %s: too many open files (the limit is %d). %s", what, limit, HINT)
+
+
+def no_room() -> SQLError:
+    """What a client is told."""
+    return SQLError(
+        TOO_MANY_CONNECTIONS,
+        "sorry, too many clients already",
+        detail="The proxy is out of file descriptors.",
+        hint=HINT,
+        severity="FATAL",
+    )
+
+
+def turn_away(connection: socket.socket) -> None:
+    """Tell a client that it cannot be served, and hang up."""
+    with contextlib.suppress(OSError), connection:
+        connection.setblocking(False)
+        connection.send(no_room().response().serialize())
+        connection.shutdown(socket.SHUT_WR)
+        # What is not read would have the kernel send a reset, which may overtake the answer.
+        connection.recv(4096)
+
+
+class Reserve:
+    """One descriptor more, for those who are turned away."""
+
+    def __init__(self) -> None:
+        self._held: int | None = None
+        self.keep()
+
+    def keep(self) -> bool:
+        """Have it again; whether that was possible."""
+        if self._held is None:
+            with contextlib.suppress(OSError):
+                self._held = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        return self._held is not None
+
+    def release(self) -> None:
+        """Let somebody else have it."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
