@@ -45,7 +45,7 @@ from proxy.auth.login import Login, RefusedError
 from proxy.config import Host
 from proxy.extension import catalogs, commands, ddl
 from proxy.extension.bodies import SESSION_SETTING
-from proxy.extension.inside import Inside
+from proxy.extension.inside import Inside, Secrets
 from proxy.extension.installed import Installed, api_version
 from proxy.functions import CATALOGS
 from proxy.jobs.launcher import Launcher
@@ -132,7 +132,7 @@ class Session(Owner):
         self._received = bytearray()
         self._task: asyncio.Task[None] | None = None
         self.interception: Interception | None = None
-        self._inside = Inside(self)
+        self._inside = Inside(self, Secrets())
         self.watchword = self._inside.secrets.token
         server.sessions.add(self)
 

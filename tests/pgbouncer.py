@@ -23,6 +23,7 @@ OURS: Final = (
     "pg_background.default_queue_size",
     "pg_background.worker_timeout",
     "pg_background_proxy.session",
+    "pg_background_proxy.job",
     "extra_float_digits",
     "options",
 )

@@ -6,6 +6,7 @@ left behind.
 
 from __future__ import annotations
 
+import base64
 import statistics
 import threading
 import time
@@ -380,32 +381,51 @@ def test_others_cannot_answer_or_hold_up(
         taking.join()
 
 
-def test_what_other_roles_see(conn: Connection, server: Server, scratch: str) -> None:
-    secret = "x'; do not tell" * 20
-    job = f"SELECT $s${secret}$s$::text, pg_sleep(0.1)::text"
+@pytest.mark.parametrize("role", ["alice", "monitor"])
+def test_what_others_see(
+    proxy: Proxy, observer: Connection, server: Server, scratch: str, role: str
+) -> None:
+    """No role, not one that sees all queries, and not the server's log have what a job returns, nor
+    the words that answers are enciphered with."""
+    job = "SELECT repeat('do not' || ' tell', 50), pg_sleep(0.1)::text FROM generate_series(1, 20)"
+    observer.execute("CREATE ROLE monitor LOGIN IN ROLE pg_read_all_stats")
+    observer.execute(f"ALTER DATABASE {scratch} SET log_min_duration_statement = 0".encode())
+    before = len(server.log())
     seen: set[str] = set()
     stop = threading.Event()
 
     def look() -> None:
-        with server.connect(dbname=scratch, user="alice") as stranger:
+        with server.connect(dbname=scratch, user=role) as stranger:
             while not stop.is_set():
-                for row in stranger.execute("SELECT application_name, query FROM pg_stat_activity"):
-                    seen.update(row)
+                rows = stranger.execute("SELECT application_name, query FROM pg_stat_activity")
+                seen.update(text for row in rows for text in row if text)
 
     looking = threading.Thread(target=look, daemon=True)
-    looking.start()
-    for _ in range(5):
-        handle(conn, "SELECT 'short'")
-        one(
-            conn,
-            "SELECT length(a) FROM (SELECT 1) q,"
-            f" pg_background_run_query($j${job}$j$, 0, 0) r(a text, b text)",
-        )
-    stop.set()
-    looking.join()
-    channels = [name for name in seen if len(name) > 12 and name[12] in "abqrp"]
-    assert channels
-    assert not any("tell" in text or "short" in text for text in seen)
+    try:
+        looking.start()
+        with proxy.connect(dbname=scratch) as conn:
+            session = one(conn, "SHOW pg_background_proxy.session")
+            for _ in range(3):
+                handle(conn, "SELECT 'short'")
+                query = f"a FROM pg_background_run_query($j${job}$j$, 0, 0) r(a text, b text)"
+                assert "do not tell" in inside(conn, query)
+    finally:
+        stop.set()
+        looking.join()
+        observer.execute(f"ALTER DATABASE {scratch} RESET log_min_duration_statement".encode())
+        observer.execute("DROP ROLE monitor")
+    log = server.log()[before:]
+    assert any(len(text) > 12 and text[12] in "abqrp" for text in seen)
+    for shown, is_shown in ((log, True), ("\n".join(seen), role == "monitor")):
+        assert ("/*" in shown) == is_shown
+        for secret in (session[:32], session[32:], *_as_base64(b"do not tell" * 3)):
+            assert secret not in shown
+
+
+def _as_base64(text: bytes) -> Iterator[str]:
+    """How a text looks in the middle of a longer one."""
+    for shift in range(3):
+        yield base64.b64encode(b"x" * shift + text)[4:-4].decode()
 
 
 # --- encodings, progress ----------------------------------------------------------------------

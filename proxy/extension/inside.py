@@ -229,10 +229,10 @@ class Secrets:
         setting: what goes into the session's startup packet.
     """
 
-    def __init__(self) -> None:
-        self.token = secrets.token_hex(16).encode()
-        self._secret = secrets.token_hex(16).encode()
-        self.setting = self.token + self._secret
+    def __init__(self, setting: bytes | None = None) -> None:
+        """`setting`: what the session has been given already, if anything."""
+        self.setting = setting or secrets.token_hex(32).encode()
+        self.token, self._secret = self.setting[:32], self.setting[32:]
 
     def hash(self, nonce: bytes, *, server_version: int) -> bytes:
         """64 hexadecimal digits that nobody else can guess, for one question."""
@@ -264,9 +264,9 @@ def _enciphered(data: bytes, key: bytes, server_version: int) -> bytes:
 class Inside:
     """The calls of one session that come from inside the database. There is one at a time."""
 
-    def __init__(self, session: Owner) -> None:
+    def __init__(self, session: Owner, secrets: Secrets) -> None:
         self._session = session
-        self.secrets = Secrets()
+        self.secrets = secrets
         self._waits = Waits()
         # From the first call in a statement to its end; as which role it has logged in, None for
         # the session's; whether it holds the lock that the function waits for next.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from protocol.framing import HEADER_SIZE
-from proxy.extension.inside import Inside
+from proxy.extension.inside import Inside, Secrets
 from proxy.jobs.owner import Owner
 from proxy.jobs.rows import Notice, OutputQueue
 
@@ -26,7 +26,7 @@ class Nested(Owner):
         output: the job's own; None before it begins.
     """
 
-    def __init__(self, server: Server, launcher: Launcher, owner: Owner) -> None:
+    def __init__(self, server: Server, launcher: Launcher, owner: Owner, secrets: Secrets) -> None:
         super().__init__(server)
         self._launcher = launcher.for_job()
         self._server_version = owner.server_version
@@ -34,7 +34,7 @@ class Nested(Owner):
         # Those that its session had.
         self.custom_settings = dict(owner.custom_settings)
         self.output: OutputQueue | None = None
-        self.inside = Inside(self)
+        self.inside = Inside(self, secrets)
 
     # What the job tells
 

@@ -94,6 +94,7 @@ class Backend(asyncio.BufferedProtocol):
         ready: whether it has logged in.
         parameters: of its ParameterStatus messages.
         system_id: of its database cluster (`identity`); None if nobody has asked.
+        own_settings: of a side backend, made up for it when it logged in.
         identity: what its login was based on (`identity`); None if nobody has asked.
     """
 
@@ -103,6 +104,7 @@ class Backend(asyncio.BufferedProtocol):
         self.is_pooled = False
         self._key: BackendKeyData | None = None
         self.parameters: dict[bytes, bytes] = {}
+        self.own_settings: dict[bytes, bytes] = {}
         self.identity: bytes | None = None
         self.system_id: bytes | None = None
         self.receiver: Receiver | None = None

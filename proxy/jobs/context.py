@@ -282,12 +282,20 @@ _TRANSACTION_MODES: Final = {
 """What a setting says about a transaction, if it holds before the transaction begins."""
 
 
+_PROXYS_OWN: Final = b"pg_background_proxy."
+"""How the names of settings begin that the proxy gives each backend, and no other may have."""
+
+
 def _set_all(
     context: Context, login_role: bytes, overrides: dict[bytes, bytes], *, local: bool
 ) -> bytes:
     """An expression that sets all that a job takes over. The role comes last, since what was set
     may be above its rights."""
-    settings = [pair for pair in context.settings if pair[0] not in overrides]
+    settings = [
+        (name, value)
+        for name, value in context.settings
+        if name not in overrides and not name.startswith(_PROXYS_OWN)
+    ]
     settings += overrides.items()
     if context.session_role != login_role:
         settings.append((b"session_authorization", context.session_role))

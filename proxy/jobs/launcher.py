@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from protocol.errors import INVALID_PARAMETER_VALUE, SQLError
 from protocol.startup import StartupMessage
 from proxy.auth.credentials import LoginObserver
 from proxy.extension.bodies import JOB_SETTING, SESSION_SETTING
 from proxy.extension.channels import APPLICATION_NAME, Channel
+from proxy.extension.inside import Secrets
 from proxy.extension.nested import Nested
 from proxy.jobs.backend import Backend, ServerError, no_backend, open_backend
 from proxy.jobs.context import Context, takeover_block, takeover_query
@@ -30,6 +31,9 @@ from proxy.traffic.fetch import JobFailed
 if TYPE_CHECKING:
     from proxy.jobs.owner import Owner
     from proxy.server import Server
+
+_JOB_SETTING: Final = JOB_SETTING.encode()
+_SESSION_SETTING: Final = SESSION_SETTING.encode()
 
 
 class Launcher:
@@ -86,19 +90,14 @@ class Launcher:
         jobs = owner.jobs
         jobs.check_limit(self.setting(MAX_WORKERS, context))
         size = checked_queue_size(queue_size, self.setting(DEFAULT_QUEUE_SIZE, context))
-        nested = Nested(self._server, self, owner)
-        marker = secrets.token_hex(16).encode()
         backend = await self._backend(
             context,
             client_encoding=client_encoding,
-            overrides={
-                b"application_name": self._application_name(label),
-                JOB_SETTING.encode(): marker,
-                SESSION_SETTING.encode(): nested.inside.secrets.setting,
-            },
+            overrides={b"application_name": self._application_name(label)},
             worker_timeout=self.setting(WORKER_TIMEOUT, context),
             system_id=owner.system_id,
         )
+        nested = Nested(self._server, self, owner, Secrets(backend.own_settings[_SESSION_SETTING]))
 
         def ended(job: Job) -> None:
             jobs.counts.ended(job)
@@ -112,7 +111,7 @@ class Launcher:
             cluster=owner.cluster,
             route=self._route,
             label=label,
-            marker=marker,
+            marker=backend.own_settings[_JOB_SETTING],
             keeps_rows=keeps_rows,
             nested=nested,
             on_finish=ended,
@@ -168,7 +167,7 @@ class Launcher:
         )
         if worker_timeout:
             overrides[b"statement_timeout"] = b"%d" % worker_timeout
-        open_one = functools.partial(self._open, login)
+        open_one = functools.partial(self._open_side_backend, login)
         spares = self._server.spares
         is_stale = False
         while True:
@@ -219,6 +218,8 @@ class Launcher:
         ask = backend.query_as_before if is_spare else backend.query
         row = await ask(takeover_query(context, self._user, overrides, backend.pid))
         if int(row[0] or 0) != backend.pid:
+            # The pooler may have kept what the startup packet says from the server.
+            overrides = overrides | backend.own_settings
             row = await backend.query(takeover_block(context, self._user, overrides))
             backend.pid = int(row[0] or 0)
             backend.is_pooled = True
@@ -261,6 +262,17 @@ class Launcher:
 
     def _application_name(self, label: bytes | None) -> bytes:
         return b"pg_background" if label is None else b"pg_background:%b:%d" % (label, self.pid)
+
+    async def _open_side_backend(self, login: StartupMessage) -> Backend:
+        """One that has its words from the startup packet: in SQL, monitors and the server's log
+        would see them."""
+        own_settings = {
+            _JOB_SETTING: secrets.token_hex(16).encode(),
+            _SESSION_SETTING: Secrets().setting,
+        }
+        backend = await self._open(StartupMessage({**login.parameters, **own_settings}))
+        backend.own_settings = own_settings
+        return backend
 
     async def _open(self, login: StartupMessage) -> Backend:
         server = self._server
