@@ -1,10 +1,14 @@
-FROM python:3.13-slim
+# By digest (of the index for all architectures), so that a build is what was looked at: update it with
+# the tag. The same goes for requirements.lock.
+FROM python:3.13-slim@sha256:7c61056e61ac89e852de05f3dc6fa51a6dd2181797bceed46aa725dd7cb2cd3b
 
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml requirements.lock README.md LICENSE ./
 COPY protocol protocol
 COPY proxy proxy
-RUN pip install --no-cache-dir . \
+RUN pip install --no-cache-dir --only-binary :all: --require-hashes -r requirements.lock \
+    && pip install --no-cache-dir --no-deps --no-build-isolation . \
+    && pip uninstall --yes setuptools \
     && rm -rf /src \
     && useradd --system --uid 6543 --no-create-home --shell /usr/sbin/nologin pgbg
 

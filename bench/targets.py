@@ -29,7 +29,7 @@ from proxy.embedded import TRUST_LOCAL, Cluster, find_system_bin, find_wheel_bin
 from tests.servers import REPOSITORY, Proxy, clean_environment
 
 SCRAM_ROLE: Final = "bench_scram"
-SCRAM_PASSWORD: Final = "bench"
+SCRAM_PASSWORD: Final = "bench"  # noqa: S105 - of a server of our own, for a minute
 START_TIMEOUT: Final = 20.0
 
 _SETTINGS: Final = {
