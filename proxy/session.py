@@ -502,6 +502,8 @@ class Session(Owner):
             )
         except LexError:
             return [(0, sql)]
+        if self._has_vertical_tab(sql):
+            return [(0, sql)]
         return [(part.start, sql[part.start : part.end]) for part in parts]
 
     def analyze(self, sql: bytes) -> statements.Plan | statements.Substitute | None:
@@ -511,6 +513,8 @@ class Session(Owner):
     def _analyze(
         self, sql: bytes, api_version: int
     ) -> statements.Plan | statements.Substitute | None:
+        if self._has_vertical_tab(sql):
+            return None
         if self.has_real_extension:
             return self._with_catalogs(sql)
         remembered = self._server.analyze
@@ -521,6 +525,21 @@ class Session(Owner):
             encoding=self._encoding,
         )
         return plan or self._command(sql) or self._with_catalogs(sql)
+
+    def _has_vertical_tab(self, sql: bytes) -> bool:
+        """Whether there is one that is no white space to this server."""
+        if b"\v" not in sql or self.server_version >= 160000:
+            return False
+        try:
+            lexer.tokenize(
+                sql,
+                standard_conforming_strings=self._standard_conforming_strings,
+                encoding=self._encoding,
+                vertical_tab=False,
+            )
+        except LexError:
+            return True
+        return False
 
     def _with_catalogs(self, sql: bytes) -> statements.Substitute | None:
         """A query that looks into the catalogs, which are to show our extension and jobs."""

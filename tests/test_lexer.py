@@ -363,6 +363,41 @@ def test_the_server_agrees_on_any_soup(connection: Connection, soup: str) -> Non
     assert len(statements) == len(found)
 
 
+@pytest.mark.parametrize("before", [b"SELECT 1", b"SELECT '1'", b"SELECT a", b"SELECT (1"])
+def test_the_server_agrees_on_any_two_bytes_after_a_token(
+    connection: Connection, before: bytes
+) -> None:
+    newer = connection.info.server_version >= 160000
+    for first in range(1, 128):
+        for second in range(1, 128):
+            sql = before + bytes((first, second)) + b"1 FROM (SELECT 1 AS a) a"
+            result = connection.pgconn.exec_(sql)
+            try:
+                tokens = tokenize(sql, vertical_tab=newer)
+            except LexError:
+                assert result.error_message, sql
+                continue
+            assert b"unterminated" not in result.error_message, sql
+            if not result.error_message:
+                # With blanks and nothing else between the tokens it is the same.
+                alone = b" ".join(sql[token.start : token.end] for token in tokens)
+                assert columns(connection.pgconn.exec_(alone)) == columns(result), sql
+
+
+@pytest.mark.parametrize("template", ["SELECT%s1", "SELECT 1%sAS%sa", "SELECT 'a'%s\n'b'"])
+def test_the_server_agrees_on_what_is_white_space(connection: Connection, template: str) -> None:
+    newer = connection.info.server_version >= 160000
+    for code in (*range(1, 33), 127):
+        sql = template.replace("%s", chr(code)).encode()
+        result = connection.pgconn.exec_(sql)
+        try:
+            tokens = tokenize(sql, vertical_tab=newer)
+        except LexError:
+            tokens = []
+        blank = [kind for kind, _, _ in tokenize(template.replace("%s", " ").encode())]
+        assert ([kind for kind, _, _ in tokens] == blank) == (not result.error_message), sql
+
+
 def test_reserved_words_are_the_servers(connection: Connection) -> None:
     rows = connection.execute("SELECT word FROM pg_get_keywords() WHERE catcode IN ('R', 'T')")
     assert {word for (word,) in rows} <= RESERVED

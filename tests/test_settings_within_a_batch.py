@@ -165,6 +165,38 @@ def test_what_was_undone_is_forgotten(session: Frontend) -> None:
     assert [row[1] for row in rows(answer)] == [b"\\"]
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        b"SELECT pg_background_launch('SELECT 1') -- \xff",
+        b"SELECT pg_background_launch('SELECT 1') /* \xff */; SELECT 1",
+        b"SELECT /* \xff */ * FROM pg_background_result(7) AS (t int)",
+        b"SELECT /* \xff */ * FROM pg_background_list_v2()",
+        b"SELECT /* \xff */ pg_background_result(pg_background_launch('SELECT 1'))",
+    ],
+)
+def test_bytes_that_are_no_text_are_seen_in_a_comment_too(session: Frontend, sql: bytes) -> None:
+    for message in (m.Query(sql), parse(sql)):
+        [error] = errors(session.ask(message, *([] if isinstance(message, m.Query) else [S])))
+        assert error.sqlstate == "22021"
+
+
+def test_a_vertical_tab_is_white_space_where_it_is_for_the_server(
+    server: Server, session: Frontend
+) -> None:
+    for sql in (
+        "SELECT\vpg_background_launch('SELECT 1')",
+        "SELECT pg_background_launch('SELECT 1');\vSELECT 1",
+        "SELECT pg_background_launch('SELECT ' -- a\n\v'1')",
+        "CREATE\vEXTENSION IF NOT EXISTS pg_background",
+    ):
+        answer = session.query(sql)
+        assert [error.sqlstate for error in errors(answer)] == (
+            [] if server.version >= 160000 else ["42601"]
+        )
+    assert not errors(session.query("SELECT pg_background_launch('SELECT ''\v''')"))
+
+
 # --- any batch -----------------------------------------------------------------------------------
 
 CHANGES = [

@@ -62,11 +62,11 @@ def _continued(string: bytes) -> bytes:
     return string + rb"(?:" + _CONTINUED + string + rb")*+"
 
 
-def _scanner(*, standard_conforming_strings: bool) -> re.Pattern[bytes]:
+def _scanner(*, standard_conforming_strings: bool, vertical_tab: bool = True) -> re.Pattern[bytes]:
     """White space and line comments, then one token. Quantifiers are possessive: matching never
     goes back, so it takes linear time whatever the text is. Always matches."""
     plain = _PLAIN if standard_conforming_strings else _ESCAPED
-    return re.compile(
+    pattern = (
         rb"(?:[ \t\r\n\f\v]++|--[^\r\n]*+)*+(?:"
         rb"(?P<PUNCTUATION>[()\[\],;]|::|:=|:|\.\.|\.(?![0-9]))"
         # The prefixed forms stand before the identifiers that their first letters would be.
@@ -84,13 +84,17 @@ def _scanner(*, standard_conforming_strings: bool) -> re.Pattern[bytes]:
         rb"|(?P<DOLLAR>\$(?:[A-Za-z_\x80-\xff][A-Za-z_0-9\x80-\xff]*+)?\$)"
         rb"|(?P<COMMENT>/\*)"
         rb"|(?P<END>\Z)"
-        rb"|(?P<UNKNOWN>.))",
-        re.DOTALL,
+        rb"|(?P<UNKNOWN>.))"
     )  # fmt: skip
+    return re.compile(pattern if vertical_tab else pattern.replace(rb"\v]", rb"]"), re.DOTALL)
 
 
 _SCANNERS: Final = {
     setting: _scanner(standard_conforming_strings=setting) for setting in (True, False)
+}
+_BEFORE_16: Final = {
+    setting: _scanner(standard_conforming_strings=setting, vertical_tab=False)
+    for setting in (True, False)
 }
 # The kind of token for each group of the scanners, None for those that are no token.
 _KINDS: Final = {kind.name: kind for kind in Kind}
@@ -100,7 +104,11 @@ _NOT_IN_SQL_OPERATORS: Final = re.compile(rb"[~!@#%^&|`?]")
 
 
 def tokenize(
-    sql: bytes, *, standard_conforming_strings: bool = True, encoding: str | None = None
+    sql: bytes,
+    *,
+    standard_conforming_strings: bool = True,
+    encoding: str | None = None,
+    vertical_tab: bool = True,
 ) -> list[Token]:
     """All tokens of a Query string.
 
@@ -109,12 +117,13 @@ def tokenize(
         standard_conforming_strings: the session's setting; off, '…' knows backslash escapes.
         encoding: the session's client_encoding, as PostgreSQL names it. It matters only where
             bytes of a multi-byte character can look like ASCII.
+        vertical_tab: whether that is white space, as it is since PostgreSQL 16.
 
     Raises:
         LexError: the server could not read this text.
     """
     sql = mask(sql, encoding)
-    scan = _SCANNERS[standard_conforming_strings].finditer
+    scan = (_SCANNERS if vertical_tab else _BEFORE_16)[standard_conforming_strings].finditer
     tokens: list[Token] = []
     position: int | None = 0
     while position is not None:

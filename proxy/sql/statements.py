@@ -104,6 +104,17 @@ class Rewrite:
         """The text for the server."""
         return b"".join(text for _, text in self._texts())
 
+    @property
+    def unsent(self) -> bytes:
+        """What of the original is not in the stand-in, in its order."""
+        kept = sorted((p.start, p.end) for p in self.pieces if p.inserted is None)
+        done = 0
+        unsent: list[bytes] = []
+        for start, end in kept:
+            unsent.append(self.original[done:start])
+            done = max(done, end)
+        return b" ".join([*unsent, self.original[done:]])
+
     def original_position(self, position: int, codec: str) -> int:
         """Where in the original a character of the stand-in belongs.
 

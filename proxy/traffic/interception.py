@@ -447,6 +447,7 @@ class Interception:
         plan = self._session.analyze(text)
         if plan is not None:
             text = plan.rewrite.sql
+            text += _as_comment(plan.rewrite.unsent)
         text += comment
         is_call = isinstance(plan, ScalarPlan | ResultPlan)
         statement = PreparedCall(plan) if plan is not None and is_call else None
@@ -525,8 +526,9 @@ class Interception:
             return
         prepared = PreparedCall(plan)
         statements[key] = prepared
+        query = plan.rewrite.sql + _as_comment(plan.rewrite.unsent)
         self._primary.send(
-            replace(message, query=plan.rewrite.sql).serialize(),
+            replace(message, query=query).serialize(),
             b"1",
             self._primary.pass_on,
             plan=plan,
@@ -906,7 +908,12 @@ def _rest_as_comment(sql: bytes, first: tuple[int, bytes]) -> bytes:
     its encoding as that of the whole; none if it is ASCII."""
     start, text = first
     rest = sql[:start] + b" " + sql[start + len(text) :]
-    return b"" if rest.isascii() else b" --" + rest.replace(b"\r", b" ").replace(b"\n", b" ")
+    return _as_comment(rest)
+
+
+def _as_comment(text: bytes) -> bytes:
+    """For the server to check the encoding of what it has no other use for."""
+    return b"" if text.isascii() else b" --" + text.replace(b"\r", b" ").replace(b"\n", b" ")
 
 
 def _has_other_letters(plan: ScalarPlan, kind: int, body: bytes) -> bool:
