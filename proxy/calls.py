@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -18,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from protocol.errors import (
     FEATURE_NOT_SUPPORTED,
     INSUFFICIENT_PRIVILEGE,
-    INVALID_ESCAPE_SEQUENCE,
     NULL_VALUE_NOT_ALLOWED,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
     UNDEFINED_OBJECT,
     SQLError,
 )
+from proxy.like import like
 from proxy.sql.text import EXECUTOR_ROLE
 
 if TYPE_CHECKING:
@@ -55,6 +54,10 @@ class Caller(Protocol):
     @property
     def cluster(self) -> bytes:
         """Of the session; roles of others are other roles, whatever their OIDs."""
+
+    @property
+    def codec(self) -> str:
+        """Python's name of the encoding of what is given to the functions."""
 
     async def known_jobs(self) -> Sequence[KnownJob]:
         """Of all sessions of the proxy, those that ended a while ago included; at least those that
@@ -225,7 +228,7 @@ async def cancel_by_label(caller: Caller, pattern: bytes, grace_ms: int = 0) -> 
     jobs = [
         job
         for job in _own(caller)
-        if not job.finished and job.label is not None and like(job.label, pattern)
+        if not job.finished and job.label is not None and like(job.label, pattern, caller.codec)
     ]
     for job in jobs:
         await caller.cancel_job(job)
@@ -252,28 +255,6 @@ def _detach(caller: Caller, jobs: Sequence[KnownJob]) -> int:
     for job in jobs:
         caller.jobs.remove(job)
     return len(jobs)
-
-
-def like(text: bytes, pattern: bytes) -> bool:
-    r"""Match as LIKE does: ``%``, ``_``, and ``\`` before a character to be taken as it is.
-
-    Raises SQLError 22025 for a pattern that ends in its escape character.
-    """
-    words = pattern.decode("utf-8", "surrogateescape")
-    expression: list[str] = []
-    characters = iter(words)
-    for character in characters:
-        if character == "\\":
-            character = next(characters, "")
-            if not character:
-                raise SQLError(
-                    INVALID_ESCAPE_SEQUENCE, "LIKE pattern must not end with escape character"
-                )
-            expression.append(re.escape(character))
-        else:
-            expression.append({"%": ".*", "_": "."}.get(character) or re.escape(character))
-    subject = text.decode("utf-8", "surrogateescape")
-    return re.fullmatch("".join(expression), subject, re.DOTALL) is not None
 
 
 # Waiting

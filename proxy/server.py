@@ -20,16 +20,15 @@ from proxy.auth.checks import Check
 from proxy.auth.credentials import Credentials, LoginObserver
 from proxy.config import Config
 from proxy.extension.channels import Channels
-from proxy.functions import CATALOGS
 from proxy.jobs.job import Job
 from proxy.jobs.known import Handle, KnownJob, KnownJobs, RemoteJob
 from proxy.jobs.spares import Spares
 from proxy.log import logger
 from proxy.net.listeners import Listeners, Reception
 from proxy.net.upstream import Route
-from proxy.session import Session
+from proxy.session import Session, analyze
 from proxy.setup import LAST_WORDS, Setup, client_keepalive, reload, reloaded
-from proxy.sql import lexer, statements
+from proxy.sql import lexer
 from proxy.workers.peers import Peers
 
 _CANCEL_AGAIN = 0.02
@@ -80,7 +79,7 @@ class Server:
         self.own_settings = setup.own_settings
         # Both are asked several times about each statement, and clients repeat themselves.
         self.split = functools.lru_cache(_REMEMBERED)(lexer.split)
-        self.analyze = functools.lru_cache(_REMEMBERED)(_analyze)
+        self.analyze = functools.lru_cache(_REMEMBERED)(analyze)
 
     def reload(self, config: Config) -> list[str]:
         """Take over another configuration; the settings that cannot be changed any more.
@@ -312,14 +311,3 @@ async def serve(config: Config, read_again: Callable[[], Config] | None = None) 
         await stop.wait()
     await server.shut_down(now)
     return 0
-
-
-def _analyze(
-    sql: bytes, api_version: int, *, standard_conforming_strings: bool, encoding: str
-) -> statements.Plan | None:
-    return statements.analyze(
-        sql,
-        standard_conforming_strings=standard_conforming_strings,
-        encoding=encoding,
-        functions=CATALOGS[api_version],
-    )

@@ -56,12 +56,12 @@ from proxy.net.connection import Connection
 from proxy.net.descriptors import OutOfDescriptorsError, no_room
 from proxy.net.upstream import Route
 from proxy.sql import encodings, lexer, statements
-from proxy.sql.lexer import LexError
+from proxy.sql.lexer import BudgetError, LexError
 from proxy.sql.reading import READING, Reading, depends_on_settings
 from proxy.sql.unserved import unavailable, unserved
 from proxy.traffic.asked import PARSE, QUERY
 from proxy.traffic.interception import TO_LEAVE, Interception
-from proxy.traffic.relay import IDLE, Relay
+from proxy.traffic.relay import IDLE, NAMES_SIZE, Relay, mentions
 
 if TYPE_CHECKING:
     from proxy.server import Server
@@ -71,15 +71,18 @@ _FALSE: Final = (b"false", b"off", b"no", b"0", b"f", b"n")
 
 # What sets a custom setting, in lower-case SQL: SET [SESSION | LOCAL] a.b = …
 _CUSTOM_SETTING: Final = re.compile(
-    rb"""\bset\s+(?:session\s+|local\s+)?("?[a-z_\x80-\xff][\w$\x80-\xff]*"?\."?[\w$.\x80-\xff]+"?)"""
+    rb"""set(?<=\bset)\s++(?:session\s++|local\s++)?+"""
+    rb"""("?[a-z_\x80-\xff][\w$\x80-\xff]*+"?\."?[\w$.\x80-\xff]++"?)"""
 )
 # A constant that may be such a name, in SQL that mentions set_config.
-_NAME_CONSTANT: Final = re.compile(rb"'([a-z_\x80-\xff][\w$\x80-\xff]*(?:\.[\w$\x80-\xff]+)+)'")
+_NAME_CONSTANT: Final = re.compile(rb"'([a-z_\x80-\xff][\w$\x80-\xff]*+(?:\.[\w$\x80-\xff]++)++)'")
 # The same as a parameter of a Bind: its length in bytes, and the name.
 _NAME_PARAMETER: Final = re.compile(
-    rb"(?=\0\0\0([\x03-\x3f])([A-Za-z_\x80-\xff][\w$\x80-\xff]*(?:\.[\w$\x80-\xff]+)+))"
+    rb"(?=\0\0\0([\x03-\x3f])([A-Za-z_\x80-\xff][\w$\x80-\xff]*+(?:\.[\w$\x80-\xff]++)++))"
 )
 _MAX_CUSTOM_SETTINGS: Final = 1000
+_MAX_SETTING_NAME: Final = 256
+"""Bytes; what is longer is not carried over to jobs."""
 _OUR_SETTINGS: Final = b"pg_background_proxy."
 
 _SHORT: Final = 4096
@@ -122,6 +125,8 @@ class Session(Owner):
         self._is_cancel_request = False
         self._is_replication = False
         self._client_ended = False
+        self._readings = _Readings()
+        self._unread = False
         self._tls_asked = False
         self._gss_asked = False
         self._observer = LoginObserver()
@@ -411,26 +416,48 @@ class Session(Owner):
         return self._holds_call(_text(kind, body))
 
     def _holds_call(self, sql: bytes) -> bool:
+        self._unread = False
+        try:
+            texts = [sql[part.start : part.end] for part in self._split(sql)]
+        except BudgetError:
+            self.unread()
+            return False
+        except LexError:
+            return False
         # Without knowing the version one cannot tell whether it is a call; then it is seen later.
         versions = (self.api,) if self.api is not None and self.knows_api else CATALOGS
-        return any(
+        found = any(
             self._analyze(text, version) is not None
-            for _, text in self.split(sql)
+            for text in texts
+            if mentions(text)
             for version in versions
         )
+        if not found:
+            self._readings.clear()
+        return found
+
+    def unread(self) -> None:
+        """A statement goes to the server that is too long to be looked at."""
+        self._unread = True
 
     def settings_mentioned(self, sql: bytes) -> None:
-        names = [name.replace(b'"', b"") for name in _CUSTOM_SETTING.findall(sql)]
+        names = [
+            name.replace(b'"', b"")
+            for name in _CUSTOM_SETTING.findall(sql)
+            if len(name) <= _MAX_SETTING_NAME
+        ]
         if b"set_config" in sql:
             names += _NAME_CONSTANT.findall(sql)
         self._note_settings(names)
 
     def setting_bound(self, body: bytes) -> None:
-        found = _NAME_PARAMETER.findall(body)
+        found = _NAME_PARAMETER.findall(body[:NAMES_SIZE])
         self._note_settings([name[: size[0]].lower() for size, name in found])
 
     def _note_settings(self, names: list[bytes]) -> None:
         for name in names:
+            if len(name) > _MAX_SETTING_NAME:
+                continue
             if b"." in name and not name.startswith(_OUR_SETTINGS):
                 self.custom_settings.pop(name, None)
                 self.custom_settings[name] = None
@@ -454,7 +481,7 @@ class Session(Owner):
             return None
         if self._server.config.extension == "proxy" and (said := unavailable(error)) is not None:
             return said
-        return unserved(error) or self._inside.complaint(error)
+        return unserved(error, too_long=self._unread) or self._inside.complaint(error)
 
     def take_over(self, data: bytes) -> None:
         self.interception = Interception(self, data)
@@ -463,6 +490,7 @@ class Session(Owner):
     async def _intercept(self, interception: Interception) -> None:
         await interception.run()
         self.interception = self._task = None
+        self._readings.clear()
         interception.hand_back()
         if interception.waits.client_ended:
             self._ended(self.client)
@@ -492,19 +520,27 @@ class Session(Owner):
         return major * 10000 + (int(match[2] or 0) * 100 if major < 10 else 0)
 
     def split(self, sql: bytes) -> list[tuple[int, bytes]]:
-        """The statements of a Query string and where they begin; all as one if it is no SQL."""
-        split = self._server.split if len(sql) <= _SHORT else lexer.split
+        """The statements of a Query string and where they begin; all as one if it is no SQL, or
+        more than is read."""
         try:
-            parts = split(
-                sql,
-                standard_conforming_strings=self._standard_conforming_strings,
-                encoding=self._encoding,
-            )
+            parts = self._split(sql)
         except LexError:
             return [(0, sql)]
         if self._has_vertical_tab(sql):
             return [(0, sql)]
         return [(part.start, sql[part.start : part.end]) for part in parts]
+
+    def _split(self, sql: bytes) -> list[lexer.Statement]:
+        """Raises LexError, BudgetError."""
+        if len(sql) > lexer.MAX_TEXT:
+            raise BudgetError("the text is too long")
+        split = self._server.split if len(sql) <= _SHORT else self._readings.split
+        return split(
+            sql,
+            standard_conforming_strings=self._standard_conforming_strings,
+            encoding=self._encoding,
+            bounded=True,
+        )
 
     def analyze(self, sql: bytes) -> statements.Plan | statements.Substitute | None:
         """How to serve a statement; None if it passes as it is."""
@@ -517,8 +553,7 @@ class Session(Owner):
             return None
         if self.has_real_extension:
             return self._with_catalogs(sql)
-        remembered = self._server.analyze
-        plan = (remembered if len(sql) <= _SHORT else remembered.__wrapped__)(
+        plan = (self._server.analyze if len(sql) <= _SHORT else self._readings.analyze)(
             sql,
             api_version,
             standard_conforming_strings=self._standard_conforming_strings,
@@ -536,6 +571,7 @@ class Session(Owner):
                 standard_conforming_strings=self._standard_conforming_strings,
                 encoding=self._encoding,
                 vertical_tab=False,
+                bounded=True,
             )
         except LexError:
             return True
@@ -547,7 +583,7 @@ class Session(Owner):
             return None
         if self.relay.parameters.get(b"application_name") in catalogs.TOOLS:
             return None
-        return catalogs.analyze(
+        return (catalogs.analyze if len(sql) <= _SHORT else self._readings.catalogs)(
             sql,
             server_version=self.server_version,
             standard_conforming_strings=self._standard_conforming_strings,
@@ -651,6 +687,9 @@ class Session(Owner):
             self._client_ended = True
             if self._login is not None:
                 self._login.client_ended()
+        elif self.relay.is_behind:
+            # What it has sent before that comes first.
+            asyncio.get_running_loop().call_soon(self._ended, connection)
         elif self.interception is not None:
             self._inside.end_client()
             self.interception.end_client()
@@ -742,6 +781,35 @@ def _text(kind: int, body: bytes) -> bytes:
     """The SQL of a Query or Parse; none if it is malformed, as the server will say."""
     sql, end, rest = (body.partition(b"\0")[2] if kind == PARSE else body).partition(b"\0")
     return b"" if not end or (kind == QUERY and rest) else sql
+
+
+class _Readings:
+    """What was read of the long texts of one batch, each of which is asked for several times. For
+    short ones the server remembers it."""
+
+    __slots__ = ("analyze", "catalogs", "split")
+
+    def __init__(self) -> None:
+        self.split = functools.lru_cache(2)(lexer.split)
+        self.analyze = functools.lru_cache(2 * len(CATALOGS))(analyze)
+        self.catalogs = functools.lru_cache(2)(catalogs.analyze)
+
+    def clear(self) -> None:
+        self.split.cache_clear()
+        self.analyze.cache_clear()
+        self.catalogs.cache_clear()
+
+
+def analyze(
+    sql: bytes, api_version: int, *, standard_conforming_strings: bool, encoding: str
+) -> statements.Plan | None:
+    """What is to be done about a statement in a version of the API."""
+    return statements.analyze(
+        sql,
+        standard_conforming_strings=standard_conforming_strings,
+        encoding=encoding,
+        functions=CATALOGS[api_version],
+    )
 
 
 def _unsupported(raw: bytes) -> SQLError:

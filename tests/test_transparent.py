@@ -776,6 +776,9 @@ class Told:
     def has_call(self, kind: int, body: bytes) -> bool:
         return b"CALL" in body
 
+    def unread(self) -> None:
+        self.events.append(("unread",))
+
     def settings_mentioned(self, sql: bytes) -> None:
         self.events.append(("settings", sql))
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from proxy.extension import installed
@@ -62,7 +62,10 @@ def analyze(
         return None
     try:
         statements = split(
-            sql, standard_conforming_strings=standard_conforming_strings, encoding=encoding
+            sql,
+            standard_conforming_strings=standard_conforming_strings,
+            encoding=encoding,
+            bounded=True,
         )
     except LexError:
         return None
@@ -82,6 +85,7 @@ class _Query:
         self.tokens = tokens
         self.names = [identifier(sql, token, encoding) for token in tokens]
         self.keywords = [keyword(sql, token) for token in tokens]
+        self.openings, self.clauses = self.surroundings()
 
     def replaced(self, relations: Mapping[bytes, bytes]) -> Substitute | None:
         if self.keywords[0] not in ("select", "with", "") or self.locks_rows():
@@ -89,7 +93,7 @@ class _Query:
         if not _SYSTEM_COLUMNS.isdisjoint(name for name in self.names if name is not None):
             return None
         pieces: list[Piece] = []
-        done = 0
+        done = count = 0
         for at, name in enumerate(self.names):
             subquery = relations.get(name or b"")
             if subquery is None:
@@ -101,6 +105,9 @@ class _Query:
                 return None
             if not self.is_relation(first, at):
                 continue
+            count += 1
+            if count > _MAX_REPLACED:
+                return None
             start = self.tokens[first].start
             alias = b"" if self.has_alias(at + 1) else b" AS " + (name or b"")
             pieces += [Piece(done, start), Piece(start, start, b"(%b)%b" % (subquery, alias))]
@@ -152,37 +159,34 @@ class _Query:
         if before == "from":
             return self.begins_from(first - 1)
         if self.sign(first - 1) == b",":
-            clause = self.clause(first - 1)
-            return clause is not None and self.begins_from(clause)
+            clause = self.clauses[first - 1]
+            return self.word(clause) == "from" and self.begins_from(clause)
         return False
 
     def begins_from(self, index: int) -> bool:
         """Whether this FROM is that of a query."""
         if self.word(index - 1) in ("distinct", "delete"):
             return False
-        opening = self.opening(index)
-        return opening is None or self.word(opening - 1) not in _FROM_IN
+        return self.word(self.openings[index] - 1) not in _FROM_IN
 
-    def before(self, index: int) -> Iterator[tuple[int, int]]:
-        """The tokens before it, backwards, and how many brackets deep: below 0 around it."""
-        depth = 0
-        for at in range(index - 1, -1, -1):
-            sign = self.sign(at)
-            depth += (sign in (b")", b"]")) - (sign in (b"(", b"["))
-            yield at, depth
-
-    def opening(self, index: int) -> int | None:
-        """The bracket around what stands there."""
-        return next((at for at, depth in self.before(index) if depth < 0), None)
-
-    def clause(self, comma: int) -> int | None:
-        """The FROM of the list that a comma is in, None if it is in another list."""
-        for at, depth in self.before(comma):
-            if depth < 0:
-                return None
-            if depth == 0 and self.word(at) in _CLAUSES:
-                return at if self.word(at) == "from" else None
-        return None
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        """Of each token the bracket around it, and the word that begins the clause that it is in,
+        in the same brackets; -1 for none."""
+        openings: list[int] = []
+        clauses: list[int] = []
+        around = [(-1, -1)]
+        for at, token in enumerate(self.tokens):
+            sign = self.sign(at) if token.kind is Kind.PUNCTUATION else b""
+            if sign in (b")", b"]") and len(around) > 1:
+                around.pop()
+            opening, clause = around[-1]
+            openings.append(opening)
+            clauses.append(clause)
+            if sign in (b"(", b"["):
+                around.append((at, -1))
+            elif self.keywords[at] in _CLAUSES:
+                around[-1] = (opening, at)
+        return openings, clauses
 
     def has_alias(self, index: int) -> bool:
         if index >= len(self.tokens) or self.tokens[index].kind not in (
@@ -192,6 +196,9 @@ class _Query:
             return False
         return self.word(index) == "as" or self.word(index) not in RESERVED
 
+
+# A subquery has kilobytes, and no query of anybody looks into a catalog so many times.
+_MAX_REPLACED: Final = 64
 
 # A comma behind ON is one of FROM.
 _CLAUSES: Final = frozenset(

@@ -38,7 +38,10 @@ def parse(
         return None
     try:
         statements = split(
-            sql, standard_conforming_strings=standard_conforming_strings, encoding=encoding
+            sql,
+            standard_conforming_strings=standard_conforming_strings,
+            encoding=encoding,
+            bounded=True,
         )
         if len(statements) != 1:
             return None

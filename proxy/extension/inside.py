@@ -870,6 +870,10 @@ class InsideCaller:
     def max_workers(self) -> int:
         return self._session.setting(MAX_WORKERS, self.context)
 
+    @property
+    def codec(self) -> str:
+        return encodings.codec(self._call.encoding)
+
     async def known_jobs(self) -> Sequence[KnownJob]:
         return await self._session.jobs_of(self.context.roles)
 

@@ -34,6 +34,7 @@ _HUNG_UP = getattr(select, "POLLRDHUP", 0)
 # Why a connection is not being read; it is read when no reason is left.
 _OPPOSITE_IS_FULL = 1
 _INBOX_IS_FULL = 2
+_TAKES_A_BREAK = 4
 
 
 class Connection(asyncio.Protocol):
@@ -209,6 +210,14 @@ class Connection(asyncio.Protocol):
     def is_stopped_by_opposite(self) -> bool:
         """Whether it is not being read because the connection opposite is full."""
         return bool(self._stopped & _OPPOSITE_IS_FULL)
+
+    def take_a_break(self) -> None:
+        """For others, who wait for their turn of the event loop."""
+        self._stop(_TAKES_A_BREAK)
+
+    def end_break(self) -> None:
+        """It is our turn again."""
+        self._go(_TAKES_A_BREAK)
 
     def _stop(self, reason: int) -> None:
         if not self._stopped and self.is_open:

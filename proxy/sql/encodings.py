@@ -92,7 +92,7 @@ def short_name(name: bytes, client_encoding: bytes) -> bytes:
     return letters.encode(codec(client_encoding), "replace")
 
 
-_ELEMENT: Final = re.compile(rb'"((?:[^"\\]|\\.)*)"|([^{},"]+)', re.DOTALL)
+_ELEMENT: Final = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"|([^{},"]++)', re.DOTALL)
 _ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL)
 
 

@@ -20,6 +20,20 @@ class LexError(ValueError):
     string or comment, or a character that begins no token."""
 
 
+class BudgetError(LexError):
+    """More than is read of a text that anybody may send."""
+
+
+# What is read of a text for the sake of the calls in it. A call is short; a long argument of one
+# is one token, however long it is.
+MAX_TOKENS: Final = 10_000
+"""Tokens and comments together."""
+MAX_BYTES: Final = 64 * 1024
+"""Outside of string constants."""
+MAX_TEXT: Final = 16 * 1024 * 1024
+"""With them. What is longer is passed on in the pieces that it comes in."""
+
+
 class Kind(enum.Enum):
     """What a token is."""
 
@@ -109,6 +123,7 @@ def tokenize(
     standard_conforming_strings: bool = True,
     encoding: str | None = None,
     vertical_tab: bool = True,
+    bounded: bool = False,
 ) -> list[Token]:
     """All tokens of a Query string.
 
@@ -118,29 +133,44 @@ def tokenize(
         encoding: the session's client_encoding, as PostgreSQL names it. It matters only where
             bytes of a multi-byte character can look like ASCII.
         vertical_tab: whether that is white space, as it is since PostgreSQL 16.
+        bounded: read no more than MAX_TOKENS and MAX_BYTES.
 
     Raises:
         LexError: the server could not read this text.
+        BudgetError: there is more.
     """
+    if bounded and len(sql) > MAX_BYTES and b"'" not in sql and b"$" not in sql:
+        raise BudgetError("the text is too long")
     sql = mask(sql, encoding)
     scan = (_SCANNERS if vertical_tab else _BEFORE_16)[standard_conforming_strings].finditer
     tokens: list[Token] = []
+    limit = MAX_TOKENS if bounded else len(sql)
     position: int | None = 0
     while position is not None:
-        position = _scan(sql, scan(sql, position), tokens)
+        position, limit = _scan(sql, scan(sql, position), tokens, limit)
+    if bounded and len(sql) > MAX_BYTES:
+        constants = sum(end - start for kind, start, end in tokens if kind is Kind.STRING)
+        if len(sql) - constants > MAX_BYTES:
+            raise BudgetError("the text is too long")
     return tokens
 
 
-def _scan(sql: bytes, matches: Iterator[re.Match[bytes]], tokens: list[Token]) -> int | None:
+def _scan(
+    sql: bytes, matches: Iterator[re.Match[bytes]], tokens: list[Token], limit: int
+) -> tuple[int | None, int]:
     """Adds tokens up to one whose end the regular expression cannot find: returns where to
-    go on behind it, None at the end of the text."""
+    go on behind it, None at the end of the text, and how many tokens there may be by then."""
     # One iterator and no more than needed for each token: twice as fast as the obvious loop.
     add, new, groups, operator = tokens.append, tuple.__new__, _GROUPS, Kind.OPERATOR
     for found in matches:
+        if len(tokens) > limit:
+            raise BudgetError("there are too many tokens")
         index = found.lastindex or 0
         start, end = found.span(index)
         kind = groups[index]
         if kind is operator:
+            if end - start > limit:
+                raise BudgetError("an operator is too long")
             signs = _operator_end(sql, start, end)
             is_arrow = sql[start:signs] == b"=>"
             add(Token(Kind.PUNCTUATION if is_arrow else kind, start, signs))
@@ -150,14 +180,15 @@ def _scan(sql: bytes, matches: Iterator[re.Match[bytes]], tokens: list[Token]) -
         elif found.lastgroup == "END":
             break
         elif found.lastgroup == "COMMENT":
-            return _comment_end(sql, end)
+            end, edges = _comment_end(sql, end, limit - len(tokens))
+            return end, limit - edges
         elif found.lastgroup == "DOLLAR":
             end = _dollar_quote_end(sql, start, end)
             add(Token(Kind.STRING, start, end))
-            return end
+            return end, limit
         else:
             raise LexError(f"unterminated quote or unexpected character at byte {start}")
-    return None
+    return None, limit
 
 
 def _operator_end(sql: bytes, start: int, end: int) -> int:
@@ -181,13 +212,16 @@ def _dollar_quote_end(sql: bytes, start: int, position: int) -> int:
     return closing + len(quote)
 
 
-def _comment_end(sql: bytes, position: int) -> int:
-    """The offset behind the comment whose ``/*`` ends at ``position``; comments nest."""
+def _comment_end(sql: bytes, position: int, limit: int) -> tuple[int, int]:
+    """The offset behind the comment whose ``/*`` ends at ``position``, and how many times a comment
+    begins or ends in it, at most ``limit``; comments nest."""
     depth = 1
-    for edge in _COMMENT_EDGE.finditer(sql, position):
+    for edges, edge in enumerate(_COMMENT_EDGE.finditer(sql, position), 1):
         depth += 1 if edge[0] == b"/*" else -1
         if depth == 0:
-            return edge.end()
+            return edge.end(), edges
+        if edges > limit:
+            raise BudgetError("there are too many comments")
     raise LexError(f"unterminated comment at byte {position - 2}")
 
 
@@ -239,7 +273,11 @@ _OPEN, _CLOSE, _SEMICOLON = b"();"
 
 
 def split(
-    sql: bytes, *, standard_conforming_strings: bool = True, encoding: str | None = None
+    sql: bytes,
+    *,
+    standard_conforming_strings: bool = True,
+    encoding: str | None = None,
+    bounded: bool = False,
 ) -> list[Statement]:
     """The statements of a Query string that are not empty.
 
@@ -250,7 +288,10 @@ def split(
         LexError: as tokenize().
     """
     tokens = tokenize(
-        sql, standard_conforming_strings=standard_conforming_strings, encoding=encoding
+        sql,
+        standard_conforming_strings=standard_conforming_strings,
+        encoding=encoding,
+        bounded=bounded,
     )
     return [
         Statement(part[0].start, part[-1].end, part) for part in _statements(sql, tokens) if part
@@ -347,10 +388,11 @@ _MULTI_BYTE: Final = {
         "BIG5": _TWO_BYTES,
         "GBK": _TWO_BYTES,
         "UHC": _TWO_BYTES,
-        "JOHAB": rb"\x8f..|[\x80-\xff].",
-        "GB18030": rb"[\x80-\xff](?:[0-9]..|.)",
+        "JOHAB": rb"(?:\x8f..|[\x80-\xff].)++",
+        "GB18030": rb"(?:[\x80-\xff](?:[0-9]..|.))++",
     }.items()
 }
+_ALL_OF_TWO_BYTES: Final = frozenset(("SJIS", "SHIFT_JIS_2004", "BIG5", "GBK", "UHC"))
 
 
 def mask(sql: bytes, encoding: str | None) -> bytes:
@@ -358,6 +400,8 @@ def mask(sql: bytes, encoding: str | None) -> bytes:
     characters = _MULTI_BYTE.get(encoding or "")
     if characters is None or sql.isascii():
         return sql
+    if encoding in _ALL_OF_TWO_BYTES:
+        return characters.sub(b"\xff\xff", sql)  # five times as fast
     return characters.sub(lambda found: b"\xff" * len(found[0]), sql)
 
 

@@ -11,34 +11,28 @@ source span, between tokens of our exact lexer; nothing is ever printed from a s
 These shapes are served:
 
 - *calls as items of the select list* of one plain SELECT, or a field of what they return, or all
-  of them (``(call).*``). What else stands in the statement is free, so sqlglot reads it. It gets
-  the outermost level only, whatever is in parentheses left out and constants all alike, and what
-  it says about such a text is remembered;
+  of them (``(call).*``). What else stands in the statement is free: only the words that begin its
+  clauses count, and the commas between them, at its outermost level;
 - *a function alone in FROM*, with plain output columns; one of the views too;
 - *a call alone in a subquery that is alone in FROM*, with plain output columns or fields;
 - *a call as the last item of FROM*, made for each row of the others, and what it returns as plain
   columns or as arguments of calls in the select list;
 - *pg_background_result alone in the select list*.
 
-All but the first are read from the tokens directly: they leave no room for free text, or (a call
-as the last item) leave it where it does not matter what it says.
+All are read from the tokens, in time that is linear in their number: no grammar is needed to see
+where an item ends. What the grammar forbids, the server says of the stand-in too.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
-import logging
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, NamedTuple
-
-import sqlglot
-import sqlglot.dialects.postgres  # which it would load at the first statement
-from sqlglot import exp
 
 from proxy.functions import (
     BOOL,
@@ -63,13 +57,9 @@ from proxy.sql.lexer import (
     Token,
     identifier,
     keyword,
-    mask,
     split,
 )
-from proxy.sql.text import literal
-
-# It warns of statements that it does not know; we ask for exactly that reason.
-logging.getLogger("sqlglot").setLevel(logging.CRITICAL)
+from proxy.sql.text import do_block, literal
 
 TRIGGER: Final = b"pg_background"
 
@@ -333,7 +323,10 @@ def analyze(
         return None
     try:
         statements = split(
-            sql, standard_conforming_strings=standard_conforming_strings, encoding=encoding
+            sql,
+            standard_conforming_strings=standard_conforming_strings,
+            encoding=encoding,
+            bounded=True,
         )
         if len(statements) != 1:
             return None
@@ -342,9 +335,9 @@ def analyze(
         return None
 
 
-# No more than hints: every call that we serve has both, much else has too.
+# No more than hints: every call that we serve has both, much else has too. A name is short.
 _CALL: Final = re.compile(
-    TRIGGER + rb'\w*"?\s*(?:\(|--|/\*)|' + "|".join(VIEWS).encode(), re.IGNORECASE
+    TRIGGER + rb'\w{0,50}+"?\s*+(?:\(|--|/\*)|' + "|".join(VIEWS).encode(), re.IGNORECASE
 )
 _QUERY: Final = re.compile(rb"[\s;]*+(?:select|with|table|--|/\*)", re.IGNORECASE)
 
@@ -363,6 +356,9 @@ _TO_TEXT: Final[dict[Type, tuple[bytes, bytes]]] = {
     HANDLES: (b"CAST(", b" AS pg_catalog.text)"),
 }
 _OPENINGS: Final = frozenset(opening for opening, _ in _TO_TEXT.values())
+
+_MESSAGE_SIZE: Final = 1024
+"""Of a message, which anybody can raise, so much is looked at; the server's is shorter."""
 
 # How the server writes these functions where it complains of an argument's type.
 _SIGNATURE: Final = re.compile(
@@ -389,7 +385,7 @@ def complaint(
     Returns:
         None if the message is not about one of these functions.
     """
-    found = _SIGNATURE.search(message)
+    found = _SIGNATURE.search(message, 0, _MESSAGE_SIZE)
     if found is None or isinstance(plan, Substitute):
         return None
     type_name = found.lastgroup or ""
@@ -533,8 +529,8 @@ class _Reader:
         functions: Mapping[str, tuple[Function, ...]],
     ) -> None:
         self.sql = sql
-        self.masked = mask(sql, encoding)
         self.tokens = tokens
+        self.texts = [sql[start:end] for _, start, end in tokens]
         self.count = len(tokens)
         self.encoding = encoding
         self.functions = functions
@@ -562,10 +558,7 @@ class _Reader:
 
     def text(self, index: int) -> bytes:
         """A token as it stands; empty behind the last one."""
-        if not 0 <= index < self.count:
-            return b""
-        token = self.tokens[index]
-        return self.sql[token.start : token.end]
+        return self.texts[index] if 0 <= index < self.count else b""
 
     def keyword(self, index: int) -> str:
         return keyword(self.sql, self.tokens[index]) if 0 <= index < self.count else ""
@@ -594,12 +587,22 @@ class _Reader:
 
     def closing(self, index: int) -> int:
         """The bracket that closes the one at ``index``."""
-        depth = 0
-        for at in range(index, self.count):
-            depth += _NESTING.get(self.text(at), 0)
-            if depth == 0:
-                return at
-        raise _NotServedError("unbalanced")
+        if index not in self.closings:
+            raise _NotServedError("unbalanced")
+        return self.closings[index]
+
+    @functools.cached_property
+    def closings(self) -> dict[int, int]:
+        """The brackets, and what closes each."""
+        closings: dict[int, int] = {}
+        opened: list[int] = []
+        for at, text in enumerate(self.texts):
+            nesting = _NESTING.get(text, 0)
+            if nesting > 0:
+                opened.append(at)
+            elif nesting < 0 and opened:
+                closings[opened.pop()] = at
+        return closings
 
     def list_items(self, first: int, end: int) -> list[tuple[int, int]]:
         """The first and last tokens of what stands between commas in ``[first, end)``."""
@@ -806,24 +809,47 @@ class _Reader:
 
     def select_items(self, sites: list[_Site]) -> ScalarPlan:
         spans = [self.item_span(site) for site in sites]
-        calls = [
-            (site.call.function.name, span.names) for site, span in zip(sites, spans, strict=True)
-        ]
-        found = _select_items(self.shape(sites, spans), tuple(calls))
-        if found is None:
-            raise _NotServedError("not plain items of a plain select list")
+        found = self.select_list()
+        places = {first: place for place, (first, _) in enumerate(found.items)}
+        stars = [at for at, item in enumerate(found.items) if self.has_star(*item)]
         edits: list[_Edit] = []
         columns: list[CallColumn] = []
-        for site, span, item in zip(sites, spans, found.items, strict=True):
-            self.check_end(span.last + 1, item)
-            if item.labelled and span.fields is not None and len(span.fields) != 1:
+        labels: list[bytes] = []
+        for site, span in zip(sites, spans, strict=True):
+            label, end = self.label(span.last + 1)
+            place = places.get(span.first)
+            if place is None or end != found.items[place][1] + 1:
+                raise _NotServedError("not an item by itself")
+            if label is not None and span.fields is not None and len(span.fields) != 1:
                 raise _NotServedError("one label for all fields")
             edits.append(_Edit(self.start(span.first), self.end(span.last), self.stand_in(site)))
-            if not item.labelled:
+            if label is None:
                 edits.append(self.insertion(span.last, b" AS " + span.names[0].encode() + b" "))
-            columns.append(CallColumn(item.column, site.call))
-        outputs = _item_outputs(found, spans)
-        return ScalarPlan(self.rewrite(*edits), tuple(columns), outputs, width=found.columns)
+                labels += [name.encode() for name in span.names]
+            else:
+                labels.append(label)
+            if span.fields is not None and span.names[1:]:
+                # (call).* is none of those: we know what it stands for.
+                stars.remove(place)
+            columns.append(CallColumn(place, site.call))
+        if stars:
+            if any(stars[0] < column.index < stars[-1] for column in columns):
+                raise _NotServedError("a column whose number is not known")
+            columns = [
+                CallColumn(index - len(found.items) if index > stars[0] else index, call)
+                for index, call in ((column.index, column.call) for column in columns)
+            ]
+        self.check_order(
+            found,
+            labels,
+            _Columns(
+                {column.index for column in columns},
+                bool(stars) or any(len(span.names) > 1 for span in spans),
+            ),
+        )
+        outputs = _item_outputs(columns, None if stars else len(found.items), spans)
+        width = None if stars else len(found.items)
+        return ScalarPlan(self.rewrite(*edits), tuple(columns), outputs, width=width)
 
     def item_span(self, site: _Site) -> _Span:
         """A call that is an item of a select list, with the parentheses around it and what is
@@ -851,93 +877,105 @@ class _Reader:
             raise _NotServedError("not an item of a select list")
         return _Span(first, last, fields, tuple(names))
 
-    def check_end(self, end: int, item: _Item) -> None:
-        """Behind a call there is its label at most: sqlglot's reading must be ours too."""
-        if item.labelled:
-            end += 2 if self.keyword(end) == "as" else 1
-        if not (self.text(end) in (b"", b",") or self.keyword(end) in _AFTER_SELECT_LIST):
-            raise _NotServedError("not an item by itself")
+    def select_list(self) -> _SelectList:
+        """The select list of a plain SELECT, whose rows are made of its items one by one."""
+        outer = list(self.outermost())
+        select = next((at for at in outer if self.keyword(at) == "select"), None)
+        # Before it there are the queries of WITH, in parentheses, whose names may be such words.
+        if select is None or any(
+            self.keyword(at) in _NOT_BEFORE and self.text(at - 1) == b")"
+            for at in outer
+            if at < select
+        ):
+            raise _NotServedError("not a SELECT")
+        first = self.after_select(select)
+        if self.keyword(first) == "distinct":
+            raise _NotServedError("not a row for each")
+        clauses = [at for at in outer if at >= first and self.begins_clause(at)]
+        if any(self.keyword(at) not in _AFTER_SELECT_LIST for at in clauses):
+            raise _NotServedError("not a plain SELECT")
+        end = clauses[0] if clauses else self.count
+        # It would fail anyway, but in a Query of several before any of them has run.
+        if self.keyword(self.count - 1) in _NOT_AT_THE_END or any(
+            after - at < 2 for at, after in pairwise([*clauses, self.count])
+        ):
+            raise _NotServedError("a clause without its expression")
+        if any(self.keyword(at) == "limit" for at in clauses) and any(
+            at > clauses[-1] and self.text(at) == b"," for at in outer
+        ):
+            raise _NotServedError("LIMIT m, n")
+        items = self.list_items(first, end)
+        order = next((at for at in clauses if self.keyword(at) == "order"), None)
+        if order is None:
+            return _SelectList(items, [])
+        behind = next((at for at in clauses if at > order), self.count)
+        return _SelectList(items, self.list_items(order + 2, behind))
 
-    def shape(self, sites: list[_Site], spans: list[_Span]) -> str:
-        """The statement for sqlglot: its outermost level, tokens with blanks between.
+    def begins_clause(self, at: int) -> bool:
+        """Whether a word at the outermost level begins a clause of a SELECT, and is neither a label
+        nor a column, nor a part of an expression."""
+        word = self.keyword(at)
+        if (
+            not (word == "from" or word in _CLAUSES)
+            or self.text(at - 1) == b"."
+            or self.keyword(at - 1) == "as"
+        ):
+            return False
+        if word == "from":
+            return not self.is_distinct_from(at)
+        # WITHIN GROUP (…)
+        return word != "group" or self.keyword(at + 1) == "by"
 
-        Nothing is nested in it, because sqlglot takes time exponential in the nesting (40 s for
-        twenty ARRAY[), and sessions share a thread.
-        """
-        words: list[str] = []
-        calls = {
-            span.first: (f"{site.call.function.name} ( {number} )", span.last)
-            for number, (site, span) in enumerate(zip(sites, spans, strict=True))
-        }
-        ordering = False
-        at = 0
-        while at < self.count:
-            if at in calls:
-                word, last = calls[at]
-            elif self.text(at) in (b"(", b"["):
-                last = self.closing(at)
-                if self.ours_between(at, last) is not None:
-                    raise _NotServedError("a call within something")
-                word = self.group_word(at, last, ordering)
-            else:
-                last = at
-                # ORDER BY 2 is the second column.
-                ordering = ordering or self.keyword(at) == "order"
-                word = self.word(at, ordering)
-            words.append(word)
-            at = last + 1
-        shape = " ".join(words)
-        if len(shape) > _MAX_SHAPE:
-            raise _NotServedError("too long for sqlglot")
-        return shape
+    def is_distinct_from(self, at: int) -> bool:
+        """Whether this FROM is of IS [NOT] DISTINCT FROM."""
+        if self.keyword(at - 1) != "distinct":
+            return False
+        is_ = at - 3 if self.keyword(at - 2) == "not" else at - 2
+        return self.keyword(is_) == "is" and self.text(is_ - 1) != b"."
 
-    def group_word(self, first: int, last: int, ordering: bool) -> str:
-        """What stands in brackets, in the shape: the least that makes sense in its place."""
-        before = self.keyword(first - 1)
-        if self.text(first) == b"[":
-            return "[ 0 ]"
-        if self.keyword(first + 1) in _QUERIES:
-            return f"( SELECT {_NAME} )"
-        if before == "operator" or self.text(first - 2) == b"::":
-            # OPERATOR(pg_catalog.+) and numeric(10,2): the word says enough.
-            return ""
-        if before == "filter":
-            return f"( WHERE {_NAME} )"
-        if before == "group":
-            return f"( ORDER BY {_NAME} )"
-        while ordering and self.text(first + 1) == b"(" and self.text(last - 1) == b")":
+    def has_star(self, first: int, last: int) -> bool:
+        """Whether an item stands for columns that we cannot count: ``*``, ``t.*``, ``(t.*)``."""
+        if b"*" in (self.text(first), self.text(last)):
+            return True
+        at = first
+        while at < last:
+            if self.text(at) == b"(" and self.keyword(at + 1) in _QUERIES:
+                at = self.closing(at)
+            elif self.text(at) == b"." and self.text(at + 1) == b"*":
+                return True
+            at += 1
+        return False
+
+    def check_order(self, found: _SelectList, labels: list[bytes], columns: _Columns) -> None:
+        """The sort is neither by a call's column, by its number or by its name."""
+        for first, last in found.order:
+            number, names = self.sort_key(first, last)
+            if number == 0 or (number and (columns.hidden or number - 1 in columns.of_calls)):
+                raise _NotServedError("sorted by the number of a call's column")
+            if any(_could_be_same(name, label) for name in names for label in labels):
+                raise _NotServedError("sorted by a call's column")
+
+    def sort_key(self, first: int, last: int) -> tuple[int | None, list[bytes]]:
+        """What an item of ORDER BY may be beside an expression: the number of a column, 0 for a
+        constant that is none; and the names in it that could be a label."""
+        while (
+            self.text(first) == b"("
+            and self.closing(first) == last
+            and self.keyword(first + 1) not in _QUERIES
+        ):
             first, last = first + 1, last - 1
-        if ordering and first + 2 == last:
-            return f"( {self.word(first + 1, ordering)} )"
-        texts = [self.text(at) for at in range(first, last)]
-        # (t.*) stands for all its columns.
-        return f"( {_NAME} . * )" if (b".", b"*") in pairwise(texts) else f"( {_NAME} )"
-
-    def word(self, index: int, ordering: bool) -> str:
-        """A token in the shape; ``ordering``: numbers matter."""
-        kind, start, end = self.tokens[index]
-        text = self.masked[start:end]
-        if kind is Kind.STRING:
-            return "'s'"
-        if kind is Kind.PARAMETER:
-            return "$1"
-        if kind is Kind.NUMBER:
-            return _integer(text) if ordering else "0"
-        if kind is Kind.OPERATOR:
-            # Any other is an operator like this one: between operands or before one.
-            return text.decode() if text in _PLAIN_OPERATORS else "-"
-        if kind is Kind.QUOTED_IDENTIFIER:
-            if self.name(index) is None:
-                raise _NotServedError("U&: could be any name")
-            return '"' + text[1:-1].translate(_WORD).decode("latin-1") + '"'
-        word = text.translate(_WORD_OR_MARK).decode("latin-1").lower()
-        if kind is not Kind.IDENTIFIER or self.text(index + 1) != b"(":
-            return word
-        if self.text(index - 1) == b"::":
-            return word
-        if word == "operator":
-            return "-"
-        return word if word in _KEPT_BEFORE_PARENTHESIS else _NAME
+        if self.tokens[first].kind in (Kind.NUMBER, Kind.STRING) and (
+            first == last or self.keyword(first + 1) in _BEHIND_SORT_KEY
+        ):
+            return _integer(self.text(first)), []
+        names: list[bytes] = []
+        depth = 0
+        for at in range(first, last + 1):
+            depth += _NESTING.get(self.text(at), 0)
+            alone = self.text(at - 1) == b"(" and self.text(at + 1) == b")"
+            if (depth == 0 or alone) and (name := self.name(at)) is not None:
+                names.append(name)
+        return None, names
 
     # SELECT columns FROM call
 
@@ -1092,6 +1130,9 @@ class _Reader:
             raise _NotServedError("our own alias")
         outputs: list[Output] = []
         edits: list[_Edit] = []
+        places: dict[bytes, int] = {}
+        for place, column in enumerate(source.columns):
+            places.setdefault(column, place)
         if source.alias is None:
             table: Piece | bytes = source.name
         else:
@@ -1099,8 +1140,8 @@ class _Reader:
         for item in items:
             if item.column is None:
                 outputs.append(Output(None))
-            elif item.column in source.columns:
-                outputs.append(Output(source.columns.index(item.column), item.label))
+            elif item.column in places:
+                outputs.append(Output(places[item.column], item.label))
             else:
                 # It could still be something, if not a column: the row, or a function of it.
                 raise _NotServedError("not a column")
@@ -1603,10 +1644,7 @@ class _Reader:
         if "msg" in texts:
             words.append(b"pg_catalog.textcat('=', " + texts["msg"] + b")")
         body = _PROGRESS_BLOCK % b", ".join(words)
-        quote = b"$pg_background$"
-        while quote in body:
-            quote = quote[:-1] + b"_$"
-        return b"DO LANGUAGE plpgsql " + quote + body + quote
+        return do_block(body)
 
 
 class _Span(NamedTuple):
@@ -1756,103 +1794,54 @@ _JOINED: Final = frozenset(("exists", "in", "any", "some"))
 _IN_CONDITIONS: Final = frozenset(("exists", "in", "any", "some", "all", "array", "not"))
 
 
-# --- sqlglot --------------------------------------------------------------------------------
+# --- the select list ------------------------------------------------------------------------
 
-# It takes 0.5 ms for a short text, 2 ms a kB; no more than this is remembered either.
-_MAX_SHAPE: Final = 8192
-
-_PLAIN_OPERATORS: Final = frozenset((b"*", b"=", b"<", b">", b"<=", b">=", b"<>", b"!="))
 _QUERIES: Final = frozenset(
     ("select", "with", "values", "table", "insert", "update", "delete", "merge")
 )
-# What any name in parentheses, and any function, is called in a shape.
-_NAME: Final = "some_name"
-# Words that keep their meaning before a parenthesis. Any other is a function, or a type, or an
-# alias, which all look alike; sqlglot has its own ideas about some of them.
-_KEPT_BEFORE_PARENTHESIS: Final = (RESERVED - {"cast", "left", "right"}) | {
-    *("by", "exists", "filter", "first", "materialized", "next", "repeatable", "values"),
-}
-
-_MASKED: Final = "\xff"
-_WORD_OR_MARK: Final = bytes(byte if byte < 0x80 else ord(_MASKED) for byte in range(256))
-# For quoted names: nothing that sqlglot could read in a way of its own.
-_WORD: Final = bytes(
-    byte if byte >= 0x80 or chr(byte).isalnum() else ord("_") for byte in _WORD_OR_MARK
+# What else a WITH could be of, and what could join another query to that.
+_NOT_BEFORE: Final = _CLAUSES | _WRITES | {"values", "table"}
+# Words that something follows.
+_NOT_AT_THE_END: Final = frozenset(
+    (
+        *("and", "as", "between", "by", "case", "collate", "cross", "distinct", "else", "from"),
+        *("full", "ilike", "in", "inner", "is", "join", "left", "like", "limit", "natural", "not"),
+        *("on", "or", "order", "right", "select", "similar", "then", "using", "when", "where"),
+    )
 )
-
-# A SELECT of these is plain: it makes a row of items for each row that it keeps.
-_PLAIN_CLAUSES: Final = frozenset(
-    ("expressions", "with_", "from_", "joins", "laterals", "where", "order", "limit")
-)
-
-
-class _Item(NamedTuple):
-    """A call in the select list: its column in the stand-in, and if it has a label."""
-
-    column: int
-    labelled: bool
+# Behind a constant that is a whole sort key.
+_BEHIND_SORT_KEY: Final = frozenset(("asc", "desc", "using", "nulls"))
 
 
 class _SelectList(NamedTuple):
-    """The calls of a select list, and how many columns it has, None if a ``*`` hides that."""
+    """The items of a select list and those of ORDER BY: of each the first and the last token."""
 
-    items: tuple[_Item, ...]
-    columns: int | None
-
-
-@functools.lru_cache(maxsize=1024)
-def _select_items(shape: str, calls: tuple[tuple[str, tuple[str, ...]], ...]) -> _SelectList | None:
-    """The select list of a shape; None if it is not plain. ``calls`` are the functions called in
-    it, and what the columns of each call are named without a label."""
-    try:
-        select = sqlglot.parse_one(shape, dialect="postgres")
-    except Exception:
-        # Beside its own errors a parser of that size has bugs, and recursion an end. Whatever
-        # it is, the statement is one that we do not know.
-        return None
-    if type(select) is not exp.Select:
-        return None
-    if any(value and clause not in _PLAIN_CLAUSES for clause, value in select.args.items()):
-        return None
-    functions = {function for function, _ in calls}
-    items: dict[int, _Item] = {}
-    labels: list[str] = []
-    stars = [place for place, item in enumerate(select.expressions) if item.find(exp.Star)]
-    for place, item in enumerate(select.expressions):
-        labelled = isinstance(item, exp.Alias)
-        call = item.this if labelled else item
-        if not _is_call(call, functions):
-            continue
-        if stars and stars[0] < place < stars[-1]:
-            return None
-        column = place - len(select.expressions) if stars and stars[0] < place else place
-        number = int(call.expressions[0].name)
-        items[number] = _Item(column, labelled)
-        labels += [item.alias] if labelled else calls[number][1]
-    if len(items) != len(calls) or len(calls) != sum(
-        _is_call(node, functions) for node in select.walk()
-    ):
-        return None
-    order = select.args.get("order")
-    hidden = bool(stars) or any(len(names) > 1 for _, names in calls)
-    if order and _orders_by_call(order, labels, {item.column for item in items.values()}, hidden):
-        return None
-    columns = None if stars else len(select.expressions)
-    return _SelectList(tuple(items[number] for number in range(len(calls))), columns)
+    items: list[tuple[int, int]]
+    order: list[tuple[int, int]]
 
 
-def _item_outputs(found: _SelectList, spans: list[_Span]) -> tuple[ItemOutput, ...] | None:
-    """The client's columns, None if they are the stand-in's."""
+class _Columns(NamedTuple):
+    """The columns that are calls; ``hidden``: the numbers are not known."""
+
+    of_calls: set[int]
+    hidden: bool
+
+
+def _item_outputs(
+    columns: list[CallColumn], count: int | None, spans: list[_Span]
+) -> tuple[ItemOutput, ...] | None:
+    """The client's columns, None if they are the stand-in's. ``count``: how many items there are,
+    None if a ``*`` hides how many columns they make."""
     if all(span.fields is None for span in spans):
         return None
-    if found.columns is None:
+    if count is None:
         raise _NotServedError("fields in places that are not known")
     fields = {
-        item.column: (span.fields, span.names[1:])
-        for item, span in zip(found.items, spans, strict=True)
+        column.index: (span.fields, span.names[1:])
+        for column, span in zip(columns, spans, strict=True)
     }
     outputs: list[ItemOutput] = []
-    for column in range(found.columns):
+    for column in range(count):
         wanted, names = fields.get(column, (None, ()))
         if names and wanted:
             outputs += [
@@ -1864,35 +1853,18 @@ def _item_outputs(found: _SelectList, spans: list[_Span]) -> tuple[ItemOutput, .
     return tuple(outputs)
 
 
-def _is_call(node: exp.Expr, functions: set[str]) -> bool:
-    return isinstance(node, exp.Anonymous) and node.name in functions
-
-
-def _orders_by_call(order: exp.Expr, labels: list[str], columns: set[int], hidden: bool) -> bool:
-    """Whether the sort could be by a call's column, by its number or by its name; ``hidden``: the
-    numbers are not known."""
-    for item in order.expressions:
-        key = item.this.unnest() if isinstance(item, exp.Ordered) else item
-        if isinstance(key, exp.Literal) and (
-            hidden or not key.name.isdecimal() or int(key.name) - 1 in columns
-        ):
-            return True
-    names = {node.name for node in order.walk()}
-    return any(_could_be_same(name, label) for name in names for label in labels)
-
-
-def _could_be_same(name: str, label: str) -> bool:
+def _could_be_same(name: bytes, label: bytes) -> bool:
     """Names are cut at 63 bytes; of those with other than ASCII letters we cannot know."""
-    if _MASKED in name and _MASKED in label:
+    if not (name.isascii() or label.isascii()):
         return True
-    return name[:63].lower() == label[:63].lower()
+    return name[:_MAX_NAME].lower() == label[:_MAX_NAME].lower()
 
 
-def _integer(text: bytes) -> str:
-    """An integer constant in decimal digits, any other number as 0.5."""
+def _integer(text: bytes) -> int:
+    """A constant that is an integer, any other as 0."""
     for base in (10, 0):
         try:
-            return str(int(text, base))
+            return int(text, base)
         except ValueError:
             continue
-    return "0.5"
+    return 0

@@ -14,8 +14,13 @@ from typing import Final
 from protocol.errors import FEATURE_NOT_SUPPORTED, UNDEFINED_FUNCTION, UNDEFINED_TABLE
 from protocol.messages import ErrorResponse
 from proxy.functions import BOOL, FUNCTIONS, HANDLES, INT4, INT8, TEXT, VIEWS, Function, Type
+from proxy.sql.lexer import MAX_BYTES, MAX_TEXT, MAX_TOKENS
 
-_CALL: Final = re.compile(r"(?:(?:\w+|\"[^\"]+\")\.)?(\w*pg_background\w*)\((.*?)\)(?=\W*\s|$)")
+# A name and the types of what is given to it. Matching begins at a name's first letter only.
+_CALL: Final = re.compile(r"(?<!\w)(\w++)\(([^()]*+)\)")
+
+_MESSAGE_SIZE: Final = 2048
+"""Of an error's message, which anybody can raise, so much is looked at; the server's is shorter."""
 
 # The server's message about an extension whose files it does not have, in any language.
 _EXTENSION: Final = re.compile(rb'"pg_background"|/pg_background\.control')
@@ -32,19 +37,31 @@ _ACCEPTED: Final[dict[Type, frozenset[str]]] = {
 }
 
 
-def unserved(body: bytes) -> bytes | None:
-    """The ErrorResponse in place of one with this body, or None if it is not about such a call."""
+def unserved(body: bytes, *, too_long: bool = False) -> bytes | None:
+    """The ErrorResponse in place of one with this body, or None if it is not about such a call.
+
+    `too_long`: the statement was not looked at for calls, because it is over the lexer's budget.
+    """
     if b"pg_background" not in body or not (b"C42883\0" in body or b"C42P01\0" in body):
         return None
     error = ErrorResponse.parse(body)
+    message = error.message[:_MESSAGE_SIZE].decode("utf-8", "replace")
     if error.sqlstate == UNDEFINED_TABLE:
-        return _unserved_view(error)
-    call = _CALL.search(error.message.decode("utf-8", "replace"))
-    if call is None or error.sqlstate != UNDEFINED_FUNCTION:
+        return _unserved_view(error, message, too_long=too_long)
+    if error.sqlstate != UNDEFINED_FUNCTION:
         return None
-    name, arguments = call.groups()
-    if not any(_accepts(function, arguments) for function in FUNCTIONS.get(name, ())):
+    name = next(
+        (
+            name
+            for name, arguments in _CALL.findall(message)
+            if any(_accepts(function, arguments) for function in FUNCTIONS.get(name, ()))
+        ),
+        None,
+    )
+    if name is None:
         return None
+    if too_long:
+        return _too_long(error, name)
     return _replacement(
         error,
         f"{name} cannot be called in this place",
@@ -61,7 +78,7 @@ def unavailable(body: bytes) -> bytes | None:
     if b"pg_background" not in body or not (b"C0A000\0" in body or b"C58P01\0" in body):
         return None
     error = ErrorResponse.parse(body)
-    if "W" not in error.fields or not _EXTENSION.search(error.message):
+    if "W" not in error.fields or not _EXTENSION.search(error.message[:_MESSAGE_SIZE]):
         return None
     hint = (
         b"The proxy carries out CREATE EXTENSION pg_background where it is a statement of its own,"
@@ -80,11 +97,24 @@ def _replacement(error: ErrorResponse, message: str, detail: str, hint: str) -> 
     return ErrorResponse(fields).serialize()
 
 
-def _unserved_view(error: ErrorResponse) -> bytes | None:
-    found = _VIEW.search(error.message.decode("utf-8", "replace"))
+def _too_long(error: ErrorResponse, name: str) -> bytes:
+    return _replacement(
+        error,
+        f"{name} was not looked for in a text of this length",
+        f"The proxy reads up to {MAX_BYTES // 1024} kB outside of string constants, and"
+        f" {MAX_TOKENS} tokens, of what is sent as one string, and {MAX_TEXT >> 20} MB in all.",
+        f"Send the statement with {name} by itself, and what is long in it as a string constant or"
+        " a parameter.",
+    )
+
+
+def _unserved_view(error: ErrorResponse, message: str, *, too_long: bool) -> bytes | None:
+    found = _VIEW.search(message)
     name = found[1] if found else None
     if name is None:
         return None
+    if too_long:
+        return _too_long(error, name)
     return _replacement(
         error,
         f"{name} cannot be selected from in this place",

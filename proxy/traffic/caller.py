@@ -188,6 +188,10 @@ class SessionCaller:
     def max_workers(self) -> int:
         return self._session.setting(MAX_WORKERS, self.context)
 
+    @property
+    def codec(self) -> str:
+        return self._session.codec
+
     async def known_jobs(self) -> Sequence[KnownJob]:
         return await self._for(self._session.jobs_of(self.context.roles))
 

@@ -84,7 +84,16 @@ from proxy.traffic.prepared import (
     shape_unknown,
     stand_in_formats,
 )
-from proxy.traffic.relay import COPY_IN, ERROR, FAILED, IDLE, TERMINATE, may_be_ours
+from proxy.traffic.relay import (
+    COPY_IN,
+    ERROR,
+    FAILED,
+    IDLE,
+    TERMINATE,
+    TEXT_COST,
+    TURN,
+    may_be_ours,
+)
 from proxy.traffic.relay import FLUSH as FLUSH_TYPE
 from proxy.traffic.results import Table, encode, with_formats
 from proxy.traffic.waits import Waits
@@ -136,6 +145,8 @@ class Interception:
         self._settings_known = False
         # The server has begun to read COPY data: the Sync sent before that has no ReadyForQuery.
         self._copied = False
+        # What was read of SQL since others had their turn.
+        self._read = 0
 
     # The batch
 
@@ -217,11 +228,13 @@ class Interception:
             match chr(kind):
                 case "Q":
                     await self._know_settings(body)
+                    await self._take_turns(body)
                     if not self._session.holds_call(QUERY, body):
                         return self._end_at(kind, body)
                     self._session.settings_mentioned(body.lower())
                     await self._query(body)
                 case "P":
+                    await self._take_turns(body)
                     self._session.settings_mentioned(body.lower())
                     await self._know_settings(body)
                     if b"set_config" in body.lower():
@@ -264,6 +277,13 @@ class Interception:
             await self._primary.ready()
             return True
         return False
+
+    async def _take_turns(self, body: bytes) -> None:
+        """Before a text is read: let others have their turn, after many or long ones."""
+        if self._read > TURN:
+            self._read = 0
+            await asyncio.sleep(0)
+        self._read += len(body) + TEXT_COST
 
     async def _end_server(self) -> None:
         """Let the server see that the client has ended, and pass on the errors that it still has.
@@ -372,10 +392,13 @@ class Interception:
             await self._substitutes(sql, parts, plans)
             return
         reading = self._session.reading
+        texts = [text for _, text in parts]
+        offset = end = 0
         for number, (start, text) in enumerate(parts):
             if number:
-                await self._check_settings(reading, [text for _, text in parts[number:]])
-            offset = len(sql[:start].decode(self._session.codec, "replace"))
+                await self._check_settings(reading, texts[number:])
+            offset += len(sql[end:start].decode(self._session.codec, "replace"))
+            end = start
             comment = _rest_as_comment(sql, parts[0]) if number == 0 else b""
             is_last = number == len(parts) - 1
             await self._statement(text, offset, is_last=is_last, comment=comment)

@@ -21,7 +21,8 @@ from proxy.sql.statements import Call, ItemOutput, Plan, ResultPlan, ScalarPlan,
 from proxy.traffic.fetch import Fetch
 from proxy.traffic.results import Table, choose, fields_of
 
-_CONSTANT: Final = re.compile(rb"'[^']*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
+# Where a constant begins: '…', or $…$, whose quote is no part of a name.
+_CONSTANT: Final = re.compile(rb"'|(?<![\w$\x80-\xff])\$[A-Za-z_\x80-\xff]?[\w\x80-\xff]*+\$")
 
 
 @dataclass(slots=True)
@@ -74,12 +75,27 @@ def is_harmless(plan: Plan) -> bool:
     text = plan.rewrite.original
     if any(mark in text for mark in (b"\\", b"--", b"/*", b'"')):
         return False
-    code = _CONSTANT.sub(b"", text).lower()
+    code = _without_constants(text)
+    if code is None:
+        return False
+    code = code.lower()
     if isinstance(plan, ScalarPlan):
         made = sum(map(_calls_in, (column.call for column in plan.columns)))
         return b"from" not in code and code.count(b"(") == made
     before, _, _ = code.partition(b")")
     return before.count(b"(") == _calls_in(plan.call) and code.count(b"from") <= 1
+
+
+def _without_constants(sql: bytes) -> bytes | None:
+    parts: list[bytes] = []
+    end = 0
+    while (opening := _CONSTANT.search(sql, end)) is not None:
+        parts.append(sql[end : opening.start()])
+        closing = sql.find(opening[0], opening.end())
+        if closing < 0:
+            return None
+        end = closing + len(opening[0])
+    return b"".join([*parts, sql[end:]])
 
 
 def _calls_in(call: Call) -> int:

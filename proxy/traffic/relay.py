@@ -25,6 +25,7 @@ from protocol.framing import HEADER_SIZE, skip_run, unpack_length
 from protocol.messages import Flush, Sync
 from proxy.net.connection import Connection
 from proxy.sql import encodings
+from proxy.sql.lexer import MAX_TEXT
 from proxy.traffic.asked import (
     BIND,
     CLOSE,
@@ -64,9 +65,14 @@ FAILED: Final = ord("E")
 _LONGEST: Final = 1 << 30
 """No message of the frontend is longer; the server closes the connection at once."""
 
-_NAMES_SIZE: Final = 4096
+NAMES_SIZE: Final = 4096
 """How much of a message is held to see which statement or portal it is about; all of it if its
 names are longer."""
+
+TURN: Final = 64 * 1024
+TEXT_COST: Final = 2048
+"""So many bytes of SQL are read for calls in one turn of the event loop, and each text counts for
+so many more."""
 
 _NOTICE_SIZE: Final = 512
 """In how much of a notice the watchword would be."""
@@ -114,6 +120,9 @@ class Hooks(Protocol):
         """Tell whether this Query or Parse, which mentions what may be ours, holds a call to serve
         or is to be changed."""
 
+    def unread(self) -> None:
+        """A Query or Parse goes to the server that is too long to be looked at."""
+
     def settings_mentioned(self, sql: bytes) -> None:
         """A Query or Parse that has "set" in it, in lower case."""
 
@@ -145,6 +154,7 @@ class Relay:
         status: of the last ReadyForQuery.
         batch: types of the extended-query messages that the client sent since its last Sync.
         asked: what the server has not answered yet.
+        is_behind: what the client has sent goes on when others had their turn.
         untouched: nothing was passed on to the server since an interception has set this.
     """
 
@@ -169,6 +179,7 @@ class Relay:
         self.status = IDLE
         self.batch = bytearray()
         self.asked = Asked()
+        self.is_behind = False
         self.untouched = False
         self._settling: asyncio.Future[None] | None = None
         # Nothing is unanswered or partly here, and no later message can be about a call unless it
@@ -215,6 +226,7 @@ class Relay:
             self._pass_on(data)
             return
         self._client_skip = 0
+        read = 0
         while size - position >= HEADER_SIZE:
             kind = data[position]
             end = position + 1 + unpack_length(data, position + 1)[0]
@@ -222,37 +234,49 @@ class Relay:
                 self._client_astray = True
                 self._give_up(self._client, self._server, data)
                 return
-            if kind in (QUERY, PARSE):
+            if kind in (QUERY, PARSE) and end - position > MAX_TEXT:
+                if size - position < NAMES_SIZE:
+                    self._hold(data, position, NAMES_SIZE)
+                    return
+                if kind == PARSE and self._concerns_call(
+                    kind, data[position + HEADER_SIZE : position + NAMES_SIZE]
+                ):
+                    self._hand_over(data, position)
+                    return
+                self._hooks.unread()
+                self._note_text(kind)
+            elif kind in (QUERY, PARSE):
                 if end > size:
                     self._hold(data, position, end - position)
                     return
                 text = data[position:end].lower()
-                if (
-                    may_be_ours(text)
-                    and not self.asked.copying
-                    and self._hooks.has_call(kind, data[position + HEADER_SIZE : end])
-                ):
-                    self._hand_over(data, position)
-                    return
+                if may_be_ours(text) and not self.asked.copying:
+                    if read > TURN:
+                        self._yield(data, position)
+                        return
+                    read += end - position + TEXT_COST
+                    if self._hooks.has_call(kind, data[position + HEADER_SIZE : end]):
+                        self._hand_over(data, position)
+                        return
                 if b"set" in text:
                     self._hooks.settings_mentioned(text)
                     if kind == PARSE and b"set_config" in text:
                         name = data[position + HEADER_SIZE : end].split(b"\0", 1)[0]
                         self.setters.add(self.key(name))
-                if kind == QUERY:
-                    self.batch.clear()
-                elif self.statements and self._concerns_call(kind, data[position + HEADER_SIZE :]):
+                if (
+                    kind == PARSE
+                    and self.statements
+                    and self._concerns_call(kind, data[position + HEADER_SIZE :])
+                ):
                     self._hand_over(data, position)
                     return
-                else:
-                    self.batch.append(PARSE)
-                self.asked.add(kind)
+                self._note_text(kind)
             elif kind in (SYNC, FUNCTION_CALL):
                 self.asked.add(kind)
                 self.batch.clear()
             elif kind in EXTENDED:
                 if self.statements or self.portals or self.setters:
-                    known = min(end - position, _NAMES_SIZE)
+                    known = min(end - position, NAMES_SIZE)
                     if known < end - position and not _has_names(data, position, known):
                         known = end - position
                     if size - position < known:
@@ -286,6 +310,27 @@ class Relay:
             self._pass_on(data[:position])
         self._held = bytearray(memoryview(data)[position:])
         self._held_size = size
+
+    def _note_text(self, kind: int) -> None:
+        """A Query or Parse is passed on."""
+        if kind == QUERY:
+            self.batch.clear()
+        else:
+            self.batch.append(PARSE)
+        self.asked.add(kind)
+
+    def _yield(self, data: bytes, position: int) -> None:
+        """Pass on what was read, and go on with the rest when others had their turn."""
+        self._hold(data, position, 0)
+        self.is_behind = True
+        self._client.take_a_break()
+        asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self.is_behind = False
+        self._client.end_break()
+        if self._held is not None:
+            self._follow_client(b"")
 
     def _hand_over(self, data: bytes, position: int) -> None:
         if position:
@@ -508,6 +553,11 @@ class Relay:
         """Not our protocol: the other side may judge the rest of the stream."""
         sink.write(data)
         source.receive = lambda rest: sink.write(rest)  # which changes when it is gone
+
+
+def mentions(text: bytes) -> bool:
+    """As below, in any case."""
+    return may_be_ours(text.lower())
 
 
 def may_be_ours(text: bytes) -> bool:

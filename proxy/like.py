@@ -1,0 +1,101 @@
+"""SQL's LIKE, as the server matches it.
+
+The rule: no character of the text is looked at twice for one stretch between two ``%``. A stretch
+is looked for from left to right, and never again to the left of where it was found, since the ``%``
+before it takes up whatever it skips.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from protocol.errors import INVALID_ESCAPE_SEQUENCE, SQLError
+
+_ONE: Final = ""
+"""Any character, in a stretch of characters."""
+
+_Stretch = list[str]
+
+
+def like(text: bytes, pattern: bytes, codec: str = "utf-8") -> bool:
+    r"""Match as LIKE does: ``%``, ``_``, and ``\`` before a character to be taken as it is.
+
+    Args:
+        text: what is matched, all of it.
+        pattern: the pattern.
+        codec: Python's name of the encoding of both; ``_`` is one character of it.
+
+    Raises SQLError 22025 if the match comes to an escape character that ends the pattern.
+    """
+    subject = text.decode(codec, "surrogateescape")
+    stretches, is_cut = _stretches(pattern.decode(codec, "surrogateescape"))
+    # Where the % and _ begin that the match has come to.
+    wild = at = 0
+    for number, stretch in enumerate(stretches):
+        if number == 0:
+            found = 0 if _stands_at(subject, stretch, 0) else -1
+        elif number == len(stretches) - 1 and not is_cut:
+            start = len(subject) - len(stretch)
+            return start >= at and _stands_at(subject, stretch, start)
+        else:
+            found = _find(subject, stretch, at)
+        if found < 0:
+            return False
+        at = found + len(stretch)
+        if number == 0 or any(stretch):
+            wild = at
+    if is_cut:
+        # Behind a % the server looks ahead, past all _, for the next character to find.
+        ahead = len(stretches) > 1 and not any(stretches[-1]) and wild < len(subject)
+        if at < len(subject) or ahead:
+            raise SQLError(
+                INVALID_ESCAPE_SEQUENCE, "LIKE pattern must not end with escape character"
+            )
+        return False
+    return at == len(subject)
+
+
+def _stretches(pattern: str) -> tuple[list[_Stretch], bool]:
+    """What stands between the ``%`` of a pattern, and whether it ends in an escape character."""
+    stretches: list[_Stretch] = [[]]
+    characters = iter(pattern)
+    for character in characters:
+        if character == "\\":
+            escaped = next(characters, None)
+            if escaped is None:
+                return stretches, True
+            stretches[-1].append(escaped)
+        elif character == "%":
+            stretches.append([])
+        else:
+            stretches[-1].append(_ONE if character == "_" else character)
+    return stretches, False
+
+
+def _stands_at(text: str, stretch: _Stretch, start: int) -> bool:
+    """Whether the stretch is what begins there."""
+    part = text[start : start + len(stretch)]
+    return len(part) == len(stretch) and all(
+        wanted in (_ONE, character) for wanted, character in zip(stretch, part, strict=True)
+    )
+
+
+def _find(text: str, stretch: _Stretch, start: int) -> int:
+    """Where the stretch is for the first time from ``start`` on, -1 if it is nowhere."""
+    if len(stretch) > len(text) - start:
+        return -1
+    if _ONE not in stretch:
+        return text.find("".join(stretch), start)
+    # Bit i of the state: what is read so far ends with the first i + 1 of the stretch.
+    anything = sum(1 << at for at, wanted in enumerate(stretch) if wanted == _ONE)
+    fits: dict[str, int] = {}
+    for at, wanted in enumerate(stretch):
+        if wanted != _ONE:
+            fits[wanted] = fits.get(wanted, anything) | 1 << at
+    whole = 1 << (len(stretch) - 1)
+    state = 0
+    for at in range(start, len(text)):
+        state = (state << 1 | 1) & fits.get(text[at], anything)
+        if state & whole:
+            return at - len(stretch) + 1
+    return -1
