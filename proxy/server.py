@@ -22,7 +22,7 @@ from proxy.config import Config
 from proxy.extension.channels import Channels
 from proxy.jobs.job import Job
 from proxy.jobs.known import Handle, KnownJob, KnownJobs, RemoteJob
-from proxy.jobs.spares import Spares
+from proxy.jobs.spares import DATABASE_COMMANDS, LONGEST_COMMAND, Spares
 from proxy.log import logger
 from proxy.net.listeners import Listeners, Reception
 from proxy.net.upstream import Route
@@ -218,6 +218,13 @@ class Server:
     async def jobs_of(self, roles: Collection[int]) -> list[KnownJob]:
         """What is known of the jobs of these roles; and of all others of this process."""
         return [*self.jobs, *(await self.peers.jobs_of(roles) if self.peers.exist else ())]
+
+    def leave_databases(self, sql: bytes) -> None:
+        """Close what waits in databases that a statement, in lower case, may be about to drop,
+        rename or copy: the server waits 5 seconds for others to be gone, and then refuses."""
+        if len(sql) <= LONGEST_COMMAND and any(verb in sql for verb in DATABASE_COMMANDS):
+            self.spares.leave(sql)
+            self.peers.leave_databases(sql)
 
     def extension_changed(self) -> None:
         """What the sessions know of their databases may be out of date."""

@@ -440,6 +440,9 @@ class Session(Owner):
         """A statement goes to the server that is too long to be looked at."""
         self._unread = True
 
+    def database_mentioned(self, sql: bytes) -> None:
+        self._server.leave_databases(sql)
+
     def settings_mentioned(self, sql: bytes) -> None:
         names = [
             name.replace(b'"', b"")

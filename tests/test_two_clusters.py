@@ -118,8 +118,12 @@ def test_one_that_keeps_its_identifier_to_itself_is_known_by_its_address(
     proxy = start_proxy(*OPTIONS, "--workers", workers)
     with contextlib.ExitStack() as stack:
         admin = stack.enter_context(server.connect())
-        admin.execute(f"{REVOKE}; CREATE ROLE bob LOGIN; CREATE ROLE pgbackground_role ROLE bob")
-        stack.callback(admin.execute, f"{GRANT}; DROP ROLE bob, pgbackground_role")
+        admin.execute(f"{REVOKE}; CREATE ROLE bob LOGIN")
+        stack.callback(admin.execute, f"{GRANT}; DROP ROLE bob")
+        if not admin.execute("SELECT FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone():
+            admin.execute("CREATE ROLE pgbackground_role")
+            stack.callback(admin.execute, "DROP ROLE pgbackground_role")
+        admin.execute("GRANT pgbackground_role TO bob")
         with proxy.connect(user="bob") as conn:
             handle = _handle(conn, "SELECT pg_sleep(60)")
             for _ in range(4):  # on both workers

@@ -23,6 +23,7 @@ from proxy.jobs.backend import Backend, ServerError, no_backend, open_backend
 from proxy.jobs.context import Context, takeover_block, takeover_query
 from proxy.jobs.identity import Login, StaleLoginError
 from proxy.jobs.job import Job, checked_queue_size
+from proxy.jobs.spares import LONGEST_COMMAND
 from proxy.log import logger
 from proxy.net.upstream import Route
 from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Setting
@@ -89,6 +90,8 @@ class Launcher:
         """
         jobs = owner.jobs
         jobs.check_limit(self.setting(MAX_WORKERS, context))
+        if b"database" in (lower := sql[: LONGEST_COMMAND + 1].lower()):
+            self._server.leave_databases(lower)
         size = checked_queue_size(queue_size, self.setting(DEFAULT_QUEUE_SIZE, context))
         backend = await self._backend(
             context,

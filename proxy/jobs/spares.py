@@ -27,6 +27,11 @@ from proxy.log import logger
 _RETRY: Final = 5.0
 """Seconds until spares are tried again for a role that could not have one."""
 
+LONGEST_COMMAND: Final = 4096
+"""Bytes of an SQL text that may be a command about databases; they are short."""
+
+DATABASE_COMMANDS: Final = (b"drop", b"alter", b"create")
+
 _GIVE_WAY: Final = (0.02, 0.1, 0.3)
 """Seconds to wait for the server to free the slots of spares that gave way, at each try."""
 
@@ -192,11 +197,23 @@ class Spares:
             self._closing_until = now + sum(_GIVE_WAY)
         return now < self._closing_until
 
-    def retire(self, matches: Callable[[Login], bool]) -> None:
-        """Close the spares and unused channels of these logins: they are good no more."""
+    def leave(self, sql: bytes) -> None:
+        """Close the spares and unused channels in the databases that a statement, in lower case,
+        seems to name, and open none there for a while."""
+        sql = sql.replace(b'""', b'"')
+        names = sql + b" template1" if b"create" in sql else sql
+        self.retire(lambda login: login.database.lower() in names, pause=_RETRY)
+
+    def retire(self, matches: Callable[[Login], bool], pause: float = 0.0) -> None:
+        """Close the spares and unused channels of these logins: they are good no more.
+
+        `pause`: seconds in which no others are opened.
+        """
         self._channels.retire(matches)
+        until = asyncio.get_running_loop().time() + pause
         for (login, _), pool in self._pools.items():
             if matches(login):
+                pool.not_before = max(pool.not_before, until if pause else 0.0)
                 for backend in pool.ready:
                     backend.terminate()
                 pool.ready.clear()
@@ -234,6 +251,8 @@ class Spares:
                 taken = self._hand_on(pool, backend)
                 if not taken and (row[2] is None or int(row[2]) <= 0):
                     raise ConnectionError("the server has no connection to spare")
+                if not taken and loop.time() < pool.not_before:
+                    raise ConnectionError("it is to give way by now")
             except BaseException:
                 backend.terminate()
                 raise

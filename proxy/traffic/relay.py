@@ -95,6 +95,8 @@ _ACTIONS: Final = bytes(_ACTION.get(kind, _NOTHING) for kind in range(256))
 _SHORT: Final = 4096
 """The longest batch that takes the short way, in bytes, since it is kept until it is answered."""
 _WITH_TEXT: Final = frozenset((QUERY, PARSE))
+# How CREATE, ALTER and DROP DATABASE may begin. Most statements do not, and are not searched.
+_COMMANDS: Final = b"cad \t\n\r\f\v-/"
 _IN_BATCH: Final = bytes(kind in (BIND, DESCRIBE, EXECUTE, CLOSE) for kind in range(256))
 _IN_ANSWER: Final = bytes(kind in b"123TtDnCIs" for kind in range(256))
 # Unsigned, unlike `unpack_length`: here an impossible length must lead on, to where nothing fits.
@@ -125,6 +127,9 @@ class Hooks(Protocol):
 
     def settings_mentioned(self, sql: bytes) -> None:
         """A Query or Parse that has "set" in it, in lower case."""
+
+    def database_mentioned(self, sql: bytes) -> None:
+        """A Query or Parse that has "database" in it, in lower case."""
 
     def setting_bound(self, body: bytes) -> None:
         """The beginning of a Bind whose statement calls set_config."""
@@ -258,6 +263,8 @@ class Relay:
                     if self._hooks.has_call(kind, data[position + HEADER_SIZE : end]):
                         self._hand_over(data, position)
                         return
+                if b"database" in text:
+                    self._hooks.database_mentioned(text)
                 if b"set" in text:
                     self._hooks.settings_mentioned(text)
                     if kind == PARSE and b"set_config" in text:
@@ -581,6 +588,9 @@ def _is_plain_batch(data: bytes) -> bool:
     if kind in _WITH_TEXT:
         text = data.lower()
         if b"pg_" in text or b"set" in text:  # and more than these: that takes the long way
+            return False
+        start = HEADER_SIZE if kind == QUERY else text.find(0, HEADER_SIZE) + 1
+        if text[start : start + 1] in _COMMANDS and b"database" in text:
             return False
         end = _unpack(data, 1)[0] + 1
         if kind == QUERY:

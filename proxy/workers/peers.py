@@ -202,6 +202,10 @@ class Peers:
         """A command about the extension has done its work in some database."""
         self._tell({"kind": "told", "what": "extension changed", "body": None})
 
+    def leave_databases(self, sql: bytes) -> None:
+        """A statement here is about to drop, rename or copy databases."""
+        self._tell({"kind": "told", "what": "leave", "body": sql.decode("latin-1")})
+
     def _tell(self, message: Message) -> None:
         if self._channel is not None:
             self._channel.send(message)
@@ -255,6 +259,8 @@ class Peers:
     def _told(self, peer: int, what: str, body: Any) -> None:
         if what == "role gone":
             self._roles_of[peer].discard(body)
+        elif what == "leave":
+            self._server.spares.leave(body.encode("latin-1"))
         elif what == "extension changed":
             self._server.extension_changes += 1
         elif (job := self._stand_ins.get((body["pid"], body["cookie"]))) is not None:

@@ -1,0 +1,98 @@
+"""What waits in a database for the next job keeps nobody from dropping it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from tests.background import failure, job_failure, run, wait_until
+from tests.clients import succeed, tool
+from tests.conftest import StartProxy
+from tests.in_database import inside
+from tests.servers import Connection, Proxy, Server
+
+OPTIONS = ("--spare-lifetime", "60s", "--spares", "2")
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(params=["1", "2"])
+def proxy(request: pytest.FixtureRequest, start_proxy: StartProxy) -> Proxy:
+    """As one process, and as two: what waits may be another's than the command's."""
+    return start_proxy(*OPTIONS, "--workers", request.param)
+
+
+@pytest.fixture(params=["plain", 'Odd "name"', "with-dash"])
+def name(request: pytest.FixtureRequest, server: Server, proxy: Proxy) -> Iterator[str]:
+    """A database in which spares wait, and a channel."""
+    name = f"{request.param} {next(_numbers)}".replace("plain ", "plain_")
+    with server.connect() as admin:
+        had = admin.execute("SELECT FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone()
+        admin.execute(f"CREATE DATABASE {_quoted(name)} TEMPLATE template0".encode())
+        with proxy.connect(dbname=name) as conn:
+            run(conn, "SELECT 1")
+            conn.execute("CREATE EXTENSION pg_background")
+            conn.execute(
+                "CREATE FUNCTION inside(expression text) RETURNS text LANGUAGE plpgsql AS $$"
+                " DECLARE value text; BEGIN EXECUTE 'SELECT ' || expression INTO value;"
+                " RETURN value; END $$"
+            )
+            inside(conn, "pg_background_launch('SELECT 1')")
+        wait_until(lambda: {"pg_background spare", "pg_background channel"} <= _inside(admin, name))
+        yield name
+        for left in admin.execute("SELECT datname FROM pg_database WHERE datname LIKE '% moved'"):
+            admin.execute(f"DROP DATABASE {_quoted(left[0])} (FORCE)".encode())
+        admin.execute(f"DROP DATABASE IF EXISTS {_quoted(name)} (FORCE)".encode())
+        if not had:
+            admin.execute("DROP ROLE pgbackground_role")
+
+
+def _quoted(name: str) -> str:
+    return psycopg.sql.Identifier(name).as_string(None)
+
+
+def _inside(admin: Connection, name: str) -> set[str]:
+    rows = admin.execute("SELECT application_name FROM pg_stat_activity WHERE datname = %s", [name])
+    return {row[0] for row in rows}
+
+
+COMMANDS = (
+    "DROP DATABASE {name}",
+    " drop /* and be */ database if exists {name}",
+    "-- now\n/* */DROP DATABASE {name}",
+    "ALTER DATABASE {name} RENAME TO {moved}",
+    "CREATE DATABASE {moved} TEMPLATE {name}",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_about_it_works_at_once(proxy: Proxy, name: str, command: str) -> None:
+    with proxy.connect() as conn:
+        moved = _quoted(f"{name} moved")
+        conn.execute(command.format(name=_quoted(name), moved=moved).encode())
+
+
+def test_a_prepared_one_too(proxy: Proxy, name: str) -> None:
+    with proxy.connect() as conn:
+        conn.execute(f"DROP DATABASE {_quoted(name)}".encode(), prepare=True)
+
+
+def test_a_job_too(proxy: Proxy, name: str) -> None:
+    with proxy.connect() as conn:
+        run(conn, f"DROP DATABASE {_quoted(name)}")
+
+
+def test_dropdb_too(server: Server, proxy: Proxy, name: str) -> None:
+    succeed(proxy, tool(server, "dropdb"), name, dbname="postgres")
+
+
+def test_those_of_other_databases_stay(server: Server, proxy: Proxy, db: str) -> None:
+    with server.connect() as admin, proxy.connect(dbname=db) as conn:
+        run(conn, "SELECT 1")
+        wait_until(lambda: "pg_background spare" in _inside(admin, db))
+        with proxy.connect() as other:
+            assert failure(other, "DROP DATABASE not_there").sqlstate == "3D000"
+            assert job_failure(other, "DROP DATABASE not_there").sqlstate == "3D000"
+        assert "pg_background spare" in _inside(admin, db)
