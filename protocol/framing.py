@@ -143,6 +143,47 @@ class MessageBuffer:
         return rest
 
 
+class LongMessage:
+    """A message that comes in pieces and is kept from its beginning on, up to a limit.
+
+    The limit is what bounds the memory: what is beyond it is counted and dropped as it comes.
+
+    Attributes:
+        kind: its type.
+        missing: bytes of it that are still to come.
+        is_cut: whether `body` is not all of it.
+    """
+
+    __slots__ = ("_body", "_limit", "is_cut", "kind", "missing")
+
+    def __init__(self, kind: int, size: int, limit: int) -> None:
+        """
+        Args:
+            kind: its type.
+            size: of its body.
+            limit: how many bytes of that are kept.
+        """
+        self.kind = kind
+        self.missing = size
+        self.is_cut = size > limit
+        self._limit = limit
+        self._body = bytearray()
+
+    def feed(self, data: bytes | memoryview) -> int:
+        """Add a chunk; how many bytes of it belong to this message."""
+        view = memoryview(data)[: self.missing]
+        self.missing -= len(view)
+        room = self._limit - len(self._body)
+        if room > 0:
+            self._body += view[:room]
+        return len(view)
+
+    @property
+    def body(self) -> bytes:
+        """What is kept of its body."""
+        return bytes(self._body)
+
+
 def frame(kind: int, body: bytes) -> bytes:
     """A message put together again from its type and body."""
     return b"%c%b%b" % (kind, (len(body) + 4).to_bytes(4, "big"), body)

@@ -272,7 +272,8 @@ class Server:
                 job.timed_out = True
                 self.cancel_job(job)
 
-        asyncio.get_running_loop().call_later(timeout_ms / 1000, time_out)
+        timer = asyncio.get_running_loop().call_later(timeout_ms / 1000, time_out)
+        job.when_finished(timer.cancel)
 
     def cancel_statement(self, route: Route, key: CancelRequest) -> None:
         """Tell the server to stop a statement that waits for a session which has ended."""

@@ -52,6 +52,8 @@ class Blocks:
         self._notice = notice
         self._wait = wait
         self._rows = MessageBuffer()
+        # Its columns, once they are known: the job forgets them when its session is done with it.
+        self._columns: tuple[Field, ...] | None = None
         job.consumed = True
 
     async def next(self) -> Answer:
@@ -67,6 +69,8 @@ class Blocks:
         rows: list[tuple[bytes | None, ...]] = []
         size = 0
         while True:
+            if self.job.columns is not None:
+                self._columns = self.job.columns
             while size < SIZE and (message := self._rows.next_message()) is not None:
                 rows.append(DataRow.parse(message[1]).values)
                 size += len(message[1])
@@ -85,19 +89,19 @@ class Blocks:
     def _last(self, rows: list[tuple[bytes | None, ...]]) -> Answer:
         job = self.job
         self.finished = True
-        if job.error is not None:
-            raise JobFailed(job.error)
+        if job.fetched_error is not None:
+            raise JobFailed(job.fetched_error)
         if job.canceled:
             # Too late, or in vain; but what it has sent since was dropped.
             raise SQLError(
                 QUERY_CANCELED, f"results for PID {job.pid} were dropped when it was canceled"
             )
-        if job.columns is None:
+        if self._columns is None:
             return [b"t", array_text(job.tags, self._encoding)]
         return self._block(rows)
 
     def _block(self, rows: list[tuple[bytes | None, ...]]) -> Answer:
-        fields: tuple[Field, ...] = self.job.columns or ()
+        fields = self._columns or ()
         columns = [array_text(column, self._encoding) for column in zip(*rows, strict=True)]
         return [
             b"r",

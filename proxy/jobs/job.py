@@ -4,7 +4,9 @@ The rule: a job is one Query message in a backend of its own. PostgreSQL runs su
 transaction, so the string commits or fails as a whole, and a single statement may be one that
 refuses transaction blocks. (Behind a connection pooler it may not: there the transaction is open
 already, and is committed after the message.) Only the last statement's rows are results; what comes
-before is dropped as it arrives, and what nobody fetches stays in the server (`rows`).
+before is dropped as it arrives, and what nobody fetches stays in the server (`rows`). A message
+that is longer than the queue (or `LONGEST`) is cut as it arrives, and when the session is done with
+a job, no more is kept of it than others may ask for (`known`).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from protocol.errors import (
     ProtocolViolation,
     SQLError,
 )
-from protocol.framing import HEADER_SIZE, bad_length, skip_run, unpack_length
+from protocol.framing import HEADER_SIZE, LongMessage, bad_length, skip_run, unpack_length
 from protocol.messages import (
     CommandComplete,
     CopyFail,
@@ -39,7 +41,15 @@ from protocol.messages import (
 )
 from protocol.startup import CancelRequest
 from proxy.jobs.backend import READ_SIZE, Backend
-from proxy.jobs.known import FULL_SQL_SIZE, LISTED_SQL_SIZE, KnownJob
+from proxy.jobs.known import (
+    FULL_SQL_SIZE,
+    LISTED_SQL_SIZE,
+    TEXT_SIZE,
+    KnownJob,
+    cut_fields,
+    kept_error,
+    shortened,
+)
 from proxy.jobs.rows import Notice, OutputQueue, Rows
 from proxy.net.upstream import Route
 from proxy.settings import MAX_WORKERS
@@ -49,6 +59,9 @@ from proxy.sql.statements import parse_progress, progress_statement
 
 MIN_QUEUE_SIZE: Final = 64
 MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024
+
+LONGEST: Final = 1024 * 1024
+"""Bytes that an error or a notice may have, whatever the queue size."""
 
 # Message types of the backend.
 _DATA_ROW = ord("D")
@@ -129,18 +142,24 @@ class Job(KnownJob):
         if not keeps_rows:
             self.output.drop()
         self._statements = 0
+        self._statements_done = 0
         self._taken_up = False
         # Whether the string has run, and its transaction is being committed.
         self._commits = False
+        self._left = False
+        self._afterwards: list[Callable[[], object]] = []
+        # What whoever fetches the result gets; `error` is what is kept of it.
+        self._whole_error: ErrorResponse | None = None
         # Statements, by their place, that stand for a call of pg_background_progress, and the word
         # by which its messages are known.
         self._progress_calls: frozenset[int] = frozenset()
         self._marker = marker
         self._nested: Nested | None = nested
-        # Reading: a message that is not whole yet, and how much of it is missing; or bytes still
-        # to come of a long row, which is passed on in pieces.
+        # Reading: a message that is not whole yet, and how much of it is missing; a long one; or
+        # bytes still to come of a long row, which is passed on in pieces.
         self._partial = b""
         self._missing = 0
+        self._long: LongMessage | None = None
         self._rest_of_row = 0
         # What the server said before it closed the connection.
         self._fatal: ErrorResponse | None = None
@@ -156,10 +175,11 @@ class Job(KnownJob):
         try:
             sql = self._prepared(self._backend.parameters)
         except SQLError as refusal:
-            self.error = self._with_context(refusal.response())
+            self._fail(refusal.response())
             self._finish()
         else:
             self._backend.start(sql, self)
+            self._sql = self._sql[: FULL_SQL_SIZE + 1]
             while not (self._taken_up or self.finished):
                 waiter = asyncio.get_running_loop().create_future()
                 self.add_waiter(waiter)
@@ -208,6 +228,7 @@ class Job(KnownJob):
         self._sql = self._sql[: FULL_SQL_SIZE + 1]
         self.finished_at = datetime.now(UTC)
         self._partial = b""
+        self._long = None
         if self._backend is not None:
             self._backend.receiver = None
             self._backend.terminate()
@@ -217,10 +238,20 @@ class Job(KnownJob):
             self._nested.close()
             self._nested = None
         self._wake()
+        for then in self._afterwards:
+            then()
+        self._afterwards.clear()
         if self._on_finish is not None:
             # Nothing of its session is kept by what is kept of the job.
             on_finish, self._on_finish = self._on_finish, None
             on_finish(self)
+
+    def when_finished(self, then: Callable[[], object]) -> None:
+        """Have something done when it has ended, or at once."""
+        if self.finished:
+            then()
+        else:
+            self._afterwards.append(then)
 
     def abandon(self) -> None:
         """The proxy stops: hang up."""
@@ -236,12 +267,21 @@ class Job(KnownJob):
 
     def leave(self) -> None:
         """Its session is done with it: of what it holds only the outcome is of use, to others."""
+        self._left = True
         self.forget_output()
         self._sql = self._sql[:LISTED_SQL_SIZE]
+        # Who is in the middle of the result has its own.
+        self._whole_error = self.columns = None
+        self.tags = self.tags[-1:]
 
     def forget_output(self) -> None:
         """Nobody will fetch it: from now on it is read and dropped, so the job never waits."""
         self.output.drop()
+
+    @property
+    def fetched_error(self) -> ErrorResponse | None:
+        """Its error for whoever fetches the result: all of it, as long as the session has it."""
+        return self._whole_error or self.error
 
     # What its backend sends
 
@@ -253,6 +293,15 @@ class Job(KnownJob):
     def feed(self, data: memoryview) -> None:
         """Sort what came in. A stream that is none ends the job."""
         try:
+            if self._long is not None:
+                data = data[self._long.feed(data) :]
+                self._missing = self._long.missing
+                if self._missing:
+                    return
+                long, self._long = self._long, None
+                self._message(long.kind, _whole(long) if long.is_cut else long.body)
+                if self.finished:
+                    return
             self._read(self._partial + data)
         except ProtocolViolation as error:
             self.close(error)
@@ -287,6 +336,12 @@ class Job(KnownJob):
                     self._rows(data[position:], 1, cut=True)
                     self._rest_of_row = end - size
                     rows = position = size
+                elif end - position > READ_SIZE:
+                    limit = max(self.queue_size, LONGEST)
+                    self._long = LongMessage(kind, length - 4, limit)
+                    self._long.feed(memoryview(data)[position + HEADER_SIZE :])
+                    self._missing = self._long.missing
+                    rows = position = size
                 else:
                     self._missing = end - size
                 break
@@ -298,19 +353,24 @@ class Job(KnownJob):
         self._partial = data[position:]
 
     def _rows(self, data: bytes, count: int, *, cut: bool = False) -> None:
-        if data and len(self.tags) == self._statements - 1:
+        if data and self._is_last_statement:
             self.output.put(Rows(data, count, cut))
+
+    @property
+    def _is_last_statement(self) -> bool:
+        return self._statements_done == self._statements - 1
 
     def _message(self, kind: int, body: bytes) -> None:
         if kind == _ROW_DESCRIPTION:
-            if len(self.tags) == self._statements - 1:
+            if self._is_last_statement and not self._left:
                 self.columns = RowDescription.parse(body).fields
         elif kind == _COMMAND_COMPLETE and self._commits:
             pass
         elif kind == _COMMAND_COMPLETE:
             self._statement_ended()
-            is_progress = len(self.tags) in self._progress_calls
-            self.tags.append(b"SELECT 1" if is_progress else CommandComplete.parse(body).tag)
+            is_progress = self._statements_done in self._progress_calls
+            self._statements_done += 1
+            self._add_tag(b"SELECT 1" if is_progress else CommandComplete.parse(body).tag)
         elif kind == _NOTICE:
             is_call = self._nested is not None and self._nested.notice(body)
             if not is_call and not self._report_progress(body):
@@ -321,7 +381,7 @@ class Job(KnownJob):
             if error.severity in ("FATAL", "PANIC"):
                 self._fatal = error
             else:
-                self.error = self._with_context(self._explained(error))
+                self._fail(self._explained(error))
         elif kind == _COPY_IN:
             # A COPY that the lexer did not recognise; without this the server waits for ever.
             assert self._backend is not None
@@ -342,6 +402,19 @@ class Job(KnownJob):
         else:
             self._finish()
 
+    def _fail(self, error: ErrorResponse) -> None:
+        whole = self._with_context(error)
+        self.error = kept_error(whole)
+        if not self._left:
+            self._whole_error = whole
+
+    def _add_tag(self, tag: bytes) -> None:
+        if self._left:
+            self.tags = [tag]
+        else:
+            # A long string has many statements, and most of them end in the same way.
+            self.tags.append(self.tags[-1] if self.tags and self.tags[-1] == tag else tag)
+
     def _statement_ended(self) -> None:
         if self._nested is not None:
             self._nested.statement_ended()
@@ -358,7 +431,7 @@ class Job(KnownJob):
         except ValueError:
             return False
         clamped = None if percentage is None else min(max(percentage, 0), 100)
-        self.progress = (clamped, text)
+        self.progress = (clamped, None if text is None else shortened(text, TEXT_SIZE))
         return True
 
     def _explained(self, error: ErrorResponse) -> ErrorResponse:
@@ -386,12 +459,20 @@ class Job(KnownJob):
             return
         self.output.drop_cut_row()
         reason = self._fatal.message.decode("utf-8", "replace") if self._fatal else str(error)
-        self.error = SQLError(
+        lost = SQLError(
             CONNECTION_FAILURE,
             f"lost connection to worker process with PID {self.pid}",
             detail=f"{reason[:1].upper()}{reason[1:]}.",
-        ).response()
+        )
+        self.error = self._whole_error = kept_error(lost.response())
         self._finish()
+
+
+def _whole(message: LongMessage) -> bytes:
+    """The body of an error or a notice that was cut. Raises ProtocolViolation for others."""
+    if message.kind not in (_ERROR, _NOTICE):
+        raise ProtocolViolation(f"message of type {chr(message.kind)!r} is too long")
+    return cut_fields(message.body)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ change by itself, but for the end, which every process that has seen the job run
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +22,17 @@ PREVIEW_SIZE: Final = 120
 FULL_SQL_SIZE: Final = 64 * 1024
 LISTED_SQL_SIZE: Final = 4 * PREVIEW_SIZE
 """Bytes that hold the preview, whatever the encoding."""
+
+LABEL_SIZE: Final = 1024
+TEXT_SIZE: Final = 4096
+"""Bytes that are kept of a label, and of each field of an error and a text of progress: what users
+make up must not fill our memory, nor the messages between processes."""
+
+CUT: Final = b"[...]"
+"""What stands for the rest of a text that is not kept whole."""
+
+_LISTED_FIELDS: Final = "CM"
+"""The fields of an error that lists and outcomes show."""
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
 
@@ -61,7 +73,7 @@ class KnownJob:
     ) -> None:
         self.pid = pid
         self.cookie = cookie
-        self.label = label
+        self.label = None if label is None else kept_label(label)
         self.role_id = role_id
         self.cluster = cluster
         self.queue_size = queue_size
@@ -125,10 +137,7 @@ class KnownJob:
     @property
     def full_sql(self) -> bytes:
         """Its SQL; what is longer than 64 KiB is cut and marked so."""
-        if len(self._sql) <= FULL_SQL_SIZE:
-            return self._sql
-        whole_characters = self._sql[:FULL_SQL_SIZE].decode("utf-8", "ignore").encode()
-        return (whole_characters or self._sql[:FULL_SQL_SIZE]) + b"[...]"
+        return shortened(self._sql, FULL_SQL_SIZE)
 
     # Who follows it
 
@@ -148,8 +157,9 @@ class KnownJob:
 
     # To other processes
 
-    def snapshot(self, *, sql_size: int) -> dict[str, Any]:
-        """What is known of it now, for JSON; of its SQL so many bytes."""
+    def snapshot(self, *, whole: bool) -> dict[str, Any]:
+        """What is known of it now, for JSON; unless `whole`, what a list and an outcome show."""
+        sql_size = FULL_SQL_SIZE + 1 if whole else LISTED_SQL_SIZE
         return {
             "pid": self.pid,
             "cookie": self.cookie,
@@ -166,7 +176,11 @@ class KnownJob:
             "timed_out": self.timed_out,
             "error": None
             if self.error is None
-            else {code: _text(text) for code, text in self.error.fields.items()},
+            else {
+                code: _text(text)
+                for code, text in self.error.fields.items()
+                if whole or code in _LISTED_FIELDS
+            },
             "consumed": self.consumed,
             "sql": _text(self._sql[:sql_size]),
         }
@@ -186,7 +200,7 @@ class RemoteJob(KnownJob):
             b"",
             queue_size=snapshot["queue_size"],
             role_id=snapshot["role_id"],
-            cluster=snapshot["cluster"].encode("latin-1"),
+            cluster=base64.b64decode(snapshot["cluster"]),
             label=_bytes(snapshot["label"]),
         )
         self.owner = owner
@@ -198,7 +212,7 @@ class RemoteJob(KnownJob):
         finished_at, tag, error = snapshot["finished_at"], snapshot["tag"], snapshot["error"]
         percentage, message = snapshot["progress"]
         self.finished_at = None if finished_at is None else datetime.fromisoformat(finished_at)
-        self.tags = [] if tag is None else [tag.encode("latin-1")]
+        self.tags = [] if tag is None else [base64.b64decode(tag)]
         self.progress = (percentage, _bytes(message))
         self.finished = snapshot["finished"]
         self.canceled = snapshot["canceled"]
@@ -206,11 +220,11 @@ class RemoteJob(KnownJob):
         self.error = (
             None
             if error is None
-            else ErrorResponse({code: text.encode("latin-1") for code, text in error.items()})
+            else ErrorResponse({code: base64.b64decode(text) for code, text in error.items()})
         )
         self.consumed = snapshot["consumed"]
         # A list has less of it than others have asked for; it never changes.
-        self._sql = max(self._sql, snapshot["sql"].encode("latin-1"), key=len)
+        self._sql = max(self._sql, base64.b64decode(snapshot["sql"]), key=len)
         if self.finished:
             self._wake()
         return self
@@ -230,12 +244,42 @@ class RemoteJob(KnownJob):
 
 
 def _text(data: bytes | None) -> str | None:
-    """Bytes in JSON: each as the character of its number."""
-    return None if data is None else data.decode("latin-1")
+    """Bytes in JSON, in base64: as characters some would take six times their size."""
+    return None if data is None else base64.b64encode(data).decode()
 
 
 def _bytes(text: str | None) -> bytes | None:
-    return None if text is None else text.encode("latin-1")
+    return None if text is None else base64.b64decode(text)
+
+
+def shortened(text: bytes, size: int) -> bytes:
+    """At most about so many bytes of a text, and a mark if that is not all."""
+    return text if len(text) <= size else _beginning(text, size) + CUT
+
+
+def kept_label(label: bytes) -> bytes:
+    """What is kept of a label: more than application_name shows, and all that a name may be."""
+    return label if len(label) <= LABEL_SIZE else _beginning(label, LABEL_SIZE)
+
+
+def kept_error(error: ErrorResponse) -> ErrorResponse:
+    """What is kept of an error, when whoever fetches the result has it, or nobody will."""
+    if all(len(text) <= TEXT_SIZE for text in error.fields.values()):
+        return error
+    return ErrorResponse({code: shortened(text, TEXT_SIZE) for code, text in error.fields.items()})
+
+
+def cut_fields(body: bytes) -> bytes:
+    """The body of an ErrorResponse or NoticeResponse of which only the beginning is here."""
+    whole, _, last = body.rpartition(b"\0")
+    if last:
+        last = _beginning(last, len(last)) + CUT + b"\0"
+    return (whole + b"\0" if whole else b"") + last + b"\0"
+
+
+def _beginning(text: bytes, size: int) -> bytes:
+    """Whole characters, if they are UTF-8."""
+    return text[:size].decode("utf-8", "ignore").encode() or text[:size]
 
 
 class KnownJobs(Generic[JobT]):

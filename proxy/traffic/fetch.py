@@ -6,6 +6,7 @@ when the client wants some of the columns, binary format, or a limited number of
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
@@ -26,6 +27,16 @@ from proxy.traffic.results import choose, with_formats
 
 _NO_BINARY_FORM: Final = frozenset({1033, 3642})
 """aclitem and gtsvector have no send function; a column declared text takes them."""
+
+
+_TURN: Final = 256 * 1024
+"""Bytes of rows that are passed on before others have their turn."""
+
+_CONVERTED: Final = 8
+"""How much longer it takes, about, to take them apart."""
+
+_TAGS: Final = 1000
+"""Command tags that are sent before others have their turn."""
 
 
 class JobFailed(SQLError):  # noqa: N818 (it is the caller's error, not the job's)
@@ -87,7 +98,12 @@ class Fetch:
         self._columns: tuple[int, ...] = ()
         self._as_it_is = False
         self._rows = MessageBuffer()
+        # Its columns, if it has any, and its command tags, once they are known: the job itself
+        # forgets them when its session is done with it.
+        self._given: tuple[Field, ...] | None = None
+        self._tags: Sequence[bytes] = ()
         self._tags_sent = 0
+        self._since_pause = 0
         job.consumed = True
 
     async def describe(self) -> None:
@@ -101,10 +117,11 @@ class Fetch:
         while not self._columns_known():
             await self._wait(self.job)
             await self._notices()
-        if self.job.columns is None and self.job.error is not None:
-            raise self._failed(self.job.error)
+        if self.job.columns is None and self.job.fetched_error is not None:
+            raise self._failed(self.job.fetched_error)
+        self._given, self._tags = self.job.columns, self.job.tags
         self._check_shape()
-        given = (text_field(),) if self.job.columns is None else self.job.columns
+        given = (text_field(),) if self._given is None else self._given
         self._columns, fields = choose(self._outputs, self._defined or given)
         self.fields = with_formats(fields, self._formats)
         self._described = True
@@ -123,7 +140,7 @@ class Fetch:
     def _check_shape(self) -> None:
         if not self._defined:
             return
-        if self.job.columns is None:
+        if self._given is None:
             if [field.type_oid for field in self._defined] != [oids.TEXT]:
                 raise SQLError(
                     DATATYPE_MISMATCH,
@@ -131,10 +148,10 @@ class Fetch:
                     " text column",
                 )
             return
-        matches = len(self._defined) == len(self.job.columns) and all(
+        matches = len(self._defined) == len(self._given) and all(
             wanted.type_oid == given.type_oid
             or (wanted.type_oid == oids.TEXT and given.type_oid in _NO_BINARY_FORM)
-            for wanted, given in zip(self._defined, self.job.columns, strict=True)
+            for wanted, given in zip(self._defined, self._given, strict=True)
         )
         if not matches:
             raise SQLError(
@@ -150,7 +167,7 @@ class Fetch:
         """
         if self.finished:
             return 0
-        if self.job.columns is None:
+        if self._given is None:
             return await self._send_tags(max_rows)
         sent = 0
         while True:
@@ -167,10 +184,11 @@ class Fetch:
                     await self._write(output.data, cut=output.cut)
                 else:
                     self._rows.feed(output.data)
+                await self._pause(len(output.data))
             elif not self.job.finished:
                 await self._wait(self.job)
-            elif self.job.error is not None:
-                raise self._failed(self.job.error)
+            elif self.job.fetched_error is not None:
+                raise self._failed(self.job.fetched_error)
             elif self.job.canceled:
                 # Too late, or in vain; but what it has sent since was dropped.
                 self.finished = True
@@ -182,6 +200,14 @@ class Fetch:
                 self.finished = True
                 return sent
 
+    async def _pause(self, size: int) -> None:
+        """After so many bytes let others have their turn: a client that reads as fast as we write
+        gives no other occasion."""
+        self._since_pause += size
+        if self._since_pause >= _TURN:
+            self._since_pause = 0
+            await asyncio.sleep(0)
+
     async def _send_rows(self, limit: int) -> int:
         """Whole rows that are here, taken apart."""
         sent = 0
@@ -192,21 +218,23 @@ class Fetch:
                 break
             out += self._convert(DataRow.parse(message[1]).values)
             sent += 1
+            await self._pause(_CONVERTED * len(message[1]))
         if out:
             await self._write(bytes(out))
         return sent
 
     async def _send_tags(self, max_rows: int) -> int:
         """A job without rows gives the command tags of its statements."""
-        end = len(self.job.tags)
+        begin, end = self._tags_sent, len(self._tags)
         if max_rows:
-            end = min(end, self._tags_sent + max_rows)
-        rows = [self._convert((tag,)) for tag in self.job.tags[self._tags_sent : end]]
-        self.finished = not max_rows or len(rows) < max_rows
-        self._tags_sent = end
-        if rows:
-            await self._write(b"".join(rows))
-        return len(rows)
+            end = min(end, begin + max_rows)
+        while self._tags_sent < end:
+            some = self._tags[self._tags_sent : min(end, self._tags_sent + _TAGS)]
+            self._tags_sent += len(some)
+            await self._write(b"".join([self._convert((tag,)) for tag in some]))
+            await self._pause(_TURN)
+        self.finished = not max_rows or end - begin < max_rows
+        return end - begin
 
     def _convert(self, values: Sequence[bytes | None]) -> bytes:
         chosen = [values[column] for column in self._columns]

@@ -183,6 +183,8 @@ def stand_in_formats(statement: PreparedCall, formats: tuple[int, ...]) -> tuple
         return (*formats, *[0] * (plan.defined_columns + 1)) if len(formats) > 1 else formats
     if isinstance(plan, Substitute) or plan.outputs is None or len(formats) != len(plan.outputs):
         return formats
+    if not any(formats):
+        return ()  # all of them, however many: nobody may have asked for a description yet
     wanted = [0] * len(statement.fields)
     for output, format in zip(plan.outputs, formats, strict=True):
         wanted[output.column] = format

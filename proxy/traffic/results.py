@@ -6,10 +6,11 @@ PostgreSQL prints; the binary form is made from that.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, tzinfo
-from typing import Any
+from typing import Any, Final
 
 from protocol.errors import PROTOCOL_VIOLATION, UNDEFINED_COLUMN, SQLError
 from protocol.messages import DataRow, Field
@@ -17,6 +18,9 @@ from protocol.values import to_binary
 from protocol.values.records import record_binary, record_text
 from proxy.functions import Column, Type
 from proxy.sql.statements import Output
+
+_AT_ONCE: Final = 500
+"""Rows that are converted before others have their turn."""
 
 
 def text_form(value: Any, type: Type, zone: tzinfo) -> bytes | None:
@@ -120,8 +124,10 @@ class Table:
         rows = self._rows[self._sent : end]
         self._sent += len(rows)
         self.finished = not max_rows or len(rows) < max_rows
-        if rows:
-            await self._write(b"".join(self._row(row) for row in rows))
+        for start in range(0, len(rows), _AT_ONCE):
+            some = rows[start : start + _AT_ONCE]
+            await self._write(b"".join([self._row(row) for row in some]))
+            await asyncio.sleep(0)
         return len(rows)
 
     def _row(self, row: Sequence[Any]) -> bytes:

@@ -1,8 +1,10 @@
 """Messages between the supervisor and a worker process: JSON, one object a line.
 
 The rule: a channel is a socket pair that nobody else has an end of, so what comes in is believed;
-and what cannot be sent because the other side does not read ends the channel, so nothing grows
-without limit. Whoever loses the channel has lost the other process.
+and nothing grows without limit. Users decide how large an answer is, so it comes in pieces, and one
+that the other side does not get round to reading is left out. What must not be missed is small: if
+that cannot be sent, the other side reads nothing, and the channel ends. Whoever loses the channel
+has lost the other process.
 """
 
 from __future__ import annotations
@@ -13,10 +15,18 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final, Self, TypeAlias, cast
 
+from proxy.log import logger
+
 Message: TypeAlias = "dict[str, Any]"
 
 MAX_UNREAD: Final = 64 * 1024 * 1024
 """Bytes that may wait for the other side to read them."""
+
+MAX_ANSWERS: Final = 32 * 1024 * 1024
+"""The same, for another answer to be sent at all."""
+
+PIECE: Final = 256 * 1024
+"""About how many bytes a message is at the most."""
 
 
 class Channel(asyncio.Protocol):
@@ -33,6 +43,7 @@ class Channel(asyncio.Protocol):
         self.receive = receive
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._received = bytearray()
+        self._full: asyncio.Future[None] | None = None
 
     @classmethod
     async def over(cls, end: socket.socket, receive: Callable[[Message], None]) -> Self:
@@ -45,9 +56,17 @@ class Channel(asyncio.Protocol):
         """Send a message; nothing happens if the other side is gone."""
         if self._transport.is_closing():
             return
+        if message["kind"] == "answer" and self._transport.get_write_buffer_size() > MAX_ANSWERS:
+            logger.warning("a process does not read what it has asked for")
+            message = {**message, "body": None}
         self._transport.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
         if self._transport.get_write_buffer_size() > MAX_UNREAD:
             self._transport.abort()
+
+    async def drain(self) -> None:
+        """Wait until the other side has read most of what was sent, or is gone."""
+        if self._full is not None:
+            await asyncio.wait((self._full, self.lost), return_when=asyncio.FIRST_COMPLETED)
 
     def close(self) -> None:
         """Hang up, once all is sent."""
@@ -57,6 +76,15 @@ class Channel(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=4 * PIECE)
+
+    def pause_writing(self) -> None:
+        self._full = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        if self._full is not None:
+            self._full.set_result(None)
+            self._full = None
 
     def data_received(self, data: bytes) -> None:
         *lines, rest = data.split(b"\n")

@@ -15,13 +15,13 @@ import asyncio
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from protocol.startup import CancelRequest
-from proxy.jobs.known import FULL_SQL_SIZE, LISTED_SQL_SIZE, Handle, KnownJob, RemoteJob
+from proxy.jobs.known import Handle, KnownJob, RemoteJob
 from proxy.log import logger
-from proxy.workers.bus import Channel, Message
+from proxy.workers.bus import PIECE, Channel, Message
 
 if TYPE_CHECKING:
     from proxy.jobs.job import Job
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 _PATIENCE: Final = 5.0
 """Seconds that a process which does not answer is waited for."""
+
+_AT_ONCE: Final = 1000
+"""Jobs that are asked for with one question."""
+
+_SNAPSHOT_SIZE: Final = 400
+"""About how many bytes a snapshot is beside its texts."""
 
 _CANCELING: Final = 60.0
 """The same, when it is to tell the server something and connect_timeout sets no limit."""
@@ -47,10 +53,11 @@ class _Question:
         self._missing = set(peers)
         self._check(enough=False)
 
-    def answer(self, peer: int, answer: Any) -> None:
-        """One has. None is no answer: the peer could not tell."""
+    def answer(self, peer: int, answer: Any, *, more: bool) -> None:
+        """One has; `more`: in part. None is no answer: the peer could not tell."""
         enough = answer is not None and not self.over.done() and self._take(peer, answer)
-        self.gone(peer, enough=enough)
+        if enough or not more:
+            self.gone(peer, enough=enough)
 
     def gone(self, peer: int, *, enough: bool = False) -> None:
         """One will not any more."""
@@ -61,6 +68,17 @@ class _Question:
     def _check(self, *, enough: bool) -> None:
         if not self.over.done() and (enough or not (self._missing or self._missing is None)):
             self.over.set_result(None)
+
+
+class _Snapshots:
+    """What is known of some jobs, one after the other."""
+
+    def __init__(self, jobs: Sequence[Job], *, whole: bool) -> None:
+        self._jobs = jobs
+        self._whole = whole
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (job.snapshot(whole=self._whole) for job in self._jobs)
 
 
 class Peers:
@@ -120,7 +138,8 @@ class Peers:
                 missing.discard(job.handle)
             return not missing
 
-        await self._ask("find", handles, take)
+        for start in range(0, len(handles), _AT_ONCE):
+            await self._ask("find", handles[start : start + _AT_ONCE], take)
         return found
 
     async def jobs_of(self, roles: Collection[int]) -> list[KnownJob]:
@@ -195,7 +214,7 @@ class Peers:
     def job_ended(self, job: Job) -> None:
         """One of ours."""
         for peer in self._watchers.pop(job.handle, ()):
-            body = job.snapshot(sql_size=FULL_SQL_SIZE + 1)
+            body = job.snapshot(whole=False)
             self._tell({"kind": "told", "what": "ended", "to": peer, "body": body})
 
     def extension_changed(self) -> None:
@@ -250,7 +269,8 @@ class Peers:
                     question.asked(message["peers"])
             case "answer":
                 if (question := self._questions.get(message["id"])) is not None:
-                    question.answer(message["from"], message["body"])
+                    more = message.get("more", False)
+                    question.answer(message["from"], message["body"], more=more)
             case "told":
                 self._told(message["from"], message["what"], message["body"])
             case "gone":
@@ -284,12 +304,33 @@ class Peers:
     # Answering
 
     async def _answer(self, message: Message) -> None:
-        peer, answer = message["from"], None
+        peer = message["from"]
+        reply = {"kind": "answer", "id": message["id"], "to": peer}
         try:
             answer = await self._answers[message["what"]](self, peer, message["body"])
+            if isinstance(answer, _Snapshots):
+                await self._tell_pieces(reply, answer)
+                return
         except Exception:
             logger.exception("internal error; a question of another worker has no answer")
-        self._tell({"kind": "answer", "id": message["id"], "to": peer, "body": answer})
+            answer = None
+        self._tell({**reply, "body": answer})
+
+    async def _tell_pieces(self, reply: Message, snapshots: _Snapshots) -> None:
+        """Answer a piece at a time, as fast as it is read."""
+        piece: list[dict[str, Any]] = []
+        size = 0
+        for snapshot in snapshots:
+            piece.append(snapshot)
+            size += _SNAPSHOT_SIZE + len(snapshot["sql"]) + len(snapshot["label"] or "")
+            size += sum(map(len, (snapshot["error"] or {}).values()))
+            if size > PIECE:
+                self._tell({**reply, "body": piece, "more": True})
+                piece, size = [], 0
+                await asyncio.sleep(0)
+                if self._channel is not None:
+                    await self._channel.drain()
+        self._tell({**reply, "body": piece})
 
     async def _tell_roles(self, peer: int, body: None) -> list[int]:
         return sorted(self._server.jobs.roles)
@@ -298,22 +339,21 @@ class Peers:
         self._roles_of[peer].add(role_id)
         return True
 
-    async def _tell_found(self, peer: int, handles: list[list[int]]) -> list[dict[str, Any]]:
+    async def _tell_found(self, peer: int, handles: list[list[int]]) -> _Snapshots:
         known = (self._server.jobs.get(pid, cookie) for pid, cookie in handles)
-        return self._snapshots(peer, known, FULL_SQL_SIZE + 1)
+        return self._snapshots(peer, known, whole=True)
 
-    async def _tell_list(self, peer: int, roles: list[int]) -> list[dict[str, Any]]:
+    async def _tell_list(self, peer: int, roles: list[int]) -> _Snapshots:
         known = (job for job in self._server.jobs if job.role_id in roles)
-        return self._snapshots(peer, known, LISTED_SQL_SIZE)
+        return self._snapshots(peer, known, whole=False)
 
-    def _snapshots(
-        self, peer: int, jobs: Iterable[Job | None], sql_size: int
-    ) -> list[dict[str, Any]]:
+    def _snapshots(self, peer: int, jobs: Iterable[Job | None], *, whole: bool) -> _Snapshots:
+        """As they are when they are told: one that ends in between is told as ended."""
         found = [job for job in jobs if job is not None]
         for job in found:
             if not job.finished:
                 self._watchers.setdefault(job.handle, set()).add(peer)
-        return [job.snapshot(sql_size=sql_size) for job in found]
+        return _Snapshots(found, whole=whole)
 
     async def _cancel_job(self, peer: int, handle: list[int]) -> bool:
         job = self._server.jobs.get(handle[0], handle[1])

@@ -1,0 +1,322 @@
+"""What users make up is bounded: in memory, and in the messages between processes.
+
+The rule: it is cut where it is kept, and a mark says so. Nothing of it ever ends a process, and
+reading it takes time in proportion to its size.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import psycopg
+import pytest
+
+from protocol.framing import HEADER_SIZE, LongMessage
+from protocol.messages import ErrorResponse, NoticeResponse, ReadyForQuery, RowDescription
+from proxy import config
+from proxy.jobs.job import Job
+from proxy.jobs.known import CUT, cut_fields
+from proxy.server import Server as ProxyServer
+from tests.background import wait_until
+from tests.conftest import StartProxy, upstream_of
+from tests.servers import Connection, Proxy, Server
+from tests.test_workers import Handle, launch, one, sessions, workers
+from tests.wire import Footprint
+
+MEGABYTE = 1024 * 1024
+ERROR = "DO $$ BEGIN RAISE EXCEPTION '%', repeat('é', 6500000); END $$"
+PROGRESS = "SELECT pg_background_progress(1, repeat('é', 6500000))"
+
+
+@pytest.fixture(scope="module")
+def pair(server: Server) -> Iterator[Proxy]:
+    """A proxy with two workers, which live as long as it does."""
+    with Proxy(upstream_of(server), "--workers", "2") as proxy:
+        for number in (1, 2):
+            proxy.wait_for_log(rf"worker {number} .* is ready")
+        before = {worker.pid for worker in workers(proxy)}
+        yield proxy
+        assert {worker.pid for worker in workers(proxy)} == before
+        assert "ERROR" not in proxy.log, proxy.log
+
+
+@pytest.fixture
+def both(pair: Proxy, scratch: str) -> Iterator[tuple[Connection, Connection]]:
+    """A session in each of them."""
+    with sessions(pair, dbname=scratch) as found:
+        yield found
+
+
+def wait_for(conn: Connection, handle: Handle) -> None:
+    conn.execute("SELECT pg_background_wait_v2(%s, %s)", handle)
+
+
+# Between processes (SECURITY.md, H6)
+
+
+@pytest.mark.parametrize(
+    ("sql", "label"),
+    [
+        (ERROR, "x"),
+        ("SELECT 1", "é" * 6_500_000),
+        (PROGRESS, "x"),
+        (ERROR, "\x01" * 13_000_000),
+        (f"{PROGRESS}; SELECT '{'x' * 10_000}'", "x"),
+    ],
+    ids=["error", "label", "progress", "error and label", "progress and SQL"],
+)
+def test_no_text_of_a_job_ends_a_process(
+    both: tuple[Connection, Connection], sql: str, label: str
+) -> None:
+    here, _ = both
+    handles = [launch(here, sql, label) for _ in range(3)]
+    for handle in handles:
+        wait_for(here, handle)
+    for conn in both:
+        rows = conn.execute(
+            "SELECT pid, cookie, last_error, label FROM pg_background_list_all() AS"
+            " (pid int4, cookie int8, launched_at timestamptz, user_id oid, queue_size int4,"
+            " state text, sql_preview text, last_error text, consumed bool, label text)"
+        ).fetchall()
+        found = {(pid, cookie): (error, name) for pid, cookie, error, name in rows}
+        for handle in handles:
+            error, name = found[handle]
+            assert label.startswith(name)
+            assert len(name.encode()) <= 1024
+            if sql == ERROR:
+                assert error == "é" * 2048 + "[...]"
+            for function in ("outcome", "error_info", "result_info", "get_progress", "full_sql"):
+                conn.execute(f"SELECT pg_background_{function}(%s, %s)", handle)
+        text = one(conn, "SELECT (pg_background_get_progress(%s, %s)).progress_msg", handles[0])
+        assert text in (None, "é" * 2048 + "[...]")
+
+
+def test_a_list_of_2000_jobs_with_all_that_is_kept(both: tuple[Connection, Connection]) -> None:
+    here, there = both
+    sql = f"/* {'x' * 600} */ DO $$ BEGIN RAISE EXCEPTION '%', repeat(chr(1), 9999); END $$"
+    here.execute(
+        "SELECT pg_background_run(%s, 0, 0, %s) FROM generate_series(1, 2000)", [sql, "\x01" * 1024]
+    )
+    rows = there.execute("SELECT * FROM pg_background_list_all()").fetchall()
+    assert len(rows) >= 2000
+    full = [row for row in rows if row[7] == "\x01" * 4096 + "[...]" and row[9] == "\x01" * 1024]
+    assert len(full) >= 1990
+
+
+def test_a_question_about_many_jobs(both: tuple[Connection, Connection]) -> None:
+    """However many handles somebody asks for."""
+    here, there = both
+    handle = launch(here, "SELECT 1")
+    wait_for(here, handle)
+    unknown = ",".join(f'"({pid},{2**62})"' for pid in range(100_000))
+    array = f'{{{unknown},"({handle[0]},{handle[1]})"}}'
+    query = "SELECT * FROM pg_background_drain(%s)"
+    rows = there.execute(query, [array]).fetchall()
+    assert len(rows) == 100_001
+    assert rows[-1][:3] == (*handle, "stopped")
+
+
+# What is kept (SECURITY.md, M1)
+
+
+def raised(conn: Connection, size: int, queue_size: int = 0) -> tuple[Handle, str]:
+    """A job whose error has so many characters; its message as it is fetched."""
+    sql = f"DO $$ BEGIN RAISE EXCEPTION '%', repeat('é', {size}) || 'e'; END $$"
+    row = conn.execute(
+        "SELECT (pg_background_launch_v2(%s, %s)).*", [sql, queue_size], binary=True
+    ).fetchone()
+    assert row is not None
+    wait_for(conn, row)
+    with pytest.raises(psycopg.Error) as caught:
+        conn.execute("SELECT * FROM pg_background_result(%s, %s) AS (x text)", row)
+    assert caught.value.sqlstate == "P0001"
+    return row, caught.value.diag.message_primary or ""
+
+
+@pytest.mark.parametrize(
+    ("size", "queue_size"), [(1, 0), (10_000, 0), (500_000, 0), (5_000_000, 20_000_000)]
+)
+def test_an_error_is_fetched_whole(conn: Connection, size: int, queue_size: int) -> None:
+    handle, message = raised(conn, size, queue_size)
+    assert message == "é" * size + "e"
+    row = conn.execute("SELECT state FROM pg_background_outcome(%s, %s)", handle).fetchone()
+    assert row == ("error",)
+
+
+def test_an_error_that_is_larger_than_the_queue_is_cut(conn: Connection) -> None:
+    _, message = raised(conn, 5_000_000)
+    assert message.endswith("é[...]")
+    assert MEGABYTE - 200 < len(message.encode()) <= MEGABYTE + 5
+    assert message[:-5] == "é" * (len(message) - 5)
+
+
+def test_a_notice_that_is_larger_than_the_queue_is_cut(conn: Connection) -> None:
+    sql = "DO $$ BEGIN RAISE INFO '%', repeat('é', 5000000); RAISE INFO 'end'; END $$"
+    said: list[str] = []
+    conn.add_notice_handler(lambda notice: said.append(notice.message_primary or ""))
+    pid = one(conn, "SELECT pg_background_launch(%s)", [sql])
+    conn.execute("SELECT * FROM pg_background_result(%s) AS (x text)", [pid])
+    assert said[0].endswith("é[...]")
+    assert said[1:] == ["end"]
+
+
+def test_what_is_looked_at_is_cut_and_says_so(conn: Connection) -> None:
+    sql = (
+        "DO $$ BEGIN RAISE EXCEPTION USING message = repeat('a', 5000), detail = repeat('b', 4096),"
+        " hint = repeat('c', 4097); END $$"
+    )
+    handle = launch(conn, sql)
+    wait_for(conn, handle)
+    query = "SELECT message, detail, hint FROM pg_background_error_info(%s, %s)"
+    expected = ("a" * 4096 + "[...]", "b" * 4096, "c" * 4096 + "[...]")
+    assert conn.execute(query, handle).fetchone() == expected
+    assert one(conn, "SELECT error_message FROM pg_background_outcome(%s, %s)", handle) == (
+        "a" * 4096 + "[...]"
+    )
+
+
+@pytest.mark.parametrize("what", ["error", "progress", "notice"])
+def test_memory_is_not_kept(start_proxy: StartProxy, scratch: str, what: str) -> None:
+    """The attack: each job leaves 20 MB in a table of what is known."""
+    proxy = start_proxy()
+    large = "repeat('x', 20000000)"
+    say = f"DO $$ BEGIN RAISE {{}} '%', {large}; END $$"
+    sql = {
+        "error": say.format("EXCEPTION"),
+        "notice": say.format("INFO"),
+        "progress": f"SELECT pg_background_progress(1, {large})",
+    }[what]
+    with proxy.connect(dbname=scratch) as conn:
+        wait_for(conn, launch(conn, sql))
+        footprint = Footprint(proxy)
+        before = footprint.rss
+        for _ in range(12):
+            wait_for(conn, launch(conn, sql))
+        wait_until(lambda: footprint.rss - before < 40 * MEGABYTE)
+
+
+# How long it takes (SECURITY.md, H4)
+
+
+class Still:
+    """A backend of which nothing is needed but what it has sent."""
+
+    pid = 1
+    is_pooled = False
+    parameters: ClassVar[dict[bytes, bytes]] = {}
+    receiver = None
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def terminate(self) -> None: ...
+
+
+def job(queue_size: int = 256 * MEGABYTE) -> Job:
+    still: Any = Still()
+    nested: Any = None
+    route: Any = None
+    return Job(
+        still,
+        b"SELECT 1",
+        queue_size=queue_size,
+        role_id=1,
+        cluster=b"",
+        route=route,
+        marker=b"no",
+        nested=nested,
+        on_finish=lambda job: None,
+    )
+
+
+def feed(job: Job, data: bytes) -> int:
+    """As a backend does; how many pieces it took, between each of which the loop runs."""
+    view = memoryview(data)
+    turns = 0
+    while view:
+        size = min(len(view), 64 * 1024, job.room())
+        job.feed(view[:size])
+        view = view[size:]
+        turns += 1
+    return turns
+
+
+def quickest(work: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def message_of(kind: str, size: int) -> bytes:
+    fields = {"S": b"ERROR", "C": b"XX000", "M": b"x" * size}
+    return {
+        "error": lambda: ErrorResponse(fields).serialize(),
+        "notice": lambda: NoticeResponse(fields).serialize(),
+        "notices": lambda: NoticeResponse({**fields, "M": b"x" * 200}).serialize() * (size // 200),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["error", "notice", "notices"])
+def test_a_job_reads_in_proportion_to_what_it_gets(kind: str) -> None:
+    small, large = message_of(kind, 6 * MEGABYTE), message_of(kind, 24 * MEGABYTE)
+    assert feed(job(), large) >= len(large) // (64 * 1024)
+    once = quickest(lambda: feed(job(), small))
+    assert quickest(lambda: feed(job(), large)) < 6 * once
+
+
+def test_what_comes_behind_a_long_message_is_read(
+    conn: Connection,
+) -> None:
+    """Cut anywhere, and whatever its size is."""
+    body = ErrorResponse({"S": b"ERROR", "C": b"XX000", "M": b"x" * 200_000}).serialize()
+    tail = NoticeResponse({"S": b"INFO", "C": b"00000", "M": b"tail"}).serialize()
+    for first in (1, 5, 6, 65_536, len(body) - 1, len(body), len(body) + 1):
+        one_job = job()
+        view = memoryview(body + tail)
+        feed(one_job, bytes(view[:first]))
+        feed(one_job, bytes(view[first:]))
+        assert one_job.fetched_error is not None
+        assert len(one_job.fetched_error.message) == 200_000
+        assert one_job.output.take_notice() is not None
+
+
+def test_a_long_message_that_nobody_expects_ends_the_job() -> None:
+    one_job = job(64)
+    feed(one_job, b"T" + (1 << 28).to_bytes(4, "big"))
+    feed(one_job, bytes(70_000))
+    description = RowDescription(()).serialize()
+    assert len(description) > HEADER_SIZE
+    assert not one_job.finished
+
+
+def test_fields_are_cut_where_a_character_ends() -> None:
+    whole = ErrorResponse({"S": b"ERROR", "C": b"XX000", "M": "äöü".encode(), "D": b"more"})
+    body = whole.serialize()[HEADER_SIZE:]
+    for size in range(1, len(body)):
+        long = LongMessage(ord("E"), len(body), size)
+        assert long.feed(body) == len(body)
+        fields = ErrorResponse.parse(cut_fields(long.body)).fields
+        for code, text in fields.items():
+            given = whole.fields[code]
+            assert text == given or given.startswith(text.removesuffix(CUT))
+            text.decode()
+
+
+async def test_a_job_that_has_ended_is_not_kept_until_its_timeout() -> None:
+    """RELIABILITY.md, F2: the timer of pg_background_run_query, which may be a day."""
+    server = ProxyServer(config.load())
+    ended = job()
+    server.limit(ended, 86_400_000)
+    feed(ended, ReadyForQuery(b"I").serialize())
+    assert ended.finished
+    gone = weakref.ref(ended)
+    server.limit(ended, 86_400_000)
+    del ended
+    gc.collect()
+    assert gone() is None
