@@ -21,7 +21,13 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from proxy.auth.methods import Policy, parse_require_auth
 from proxy.conninfo import parse_conninfo
 from proxy.net.keepalive import Keepalive
-from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, parse_time_ms
+from proxy.settings import (
+    DEFAULT_QUEUE_SIZE,
+    MAX_WORKERS,
+    WORKER_TIMEOUT,
+    parse_memory,
+    parse_time_ms,
+)
 
 DEFAULT_PORT: Final = 6543
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
@@ -516,6 +522,28 @@ class Config:
         "SIZE",
         "default of pg_background.default_queue_size: how much of a job's result is held for its"
         " reader, 4kB to 256MB",
+    )
+    max_session_workers: int = _setting(
+        "1000",
+        MAX_WORKERS.parse,
+        "N",
+        "how many jobs a session may have at the most, whatever it sets pg_background.max_workers"
+        " to",
+    )
+    max_queue_size: int = _setting(
+        "256MB",
+        DEFAULT_QUEUE_SIZE.parse,
+        "SIZE",
+        "how much of a job's result is held at the most, whatever queue size is asked for",
+    )
+    queue_memory: int = _setting(
+        "256MB",
+        parse_memory,
+        "SIZE",
+        "how much of all results a process holds together; beyond it jobs wait for their readers",
+    )
+    role_queue_memory: int = _setting(
+        "128MB", parse_memory, "SIZE", "the same, of the results of one login role"
     )
     worker_timeout: str = _setting(
         WORKER_TIMEOUT.default,

@@ -22,6 +22,7 @@ from proxy.config import Config
 from proxy.extension.channels import Channels
 from proxy.jobs.job import Job
 from proxy.jobs.known import Handle, KnownJob, KnownJobs, RemoteJob
+from proxy.jobs.rows import Budgets
 from proxy.jobs.spares import DATABASE_COMMANDS, LONGEST_COMMAND, Spares
 from proxy.log import logger
 from proxy.net.listeners import Listeners, Reception
@@ -58,6 +59,7 @@ class Server:
         self.spares = Spares(
             config.spares, config.spare_lifetime, self.channels, self.peers.give_way
         )
+        self.budgets = Budgets(config.queue_memory, config.role_queue_memory)
         self.keys: dict[CancelRequest, Session] = {}
         self.extension_changes = 0
         self.on_session_end: Callable[[], None] | None = None
@@ -94,6 +96,7 @@ class Server:
         if moved:
             self.spares.give_way()
         self.jobs.retention = config.outcome_retention
+        self.budgets.change(config.queue_memory, config.role_queue_memory)
         self.spares.count = config.spares
         self.spares.lifetime = self.channels.lifetime = config.spare_lifetime
         log.set_level(config.log_level)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Protocol, TypeVar
@@ -50,7 +50,7 @@ from proxy.jobs.known import (
     kept_error,
     shortened,
 )
-from proxy.jobs.rows import Notice, OutputQueue, Rows
+from proxy.jobs.rows import Budget, Notice, OutputQueue, Rows
 from proxy.net.upstream import Route
 from proxy.settings import MAX_WORKERS
 from proxy.sql import lexer
@@ -118,6 +118,7 @@ class Job(KnownJob):
         label: bytes | None = None,
         marker: bytes,
         keeps_rows: bool = True,
+        budgets: Sequence[Budget] = (),
         nested: Nested,
         on_finish: Callable[[Job], None],
     ) -> None:
@@ -138,7 +139,7 @@ class Job(KnownJob):
         # None once it has ended: many are known for a while after that.
         self._backend: Backend | None = backend
         self._on_finish: Callable[[Job], None] | None = on_finish
-        self.output = OutputQueue(queue_size, backend)
+        self.output = OutputQueue(queue_size, backend, budgets)
         if not keeps_rows:
             self.output.drop()
         self._statements = 0
@@ -515,6 +516,10 @@ class Counts:
 class Jobs:
     """The jobs of one session that it has launched and not yet fetched or detached, by pid."""
 
+    MOST: Final = 2_000
+    """How many it has at the most, as long as some have ended: the oldest of those is detached, as
+    nobody seems to fetch them."""
+
     def __init__(self) -> None:
         self._jobs: dict[int, Job] = {}
         self.counts = Counts()
@@ -525,9 +530,18 @@ class Jobs:
     def __contains__(self, job: KnownJob) -> bool:
         return self._jobs.get(job.pid) is job
 
-    def check_limit(self, max_workers: int) -> None:
-        """Raises SQLError 53400 if as many as that are running."""
+    def check_limit(self, max_workers: int, most: int) -> None:
+        """Raises SQLError 53400 if as many as that are running: the session's setting, and what
+        the proxy's configuration allows at the most."""
         running = sum(not job.finished for job in self._jobs.values())
+        if running >= most and most < max_workers:
+            raise SQLError(
+                CONFIGURATION_LIMIT_EXCEEDED,
+                "too many background workers",
+                detail=f"This session runs {running} background workers, and the proxy allows"
+                f" {most} (max_session_workers), whatever {MAX_WORKERS.name} is.",
+                hint="Wait for some to finish, or fetch or detach their results.",
+            )
         if running >= max_workers:
             raise SQLError(
                 CONFIGURATION_LIMIT_EXCEEDED,
@@ -544,6 +558,10 @@ class Jobs:
             self.remove(self._jobs[job.pid])
         self._jobs[job.pid] = job
         self.counts.launched += 1
+        if len(self._jobs) > self.MOST:
+            ended = next((job for job in self._jobs.values() if job.finished), None)
+            if ended is not None:
+                self.remove(ended)
 
     def get(self, pid: int) -> Job:
         """The job of this pid. Raises SQLError 42704."""

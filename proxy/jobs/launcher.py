@@ -89,10 +89,12 @@ class Launcher:
         Raises SQLError.
         """
         jobs = owner.jobs
-        jobs.check_limit(self.setting(MAX_WORKERS, context))
+        config = self._server.config
+        jobs.check_limit(self.setting(MAX_WORKERS, context), config.max_session_workers)
         if b"database" in (lower := sql[: LONGEST_COMMAND + 1].lower()):
             self._server.leave_databases(lower)
         size = checked_queue_size(queue_size, self.setting(DEFAULT_QUEUE_SIZE, context))
+        size = min(size, config.max_queue_size)
         backend = await self._backend(
             context,
             client_encoding=client_encoding,
@@ -116,6 +118,7 @@ class Launcher:
             label=label,
             marker=backend.own_settings[_JOB_SETTING],
             keeps_rows=keeps_rows,
+            budgets=self._server.budgets.of_role(self._user),
             nested=nested,
             on_finish=ended,
         )

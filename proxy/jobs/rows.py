@@ -1,15 +1,24 @@
 """The output of a job that nobody has taken yet.
 
 The rule: it is bounded. When as much as `limit` bytes is held, the job's backend is not read any
-more, and the server makes the job wait.
+more, and the server makes the job wait; and also when all queues of the process, or of the role,
+hold as much as they may together. Nothing is lost by that, and none waits for ever: a queue that
+is empty is always read.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from proxy.net.inbox import Source
+
+_READ_AT_ONCE: Final = 64 * 1024
+_LEAST_READ: Final = 8 * 1024
+"""Bytes that a queue reads at once, at the most, and where there is no room for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +43,72 @@ class Notice:
 Output = Rows | Notice
 
 
+class Budget:
+    """Bytes that several queues may hold together.
+
+    Attributes:
+        limit: how many; a queue that is empty may go beyond it by what is read at once.
+        held: how many they hold.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        # Those that were stopped because of it, in that order.
+        self._waiting: dict[OutputQueue, None] = {}
+
+    @property
+    def is_full(self) -> bool:
+        return self.held >= self.limit
+
+    def wait(self, queue: OutputQueue) -> None:
+        """Have a queue go on when there is room."""
+        self._waiting[queue] = None
+
+    def forget(self, queue: OutputQueue) -> None:
+        """It does not wait any more."""
+        self._waiting.pop(queue, None)
+
+    def release(self, size: int) -> None:
+        """So much less is held."""
+        self.held -= size
+        if not self._waiting or self.is_full:
+            return
+        for queue in tuple(self._waiting)[: 1 + (self.limit - self.held) // _READ_AT_ONCE]:
+            del self._waiting[queue]
+            queue.go_on()
+
+
+class Budgets:
+    """Those of a process: one for all queues, and one for the queues of each role."""
+
+    def __init__(self, limit: int, role_limit: int) -> None:
+        self._all = Budget(limit)
+        self._role_limit = role_limit
+        self._roles: weakref.WeakValueDictionary[bytes, Budget] = weakref.WeakValueDictionary()
+
+    def change(self, limit: int, role_limit: int) -> None:
+        """Other limits, from now on."""
+        self._all.limit, self._role_limit = limit, role_limit
+        for budget in self._roles.values():
+            budget.limit = role_limit
+
+    def of_role(self, role: bytes) -> tuple[Budget, Budget]:
+        """For a queue of a job of this login role."""
+        budget = self._roles.get(role)
+        if budget is None:
+            budget = self._roles[role] = Budget(self._role_limit)
+        return self._all, budget
+
+
 class OutputQueue:
     """A bounded queue of output, in the order in which it came."""
 
-    __slots__ = ("_dropping", "_held", "_items", "_limit", "_paused", "_source")
+    __slots__ = ("_budgets", "_dropping", "_held", "_items", "_limit", "_paused", "_source")
 
-    def __init__(self, limit: int, source: Source) -> None:
+    def __init__(self, limit: int, source: Source, budgets: Sequence[Budget] = ()) -> None:
         self._limit = limit
+        self._budgets = budgets
         self._source: Source | None = source
         self._items: deque[Output] = deque()
         self._held = 0
@@ -50,19 +118,38 @@ class OutputQueue:
     @property
     def room(self) -> int | None:
         """Bytes until it is full; None if all is dropped."""
-        return None if self._dropping else max(self._limit - self._held, 1)
+        if self._dropping:
+            return None
+        left = (max(budget.limit - budget.held, _LEAST_READ) for budget in self._budgets)
+        return max(min(self._limit - self._held, *left, self._limit), 1)
 
     def put(self, output: Output) -> None:
         """Add a piece, or drop it."""
         if not self._dropping:
             self._items.append(output)
             self._held += len(output.data)
+            for budget in self._budgets:
+                budget.held += len(output.data)
 
     def stop_if_full(self) -> None:
         """Stop the source when the queue is full; take() lets it go on."""
-        if self._source is not None and self._held >= self._limit and not self._paused:
+        if self._source is not None and not self._paused and self._must_wait():
             self._paused = True
             self._source.pause_reading()
+
+    def _must_wait(self) -> bool:
+        if self._held >= self._limit:
+            return True
+        full = [budget for budget in self._budgets if budget.is_full] if self._held else ()
+        for budget in full:
+            budget.wait(self)
+        return bool(full)
+
+    def go_on(self) -> None:
+        """Read the source again if there is room now."""
+        if self._source is not None and self._paused and not self._must_wait():
+            self._paused = False
+            self._source.resume_reading()
 
     def take(self) -> Output | None:
         """The oldest piece."""
@@ -92,6 +179,8 @@ class OutputQueue:
     def end(self) -> None:
         """The source has ended."""
         self._source = None
+        for budget in self._budgets:
+            budget.forget(self)
 
     def drop(self) -> None:
         """Drop what is here, and from now on what comes."""
@@ -101,6 +190,6 @@ class OutputQueue:
 
     def _release(self, size: int) -> None:
         self._held -= size
-        if self._source is not None and self._paused and self._held < self._limit:
-            self._paused = False
-            self._source.resume_reading()
+        self.go_on()
+        for budget in self._budgets:
+            budget.release(size)
