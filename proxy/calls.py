@@ -344,7 +344,8 @@ def _list_row(job: KnownJob) -> Row:
 
 
 async def activity(caller: Caller) -> list[Row]:
-    check_privilege(caller, "pg_background_activity")
+    if caller.context.extension is None:
+        check_privilege(caller, "pg_background_activity")
     jobs = _own(caller)
     backends = await caller.activity(jobs)
     return [(*_list_row(job), *backends.get(job.pid, (None,) * 7)) for job in jobs]
