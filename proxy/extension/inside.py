@@ -32,8 +32,10 @@ A question goes like this:
    for the role that the session has logged in as. Code that cannot RESET ROLE (it runs as another
    owner) names that owner instead, and the proxy logs in as him, if it has his credentials.
 2. The channel shows the word.
-3. ``proof``, with a hash of the word and of the whole first message. From here on the question
-   counts, with the rights of the channel's login role and no others.
+3. ``proof``, with a hash of the word and of the whole first message, and the OIDs of the roles as
+   which the calling code can run, by RESET ROLE and RESET SESSION AUTHORIZATION too. If the
+   channel's login role is among them, the question counts from here on, with the rights of that
+   role and no others.
 4. The answer, piece by piece: ``next`` asks for the next one.
 
 Tag, lock and mark come from the nonce and a secret that the session and the proxy share. Answers
@@ -49,9 +51,10 @@ result, or the rows as a text[][]; ``n`` for no composite; ``c`` and names of cu
 values the function tells with a question of its own, ``custom``; or a block of a result (`blocks`),
 after which the next piece is that of the next block.
 
-A member of pg_read_all_stats can read every word. Therefore only messages count that the
-extension's own function `_pg_background_say` raises: the server names PL/pgSQL's RAISE and the
-function in the message, and the channel is asked whether the function is the extension's.
+A member of pg_read_all_stats can read every word, and whoever inherits a role can, without becoming
+it. Therefore only messages count that the extension's own function `_pg_background_say` raises, and
+it adds the roles itself: the server names PL/pgSQL's RAISE and the function in the message, and the
+channel is asked whether the function is the extension's.
 """
 
 from __future__ import annotations
@@ -187,7 +190,7 @@ class Message:
         return cls(text, schema, nonce, verb, tuple(words))
 
 
-_VERBS: Final = {b"call": 5, b"custom": 3, b"proof": 1, b"next": 1}
+_VERBS: Final = {b"call": 5, b"custom": 3, b"proof": 2, b"next": 1}
 """How many words each has at least."""
 
 
@@ -558,7 +561,7 @@ class Inside:
         call = challenge.call
         if challenge.found is None:
             raise SQLError(UNDEFINED_OBJECT, "the current role does not exist")
-        role_id, may_become, may_call, usable_roles, trusted = challenge.found
+        role_id, may_become, may_call, usable_roles, trusted, login_id = challenge.found
         if trusted != b"t":
             raise SQLError(
                 INSUFFICIENT_PRIVILEGE,
@@ -567,6 +570,11 @@ class Inside:
                 " belong to a superuser, to the owner of the database, or to the role that calls.",
                 hint="Commit CREATE EXTENSION first, and let a superuser or the owner of the"
                 " database say it.",
+            )
+        if login_id not in challenge.roles:
+            raise SQLError(
+                INSUFFICIENT_PRIVILEGE,
+                "a background worker may not run as a role that the calling code may not become",
             )
         if may_become != b"t":
             raise SQLError(
@@ -660,6 +668,7 @@ class _Challenge:
         call: what it says.
         word: what a channel shows to those who have the rights of its login role.
         found: what the server says about the role that the question names; None if nothing.
+        roles: OIDs of those as which the calling code can run, once it is met.
     """
 
     def __init__(self, question: Message, call: _Call, word: bytes, server_version: int) -> None:
@@ -667,17 +676,19 @@ class _Challenge:
         self.call = call
         self.word = word
         self.found: tuple[bytes | None, ...] | None = None
+        self.roles: frozenset[bytes] = frozenset()
         self._server_version = server_version
 
     async def is_met_by(self, message: Message) -> bool:
         """Whether the message proves it."""
-        if message.nonce != self.question.nonce:
+        if (message.nonce, message.schema) != (self.question.nonce, self.question.schema):
             return False
         text = self.word + self.question.text
         if len(text) <= _WHOLE_AT_ONCE:
             wanted = _hash(text, self._server_version)
         else:
             wanted = await asyncio.to_thread(_hash, text, self._server_version)
+        self.roles = frozenset(message.words[1].split(b","))
         return hmac.compare_digest(message.words[0], wanted)
 
 

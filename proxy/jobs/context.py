@@ -194,7 +194,8 @@ ROLE_STATEMENT: Final = (
     b" ELSE pg_catalog.pg_has_role(session_user, r.oid, 'SET') END, COALESCE(%b, %b),"
     b" CAST(ARRAY(SELECT o FROM pg_catalog.unnest($5) o"
     b" WHERE pg_catalog.pg_has_role(r.oid, o, 'USAGE')) AS pg_catalog.text),"
-    b" %b"
+    b" %b, (SELECT s.oid FROM pg_catalog.pg_roles s"
+    b" WHERE s.rolname OPERATOR(pg_catalog.=) session_user)"
     b" FROM pg_catalog.pg_roles r"
     b" WHERE r.rolname OPERATOR(pg_catalog.=) $1"
     % (may_execute("$3", "$4", "r.oid").encode(), _IS_EXECUTOR, speaks(SPEAKER, "$6").encode())
@@ -213,7 +214,8 @@ def role_query(
 ) -> bytes:
     """What a channel is asked about a role that a session claims to be. One row, none if there is
     no such role: its OID, whether the channel's login role may become it, whether it may call the
-    function, those of the `roles` whose rights it has, and whether who asks is to be trusted.
+    function, those of the `roles` whose rights it has, whether who asks is to be trusted, and the
+    OID of the channel's login role.
 
     Args:
         role: name of the current role.

@@ -1,0 +1,1 @@
+"""Attacks by code of others that runs in a session through the proxy."""
