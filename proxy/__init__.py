@@ -5,3 +5,4 @@ pg_background.
 """
 
 __version__ = "0.1.0"
+"""The one place for it: pyproject.toml reads it from here."""
