@@ -1,4 +1,4 @@
-"""What a run has found, as text: ratios for the terminal, a shorter table for the README."""
+"""What a run has found, as text: ratios for the terminal, tables for docs/performance.md."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def terminal(results: Results) -> str:
 def markdown(results: Results, path: Path) -> str:
     """The goals, and folded away: each measure's picture, and its table, a line for each case.
 
-    The pictures are beside ``path``, the JSON file, which is as the reader will see it.
+    The pictures are beside ``path``, the JSON file, relative to the top of the repository; the text
+    is for a page in docs/.
     """
     lines = [f"{_about(results)}.", "", *_goal_table(results)]
     lines += ["", "<details>", "<summary>All that was measured</summary>"]
     for measure in results.measures():
         picture = path.with_name(f"{path.stem}-{measure}.svg")
-        lines += ["", *_case_table(results, measure), "", f"![{measure}]({picture.as_posix()})"]
+        lines += ["", *_case_table(results, measure), "", f"![{measure}](../{picture.as_posix()})"]
     if results.notes:
         lines += ["", *(f"- {note}" for note in results.notes)]
     return "\n".join([*lines, "", "</details>"])

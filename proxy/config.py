@@ -1,8 +1,8 @@
 """What the proxy was told: the settings of ``serve``, from a TOML file, the environment and flags.
 
-Each setting is declared once, as a field of Config with its reader and its help; the command line,
-the file's keys and the README's table come from there. A value that cannot be read, or a key that
-nobody knows, is an error that says so in one line; nothing is ignored.
+Each setting is declared once, as a field of Config with its reader and its help. The command line,
+the file's keys and docs/configuration.md are made from it. A value that cannot be read is an error
+of one line, and so is an unknown key; nothing is ignored.
 """
 
 # ruff: noqa: RUF009 - _setting() is dataclasses.field() with the metadata that every field has
@@ -377,13 +377,35 @@ def _port(text: str, lowest: int = 1) -> int:
 
 
 def _setting(
-    default: str, read: Callable[[str], object], metavar: str, help: str, *, many: bool = False
+    default: str,
+    read: Callable[[str], object],
+    metavar: str,
+    help: str,
+    *,
+    more: str = "",
+    many: bool = False,
 ) -> Any:
-    """Declares a field of Config; the default is written as a user would, "" for none."""
+    """Declares a field of Config.
+
+    Args:
+        default: as a user would write it, "" for none.
+        read: makes the value of a text; raises ValueError.
+        metavar: what stands for the value in ``--help``.
+        help: a clause for ``--help`` and docs/configuration.md.
+        more: sentences for docs/configuration.md alone, in Markdown.
+        many: whether it may be given more than once.
+    """
     value = read(default) if default or read is str else None
     return dataclasses.field(
         default=(value,) if many else value,
-        metadata={"read": read, "metavar": metavar, "help": help, "many": many, "default": default},
+        metadata={
+            "read": read,
+            "metavar": metavar,
+            "help": help,
+            "more": more,
+            "many": many,
+            "default": default,
+        },
     )
 
 
@@ -397,6 +419,8 @@ class Config:
         "ADDRESS",
         "where clients connect: HOST:PORT, *:PORT for all interfaces, or /DIRECTORY:PORT for a Unix"
         " socket; may be given more than once",
+        more='In a file it may be a list: `listen = ["127.0.0.1:6543", "[::1]:6543",'
+        ' "/run/pgbg:6543"]`.',
         many=True,
     )
     upstream: Upstream = _setting(
@@ -405,12 +429,17 @@ class Config:
         "CONNINFO",
         "the server: a libpq connection string or URI with host and port, several if you like;"
         " PGHOST and PGPORT fill what is missing",
+        more="Without user and database, which come from each client. `PGSSLMODE` and the"
+        " like fill what is missing, too. See [The way to the"
+        " server](#the-way-to-the-server).",
     )
     passfile: Path | None = _setting(
         "",
         parse_file,
         "FILE",
         "passwords for side backends, in the format of .pgpass; PGPASSFILE if not given",
+        more="Lines are `host:port:database:user:password`; the file's mode must be 0600."
+        " See [Logins](logins.md).",
     )
     auth_file: Path | None = _setting(
         "",
@@ -418,14 +447,18 @@ class Config:
         "FILE",
         'passwords, md5 or SCRAM secrets for side backends: lines of "role" "secret", as'
         " PgBouncer's auth_file",
+        more="The file's mode must be 0600, or 0640 if root owns it. A SCRAM secret can be"
+        " used once the client has logged in through the proxy by SCRAM. See"
+        " [Logins](logins.md).",
     )
     auth_type: str = _setting(
         "server",
         _one_of(*AUTH_TYPES),
         "TYPE",
-        "server: the client's login goes through to the server; plain: the proxy asks the client"
-        " for the password (only over TLS, a Unix socket or loopback) and logs in with it, by"
-        " whatever method the server asks for",
+        "which side asks the client for its password: server: the server, and the login passes"
+        " through; plain: the proxy, in clear text (only over TLS, a Unix socket or loopback); it"
+        " then logs in by whatever method the server asks for",
+        more="With `plain` a managed server needs no other credentials in the proxy.",
     )
     auth_user: str = _setting(
         "",
@@ -440,6 +473,9 @@ class Config:
         "SQL",
         "how auth_user finds a role's secret that is not in auth_file; $1 is the role, the second"
         " column its secret",
+        more="The default needs a superuser. For another role, call a `SECURITY DEFINER`"
+        " function of your own, with its schema, and set `auth_dbname`. Empty: off."
+        " Answers are remembered for 10 seconds.",
     )
     auth_dbname: str = _setting(
         "",
@@ -447,14 +483,15 @@ class Config:
         "DATABASE",
         "where auth_user logs in; postgres if not given. An auth_query of your own needs it, and"
         " runs with search_path = pg_catalog: name its schemas",
+        more="It never logs in to a database that a client names.",
     )
     client_tls_sslmode: str = _setting(
         "disable",
         _one_of(*SSL_MODES),
         "MODE",
-        "TLS from clients: disable; allow or prefer: if they ask for it; require: nothing else;"
-        " verify-ca or verify-full: and with a certificate of client_tls_ca_file. Unix sockets have"
-        " none",
+        "TLS from clients: disable; allow or prefer: clients may use it; require: they must;"
+        " verify-ca or verify-full: they must, with a certificate of client_tls_ca_file. Unix"
+        " sockets have no TLS",
     )
     client_tls_cert_file: Path | None = _setting(
         "", parse_file, "FILE", "the proxy's certificate for clients, PEM, with its chain"
@@ -463,7 +500,7 @@ class Config:
         "", parse_file, "FILE", "the private key of client_tls_cert_file, PEM"
     )
     client_tls_ca_file: Path | None = _setting(
-        "", parse_file, "FILE", "certificate authorities that vouch for clients, PEM"
+        "", parse_file, "FILE", "the authorities that sign clients' certificates, PEM"
     )
     client_login_timeout: float = _setting(
         "60s",
@@ -476,33 +513,41 @@ class Config:
         parse_workers,
         "N|auto",
         "how many processes serve the clients; auto: one for each core",
+        more="See [More than one core](operation.md#more-than-one-core).",
     )
     tcp_keepalive: int = _setting(
         "1",
         parse_count,
         "0|1",
-        "TCP keepalive to clients; to the server: keepalives and such in upstream",
+        "TCP keepalive to clients; for the server, see keepalives in upstream",
     )
     tcp_keepidle: int = _setting(
-        "0", parse_count, "SECONDS", "silence before a keepalive probe; 0: the system's"
+        "0",
+        parse_count,
+        "SECONDS",
+        "seconds of silence before a keepalive probe; 0: the system's value",
     )
     tcp_keepintvl: int = _setting(
-        "0", parse_count, "SECONDS", "between keepalive probes; 0: the system's"
+        "0", parse_count, "SECONDS", "seconds between keepalive probes; 0: the system's value"
     )
     tcp_keepcnt: int = _setting(
-        "0", parse_count, "N", "unanswered probes until a client counts as gone; 0: the system's"
+        "0",
+        parse_count,
+        "N",
+        "unanswered probes until a client counts as gone; 0: the system's value",
     )
     tcp_user_timeout: int = _setting(
         "0",
         parse_count,
         "MILLISECONDS",
-        "how long what was sent to a client may stay unacknowledged; 0: the system's",
+        "milliseconds that sent data may stay unacknowledged by a client; 0: the system's value",
     )
     shutdown_timeout: float = _setting(
         "30s",
         parse_seconds,
         "TIME",
         "how long sessions and jobs may go on after SIGTERM or SIGINT",
+        more="A second signal ends them at once.",
     )
     connect_timeout: float = _setting(
         "10s",
@@ -514,7 +559,8 @@ class Config:
         MAX_WORKERS.default,
         MAX_WORKERS.parse,
         "N",
-        "default of pg_background.max_workers: how many jobs a session may have, 1 to 1000",
+        "default of pg_background.max_workers: how many jobs a session may have at a time, 1 to"
+        " 1000",
     )
     default_queue_size: str = _setting(
         DEFAULT_QUEUE_SIZE.default,
@@ -551,6 +597,7 @@ class Config:
         "TIME",
         "default of pg_background.worker_timeout: how long a job may run, in milliseconds unless a"
         " unit is given; 0: the session's statement_timeout",
+        more="It holds for each statement of a job; before PostgreSQL 13, for the whole string.",
     )
     spares: int = _setting(
         "2",
@@ -558,33 +605,42 @@ class Config:
         "N",
         "how many logged-in connections to keep ready for the next jobs of a role and database that"
         " has launched one; 0 for none",
+        more="The number holds for each of the `workers`. Each spare serves one job. None"
+        " takes the last tenth of the server's connection slots, and there are none for"
+        " roles or databases with a connection limit.",
     )
     spare_lifetime: float = _setting(
         "60s",
         parse_seconds,
         "TIME",
-        "how long one of them is kept; after that a changed password, membership or role setting"
-        " holds for all new jobs",
+        "how long a spare is kept; a changed password or pg_hba.conf holds for all new jobs after"
+        " that time at the latest",
+        more="Everything else that a new login would meet holds for the next job at once:"
+        " `NOLOGIN`, `NOSUPERUSER`, `VALID UNTIL`, `CONNECT`, `DROP ROLE`, `ALTER ROLE … SET`.",
     )
     api_version: int = _setting(
         "1",
         parse_api_version,
         "N",
         "what pg_background_launch returns: 1: the pid, as version 1 of the extension; 2: a handle",
+        more="In a database with the extension, the extension's version decides instead.",
     )
     extension: str = _setting(
         "proxy",
         _one_of(*EXTENSIONS),
-        "WHOSE",
-        "who does CREATE EXTENSION pg_background: proxy: the proxy, with SQL objects; server: the"
-        " server, which needs the C extension's files",
+        "proxy|server",
+        "which side carries out CREATE EXTENSION pg_background: proxy: the proxy, with SQL objects;"
+        " server: the server, which needs the C extension's files",
+        more="With `server`, calls go to the C extension where it is installed.",
     )
     catalogs: bool = _setting(
         "on",
         parse_switch,
         "on|off",
-        "whether queries on pg_extension show the extension that the proxy has made, and those on"
-        " pg_stat_activity say pg_background of jobs",
+        "whether queries on pg_extension list the extension that the proxy has made, and queries on"
+        " pg_stat_activity give pg_background as the backend_type of jobs",
+        more="`off`: every query is passed on as it is. See [What tools see]"
+        "(in-database.md#what-tools-see).",
     )
     outcome_retention: float = _setting(
         "10min",

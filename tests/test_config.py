@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from proxy.config import (
-    SETTINGS,
     Config,
     ConfigError,
     Host,
@@ -33,7 +32,7 @@ from proxy.settings import (
     parse_memory,
     parse_time_ms,
 )
-from tests.servers import REPOSITORY, Server
+from tests.servers import Server
 
 # -- sizes and times ------------------------------------------------------------------------------
 
@@ -400,10 +399,3 @@ def test_the_number_of_workers() -> None:
 def test_a_wrong_flag_is_named() -> None:
     with pytest.raises(ConfigError, match="^--default-queue-size: 1 B is outside"):
         load({"default_queue_size": "1"})
-
-
-def test_the_readme_has_every_setting_and_its_default() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
-    for field in SETTINGS:
-        default = f" `{field.metadata['default']}`" if field.metadata["default"] else ""
-        assert f"| `{field.name}` |{default} |" in readme

@@ -1,19 +1,46 @@
-"""The README's reference of the functions is what the table of functions says."""
+"""The generated parts of docs/ are what the code says."""
 
 from __future__ import annotations
 
+import pytest
+
+from proxy import config
 from proxy.functions import DECLARED, VIEWS
-from proxy.reference import BEGIN, END, markdown
+from proxy.reference import PAGES, configuration, functions, with_reference
+from proxy.settings import SETTINGS
 from tests.servers import REPOSITORY
 
 
-def test_reference_in_the_readme_is_current() -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    made = readme.partition(f"{BEGIN}\n")[2].partition(f"\n{END}")[0]
-    assert made == markdown(), "put what `python -m proxy.reference` prints between the markers"
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_current(name: str) -> None:
+    page = (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
+    assert page == with_reference(page, PAGES[name]()), "run `python -m proxy.reference`"
 
 
 def test_reference_names_every_function_and_view() -> None:
-    reference = markdown()
+    reference = functions()
     for name in (*(function.name for function in DECLARED), *VIEWS):
         assert f"`{name}" in reference
+
+
+def test_reference_has_every_setting_and_its_default() -> None:
+    reference = configuration()
+    for field in config.SETTINGS:
+        default = f" `{field.metadata['default']}`" if field.metadata["default"] else ""
+        assert f"| `{field.name}` |{default} |" in reference
+    for setting in SETTINGS.values():
+        assert f"| `{setting.name}` | `{setting.default}` |" in reference
+
+
+def test_every_table_has_its_heading() -> None:
+    """A setting that is added after the last one of a group goes into that group's table."""
+    lines = configuration().splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("| ---"):
+            assert lines[number - 3].startswith("### ")
+            assert lines[number - 2] == ""
+
+
+def test_a_page_without_markers_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no markers"):
+        with_reference("# A page", "| table |")

@@ -1,0 +1,162 @@
+"""The examples in README.md and docs/ do what the pages say; their links lead somewhere.
+
+A page's blocks run in order, through a proxy, in a database ``mydb`` with the role ``alice``:
+
+- ``sql`` by psql, as a superuser; nothing may fail;
+- ``console`` is a session in psql: what stands behind a prompt is typed, by ``alice`` behind ``=>``
+  and by a superuser behind ``=#``; the rest is what must come back;
+- ``python`` as it stands; the comment behind a ``print()`` is what it prints.
+
+A comment ``<!-- before`` holds SQL that the examples need and the reader does not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.servers import REPOSITORY, Proxy, Server, clean_environment, database, psql
+
+PAGES: Final = (
+    REPOSITORY / "README.md",
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / ".github").rglob("*.md")),
+)
+_BLOCK: Final = re.compile(
+    r"^(?:<!-- (?P<hidden>before)\n(?P<setup>.*?)^-->|```(?P<kind>\w+)\n(?P<text>.*?)^```)$",
+    re.MULTILINE | re.DOTALL,
+)
+_PROMPT: Final = re.compile(r"mydb[=\-(*'][*!?]?[>#] ")
+_LINK: Final = re.compile(r"\]\((?P<target>[^)\s]+)\)")
+_DJANGO: Final = """\
+from django.conf import settings
+settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.postgresql",
+    "HOST": "127.0.0.1", "PORT": 6543, "USER": "alice", "NAME": "mydb"}})
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """An example: what language it is in, and its line, as pytest shows it."""
+
+    kind: str
+    text: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    """Those of a page that can be run, in order."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in _BLOCK.finditer(text):
+        kind = match["hidden"] or match["kind"]
+        if kind in ("before", "sql", "console", "python"):
+            line = text.count("\n", 0, match.start()) + 1
+            found.append(Block(kind, match["setup"] or match["text"], line))
+    return found
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.name)
+)
+def test_examples(page: Path, server: Server, proxy: Proxy) -> None:
+    with database(server, "mydb"):
+        try:
+            with server.connect(dbname="mydb") as conn:
+                conn.execute("GRANT CREATE ON DATABASE mydb TO PUBLIC")
+            for block in blocks(page):
+                run(block, proxy.port, f"{page.name}:{block.line}")
+            server.wait_for_no_clients()
+        finally:
+            forget_roles(server)
+
+
+def forget_roles(server: Server) -> None:
+    """Drops what the examples have created outside of their database."""
+    with server.connect(dbname="mydb") as conn:
+        for role in ("pgbackground_role", "pgbg_auth", "pgbg_owner"):
+            if conn.execute("SELECT FROM pg_roles WHERE rolname = %s", [role]).fetchone():
+                conn.execute(f"DROP OWNED BY {role}")
+                conn.execute(f"DROP ROLE {role}")
+
+
+def run(block: Block, port: int, where: str) -> None:
+    if block.kind == "console":
+        for user, commands, expected in console(block.text):
+            done = psql(port, "-a", input=commands, dbname="mydb", user=user)
+            assert done.stderr == "", where
+            assert shown(done.stdout) == expected, where
+    elif block.kind == "python":
+        run_python(block.text, port, where)
+    else:
+        done = psql(port, "-q", "-v", "ON_ERROR_STOP=1", input=block.text, dbname="mydb")
+        assert done.returncode == 0, f"{where}: {done.stderr}"
+
+
+def console(text: str) -> Iterator[tuple[str, str, list[str]]]:
+    """The sessions of a block: who types, what, and what psql with ``-a`` is to show."""
+    lines = text.splitlines()
+    prompts = [match[0] if (match := _PROMPT.match(line)) else "" for line in lines]
+    for user, mark in (("postgres", "#"), ("alice", ">")):
+        if any(prompt.endswith(f"{mark} ") for prompt in prompts):
+            assert all(prompt.endswith(f"{mark} ") for prompt in prompts if prompt)
+            typed = [
+                line[len(prompt) :] for line, prompt in zip(lines, prompts, strict=True) if prompt
+            ]
+            expected = [line[len(prompt) :] for line, prompt in zip(lines, prompts, strict=True)]
+            yield user, "\n".join(typed) + "\n", shown("\n".join(expected))
+
+
+def shown(output: str) -> list[str]:
+    """Its lines, without blanks at their ends and lines without anything."""
+    return [line.rstrip() for line in output.splitlines() if line.strip()]
+
+
+def run_python(code: str, port: int, where: str) -> None:
+    if "from django" in code:
+        if importlib.util.find_spec("django") is None:
+            return
+        code = _DJANGO + code
+    expected = re.findall(r"print\(.*\)  # (.*)", code)
+    assert expected, f"{where} prints nothing"
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("6543", str(port))],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, f"{where}: {done.stderr}"
+    assert done.stdout.splitlines() == expected, where
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))
+def test_links(page: Path) -> None:
+    """Files that are linked to exist, and so do the headings."""
+    for match in _LINK.finditer(page.read_text(encoding="utf-8")):
+        target, _, anchor = match["target"].partition("#")
+        if "://" in target:
+            continue
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{page.name}: {match['target']}"
+        if anchor:
+            assert anchor in anchors(path), f"{page.name}: {match['target']}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_is_short() -> None:
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
