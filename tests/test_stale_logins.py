@@ -9,6 +9,7 @@ import pytest
 
 from tests.background import failure, launch, message, run, value, wait_until
 from tests.conftest import StartProxy
+from tests.in_database import one
 from tests.servers import PASSWORDS, Connection, Proxy, Server
 
 SPARE = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
@@ -204,3 +205,35 @@ def test_a_real_failure_to_take_over_is_the_callers_on_a_spare_too(
         assert error.sqlstate == "42501"
         conn.execute("RESET ROLE")
         assert launch(conn, "SELECT 1") in before
+
+
+INSIDE = "WITH l AS (SELECT pg_background_launch(%s) AS pid) SELECT pid FROM l"
+
+
+def test_channels_are_retired_with_their_role(
+    stale: Proxy, server: Server, admin: Connection, db: str
+) -> None:
+    """Calls from inside the database: a new role of an old name, and a superuser that is none."""
+    with stale.connect(dbname=db) as conn:
+        conn.execute("CREATE EXTENSION pg_background")
+    channels = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background channel'"
+    admin.execute("CREATE ROLE eve LOGIN SUPERUSER IN ROLE pgbackground_role")
+    pids = []
+    for change in (
+        "ALTER ROLE eve NOSUPERUSER",
+        "DROP ROLE eve; CREATE ROLE eve LOGIN IN ROLE pgbackground_role",
+        "SELECT 1",
+    ):
+        with stale.connect(user="eve", dbname=db) as conn:
+            pid = one(conn, INSIDE, ["SELECT oid FROM pg_roles WHERE rolname = session_user"])
+            oid = admin.execute("SELECT oid FROM pg_roles WHERE rolname = 'eve'").fetchone()
+            result = "SELECT * FROM pg_background_result(%s) AS (n oid)"
+            assert conn.execute(result, [pid]).fetchone() == oid
+        wait_until(lambda: admin.execute(channels).fetchall())
+        pids.append(admin.execute(channels).fetchall())
+        admin.execute(change.encode())
+    with stale.connect(dbname=db) as conn:
+        conn.execute("DROP EXTENSION pg_background")
+    # Used again only where nothing had changed.
+    assert len({str(pid) for pid in pids}) == 3
+    admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'eve'")

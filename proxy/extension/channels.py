@@ -16,7 +16,7 @@ from typing import Final
 from protocol.errors import SQLError
 from proxy.jobs.backend import Backend, ServerError
 from proxy.jobs.context import ROLE_STATEMENT
-from proxy.jobs.identity import SYSTEM_ID_QUERY, Login
+from proxy.jobs.identity import IDENTITY, SYSTEM_ID_QUERY, Login
 from proxy.log import logger
 
 Open = Callable[[], Awaitable[Backend]]
@@ -32,9 +32,9 @@ _SET_UP: Final = (
     b" pg_catalog.set_config('plan_cache_mode', 'force_generic_plan', false) END,"
     b" CASE WHEN CAST(pg_catalog.current_setting('server_version_num') AS pg_catalog.int4)"
     b" OPERATOR(pg_catalog.>=) 140000 THEN"
-    b" pg_catalog.set_config('idle_session_timeout', '0', false) END"
+    b" pg_catalog.set_config('idle_session_timeout', '0', false) END, %b"
     b" FROM pg_catalog.pg_settings s"
-    b" WHERE s.name OPERATOR(pg_catalog.=) 'track_activity_query_size'"
+    b" WHERE s.name OPERATOR(pg_catalog.=) 'track_activity_query_size'" % IDENTITY
 )
 
 _REST: Final = (
@@ -55,11 +55,21 @@ class Channel:
     Attributes:
         room: how many characters of a query can be seen; 0 if none.
         system_id: of the database cluster (`identity`).
+        identity: of its login, if that was for another session.
         timer: closes it when nobody needs it.
     """
 
-    def __init__(self, login: Login, backend: Backend, room: int, system_id: bytes) -> None:
+    def __init__(
+        self,
+        login: Login,
+        backend: Backend,
+        room: int,
+        system_id: bytes,
+        identity: bytes | None,
+    ) -> None:
         self.login = login
+        self._identity = identity
+        self.identity: bytes | None = None
         self.system_id = system_id
         self.room = room
         self._backend = backend
@@ -91,6 +101,7 @@ class Channel:
     async def rest(self) -> None:
         """Show nothing and lock nothing."""
         await self.query(_REST)
+        self.identity = self._identity or b""
 
     @property
     def is_alive(self) -> bool:
@@ -141,7 +152,7 @@ class Channels:
             backend.terminate()
             raise
         room = int(row[0] or 1) - 1
-        return Channel(login, backend, min(room, _LARGEST), system_id or b"")
+        return Channel(login, backend, min(room, _LARGEST), system_id or b"", row[-1])
 
     async def _returned(self, login: Login) -> Channel:
         waiter: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()

@@ -272,9 +272,11 @@ class Inside:
         self.secrets = secrets
         self._waits = Waits()
         # From the first call in a statement to its end; as which role it has logged in, None for
-        # the session's; whether it holds the lock that the function waits for next.
+        # the session's; whether code has proven that role; whether it holds the lock that the
+        # function waits for next.
         self._channel: Channel | None = None
         self._login: bytes | None = None
+        self._is_proven = False
         self._is_locked = False
         # What is done for a function that waits, and what waits for that to end; a question that
         # is not proven; what the function is told piece by piece.
@@ -333,9 +335,14 @@ class Inside:
         self._give_back()
 
     def _give_back(self) -> None:
-        if self._channel is not None:
-            channel, self._channel = self._channel, None
+        if self._channel is None:
+            return
+        channel, self._channel = self._channel, None
+        if self._login is None or self._is_proven:
             self._session.give_back(channel)
+        else:
+            # Whoever names a role that he is not shall not have us keep connections of it.
+            channel.terminate()
 
     def end_client(self) -> None:
         """The client is gone, or will send no more: no job is waited for. A function would not
@@ -418,6 +425,7 @@ class Inside:
                 await self._show_next(message)
 
     async def _serve_proven(self, challenge: _Challenge) -> None:
+        self._is_proven = True
         question, call = challenge.question, challenge.call
         answer = await self._or_error(call, self._answer, challenge)
         self._show_answer(question.nonce, call, answer, challenge.word)
@@ -505,37 +513,58 @@ class Inside:
         login = _word(question.words[0])
         try:
             await self._lease_channel(login)
+            if self._channel and self._channel.room and call.is_known:
+                if not await self._show_word(question, call):
+                    # The server shall say what a new login comes to.
+                    self._retire_channel()
+                    await self._lease_channel(login)
+                    if not await self._show_word(question, call):
+                        self._hang_up()
+                return
+            reason = _unprovable() if call.is_known else _malformed()
         except SQLError as error:
             if login is None:
                 raise
             await self._lease_channel(None)
-            await self._refuse(question, call, _no_login(login, error))
-            return
+            reason = _no_login(login, error)
+        await self._refuse(question, call, reason)
+
+    async def _show_word(self, question: Message, call: _Call) -> bool:
+        """Show it; False if the channel's login does not hold any more."""
         assert self._channel is not None
-        if not self._channel.room or not call.is_known:
-            reason = _unprovable() if call.is_known else _malformed()
-            await self._refuse(question, call, reason)
-            return
         session = self._session
         roles = session.known_jobs.roles.union(
             session.peers.roles, (job.role_id for job in session.jobs)
         )
         checks = role_query(
             call.role,
-            call.session_role if login is None else call.role,
+            call.session_role if self._login is None else call.role,
             call.function,
             question.schema,
             encoding=call.encoding,
             roles=roles,
+            identity=self._channel.identity,
         )
         word = secrets.token_hex(16).encode()
         hash = self._hash(question.nonce)
-        shows = b"/*%b%b*/%b; %b" % (hash[28:60], word, self._lock(hash), checks)
+        shows = b"/*%b%b*/%b; %b" % (hash[28:60], word, checks, self._lock(hash))
         # Before the function can have read it.
         challenge = self._challenge = _Challenge(question, call, word, session.server_version)
-        (_, state), *found = await self._channel_query(shows)
+        try:
+            *found, (_, state) = await self._channel_query(shows)
+        except ServerError as error:
+            logger.debug("no word is shown: %s", error)
+            return False
         self._is_locked = (state or b"").endswith(b"w")
-        challenge.found = found[0] if found else None
+        if found:
+            challenge.found = found[0][:-1]
+        return True
+
+    def _retire_channel(self) -> None:
+        if self._channel is not None:
+            self._session.retire(self._channel.login)
+        self._challenge = None
+        self._hang_up()
 
     async def _lease_channel(self, login: bytes | None) -> None:
         if self._channel is not None and self._login != login:
@@ -543,7 +572,7 @@ class Inside:
         if self._channel is None:
             self._channel = await self._session.lease_channel(login)
             self._login = login
-            self._is_locked = False
+            self._is_locked = self._is_proven = False
 
     async def _refuse(self, question: Message, call: _Call, error: SQLError) -> None:
         """Answer with an error what nobody has proven: it has nothing in it that is secret."""
@@ -559,7 +588,7 @@ class Inside:
     def _context(self, challenge: _Challenge) -> Context:
         """What the server has said about the role. Raises SQLError."""
         call = challenge.call
-        if challenge.found is None:
+        if not challenge.found:
             raise SQLError(UNDEFINED_OBJECT, "the current role does not exist")
         role_id, may_become, may_call, usable_roles, trusted, login_id = challenge.found
         if trusted != b"t":
@@ -667,7 +696,7 @@ class _Challenge:
         question: the message.
         call: what it says.
         word: what a channel shows to those who have the rights of its login role.
-        found: what the server says about the role that the question names; None if nothing.
+        found: what the server says about the role that the question names; empty if there is none.
         roles: OIDs of those as which the calling code can run, once it is met.
     """
 
@@ -675,7 +704,7 @@ class _Challenge:
         self.question = question
         self.call = call
         self.word = word
-        self.found: tuple[bytes | None, ...] | None = None
+        self.found: tuple[bytes | None, ...] = ()
         self.roles: frozenset[bytes] = frozenset()
         self._server_version = server_version
 

@@ -20,6 +20,7 @@ from proxy.extension.installed import (
     parse_installed,
     speaks,
 )
+from proxy.jobs.identity import IDENTITY
 from proxy.settings import SETTINGS
 from proxy.sql.encodings import parse_array
 from proxy.sql.text import EXECUTOR_ROLE, literal
@@ -185,7 +186,7 @@ def parse_context(
 # Before 16 whoever is a member may SET ROLE.
 ROLE_STATEMENT: Final = (
     b"PREPARE pg_background_role(pg_catalog.name, pg_catalog.name, pg_catalog.name,"
-    b" pg_catalog.int4, pg_catalog.oid[], pg_catalog.name) AS SELECT r.oid,"
+    b" pg_catalog.int4, pg_catalog.oid[], pg_catalog.name, pg_catalog.text) AS SELECT r.oid,"
     b" CASE WHEN session_user OPERATOR(pg_catalog.<>) $2 THEN"
     b" (SELECT s.rolsuper FROM pg_catalog.pg_roles s"
     b" WHERE s.rolname OPERATOR(pg_catalog.=) session_user)"
@@ -195,10 +196,18 @@ ROLE_STATEMENT: Final = (
     b" CAST(ARRAY(SELECT o FROM pg_catalog.unnest($5) o"
     b" WHERE pg_catalog.pg_has_role(r.oid, o, 'USAGE')) AS pg_catalog.text),"
     b" %b, (SELECT s.oid FROM pg_catalog.pg_roles s"
-    b" WHERE s.rolname OPERATOR(pg_catalog.=) session_user)"
+    b" WHERE s.rolname OPERATOR(pg_catalog.=) session_user),"
+    # An error, so that nothing behind it in the same Query is done.
+    b" CAST(CASE WHEN $7 IS NULL OR $7 OPERATOR(pg_catalog.=) %b THEN '0'"
+    b" ELSE 'the login does not hold any more' END AS pg_catalog.int4)"
     b" FROM pg_catalog.pg_roles r"
     b" WHERE r.rolname OPERATOR(pg_catalog.=) $1"
-    % (may_execute("$3", "$4", "r.oid").encode(), _IS_EXECUTOR, speaks(SPEAKER, "$6").encode())
+    % (
+        may_execute("$3", "$4", "r.oid").encode(),
+        _IS_EXECUTOR,
+        speaks(SPEAKER, "$6").encode(),
+        IDENTITY,
+    )
 )
 """What a channel prepares for role_query()."""
 
@@ -211,11 +220,12 @@ def role_query(
     *,
     encoding: bytes,
     roles: Iterable[int],
+    identity: bytes | None,
 ) -> bytes:
     """What a channel is asked about a role that a session claims to be. One row, none if there is
     no such role: its OID, whether the channel's login role may become it, whether it may call the
     function, those of the `roles` whose rights it has, whether who asks is to be trusted, and the
-    OID of the channel's login role.
+    OID of the channel's login role. An error if the channel's login does not hold any more.
 
     Args:
         role: name of the current role.
@@ -224,14 +234,16 @@ def role_query(
         schema: of the function that asks.
         encoding: of the names, as PostgreSQL calls it.
         roles: OIDs.
+        identity: of the channel's login (`identity`); None if it has logged in just now.
     """
-    return b"EXECUTE pg_background_role(%b, %b, '%b', %d, '{%b}', %b)" % (
+    return b"EXECUTE pg_background_role(%b, %b, '%b', %d, '{%b}', %b, %b)" % (
         _name(role, encoding),
         _name(session_role, encoding),
         function.name.encode(),
         len(function.parameters),
         b",".join(b"%d" % oid for oid in roles),
         _name(schema, encoding),
+        b"NULL" if identity is None else literal(identity),
     )
 
 

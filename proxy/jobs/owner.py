@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from proxy.extension.channels import Channel
     from proxy.jobs.context import Context
+    from proxy.jobs.identity import Login
     from proxy.jobs.known import Handle, KnownJob, KnownJobs
     from proxy.jobs.launcher import Launcher
     from proxy.server import Server
@@ -142,6 +143,10 @@ class Owner(ABC):
         if self.system_id is None:
             self.system_id = channel.system_id
         return channel
+
+    def retire(self, login: Login) -> None:
+        """No new login would come to what idle backends of this one have come to: close them."""
+        self._server.spares.retire(lambda other: other == login)
 
     def give_back(self, channel: Channel) -> None:
         """Let others have it."""
