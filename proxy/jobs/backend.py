@@ -182,14 +182,14 @@ class Backend(asyncio.BufferedProtocol):
             self._send(Query(sql))
         return await self._answer()
 
-    async def remember_identity(self, login: Login) -> None:
-        """Note what the login was based on, right after it.
+    async def remember_identity(self, login: Login, at_first: bytes | None) -> None:
+        """Note what the login was based on. `at_first`: what it was right after the login.
 
         Raises ServerError; StaleLoginError if a new one would be different already.
         """
         self._send(Parse(b"", IDENTITY_QUERY), Bind(b"", b""), Execute(b""), Sync())
         [[user, database, self.identity]] = await self._answer()
-        if self.identity is None or not login.is_of(user, database):
+        if not (still_holds(at_first, self.identity) and login.is_of(user, database)):
             raise StaleLoginError("the role or the database was changed")
 
     async def query_as_before(self, sql: bytes) -> Row:

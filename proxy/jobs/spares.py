@@ -21,7 +21,7 @@ from typing import Final
 from protocol.errors import SQLError
 from proxy.extension.channels import Channels
 from proxy.jobs.backend import Backend, ServerError
-from proxy.jobs.identity import SYSTEM_ID, Login, StaleLoginError
+from proxy.jobs.identity import IDENTITY, SYSTEM_ID, Login, StaleLoginError
 from proxy.log import logger
 
 _RETRY: Final = 5.0
@@ -44,8 +44,7 @@ packet."""
 _REPLACE_AFTER: Final = 0.002
 """Seconds until a spare that was taken is replaced: the launch comes first."""
 
-_WARM_UP: Final = (
-    b"""
+_WARM_UP: Final = b"""
 SELECT pg_catalog.pg_backend_pid(),
        pg_catalog.set_config('application_name', 'pg_background spare', false),
        LEAST(
@@ -54,6 +53,7 @@ SELECT pg_catalog.pg_backend_pid(),
            CASE WHEN o.rolconnlimit OPERATOR(pg_catalog.>=) 0 OR
                      d.datconnlimit OPERATOR(pg_catalog.>=) 0 THEN 0 END
        ),
+       %b,
        %b
 FROM (SELECT pg_catalog.current_setting('max_connections')::pg_catalog.int4 AS most,
              pg_catalog.current_setting('superuser_reserved_connections')::pg_catalog.int4
@@ -67,9 +67,7 @@ FROM (SELECT pg_catalog.current_setting('max_connections')::pg_catalog.int4 AS m
      pg_catalog.pg_roles o, pg_catalog.pg_database d
 WHERE o.rolname OPERATOR(pg_catalog.=) session_user
   AND d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()
-"""
-    % SYSTEM_ID
-)
+""" % (SYSTEM_ID, IDENTITY)
 """Fills the backend's caches; the third column is above 0 if the server can spare the slot."""
 
 
@@ -247,7 +245,7 @@ class Spares:
                     # from having it.
                     raise ConnectionError("there is a connection pooler before the server")
                 backend.system_id = row[3]
-                await backend.remember_identity(key[0])
+                await backend.remember_identity(key[0], row[4])
                 taken = self._hand_on(pool, backend)
                 if not taken and (row[2] is None or int(row[2]) <= 0):
                     raise ConnectionError("the server has no connection to spare")
