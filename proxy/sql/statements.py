@@ -625,10 +625,13 @@ class _Reader:
     def ours(self) -> list[int]:
         """The names of our functions that a ``(`` follows."""
         indices: list[int] = []
-        for found in _TRIGGER.finditer(self.sql):
+        seen = -1  # a long constant may mention it thousands of times
+        # The statement may be one of thousands of a text.
+        for found in _TRIGGER.finditer(self.sql, self.tokens[0].start, self.tokens[-1].end):
             at = bisect.bisect(self.tokens, found.start(), key=_token_start) - 1
-            if self.name_of_ours(at):
+            if at != seen and self.name_of_ours(at):
                 indices.append(at)
+            seen = at
         return indices
 
     def ours_between(self, first: int, last: int) -> int | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from protocol.errors import (
     FEATURE_NOT_SUPPORTED,
     INVALID_TEXT_REPRESENTATION,
+    PROGRAM_LIMIT_EXCEEDED,
     ProtocolViolation,
     SQLError,
 )
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _DATA_ROW: Final = ord("D")
+
+_MAX_HANDLES_SIZE: Final = 256 * 1024
+"""Of an array of handles as text; each has some thirty characters."""
 
 
 class SessionCaller:
@@ -259,6 +263,13 @@ def decode_argument(type: Type, text: bytes | None) -> Any:
         return text[:1] == b"t"
     if type != HANDLES:
         return int(text)
+    if len(text) > _MAX_HANDLES_SIZE:
+        raise SQLError(
+            PROGRAM_LIMIT_EXCEEDED,
+            "too many handles in one call",
+            detail=f"The array has more than {_MAX_HANDLES_SIZE // 1024} kB.",
+            hint="Call the function for some thousands of them at a time.",
+        )
     try:
         handles = [parse_record(element or b"") for element in parse_array(text)]
         return [(int(pid or b""), int(cookie or b"")) for pid, cookie in handles]

@@ -1,0 +1,136 @@
+"""What another session waits for an answer while somebody sends the proxy what is hard to read.
+
+Compared with its wait beside a statement of the same length that says nothing of pg_background, in
+its own time: so many of its round trips on an idle proxy. Each is the least of several tries, since
+a busy machine makes everybody wait at times; an event loop that is held makes him wait every time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import pytest
+
+from protocol.messages import Query
+from tests.servers import Proxy
+from tests.wire import Wire
+
+TRIES: Final = 3
+TIMES: Final = 20
+"""How many times as long the wait may be."""
+ROUND_TRIPS: Final = 100
+"""A wait that is no longer than so many round trips is none."""
+
+
+class Bystander:
+    """Says SELECT 1 again and again."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.waits: list[float] = []
+        self._wire = Wire(("127.0.0.1", proxy.port))
+        self._ended = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        query = Query(b"SELECT 1").serialize()
+        while not self._ended:
+            started = time.monotonic()
+            self._wire.send(query)
+            self._wire.until_ready()
+            self.waits.append(time.monotonic() - started)
+            time.sleep(0.002)
+
+    def close(self) -> None:
+        self._ended = True
+        self._thread.join()
+        self._wire.close()
+
+
+@contextmanager
+def bystander(proxy: Proxy) -> Iterator[Bystander]:
+    one = Bystander(proxy)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def longest_wait(proxy: Proxy, statements: list[str]) -> float:
+    """The least of several tries of the longest wait beside these statements."""
+    waits: list[float] = []
+    for _ in range(TRIES):
+        with Wire(("127.0.0.1", proxy.port)) as attacker:
+            attacker.socket.settimeout(120)
+            for statement in statements[:-1]:
+                attacker.query(statement)
+            data = Query(statements[-1].encode()).serialize()
+            with bystander(proxy) as other:
+                time.sleep(0.02)
+                attacker.send(data)
+                attacker.until_ready()
+            waits.append(max(other.waits))
+    return min(waits)
+
+
+def raising(message: str, sqlstate: str = "42883") -> list[str]:
+    return [
+        f"DO $$ BEGIN RAISE EXCEPTION USING errcode = '{sqlstate}', message = {message}; END $$"
+    ]
+
+
+def labelled(label: str, pattern: str) -> list[str]:
+    return [
+        f"SELECT pg_background_launch_v2('SELECT pg_sleep(1)', 0, '{label}')",
+        f"SELECT pg_background_cancel_by_label('{pattern}')",
+    ]
+
+
+LAUNCH: Final = "SELECT pg_background_launch('x')"
+ATTACKS: Final[dict[str, list[str]]] = {
+    "a message of undefined_function": raising("repeat('a', 100000) || 'pg_background'"),
+    "joins without ON": [f"{LAUNCH} FROM t JOIN " + " JOIN ".join(["a"] * 24)],
+    "left joins without ON": [f"{LAUNCH} FROM t LEFT JOIN " + " LEFT JOIN ".join(["a"] * 24)],
+    "a pattern of %a%a%a": labelled("a" * 34, "%a" * 17 + "b"),
+    "a catalog 4000 times in FROM": [
+        "SELECT 1 FROM " + ",".join(["pg_stat_activity"] * 4000) + " WHERE none"
+    ],
+    "4 MB of tokens": ["SELECT 'pg_stat_activity'" + ",1" * 2_000_000],
+    "4 MB of rows": ["SELECT FROM (VALUES ('pg_background')" + ",('1')" * 670_000 + ") v LIMIT 1"],
+    "60 kB of brackets beside an argument": [f"{LAUNCH}, " + "(" * 30_000 + "1" + ")" * 30_000],
+    "300 kB of brackets in an argument": [
+        "SELECT pg_background_launch(" + "(" * 150_000 + "'x'" + ")" * 150_000 + ")"
+    ],
+    # Found when these were mended.
+    "a name that goes on": ["SELECT '" + "pg_background" * 20_000 + "'"],
+    "a message about a stand-in": [
+        "CREATE OR REPLACE FUNCTION pg_temp.f() RETURNS text LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE EXCEPTION '%', repeat('pg_catalog.textcat(', 20000); END $$",
+        "SELECT pg_background_launch(pg_temp.f())",
+    ],
+    "a name with many dollars": [
+        f"{LAUNCH} FROM x" + "".join(f"$a{number}$" for number in range(8000))
+    ],
+    "the most that is read": [f"{LAUNCH}, " + ", ".join(["t.a + f(b)"] * 1100) + " FROM t"],
+    "many that are not served": [";".join(["SELECT 1 + pg_background_launch('x')"] * 1100)],
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_bystander_does_not_wait(proxy: Proxy, attack: str) -> None:
+    statements = ATTACKS[attack]
+    with bystander(proxy) as alone:
+        time.sleep(0.3)
+    round_trip = sorted(alone.waits)[len(alone.waits) // 2]
+    innocent = longest_wait(proxy, [f"SELECT '{'x' * len(statements[-1])}'"])
+    beside = longest_wait(proxy, statements)
+    print(
+        f"\n{attack}: {beside * 1000:.1f} ms; beside an innocent one {innocent * 1000:.1f} ms,"
+        f" alone {round_trip * 1000:.2f} ms"
+    )
+    assert beside < TIMES * max(innocent, ROUND_TRIPS * round_trip)

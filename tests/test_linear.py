@@ -1,0 +1,354 @@
+"""Whoever may send a statement may send one that was made to be slow: no reader of text takes more
+than linear time, whatever is repeated in it.
+
+Times are of this process alone, and the least of several: a busy machine makes none of them
+smaller. What is quadratic takes 16 times as long for four times the text, on any machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Final
+
+import pytest
+
+from protocol.errors import SQLError
+from protocol.messages import ErrorResponse
+from protocol.values.arrays import parse_array
+from protocol.values.records import parse_record
+from proxy.extension import catalogs, commands
+from proxy.functions import HANDLES
+from proxy.like import like
+from proxy.session import Session
+from proxy.sql import encodings, lexer, statements
+from proxy.sql.unserved import unavailable, unserved
+from proxy.traffic.caller import decode_argument
+from proxy.traffic.prepared import is_harmless
+from proxy.traffic.relay import mentions
+
+Reader = Callable[[bytes], object]
+
+
+def plan_of(sql: bytes) -> statements.ScalarPlan:
+    """A plan whose statement this is, though it may be none."""
+    plan = statements.analyze(b"SELECT pg_background_launch('x'), 1")
+    assert isinstance(plan, statements.ScalarPlan)
+    rewrite = statements.Rewrite(sql, (statements.Piece(0, len(sql)),))
+    return statements.ScalarPlan(rewrite, plan.columns)
+
+
+def error(sqlstate: bytes, message: bytes) -> bytes:
+    fields = {"S": b"ERROR", "V": b"ERROR", "C": sqlstate, "M": message, "W": message}
+    return ErrorResponse({k: v.replace(b"\0", b"") for k, v in fields.items()}).serialize()[5:]
+
+
+def notes_settings() -> Any:
+    noted: Any = SimpleNamespace(custom_settings={})
+    noted._note_settings = lambda names: Session._note_settings(noted, names)
+    return noted
+
+
+def analyze(sql: bytes, **options: object) -> None:
+    plan = statements.analyze(sql, **options)  # type: ignore[arg-type]
+    if plan is not None:
+        is_harmless(plan)
+        plan.rewrite.original_position(len(plan.rewrite.sql), "utf-8")
+        statements.complaint(plan, b"function pg_catalog.textcat(integer, unknown)", len(sql))
+
+
+def job(sql: bytes) -> None:
+    """What a job's string is read for."""
+    for statement in lexer.split(sql):
+        lexer.is_transaction_control(sql, statement)
+        lexer.is_client_copy(sql, statement)
+        statements.progress_statement(sql, statement, b"marker")
+
+
+# Each with the size of the text that it is given: within the budget, if it has one.
+SHORT: Final = 30_000
+LONG: Final = 30_000
+READERS: Final[dict[str, tuple[int, Reader]]] = {
+    "split": (SHORT, lambda sql: lexer.split(sql, bounded=True)),
+    "split without a budget": (LONG, lexer.split),
+    "split, backslashes": (LONG, lambda sql: lexer.split(sql, standard_conforming_strings=False)),
+    "split in SJIS": (LONG, lambda sql: lexer.split(sql, encoding="SJIS")),
+    "split in GB18030": (LONG, lambda sql: lexer.split(sql, encoding="GB18030")),
+    "analyze": (SHORT, analyze),
+    "analyze over the budget": (LONG, analyze),
+    "catalogs": (SHORT, lambda sql: catalogs.analyze(sql, server_version=180000)),
+    "commands": (SHORT, commands.parse),
+    "job": (LONG, job),
+    "is_harmless": (LONG, lambda sql: is_harmless(plan_of(sql))),
+    "complaint": (LONG, lambda sql: statements.complaint(plan_of(b""), sql, 1)),
+    "unserved function": (LONG, lambda sql: unserved(error(b"42883", sql))),
+    "unserved view": (LONG, lambda sql: unserved(error(b"42P01", sql))),
+    "unavailable": (LONG, lambda sql: unavailable(error(b"0A000", sql))),
+    "settings": (LONG, lambda sql: Session.settings_mentioned(notes_settings(), sql.lower())),
+    "settings of Bind": (LONG, lambda sql: Session.setting_bound(notes_settings(), sql)),
+    "mentions": (LONG, mentions),
+    "array": (LONG, parse_array),
+    "array in SJIS": (LONG, lambda sql: encodings.parse_array(sql + b"\x81\x5c", b"SJIS")),
+    "array made": (LONG, lambda sql: encodings.array_text([sql, sql], b"SJIS")),
+    "record": (LONG, parse_record),
+    "handles": (LONG, lambda sql: decode_argument(HANDLES, sql)),
+    "error": (LONG, lambda sql: ErrorResponse.parse(error(b"42883", sql))),
+    "like": (8_000, lambda sql: like(sql * 2, sql)),
+    "like, any first": (8_000, lambda sql: like(sql * 2, b"%" + sql + b"!")),
+}
+
+# What a text begins with, and what is repeated after it.
+BEGINNINGS: Final = (
+    b"",
+    b"SELECT pg_background_launch('x'), ",
+    b"SELECT l.pid FROM t, ",
+    b"SELECT pg_background_launch('x') FROM t ",
+    b"SELECT pg_background_launch(",
+    b"SELECT l.pid FROM t, LATERAL pg_background_launch_v2(t.a) AS l WHERE ",
+    b"SELECT 'pg_background_launch(', pg_stat_activity, pg_extension FROM ",
+    b"ALTER EXTENSION pg_background ",
+    b"DROP EXTENSION pg_background, ",
+    b"function pg_background_launch(text, ",
+    b'{"(1,2)",',
+    b"set_config set ",
+)
+FRAGMENTS: Final = (
+    *(
+        b"a",
+        b"a ",
+        b"a.",
+        b"a,",
+        b"a, ",
+        b"a$",
+        b"a(",
+        b"a)",
+        b"1,",
+        b"1_",
+        b"0x",
+        b" ",
+        b"\n",
+        b"\t",
+    ),
+    *(b"(", b")", b"[", b"]", b"{", b"}", b"()", b"(),", b"((a)),", b"(a.b)", b"(.", b"[1],"),
+    *(
+        b"'",
+        b"''",
+        b"'a',",
+        b"'a' -- \n ",
+        b"E'\\'",
+        b"E'\\'',",
+        b"\\",
+        b"\\\\",
+        b'"',
+        b'"a",',
+        b'""',
+    ),
+    *(b'U&"a",', b'"a".', b"$", b"$1,", b"$a$", b"$a$ $b$ ", b"$$", b"$a$,$a$,", b"a$b$"),
+    *(
+        b"/*",
+        b"*/",
+        b"/**/",
+        b"/* */,",
+        b"--",
+        b"--\n",
+        b"-",
+        b"+-",
+        b"=",
+        b"=>",
+        b"a=>1,",
+        b":",
+        b"::a",
+    ),
+    *(
+        b";",
+        b"; ",
+        b"a;",
+        b"%",
+        b"_",
+        b"a%",
+        b"a_",
+        b"%a",
+        b"%_",
+        b"\x81\x5c",
+        b"\x81",
+        b"\xff",
+        b"\x8130",
+    ),
+    *(b" JOIN a", b" LEFT JOIN a ON true", b" JOIN LATERAL f(x) y", b", pg_stat_activity"),
+    *(b" FROM pg_stat_activity", b"(SELECT 1 FROM pg_stat_activity, ", b"pg_catalog."),
+    *(b" FROM ", b" WHERE a", b" ORDER BY a,", b" LIMIT 1", b" UNION SELECT 1", b"DISTINCT FROM "),
+    *(b"SELECT ", b"(SELECT ", b"(SELECT a FROM b) c,", b"WITH a AS (", b"EXISTS (SELECT 1) AND "),
+    *(
+        b"CASE WHEN ",
+        b"coalesce(",
+        b"coalesce(a,",
+        b"CAST(",
+        b"CAST(a AS b),",
+        b"ARRAY[",
+        b"AND a ",
+    ),
+    *(
+        b"pg_background",
+        b"pg_background_launch",
+        b"pg_background_launch(",
+        b"pg_background_launch('x'),",
+    ),
+    *(b"pg_background_wait(l.pid, l.cookie),", b"l.pid,", b"(pg_background_stats()).*,", b"t.*,"),
+    *(
+        b"pg_background_detach(pg_background_launch(",
+        b"ROW(1,2)::pg_background_handle,",
+        b"sql => ",
+    ),
+    *(
+        b"pg_catalog.textcat(",
+        b"pg_catalog.textcat(integer, ",
+        b", unknown)",
+        b'"pg_background',
+        b"text, ",
+    ),
+    *(
+        b"set ",
+        b"set a.b ",
+        b"set session ",
+        b"set\t",
+        b"'a.b.",
+        b"a.b.c",
+        b"\0\0\0\x10a.b",
+        b"set_config(",
+    ),
+    *(
+        b"(1,2)",
+        b'"(1,2)",',
+        b"NULL,",
+        b"VERSION '1' ",
+        b"SCHEMA a ",
+        b"BEGIN ",
+        b"ATOMIC ",
+        b"COPY a ",
+    ),
+    *(
+        b"CREATE FUNCTION f() BEGIN ATOMIC ",
+        b"END;",
+        b"extension",
+        b"SELECT pg_background_progress(1);",
+    ),
+)
+ENDINGS: Final = (b"", b"'", b")", b" FROM t", b"*/")
+
+NO_TIME: Final = 0.01
+"""Seconds: what is faster than that is fast enough, even if it could not be measured."""
+
+
+def time_of(reader: Reader, text: bytes, runs: int) -> float:
+    """The least CPU time that it takes; what it raises is of no interest."""
+    least = float("inf")
+    for _ in range(runs):
+        started = time.process_time()
+        with contextlib.suppress(ValueError, SQLError):  # LexError and ProtocolViolation are such
+            reader(text)
+        least = min(least, time.process_time() - started)
+    return least
+
+
+def growth(reader: Reader, make: Callable[[int], bytes], size: int) -> float:
+    """How many times as long four times the text takes, 0 if that is no time at all."""
+    if time_of(reader, make(size), 1) < NO_TIME:
+        return 0
+    least = float("inf")
+    for runs in (2, 4, 8, 16):
+        long = time_of(reader, make(size), runs)
+        least = min(least, long / max(time_of(reader, make(size // 4), 2 * runs), NO_TIME / 8))
+        if least < 6:
+            break
+    return least
+
+
+def text_of(beginning: bytes, fragment: bytes, ending: bytes) -> Callable[[int], bytes]:
+    return lambda size: beginning + fragment * (size // len(fragment)) + ending
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", READERS)
+def test_time_is_linear_in_what_is_repeated(name: str) -> None:
+    size, reader = READERS[name]
+    slow = {}
+    for at, fragment in enumerate(FRAGMENTS):
+        # A sixth of all pairs; all were swept once, with longer texts.
+        for number, beginning in enumerate(BEGINNINGS[at % 6 :: 6]):
+            make = text_of(beginning, fragment, ENDINGS[(at + number) % len(ENDINGS)])
+            if (grown := growth(reader, make, size)) >= 6:
+                slow[beginning, fragment] = grown
+    assert not slow, slow
+
+
+# --- what no repetition makes --------------------------------------------------------------------
+
+
+def tags(size: int) -> bytes:
+    """$a0$ $a1$ $a2$ …: dollar quotes that are never closed."""
+    return b"SELECT x" + b"".join(b"$a%d$" % number for number in range(size // 6))
+
+
+def names(size: int) -> bytes:
+    """A column definition list, and all its columns."""
+    columns = [b"c%d" % number for number in range(size // 14)]
+    items, defined = b",".join(columns), b" int,".join(columns)
+    return b"SELECT %b FROM pg_background_result(1) AS (%b int)" % (items, defined)
+
+
+@pytest.mark.parametrize(
+    ("reader", "make", "size"),
+    [
+        (READERS["is_harmless"][1], tags, LONG),
+        (analyze, names, SHORT),
+        (analyze, lambda size: b"SELECT pg_background_launch('x') ORDER BY " + b"(" * size + b"1"
+         + b")" * size, 4_000),
+        (analyze, lambda size: b"SELECT pg_background_launch($a$" + b"'" * size + b"$a$)", LONG),
+        (job, lambda size: b"SELECT pg_background_progress(1, $a$"
+         + b"".join(b"$pg_background%b$" % (b"_" * n) for n in range(size // 300)) + b"$a$)", LONG),
+        (job, lambda size: b"SELECT pg_background_progress(1, '" + b"pg_background" * (size // 13)
+         + b"')", 10 * LONG),
+        (lambda text: like(text, b"%" + b"_a" * (len(text) // 4) + b"b%"), lambda size: b"a" * size,
+         8_000),
+    ],
+)  # fmt: skip
+def test_time_is_linear(reader: Reader, make: Callable[[int], bytes], size: int) -> None:
+    assert growth(reader, make, size) < 6
+
+
+# --- the budget ----------------------------------------------------------------------------------
+
+
+def test_a_long_constant_is_one_token() -> None:
+    for quote in (b"'", b"$$"):
+        sql = b"SELECT pg_background_launch(" + quote + b"x" * 1_000_000 + quote + b")"
+        assert statements.analyze(sql) is not None
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b", 1" * (lexer.MAX_TOKENS // 2),
+        b" " * lexer.MAX_BYTES,
+        b" /*" + b"x" * lexer.MAX_BYTES + b"*/",
+        b" /* x */" * lexer.MAX_TOKENS,
+        b", " + b"+" * (lexer.MAX_TOKENS + 1) + b"1",
+        b", '" + b"x" * 1_000_000 + b"'" + b" " * lexer.MAX_BYTES,
+    ],
+)
+def test_what_is_over_the_budget_is_not_read(rest: bytes) -> None:
+    sql = b"SELECT pg_background_launch('x')" + rest
+    assert statements.analyze(sql) is None
+    with pytest.raises(lexer.BudgetError):
+        lexer.split(sql, bounded=True)
+    assert len(lexer.split(sql)) == 1
+
+
+def test_a_call_over_the_budget_says_so() -> None:
+    body = error(b"42883", b"function pg_background_launch(unknown) does not exist")
+    for too_long, hint in ((False, b"Call it directly"), (True, b"by itself")):
+        said = unserved(body, too_long=too_long)
+        assert said is not None
+        assert hint in ErrorResponse.parse(said[5:]).fields["H"]
