@@ -235,8 +235,11 @@ class Connection(asyncio.Protocol):
         self._looks = False
         if not (self._stopped and self.is_open and self._hung_up is not None):
             return
+        socket = self.transport.get_extra_info("socket")
+        if socket is None or socket.fileno() < 0:
+            return  # below TLS it is closed already, and we are about to be told
         poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket").fileno(), _HUNG_UP)
+        poll.register(socket.fileno(), _HUNG_UP)
         events = poll.poll(0)
         if events and events[0][1] & (select.POLLERR | select.POLLHUP):
             self.transport.abort()
