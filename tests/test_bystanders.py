@@ -116,6 +116,13 @@ ATTACKS: Final[dict[str, list[str]]] = {
         f"{LAUNCH} FROM x" + "".join(f"$a{number}$" for number in range(8000))
     ],
     "the most that is read": [f"{LAUNCH}, " + ", ".join(["t.a + f(b)"] * 1100) + " FROM t"],
+    "a job of a megabyte of tokens": [
+        "SELECT pg_background_launch('SELECT 1" + ",1" * 500_000 + "')",
+    ],
+    "a job of many statements": ["SELECT pg_background_launch('" + "SELECT 1; " * 30_000 + "')"],
+    "a job of many reports": [
+        "SELECT pg_background_launch('" + "SELECT pg_background_progress(1); " * 3000 + "')"
+    ],
     "many that are not served": [";".join(["SELECT 1 + pg_background_launch('x')"] * 1100)],
 }
 

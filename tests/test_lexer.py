@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from psycopg import pq
 
 from proxy.sql.lexer import (
+    MAX_TOKENS,
     RESERVED,
     Kind,
     LexError,
@@ -20,6 +21,7 @@ from proxy.sql.lexer import (
     is_transaction_control,
     keyword,
     split,
+    split_in_turns,
     tokenize,
 )
 from tests.servers import Connection, Server
@@ -129,6 +131,21 @@ def test_words() -> None:
 
 def parts(sql: str) -> list[str]:
     return [sql.encode()[s.start : s.end].decode() for s in split(sql.encode())]
+
+
+@pytest.mark.parametrize("count", [1, 4095, 4096, 4097, 20_000])
+@pytest.mark.parametrize("part", ["a ", "a; ", "-+- ", "1, ", "'x' /* y */ $$ z $$ ", "(a; b) "])
+def test_split_in_turns_is_split(part: str, count: int) -> None:
+    sql = b"copy " + (part * count).encode()
+    found = list(split_in_turns(sql))
+    assert (None in found) or len(tokenize(sql)) < 4096
+    expected = split(sql)
+    statements = [statement for statement in found if statement is not None]
+    assert [s[:2] for s in statements] == [s[:2] for s in expected]
+    for one, other in zip(statements, expected, strict=True):
+        assert one.tokens[:MAX_TOKENS] == other.tokens[:MAX_TOKENS]
+        assert one.tokens[-1] == other.tokens[-1]
+        assert is_client_copy(sql, one) is (len(other.tokens) > MAX_TOKENS)
 
 
 def test_split() -> None:

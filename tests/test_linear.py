@@ -61,7 +61,9 @@ def analyze(sql: bytes, **options: object) -> None:
 
 def job(sql: bytes) -> None:
     """What a job's string is read for."""
-    for statement in lexer.split(sql):
+    for statement in lexer.split_in_turns(sql):
+        if statement is None:
+            continue
         lexer.is_transaction_control(sql, statement)
         lexer.is_client_copy(sql, statement)
         statements.progress_statement(sql, statement, b"marker")

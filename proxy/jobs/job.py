@@ -172,57 +172,66 @@ class Job(KnownJob):
 
         Returns when the backend has taken it up.
         """
-        assert self._backend is not None
+        backend = self._backend
+        assert backend is not None
         try:
-            sql = self._prepared(self._backend.parameters)
+            sql = await self._prepared(backend.parameters)
         except SQLError as refusal:
-            self._fail(refusal.response())
-            self._finish()
+            if not self.finished:
+                self._fail(refusal.response())
+                self._finish()
+        except asyncio.CancelledError:
+            self.abandon()  # nothing has been sent that could be canceled
+            raise
         else:
-            self._backend.start(sql, self)
+            if self.finished:
+                return  # it was abandoned meanwhile
+            if not backend.is_alive:
+                self.close(ConnectionError("the server closed the connection"))
+                return
+            backend.start(sql, self)
             self._sql = self._sql[: FULL_SQL_SIZE + 1]
             while not (self._taken_up or self.finished):
                 waiter = asyncio.get_running_loop().create_future()
                 self.add_waiter(waiter)
                 await waiter
 
-    def _prepared(self, parameters: dict[bytes, bytes]) -> bytes:
-        """The string for the server. Its statements are counted, and looked at one by one.
+    async def _prepared(self, parameters: dict[bytes, bytes]) -> bytes:
+        """The string for the server. Its statements are counted, and looked at one by one; it may
+        be long, and others have their turn between them.
 
         What cannot be lexed is left to the server, which will say what is wrong with it. Raises
         SQLError for a statement that would break the job's transaction or the protocol.
         """
         conforming = parameters.get(b"standard_conforming_strings") != b"off"
         encoding = parameters.get(b"client_encoding", b"").decode("ascii", "replace")
-        try:
-            statements = lexer.split(
-                self._sql, standard_conforming_strings=conforming, encoding=encoding
-            )
-        except LexError:
-            return self._sql
-        self._statements = len(statements)
-        blocks: dict[int, bytes] = {}
-        for number, statement in enumerate(statements):
-            if lexer.is_transaction_control(self._sql, statement):
-                raise SQLError(
-                    FEATURE_NOT_SUPPORTED,
-                    "transaction control statements are not allowed in pg_background",
-                )
-            if lexer.is_client_copy(self._sql, statement):
-                raise SQLError(FEATURE_NOT_SUPPORTED, "COPY protocol not allowed in pg_background")
-            block = progress_statement(self._sql, statement, self._marker, encoding=encoding)
-            if block is not None:
-                blocks[number] = block
-        if not blocks:
-            return self._sql
-        self._progress_calls = frozenset(blocks)
+        sql = self._sql
+        refusal: str | None = None
+        count = end = 0
+        blocks: set[int] = set()
         parts: list[bytes] = []
-        end = 0
-        for number, statement in enumerate(statements):
-            parts.append(self._sql[end : statement.start])
-            parts.append(blocks.get(number) or self._sql[statement.start : statement.end])
-            end = statement.end
-        return b"".join([*parts, self._sql[end:]])
+        try:
+            for statement in lexer.split_in_turns(
+                sql, standard_conforming_strings=conforming, encoding=encoding
+            ):
+                if statement is None or count % 64 == 63:
+                    await asyncio.sleep(0)
+                if statement is None:
+                    continue
+                refusal = refusal or _refused(sql, statement)
+                block = progress_statement(sql, statement, self._marker, encoding=encoding)
+                if block is not None:
+                    blocks.add(count)
+                    parts += [sql[end : statement.start], block]
+                    end = statement.end
+                count += 1
+        except LexError:
+            return sql
+        if refusal is not None:
+            raise SQLError(FEATURE_NOT_SUPPORTED, refusal)
+        self._statements = count
+        self._progress_calls = frozenset(blocks)
+        return b"".join([*parts, sql[end:]])
 
     def _finish(self) -> None:
         self.finished = True
@@ -474,6 +483,15 @@ def _whole(message: LongMessage) -> bytes:
     if message.kind not in (_ERROR, _NOTICE):
         raise ProtocolViolation(f"message of type {chr(message.kind)!r} is too long")
     return cut_fields(message.body)
+
+
+def _refused(sql: bytes, statement: lexer.Statement) -> str | None:
+    """Why a job may not run this, if that is so."""
+    if lexer.is_transaction_control(sql, statement):
+        return "transaction control statements are not allowed in pg_background"
+    if lexer.is_client_copy(sql, statement):
+        return "COPY protocol not allowed in pg_background"
+    return None
 
 
 @dataclass(slots=True)

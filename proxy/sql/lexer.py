@@ -10,9 +10,10 @@ Source: https://www.postgresql.org/docs/current/sql-syntax-lexical.html
 from __future__ import annotations
 
 import enum
+import itertools
 import re
-from collections.abc import Iterator
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple, overload
 
 
 class LexError(ValueError):
@@ -298,11 +299,64 @@ def split(
     ]
 
 
-def _statements(sql: bytes, tokens: list[Token]) -> Iterator[list[Token]]:
+def split_in_turns(
+    sql: bytes, *, standard_conforming_strings: bool = True, encoding: str | None = None
+) -> Iterator[Statement | None]:
+    """The same for a text of any length, one by one: None where others may have their turn.
+
+    Of a statement with more tokens than MAX_TOKENS so many are kept, and the last one.
+    """
+    turns = _turns(sql, standard_conforming_strings=standard_conforming_strings, encoding=encoding)
+    for part in _statements(sql, turns, cut=True):
+        if part is None:
+            yield None
+        elif part:
+            yield Statement(part[0].start, part[-1].end, part)
+
+
+_TURN: Final = 4096
+"""Tokens."""
+
+
+def _turns(
+    sql: bytes, *, standard_conforming_strings: bool, encoding: str | None
+) -> Iterator[Token | None]:
+    """All tokens, and None after each few thousand."""
+    masked = mask(sql, encoding)
+    scan = _SCANNERS[standard_conforming_strings].finditer
+    position: int | None = 0
+    done = 0
+    while position is not None:
+        tokens: list[Token] = []
+        matches = itertools.islice(scan(masked, position), _TURN)
+        position, _ = _scan(masked, matches, tokens, len(masked))
+        yield from tokens
+        if position is None and len(tokens) >= _TURN:
+            # Perhaps that was not the end of the text.
+            position = tokens[-1].end
+        # A comment or a $…$ counts, by which a scan has ended.
+        done += len(tokens) + 1
+        if done >= _TURN:
+            done = 0
+            yield None
+
+
+@overload
+def _statements(sql: bytes, tokens: list[Token]) -> Iterator[list[Token]]: ...
+@overload
+def _statements(
+    sql: bytes, tokens: Iterable[Token | None], *, cut: bool
+) -> Iterator[list[Token] | None]: ...
+def _statements(
+    sql: bytes, tokens: Iterable[Token | None], *, cut: bool = False
+) -> Iterator[list[Token] | None]:
     statement: list[Token] = []
     depth = 0
     in_atomic = False
     for token in tokens:
+        if token is None:
+            yield None
+            continue
         kind, start, end = token
         if kind is Kind.PUNCTUATION:
             character = sql[start]
@@ -320,7 +374,10 @@ def _statements(sql: bytes, tokens: list[Token]) -> Iterator[list[Token]]:
                 in_atomic = _words(sql, statement[-1:], 1)[0] not in (";", "atomic")
         elif end - start == 6 and keyword(sql, token) == "atomic" and depth == 0:
             in_atomic = _creates_routine(sql, statement)
-        statement.append(token)
+        if cut and len(statement) > MAX_TOKENS:
+            statement[-1] = token
+        else:
+            statement.append(token)
     yield statement
 
 
@@ -349,10 +406,13 @@ _TRANSACTION_CONTROL: Final = frozenset(
 
 
 def is_client_copy(sql: bytes, statement: Statement) -> bool:
-    """COPY … FROM STDIN or TO STDOUT, which take the connection into COPY mode."""
-    words = _words(sql, statement.tokens, len(statement.tokens))
-    if words[0] != "copy":
+    """COPY … FROM STDIN or TO STDOUT, which take the connection into COPY mode. One of more than
+    MAX_TOKENS is taken for such."""
+    if keyword(sql, statement.tokens[0]) != "copy":
         return False
+    if len(statement.tokens) > MAX_TOKENS:
+        return True
+    words = _words(sql, statement.tokens, len(statement.tokens))
     depth = 0
     for index, word in enumerate(words[:-1]):
         depth += (word == "(") - (word == ")")

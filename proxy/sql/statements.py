@@ -50,6 +50,7 @@ from proxy.functions import (
     Type,
 )
 from proxy.sql.lexer import (
+    MAX_TOKENS,
     RESERVED,
     Kind,
     LexError,
@@ -443,7 +444,7 @@ def progress_statement(
     Returns:
         None if the statement is anything but one such call.
     """
-    if not mentions(sql[statement.start : statement.end]):
+    if len(statement.tokens) > MAX_TOKENS or not mentions(sql[statement.start : statement.end]):
         return None
     try:
         return _Reader(sql, statement.tokens, encoding, FUNCTIONS).progress(marker)
