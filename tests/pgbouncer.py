@@ -16,17 +16,14 @@ import psycopg
 import pytest
 
 from proxy.embedded import free_port
+from proxy.extension.bodies import JOB_SETTING, SESSION_SETTING
+from proxy.settings import SETTINGS
 from tests.servers import START_TIMEOUT, STOP_TIMEOUT, Server, _Endpoint, clean_environment
 
-OURS: Final = (
-    "pg_background.max_workers",
-    "pg_background.default_queue_size",
-    "pg_background.worker_timeout",
-    "pg_background_proxy.session",
-    "pg_background_proxy.job",
-    "extra_float_digits",
-    "options",
-)
+OURS: Final = (*SETTINGS, SESSION_SETTING, JOB_SETTING)
+"""Startup parameters that the proxy sends."""
+
+REFUSED: Final = (*OURS, "extra_float_digits", "options")
 """Startup parameters that PgBouncer refuses unless it is told to ignore them."""
 
 
@@ -60,7 +57,7 @@ def pgbouncer(
                 f"listen_port = {port}",
                 "unix_socket_dir =",
                 f"default_pool_size = {pool_size}",
-                f"ignore_startup_parameters = {','.join(OURS)}",
+                f"ignore_startup_parameters = {','.join(REFUSED)}",
                 "auth_type = trust",
                 f"auth_file = {folder}/users",
                 *([f"user = {_unprivileged()}"] if os.geteuid() == 0 else ()),

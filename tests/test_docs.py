@@ -23,6 +23,7 @@ from typing import Final
 
 import pytest
 
+from tests.pgbouncer import OURS
 from tests.servers import REPOSITORY, Proxy, Server, clean_environment, database, psql
 
 PAGES: Final = (
@@ -68,24 +69,22 @@ def blocks(page: Path) -> list[Block]:
     "page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.name)
 )
 def test_examples(page: Path, server: Server, proxy: Proxy) -> None:
+    before = roles(server)
     with database(server, "mydb"):
-        try:
-            with server.connect(dbname="mydb") as conn:
-                conn.execute("GRANT CREATE ON DATABASE mydb TO PUBLIC")
-            for block in blocks(page):
-                run(block, proxy.port, f"{page.name}:{block.line}")
-            server.wait_for_no_clients()
-        finally:
-            forget_roles(server)
-
-
-def forget_roles(server: Server) -> None:
-    """Drops what the examples have created outside of their database."""
-    with server.connect(dbname="mydb") as conn:
-        for role in ("pgbackground_role", "pgbg_auth", "pgbg_owner"):
-            if conn.execute("SELECT FROM pg_roles WHERE rolname = %s", [role]).fetchone():
+        with server.connect(dbname="mydb") as conn:
+            conn.execute("GRANT CREATE ON DATABASE mydb TO PUBLIC")
+        for block in blocks(page):
+            run(block, proxy.port, f"{page.name}:{block.line}")
+        server.wait_for_no_clients()
+        with server.connect(dbname="mydb") as conn:
+            for role in roles(server) - before:
                 conn.execute(f"DROP OWNED BY {role}")
                 conn.execute(f"DROP ROLE {role}")
+
+
+def roles(server: Server) -> set[str]:
+    with server.connect() as conn:
+        return {name for (name,) in conn.execute("SELECT rolname FROM pg_roles")}
 
 
 def run(block: Block, port: int, where: str) -> None:
@@ -156,6 +155,11 @@ def anchors(page: Path) -> set[str]:
     """The names that GitHub gives a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_startup_parameters_that_a_pooler_must_ignore() -> None:
+    page = (REPOSITORY / "docs" / "limits.md").read_text(encoding="utf-8")
+    assert f"\nignore_startup_parameters = {', '.join(OURS)}\n" in page
 
 
 def test_readme_is_short() -> None:

@@ -29,7 +29,7 @@ def name(request: pytest.FixtureRequest, server: Server, proxy: Proxy) -> Iterat
     """A database in which spares wait, and a channel."""
     name = f"{request.param} {next(_numbers)}".replace("plain ", "plain_")
     with server.connect() as admin:
-        had = admin.execute("SELECT FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone()
+        had = admin.execute("SELECT 1 FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone()
         admin.execute(f"CREATE DATABASE {_quoted(name)} TEMPLATE template0".encode())
         with proxy.connect(dbname=name) as conn:
             run(conn, "SELECT 1")

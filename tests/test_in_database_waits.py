@@ -327,7 +327,7 @@ def test_few_connections(server: Server, start_proxy: StartProxy, scratch: str) 
         wait_until(
             lambda: (
                 not admin.execute(
-                    "SELECT FROM pg_stat_activity WHERE usename = 'crowded'"
+                    "SELECT 1 FROM pg_stat_activity WHERE usename = 'crowded'"
                 ).fetchone()
             )
         )

@@ -62,7 +62,7 @@ def tls_roles(tls_server: Server) -> Iterator[Server]:
 def _with_roles(server: Server, hba: list[str]) -> Iterator[None]:
     with server.connect() as conn:
         conn.execute("SET password_encryption = 'scram-sha-256'")
-        had = conn.execute("SELECT FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone()
+        had = conn.execute("SELECT 1 FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone()
         if had is None:
             conn.execute("CREATE ROLE pgbackground_role")
         conn.execute("CREATE ROLE lookup LOGIN SUPERUSER PASSWORD 'lookup pass'")

@@ -21,7 +21,7 @@ ROLES = ("app", "limited", "mighty")
 @pytest.fixture
 def roles(server: Server) -> Iterator[None]:
     with server.connect() as conn:
-        had = conn.execute("SELECT FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone()
+        had = conn.execute("SELECT 1 FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone()
         if not had:
             conn.execute("CREATE ROLE pgbackground_role")
         conn.execute(

@@ -120,7 +120,9 @@ def test_one_that_keeps_its_identifier_to_itself_is_known_by_its_address(
         admin = stack.enter_context(server.connect())
         admin.execute(f"{REVOKE}; CREATE ROLE bob LOGIN")
         stack.callback(admin.execute, f"{GRANT}; DROP ROLE bob")
-        if not admin.execute("SELECT FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone():
+        if not admin.execute(
+            "SELECT 1 FROM pg_roles WHERE rolname = 'pgbackground_role'"
+        ).fetchone():
             admin.execute("CREATE ROLE pgbackground_role")
             stack.callback(admin.execute, "DROP ROLE pgbackground_role")
         admin.execute("GRANT pgbackground_role TO bob")
