@@ -7,7 +7,8 @@ A page's blocks run in order, through a proxy, in a database ``mydb`` with the r
   and by a superuser behind ``=#``; the rest is what must come back;
 - ``python`` as it stands; the comment behind a ``print()`` is what it prints.
 
-A comment ``<!-- before`` holds SQL that the examples need and the reader does not.
+A comment ``<!-- run`` holds SQL that the reader does not see: what the examples need, or what tries
+them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Final
 
 import pytest
 
+from proxy.extension.installed import COMPOSITE
+from proxy.functions import DECLARED, VIEWS
 from tests.pgbouncer import OURS
 from tests.servers import REPOSITORY, Proxy, Server, clean_environment, database, psql
 
@@ -32,7 +35,7 @@ PAGES: Final = (
     *sorted((REPOSITORY / ".github").rglob("*.md")),
 )
 _BLOCK: Final = re.compile(
-    r"^(?:<!-- (?P<hidden>before)\n(?P<setup>.*?)^-->|```(?P<kind>\w+)\n(?P<text>.*?)^```)$",
+    r"^(?:<!-- (?P<hidden>run)\n(?P<setup>.*?)^-->|```(?P<kind>\w+)\n(?P<text>.*?)^```)$",
     re.MULTILINE | re.DOTALL,
 )
 _PROMPT: Final = re.compile(r"mydb[=\-(*'][*!?]?[>#] ")
@@ -59,7 +62,7 @@ def blocks(page: Path) -> list[Block]:
     found = []
     for match in _BLOCK.finditer(text):
         kind = match["hidden"] or match["kind"]
-        if kind in ("before", "sql", "console", "python"):
+        if kind in ("run", "sql", "console", "python"):
             line = text.count("\n", 0, match.start()) + 1
             found.append(Block(kind, match["setup"] or match["text"], line))
     return found
@@ -157,6 +160,13 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))
+def test_functions_that_are_named_exist(page: Path) -> None:
+    known = {function.name for function in DECLARED} | {type.name for type in COMPOSITE} | {*VIEWS}
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"\bpg_background_[a-z_0-9]+\b", text)) <= known | {"pg_background_proxy"}
+
+
 def test_startup_parameters_that_a_pooler_must_ignore() -> None:
     page = (REPOSITORY / "docs" / "limits.md").read_text(encoding="utf-8")
     assert f"\nignore_startup_parameters = {', '.join(OURS)}\n" in page
@@ -164,3 +174,29 @@ def test_startup_parameters_that_a_pooler_must_ignore() -> None:
 
 def test_readme_is_short() -> None:
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+
+
+def test_architecture_names_what_there_is() -> None:
+    """What looks like a name in the code is one, so renaming it changes the page too."""
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("proxy", "protocol", "tests")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    )
+    names = set(re.findall(r"`(?:\w+\.)*(_?[A-Za-z]\w*)(?:\(…\))?`", page))
+    names = {name for name in names if "_" in name or name[0].isupper()}
+    assert len(names) > 50
+    missing = {
+        name
+        for name in names
+        if not re.search(rf"\b(?:def|class) {name}\b|\b{name}\b[^\n]*[=:]", code)
+    }
+    assert not missing
+
+
+def test_architecture_names_files_that_exist() -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = {path.as_posix() for path in REPOSITORY.rglob("*.py") if ".venv" not in path.parts}
+    for name in re.findall(r"`((?:\w+/)*\w+\.py)`", page):
+        assert any(file.endswith(f"/{name}") for file in files), name
