@@ -24,6 +24,7 @@ from typing import Final
 
 import pytest
 
+from proxy import config
 from proxy.extension.installed import COMPOSITE
 from proxy.functions import DECLARED, VIEWS
 from tests.pgbouncer import OURS
@@ -165,6 +166,17 @@ def test_functions_that_are_named_exist(page: Path) -> None:
     known = {function.name for function in DECLARED} | {type.name for type in COMPOSITE} | {*VIEWS}
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"\bpg_background_[a-z_0-9]+\b", text)) <= known | {"pg_background_proxy"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))
+def test_configurations_can_be_read(page: Path, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for number, match in enumerate(
+        re.finditer(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(match[1], encoding="utf-8")
+        config.load(file=file)
 
 
 def test_startup_parameters_that_a_pooler_must_ignore() -> None:
