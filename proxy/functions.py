@@ -2,7 +2,7 @@
 
 The rule: what a function is called, takes, returns and does is said here and nowhere else. Which
 calls the proxy catches, the SQL objects for calls from inside the database, and the reference in
-the README are all made from this table.
+docs/functions.md are all made from this table.
 
 The extension had three generations. Version 1 knows a job by its pid. Versions 1.6 to 1.10 added
 names that end in _v2, with a cookie beside the pid; 2.0 gave these the plain names. All are served

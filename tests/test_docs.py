@@ -171,11 +171,10 @@ def test_functions_that_are_named_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))
 def test_configurations_can_be_read(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for number, match in enumerate(
-        re.finditer(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    ):
-        file = tmp_path / f"{number}.toml"
-        file.write_text(match[1], encoding="utf-8")
+    (tmp_path / "passfile").touch(0o600)
+    file = tmp_path / "proxy.toml"
+    for block in re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        file.write_text(block, encoding="utf-8")
         config.load(file=file)
 
 

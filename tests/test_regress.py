@@ -114,7 +114,7 @@ def test_the_output_is_the_same(
 
 
 def test_there_are_several_hundred_statements(server: Server, tmp_path: Path) -> None:
-    """As many as the README says, counted where psql sends them."""
+    """Counted where psql sends them."""
     total = 0
     program = next(iter(programs().values()))
     for file in FILES:
