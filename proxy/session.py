@@ -469,7 +469,11 @@ class Session(Owner):
 
     def notice(self, body: bytes) -> bool:
         """A NoticeResponse of the primary backend; true if it was a call, which is served."""
-        return self._inside.notice(body)
+        is_call = self._inside.notice(body)
+        if is_call and self._inside.is_talkative and self.primary is not None:
+            self.primary.take_a_break()
+            asyncio.get_running_loop().call_soon(self.primary.end_break)
+        return is_call
 
     def statement_ended(self) -> None:
         if self._changes_extension and self.relay.status == IDLE:

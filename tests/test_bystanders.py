@@ -60,11 +60,11 @@ def bystander(proxy: Proxy) -> Iterator[Bystander]:
         one.close()
 
 
-def longest_wait(proxy: Proxy, statements: list[str]) -> float:
+def longest_wait(proxy: Proxy, statements: list[str], database: str = "postgres") -> float:
     """The least of several tries of the longest wait beside these statements."""
     waits: list[float] = []
     for _ in range(TRIES):
-        with Wire(("127.0.0.1", proxy.port)) as attacker:
+        with Wire(("127.0.0.1", proxy.port), database=database) as attacker:
             attacker.socket.settimeout(120)
             for statement in statements[:-1]:
                 attacker.query(statement)
@@ -127,15 +127,56 @@ ATTACKS: Final[dict[str, list[str]]] = {
 }
 
 
+SAY: Final = (
+    "DO $$ BEGIN PERFORM set_config('pg_background_proxy.message',"
+    " left(current_setting('pg_background_proxy.session'), 32) || ' ' || md5('x') || {}, true);"
+    " FOR i IN 1..{} LOOP PERFORM public._pg_background_say(); END LOOP; END $$"
+)
+FROM_INSIDE: Final = {
+    "100,000 messages": SAY.format("' next 1'", 100_000),
+    "100,000 questions": SAY.format("' call - - - eA== VVRGOA== - - - MA=='", 20_000),
+    "a message of 50 MB": SAY.format("' next ' || repeat('1', 50000000)", 1),
+    "a question of 50 MB": SAY.format("' call - - - - - ' || repeat('eA== ', 10000000)", 1),
+    "a job of 100,000 messages": "SELECT pg_background_run($job$"
+    + SAY.format("' next 1'", 100_000)
+    + "$job$)",
+    "a job's error of 100 MB": "SELECT * FROM pg_background_run($job$DO $$ BEGIN RAISE EXCEPTION"
+    " '%', repeat('x', 100000000); END $$ $job$)",
+    "a line of CONTEXT that goes on": "DO $$ BEGIN EXECUTE 'SELECT 1/0 /* _pg_background_ask('"
+    " || repeat('pg_background_a(', 15000) || ' */'; END $$",
+}
+
+
+@pytest.fixture
+def extended(proxy: Proxy, db: str) -> Iterator[str]:
+    """A database with the extension, which anybody may create things in."""
+    with proxy.connect(dbname=db) as conn:
+        conn.execute("CREATE EXTENSION pg_background SCHEMA public")
+        yield db
+        conn.execute("DROP EXTENSION pg_background")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("attack", FROM_INSIDE)
+def test_a_bystander_does_not_wait_for_what_code_says(
+    proxy: Proxy, extended: str, attack: str
+) -> None:
+    judge(proxy, attack, [FROM_INSIDE[attack]], extended)
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_bystander_does_not_wait(proxy: Proxy, attack: str) -> None:
-    statements = ATTACKS[attack]
+    judge(proxy, attack, ATTACKS[attack])
+
+
+def judge(proxy: Proxy, attack: str, statements: list[str], database: str = "postgres") -> None:
+    """Compare a bystander's wait with that beside something innocent."""
     with bystander(proxy) as alone:
         time.sleep(0.3)
     round_trip = sorted(alone.waits)[len(alone.waits) // 2]
     innocent = longest_wait(proxy, [f"SELECT '{'x' * len(statements[-1])}'"])
-    beside = longest_wait(proxy, statements)
+    beside = longest_wait(proxy, statements, database)
     print(
         f"\n{attack}: {beside * 1000:.1f} ms; beside an innocent one {innocent * 1000:.1f} ms,"
         f" alone {round_trip * 1000:.2f} ms"

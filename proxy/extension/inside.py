@@ -127,6 +127,9 @@ _LARGEST_STEP: Final = 1024
 
 _MOST_WORDS: Final = 8192
 
+_TURN: Final = 200
+"""Messages that are read before others have their turn; each takes some 30 us."""
+
 _WHOLE_AT_ONCE: Final = 512 * 1024
 """Bytes of a word that are decoded without a pause for others."""
 
@@ -280,6 +283,7 @@ class Inside:
         self._is_locked = False
         # What is done for a function that waits, and what waits for that to end; a question that
         # is not proven; what the function is told piece by piece.
+        self._heard = 0
         self._task: asyncio.Task[None] | None = None
         self._next_task: asyncio.Task[None] | None = None
         self._challenge: _Challenge | None = None
@@ -305,6 +309,7 @@ class Inside:
             message = Message.parse(notice)
         except NotOursError:
             return False
+        self._heard += 1
         if message.verb == b"call":
             self._drop()
         elif self._next_task is not None:
@@ -323,6 +328,15 @@ class Inside:
             self._task, self._next_task = self._next_task, None
         elif task is self._next_task:
             self._next_task = None
+
+    @property
+    def is_talkative(self) -> bool:
+        """Whether so much was heard that others should have their turn. A function that waits for
+        each answer says little; a loop can say a hundred thousand things."""
+        if self._heard < _TURN:
+            return False
+        self._heard = 0
+        return True
 
     @property
     def is_asked(self) -> bool:

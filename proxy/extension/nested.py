@@ -42,6 +42,11 @@ class Nested(Owner):
         """A NoticeResponse of the job; whether it was a call, and is dealt with."""
         return self.inside.notice(body)
 
+    @property
+    def is_talkative(self) -> bool:
+        """Whether others should have their turn before more is read."""
+        return self.inside.is_talkative
+
     def statement_ended(self) -> None:
         """Nobody waits for an answer any more."""
         self.inside.statement_ended()

@@ -101,6 +101,7 @@ class Backend(asyncio.BufferedProtocol):
     def __init__(self) -> None:
         self.pid = 0
         self.ready = False
+        self._is_paused = False
         self.is_pooled = False
         self._key: BackendKeyData | None = None
         self.parameters: dict[bytes, bytes] = {}
@@ -253,12 +254,24 @@ class Backend(asyncio.BufferedProtocol):
 
     def pause_reading(self) -> None:
         """Let what the server sends wait there."""
+        self._is_paused = True
         if not self.transport.is_closing():
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
         """Read again."""
+        self._is_paused = False
         if not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def take_a_break(self) -> None:
+        """Read on when others had their turn."""
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._end_break)
+
+    def _end_break(self) -> None:
+        if not (self._is_paused or self.transport.is_closing()):
             self.transport.resume_reading()
 
     def terminate(self) -> None:

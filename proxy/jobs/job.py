@@ -87,6 +87,10 @@ class Nested(Protocol):
     def notice(self, body: bytes) -> bool:
         """A NoticeResponse of the job; whether it was a call, and is dealt with."""
 
+    @property
+    def is_talkative(self) -> bool:
+        """Whether others should have their turn before more is read."""
+
     def statement_ended(self) -> None:
         """Nobody waits for an answer any more."""
 
@@ -383,6 +387,9 @@ class Job(KnownJob):
             self._add_tag(b"SELECT 1" if is_progress else CommandComplete.parse(body).tag)
         elif kind == _NOTICE:
             is_call = self._nested is not None and self._nested.notice(body)
+            if is_call and self._nested is not None and self._nested.is_talkative:
+                assert self._backend is not None
+                self._backend.take_a_break()
             if not is_call and not self._report_progress(body):
                 self.output.put(Notice(body))
         elif kind == _ERROR:
