@@ -21,6 +21,7 @@ from typing import Final, TypeVar, cast
 from protocol.errors import INVALID_AUTHORIZATION_SPECIFICATION, SQLError
 from protocol.startup import CancelRequest, SSLRequest, StartupMessage
 from proxy.auth.credentials import CredentialStore
+from proxy.auth.pace import Pace
 from proxy.config import Config, Host
 from proxy.jobs.backend import Backend, ServerError, open_backend, send_cancel
 from proxy.log import logger
@@ -87,6 +88,7 @@ class Dialer:
         self._context = tls.server_context(config.upstream)
         self._states: dict[Host, tuple[float, HostState]] = {}
         self._looking: defaultdict[Host, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._complaints = Pace(burst=10, rate=0.2)
 
     async def connect(
         self, factory: Callable[[], P], skip: Collection[Host] = (), route: Route | None = None
@@ -156,7 +158,10 @@ class Dialer:
             async with asyncio.timeout(self._config.connect_timeout or None):
                 await send_cancel(connect, request)
         except OSError as error:
-            logger.warning("could not pass on a cancel request: %s", _reason(error))
+            # Anybody can send such a request, as often as he likes.
+            if self._complaints.take(None, asyncio.get_running_loop().time()) is not None:
+                reason = _reason(error) or "no answer in time"
+                logger.warning("could not pass on a cancel request: %s", reason)
 
     async def check(self) -> Route:
         """See whether there is a server: ask it for TLS, as a client does first, and hang up.
