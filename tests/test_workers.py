@@ -165,6 +165,7 @@ def test_whoever_has_the_fewest_gets_the_next(server: Server, pair: Proxy) -> No
 def test_many_clients_at_once(server: Server, pair: Proxy) -> None:
     """More than a socket between two processes holds: they wait in the backlog."""
     count = 1000
+    wait_until(lambda: len(workers(pair)) == 2)
     pids = {worker.pid for worker in workers(pair)}
     with contextlib.ExitStack() as stack:
         sockets = [

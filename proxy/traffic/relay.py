@@ -18,6 +18,7 @@ bookkeeping; all else goes the long ways, `_follow_client` and `_follow_server`.
 from __future__ import annotations
 
 import asyncio
+import re
 from struct import Struct
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -76,6 +77,11 @@ so many more."""
 
 _NOTICE_SIZE: Final = 512
 """In how much of a notice the watchword would be."""
+
+_LONGEST_NOTICE: Final = 1024 * 1024 + _NOTICE_SIZE
+"""Of those that are for us, but for calls: they carry SQL."""
+
+_CALL: Final = re.compile(rb" [0-9a-z]{32} call ")
 
 # What the relay does about a message of the backend.
 _NOTHING, _COUNT, _HANDLE, _SKIP = range(4)
@@ -485,7 +491,12 @@ class Relay:
         """Whether this notice is not for us, as its beginning tells. All of it is held if it is, or
         if that cannot be told yet."""
         known = min(end, position + _NOTICE_SIZE)
-        return len(data) >= known and self._hooks.watchword not in data[position:known]
+        if len(data) < known:
+            return False
+        head = data[position:known]
+        if end - position > _LONGEST_NOTICE and not _CALL.search(head):
+            return True
+        return self._hooks.watchword not in head
 
     def _handle(self, kind: int, body: bytes) -> bytes | None:
         if kind == READY:

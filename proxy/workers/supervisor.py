@@ -49,6 +49,9 @@ _TRIES: Final = 5
 _END_TIMEOUT: Final = 5.0
 """Seconds after which a worker that should have ended is killed."""
 
+_STUCK: Final = 1.0
+"""Seconds in which a worker takes no connection, until others get its share."""
+
 _HAND_OVER_AGAIN: Final = 0.005
 """Seconds until a connection is offered again that no worker could take."""
 
@@ -76,6 +79,8 @@ class _Worker:
         self.sessions = 0
         self.untaken: deque[socket.socket] = deque()
         self.turn = 0
+        # Since when its socket has been full, by the loop's clock; 0 if it is not.
+        self._full_since = 0.0
         self.joined = False
         self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.done = False
@@ -129,10 +134,18 @@ class _Worker:
         try:
             socket.send_fds(self._clients, [b"+"], [connection.fileno()])
         except OSError:  # it is full, or gone
+            self._full_since = self._full_since or asyncio.get_running_loop().time()
             return False
+        self._full_since = 0.0
         self.sessions += 1
         self.untaken.append(connection)
         return True
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it has taken none for so long that others are to have its share."""
+        now = asyncio.get_running_loop().time()
+        return self._full_since > 0.0 and now - self._full_since > _STUCK
 
     def taken(self) -> None:
         """It has the oldest of those that were given to it."""
@@ -312,6 +325,8 @@ class Supervisor:
             if worker.take(connection):
                 worker.turn = next(self._turns)
                 return True
+            if not worker.is_stuck:
+                return False  # it will take it soon
         return False
 
     def _serving(self) -> list[_Worker]:
