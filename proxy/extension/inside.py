@@ -858,7 +858,8 @@ def _no_login(role: bytes, error: SQLError) -> SQLError:
         INSUFFICIENT_PRIVILEGE,
         f'cannot start a background worker as role "{name}"',
         detail=f'The calling code runs as "{name}" (as the owner of a SECURITY DEFINER function, a'
-        f" table or an index), so the background worker must log in as that role. {error.detail}",
+        " table or an index), so the background worker must log in as that role, which failed:"
+        f" {(error.detail or error.message).rstrip('.')}.",
         hint=f'Give the proxy the password of role "{name}" in its passfile or auth_file, or set'
         " auth_query; the role must have LOGIN.",
     )
