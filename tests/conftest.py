@@ -3,18 +3,22 @@
 ``--server embedded`` uses the wheel's PostgreSQL, ``--server debian`` the newest in
 /usr/lib/postgresql, ``--server all`` (the default) both, ``--server FOLDER`` the programs in a
 folder. ``--workers 2`` runs every proxy as several processes.
+
+Tests whose outcome may depend on the server's version are marked ``every_server``. The others run
+on the first server by default; on the further ones they are ``exhaustive``.
 At the end of the session nothing that it started may be left.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import psutil
 import pytest
@@ -52,13 +56,31 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "server" in metafunc.fixturenames:
         folders = _server_folders(metafunc.config.getoption("--server") or ["all"])
+        marks = () if metafunc.definition.get_closest_marker("every_server") else _EXHAUSTIVE
         metafunc.parametrize(
             "server",
-            folders,
-            ids=[f"pg{server_version(folder) // 10000}" for folder in folders],
+            [pytest.param(folder, marks=marks if n else ()) for n, folder in enumerate(folders)],
+            ids=[server_id(folder) for folder in folders],
             indirect=True,
             scope="session",
         )
+
+
+_EXHAUSTIVE: Final = (pytest.mark.exhaustive,)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let each process of pytest-xdist have whole files, and change its server seldom."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        server = callspec.params.get("server", "") if callspec else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{server_id(server)}"))
+
+
+@functools.cache
+def server_id(folder: Path | str) -> str:
+    """The name of a server in the names of tests."""
+    return f"pg{server_version(folder) // 10000}" if isinstance(folder, Path) else "none"
 
 
 def _server_folders(kinds: list[str]) -> list[Path]:
@@ -197,7 +219,12 @@ def observer(server: Server, scratch: str) -> Iterator[Connection]:
         yield conn
 
 
-@pytest.fixture(params=api_clients.KINDS)
+@pytest.fixture(
+    params=[
+        pytest.param(kind, marks=_EXHAUSTIVE if kind in ("psql", "binary") else ())
+        for kind in api_clients.KINDS
+    ]
+)
 def client(
     request: pytest.FixtureRequest, proxy: Proxy, scratch: str
 ) -> Iterator[api_clients.Client]:

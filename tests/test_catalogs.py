@@ -14,6 +14,8 @@ from tests.background import failure, launch, message
 from tests.conftest import StartProxy
 from tests.servers import Connection, Proxy, psql
 
+pytestmark = pytest.mark.every_server
+
 
 @pytest.fixture
 def installed(conn: Connection) -> Iterator[None]:

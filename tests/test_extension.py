@@ -21,6 +21,8 @@ from tests.conftest import StartProxy
 from tests.recorder import Frontend
 from tests.servers import Connection, Proxy, Server, database, psql
 
+pytestmark = pytest.mark.every_server
+
 ROLE = "pgbackground_role"
 MARKER = "_pg_background_version"
 OURS = (

@@ -11,6 +11,8 @@ import pytest
 from tests.background import wait_until
 from tests.servers import Connection, Proxy, Server, database, psql
 
+pytestmark = pytest.mark.every_server
+
 
 @pytest.fixture(scope="module")
 def dbname(server: Server, proxy: Proxy) -> Iterator[str]:

@@ -20,6 +20,8 @@ from tests.background import failure, message, notices, wait_until
 from tests.in_database import handle, inside, launch, one, rows, with_extension
 from tests.servers import Connection, Proxy, Server, psql
 
+pytestmark = pytest.mark.every_server
+
 _number = itertools.count(1)
 
 

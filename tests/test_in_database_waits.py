@@ -29,6 +29,8 @@ from tests.in_database import (
 from tests.servers import Connection, Proxy, Server
 from tests.wire import Wire
 
+pytestmark = pytest.mark.every_server
+
 # What a session that waits in the database is seen to wait for.
 WAITING = "SELECT wait_event FROM pg_stat_activity WHERE pid = %s AND wait_event = 'advisory'"
 

@@ -24,6 +24,10 @@ from tests.background import (
 from tests.conftest import StartProxy
 from tests.servers import Connection, Proxy, psql
 
+pytestmark = pytest.mark.every_server
+
+EXHAUSTIVE = [pytest.mark.exhaustive]
+
 LOCK = 4711
 
 
@@ -107,8 +111,7 @@ def test_null_in_null_out_and_nothing_is_launched(conn: Connection, scratch: str
 # --- how it is written ---
 
 
-@pytest.mark.parametrize(
-    "call",
+CALLS = (
     [
         "pg_background_launch('SELECT 7')",
         "PG_Background_LAUNCH('SELECT 7')",
@@ -133,8 +136,7 @@ def test_null_in_null_out_and_nothing_is_launched(conn: Connection, scratch: str
         "pg_background_launch('SELECT 7', '1024')",
     ],
 )
-@pytest.mark.parametrize(
-    "frame",
+FRAMES = (
     [
         "SELECT {}",
         "SELECT {} AS pid",
@@ -146,6 +148,19 @@ def test_null_in_null_out_and_nothing_is_launched(conn: Connection, scratch: str
         "SELECT {} WHERE true",
         "WITH a AS (SELECT 1) SELECT {} FROM a",
         "-- first\nSELECT {} /* last */",
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    ("call", "frame"),
+    [
+        # Each call and each frame once; all pairs by `pytest -m ''`.
+        pytest.param(
+            call, frame, marks=[] if call == CALLS[0] or frame == FRAMES[0] else EXHAUSTIVE
+        )
+        for call in CALLS
+        for frame in FRAMES
     ],
 )
 def test_launch_is_written_in_many_ways(conn: Connection, call: str, frame: str) -> None:

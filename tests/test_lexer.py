@@ -26,6 +26,8 @@ from proxy.sql.lexer import (
 )
 from tests.servers import Connection, Server
 
+pytestmark = pytest.mark.every_server
+
 I, Q, S, N, P, O, C = (  # noqa: E741
     Kind.IDENTIFIER,
     Kind.QUOTED_IDENTIFIER,

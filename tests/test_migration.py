@@ -14,6 +14,8 @@ from tests.clients import Endpoint, succeed, tool
 from tests.conftest import StartProxy, upstream_of
 from tests.servers import Connection, Proxy, Server, database, psql
 
+pytestmark = pytest.mark.every_server
+
 SCRIPT = Path(__file__).with_name("migration.sql")
 DATABASE = "migrated"
 

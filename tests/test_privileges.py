@@ -10,6 +10,8 @@ import pytest
 from tests.background import failure, launch, message, notices, result, value, wait_until
 from tests.servers import Connection, Proxy, psql
 
+pytestmark = pytest.mark.every_server
+
 EXECUTOR = "pgbackground_role"
 
 _number = itertools.count(1)

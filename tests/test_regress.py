@@ -20,6 +20,8 @@ from psycopg.conninfo import make_conninfo
 
 from tests.servers import Proxy, Server, clean_environment, database, psql_path
 
+pytestmark = pytest.mark.every_server
+
 FOLDER: Final = Path(__file__).parent / "regress"
 FILES: Final = sorted(FOLDER.glob("*.sql"))
 DATABASE: Final = "regress"

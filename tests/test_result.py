@@ -22,6 +22,8 @@ from tests.background import (
 )
 from tests.servers import Connection, Proxy, psql
 
+pytestmark = pytest.mark.every_server
+
 JOB = "SELECT n AS a, 'text ' || n AS b, NULL::int AS c FROM generate_series(1, 3) n"
 ROWS = [(1, "text 1", None), (2, "text 2", None), (3, "text 3", None)]
 ROWTYPE = "remote query result rowtype does not match the specified FROM clause rowtype"

@@ -12,6 +12,8 @@ from psycopg import sql
 from tests.background import failure, job_failure, launch, result, run, value
 from tests.servers import Connection, Proxy, psql
 
+pytestmark = pytest.mark.every_server
+
 
 def setting(conn: Connection, name: str) -> Any:
     """What SHOW says in a job."""

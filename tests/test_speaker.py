@@ -14,6 +14,8 @@ import pytest
 from protocol.messages import NoticeResponse
 from proxy.extension.inside import Message, NotOursError
 
+pytestmark = pytest.mark.every_server
+
 _ENGLISH = "PL/pgSQL function %s line %d at %s"
 _CATALOGS = sorted(Path("/usr/share/locale").glob("*/LC_MESSAGES/plpgsql-*.mo"))
 

@@ -12,6 +12,8 @@ from tests.conftest import StartProxy
 from tests.in_database import one
 from tests.servers import PASSWORDS, Connection, Proxy, Server
 
+pytestmark = pytest.mark.every_server
+
 SPARE = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
 OPTIONS = ("--spare-lifetime", "60s", "--spares", "2")
 

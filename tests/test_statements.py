@@ -56,6 +56,8 @@ from proxy.sql.statements import (
 )
 from tests.servers import Connection, Server, database
 
+pytestmark = pytest.mark.every_server
+
 
 def plan(sql: str) -> Plan | None:
     return analyze(sql.encode())

@@ -57,6 +57,8 @@ from tests.recorder import (
 )
 from tests.servers import Proxy, Server
 
+pytestmark = pytest.mark.every_server
+
 T = TypeVar("T")
 
 MEGABYTE = 1 << 20

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.background import wait_until
 from tests.servers import Connection, Proxy, psql
+
+pytestmark = pytest.mark.every_server
 
 
 def say(proxy: Proxy, dbname: str, script: str) -> tuple[list[str], str]:

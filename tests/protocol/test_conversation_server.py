@@ -17,6 +17,8 @@ from protocol.startup import CancelRequest, SSLRequest, StartupMessage
 from protocol.values import INT4, TEXT
 from tests.servers import PASSWORDS, Server
 
+pytestmark = pytest.mark.every_server
+
 
 class Frontend:
     """A client that sends messages and collects the answers."""

@@ -11,6 +11,8 @@ from protocol.scram import ScramSecret
 from protocol.values import ARRAYS, OIDS, to_binary, type_size
 from tests.servers import Server
 
+pytestmark = pytest.mark.every_server
+
 TYPES: dict[str, tuple[str, ...]] = {
     "bool": ("true", "false"),
     "int2": ("0", "-32768", "32767"),
