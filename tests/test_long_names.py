@@ -15,6 +15,8 @@ from tests.recorder import Frontend, S, Sent, errors, kinds, q, rows
 from tests.servers import Proxy, Server, database
 from tests.test_calls_in_protocol import NATIVE
 
+pytestmark = pytest.mark.every_server
+
 LAUNCH = b"SELECT pg_background_launch('SELECT 1')"
 # Around 63 bytes, 4096 (as much as is looked at first) and more; cut within a letter, too.
 SIZES = (0, 1, 62, 63, 64, 4090, 5000)

@@ -20,6 +20,8 @@ from tests.conftest import StartProxy
 from tests.in_database import one
 from tests.servers import DEFAULT_HBA, Connection, Proxy, Server, database
 
+pytestmark = pytest.mark.every_server
+
 APP: Final = "app"
 OWNER: Final = "dwh_owner"
 PASSWORDS: Final = {APP: "app's", OWNER: "owner's"}

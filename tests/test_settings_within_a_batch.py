@@ -21,6 +21,8 @@ from tests.recorder import READY, Frontend, H, S, Sent, b, d, e, errors, p, q, r
 from tests.servers import Proxy, Server, database
 from tests.test_calls_in_protocol import NATIVE
 
+pytestmark = pytest.mark.every_server
+
 SETTER = """
 CREATE FUNCTION change(name text, value text) RETURNS text LANGUAGE plpgsql AS $$ BEGIN
   RETURN set_config(name, value, false);

@@ -13,6 +13,8 @@ from tests.background import failure, run, value, wait_until
 from tests.conftest import StartProxy
 from tests.servers import Connection, Server
 
+pytestmark = pytest.mark.every_server
+
 OPTIONS = ("--spare-lifetime", "60s")
 REVOKE = "REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC"
 GRANT = "GRANT EXECUTE ON FUNCTION pg_control_system() TO PUBLIC"

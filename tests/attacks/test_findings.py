@@ -29,6 +29,8 @@ from tests.background import notices
 from tests.in_database import one
 from tests.servers import Connection, Proxy, Server, database, psql
 
+pytestmark = pytest.mark.every_server
+
 MAINTENANCE: Final = {
     "reindex": "REINDEX TABLE {schema}.t",
     "analyze": "ANALYZE {schema}.t",

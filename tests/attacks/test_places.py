@@ -14,6 +14,8 @@ import pytest
 
 from tests.attacks.scene import CASES, MALLORY, Scene, needs, settled
 
+pytestmark = pytest.mark.every_server
+
 _number = itertools.count(1)
 
 # In what follows {n} stands for a name that is new for each attempt (a schema has it too), {t} for

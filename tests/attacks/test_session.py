@@ -26,6 +26,8 @@ from tests.in_database import one
 from tests.servers import database, psql
 from tests.wire import until
 
+pytestmark = pytest.mark.every_server
+
 _number = itertools.count(1)
 
 # What is said to the proxy, by whatever way; {message} is an SQL expression.
