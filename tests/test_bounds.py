@@ -108,15 +108,15 @@ def test_a_list_of_2000_jobs_with_all_that_is_kept(both: tuple[Connection, Conne
 
 
 def test_a_question_about_many_jobs(both: tuple[Connection, Connection]) -> None:
-    """However many handles somebody asks for."""
+    """As many handles as one may ask for."""
     here, there = both
     handle = launch(here, "SELECT 1")
     wait_for(here, handle)
-    unknown = ",".join(f'"({pid},{2**62})"' for pid in range(100_000))
+    unknown = ",".join(f'"({pid},{2**62})"' for pid in range(7_000))
     array = f'{{{unknown},"({handle[0]},{handle[1]})"}}'
     query = "SELECT * FROM pg_background_drain(%s)"
     rows = there.execute(query, [array]).fetchall()
-    assert len(rows) == 100_001
+    assert len(rows) == 7_001
     assert rows[-1][:3] == (*handle, "stopped")
 
 
@@ -190,12 +190,20 @@ def test_memory_is_not_kept(start_proxy: StartProxy, scratch: str, what: str) ->
         "notice": say.format("INFO"),
         "progress": f"SELECT pg_background_progress(1, {large})",
     }[what]
+
+    def run(conn: Connection) -> None:
+        handle = launch(conn, sql)
+        if what == "notice":  # more than the queue takes, so the job waits for its reader
+            conn.execute("SELECT * FROM pg_background_result(%s, %s) AS (x text)", handle)
+        else:
+            wait_for(conn, handle)
+
     with proxy.connect(dbname=scratch) as conn:
-        wait_for(conn, launch(conn, sql))
+        run(conn)
         footprint = Footprint(proxy)
         before = footprint.rss
         for _ in range(12):
-            wait_for(conn, launch(conn, sql))
+            run(conn)
         wait_until(lambda: footprint.rss - before < 40 * MEGABYTE)
 
 
@@ -269,7 +277,8 @@ def message_of(kind: str, size: int) -> bytes:
 
 @pytest.mark.parametrize("kind", ["error", "notice", "notices"])
 def test_a_job_reads_in_proportion_to_what_it_gets(kind: str) -> None:
-    small, large = message_of(kind, 10 * MEGABYTE), message_of(kind, 40 * MEGABYTE)
+    # Both larger than what the allocator keeps: fresh memory costs more than copying does.
+    small, large = message_of(kind, 40 * MEGABYTE), message_of(kind, 160 * MEGABYTE)
     assert feed(job(), large) >= len(large) // (64 * 1024)
     once = quickest(lambda: feed(job(), small))
     assert quickest(lambda: feed(job(), large)) < 6 * once

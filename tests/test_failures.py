@@ -267,7 +267,7 @@ def test_killed_primary_ends_the_wait_and_the_job_runs_on(
             waiting.result(30)
         assert conn.closed
         conn.close()
-        assert monitor.state(pid) == ("active", "advisory")
+        until(lambda: monitor.state(pid) == ("active", "advisory"))
     with server.connect(dbname=db) as direct:
         until(lambda: value(direct, "SELECT count(*) FROM done"))
 
@@ -406,7 +406,7 @@ def test_client_vanishes_while_it_waits(
     monitor.wait_until_fetching(wire.pid)
     vanish(wire)
     monitor.wait_until_gone(wire.pid)
-    assert monitor.state(pid) == ("active", "advisory")
+    until(lambda: monitor.state(pid) == ("active", "advisory"))
     closed_gate.open()
     wait_until_done(server, db)
 
@@ -418,7 +418,7 @@ def test_client_vanishes_while_idle_with_a_job(
     monitor.wait_until_at_gate(pid)
     vanish(wire)
     monitor.wait_until_gone(wire.pid)
-    assert monitor.state(pid) == ("active", "advisory")
+    until(lambda: monitor.state(pid) == ("active", "advisory"))
     closed_gate.open()
     wait_until_done(server, db)
 
@@ -478,7 +478,7 @@ def test_client_vanishes_in_the_middle_of_a_message(
     wire.send(b"Q\0\0\1\0SELECT pg_background_result(")
     vanish(wire)
     monitor.wait_until_gone(wire.pid)
-    assert monitor.state(pid) == ("active", "advisory")
+    until(lambda: monitor.state(pid) == ("active", "advisory"))
     closed_gate.open()
     wait_until_done(server, db)
 
@@ -514,7 +514,7 @@ def test_psql_is_killed_while_it_waits(
         client.kill()
         client.communicate(timeout=30)
         monitor.wait_until_gone(primary)
-        assert monitor.state(job_pid) == ("active", "advisory")
+        until(lambda: monitor.state(job_pid) == ("active", "advisory"))
         closed.open()
         wait_until_done(server, db)
 
@@ -585,7 +585,7 @@ def test_cancel_request_ends_the_wait(
     if in_transaction:
         assert_transaction_failed(conn)
     assert_lives(conn)
-    assert monitor.state(pid) == ("active", "advisory")  # the job was not cancelled
+    until(lambda: monitor.state(pid) == ("active", "advisory"))  # the job was not cancelled
     with pytest.raises(errors.UndefinedObject, match=f"PID {pid} have already been consumed"):
         fetch(conn, pid)
 
@@ -690,7 +690,7 @@ def test_statement_timeout_ends_the_wait(
         fetch(conn, pid)
     assert caught.value.diag.message_primary == "canceling statement due to statement timeout"
     assert_transaction_failed(conn)
-    assert monitor.state(pid) == ("active", "advisory")
+    until(lambda: monitor.state(pid) == ("active", "advisory"))
     conn.execute("SET statement_timeout = 0")
     assert_lives(conn)
 

@@ -111,45 +111,41 @@ def test_null_in_null_out_and_nothing_is_launched(conn: Connection, scratch: str
 # --- how it is written ---
 
 
-CALLS = (
-    [
-        "pg_background_launch('SELECT 7')",
-        "PG_Background_LAUNCH('SELECT 7')",
-        "pg_background_launch/* here */ ('SELECT 7' -- it is\n)",
-        "\"pg_background_launch\"('SELECT 7')",
-        "public.pg_background_launch('SELECT 7')",
-        '"Some Schema"."pg_background_launch"(\'SELECT 7\')',
-        "pg_background_launch('SELECT 7', 65536)",
-        "pg_background_launch(sql => 'SELECT 7')",
-        "pg_background_launch(sql := 'SELECT 7')",
-        "pg_background_launch('SELECT 7', queue_size => 1024)",
-        "pg_background_launch(queue_size => 1024, sql => 'SELECT 7')",
-        'pg_background_launch("sql" => \'SELECT 7\', "queue_size" := 1 + 1023)',
-        "pg_background_launch(E'SELECT\\x207')",
-        "pg_background_launch($$SELECT 7$$)",
-        "pg_background_launch('SELECT 7'::varchar)",
-        "pg_background_launch('SELECT ' || 3 + 4)",
-        "pg_background_launch(format('SELECT %s', (SELECT 7)))",
-        "pg_background_launch(CASE WHEN true THEN 'SELECT 7' ELSE 'SELECT 8' END)",
-        "pg_background_launch((((('SELECT 7')))))",
-        "pg_background_launch('SELECT 7', 1024::smallint)",
-        "pg_background_launch('SELECT 7', '1024')",
-    ],
-)
-FRAMES = (
-    [
-        "SELECT {}",
-        "SELECT {} AS pid",
-        'select {} "the pid" ;',
-        "SELECT ALL {} pid",
-        "SELECT * FROM {}",
-        "SELECT pid FROM {} AS pid",
-        "SELECT p.pid FROM {} p (pid)",
-        "SELECT {} WHERE true",
-        "WITH a AS (SELECT 1) SELECT {} FROM a",
-        "-- first\nSELECT {} /* last */",
-    ],
-)
+CALLS = [
+    "pg_background_launch('SELECT 7')",
+    "PG_Background_LAUNCH('SELECT 7')",
+    "pg_background_launch/* here */ ('SELECT 7' -- it is\n)",
+    "\"pg_background_launch\"('SELECT 7')",
+    "public.pg_background_launch('SELECT 7')",
+    '"Some Schema"."pg_background_launch"(\'SELECT 7\')',
+    "pg_background_launch('SELECT 7', 65536)",
+    "pg_background_launch(sql => 'SELECT 7')",
+    "pg_background_launch(sql := 'SELECT 7')",
+    "pg_background_launch('SELECT 7', queue_size => 1024)",
+    "pg_background_launch(queue_size => 1024, sql => 'SELECT 7')",
+    'pg_background_launch("sql" => \'SELECT 7\', "queue_size" := 1 + 1023)',
+    "pg_background_launch(E'SELECT\\x207')",
+    "pg_background_launch($$SELECT 7$$)",
+    "pg_background_launch('SELECT 7'::varchar)",
+    "pg_background_launch('SELECT ' || 3 + 4)",
+    "pg_background_launch(format('SELECT %s', (SELECT 7)))",
+    "pg_background_launch(CASE WHEN true THEN 'SELECT 7' ELSE 'SELECT 8' END)",
+    "pg_background_launch((((('SELECT 7')))))",
+    "pg_background_launch('SELECT 7', 1024::smallint)",
+    "pg_background_launch('SELECT 7', '1024')",
+]
+FRAMES = [
+    "SELECT {}",
+    "SELECT {} AS pid",
+    'select {} "the pid" ;',
+    "SELECT ALL {} pid",
+    "SELECT * FROM {}",
+    "SELECT pid FROM {} AS pid",
+    "SELECT p.pid FROM {} p (pid)",
+    "SELECT {} WHERE true",
+    "WITH a AS (SELECT 1) SELECT {} FROM a",
+    "-- first\nSELECT {} /* last */",
+]
 
 
 @pytest.mark.parametrize(

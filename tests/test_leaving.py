@@ -323,7 +323,8 @@ def extended(server: Server, proxy: Proxy, db: str) -> Iterator[str]:
         "count(*) FROM l, pg_background_result(l.pid, l.cookie) AS (n int)",
     ],
 )
-@pytest.mark.parametrize("behind", [b"", b"x" * 20_000_000], ids=["alone", "with more behind it"])
+# No more than the proxy holds back: behind what it does not read, its end cannot be seen.
+@pytest.mark.parametrize("behind", [b"", b"x" * 10_000_000], ids=["alone", "with more behind it"])
 def test_a_client_that_leaves_ends_a_wait_inside_the_database(
     server: Server,
     proxy: Proxy,
