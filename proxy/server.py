@@ -25,6 +25,7 @@ from proxy.jobs.known import Handle, KnownJob, KnownJobs, RemoteJob
 from proxy.jobs.rows import Budgets
 from proxy.jobs.spares import DATABASE_COMMANDS, LONGEST_COMMAND, Spares
 from proxy.log import logger
+from proxy.memory import keep_trimmed
 from proxy.net.listeners import Listeners, Reception
 from proxy.net.upstream import Route
 from proxy.session import Session, analyze
@@ -303,6 +304,7 @@ async def serve(config: Config, read_again: Callable[[], Config] | None = None) 
     """
     server = Server(config)
     await server.setup.check()
+    keep_trimmed()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     now = asyncio.Event()

@@ -18,6 +18,7 @@ from typing import Any
 from proxy import config, log
 from proxy.config import ConfigError
 from proxy.log import logger
+from proxy.memory import keep_trimmed
 from proxy.net.descriptors import report
 from proxy.server import Server
 from proxy.workers.bus import Channel, Message
@@ -75,6 +76,7 @@ class Worker:
             else:
                 log.configure(settings.log_level, who=message["who"])
                 self._started.set_result(Server(settings))
+                keep_trimmed()
         except ConfigError as error:
             if not self._started.done():
                 self._started.set_exception(error)
