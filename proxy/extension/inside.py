@@ -552,7 +552,7 @@ class Inside:
         )
         checks = role_query(
             call.role,
-            call.session_role if self._login is None else call.role,
+            self._session_role(call),
             call.function,
             question.schema,
             encoding=call.encoding,
@@ -624,19 +624,22 @@ class Inside:
                 INSUFFICIENT_PRIVILEGE,
                 f'the session\'s role may not become "{call.role.decode("utf-8", "replace")}"',
             )
+        session_role = self._session_role(call)
         return Context(
             may_call=may_call == b"t",
             role_id=int(role_id or 0),
             role=call.role,
-            session_role=call.session_role if self._login is None else call.role,
-            set_role=(
-                b"none" if self._login is not None or call.role == call.session_role else call.role
-            ),
+            session_role=session_role,
+            set_role=b"none" if call.role == session_role else call.role,
             statement_timeout=b"0",
             own_settings=call.own_settings,
             usable_roles=frozenset(int(oid or 0) for oid in parse_array(usable_roles or b"{}")),
             settings=call.settings,
         )
+
+    def _session_role(self, call: _Call) -> bytes:
+        """The session_user of the job: an owner's is a session of his own."""
+        return call.session_role if self._login is None else call.role
 
     def _lock(self, hash: bytes) -> bytes:
         """The SELECT with which a channel takes the lock that the function waits for."""

@@ -252,8 +252,7 @@ class Launcher:
     def for_login(self, role: bytes) -> Launcher:
         """One for what code launches that runs as another role than the session's: it logs in with
         what the proxy has for that role, and with nothing of the session's."""
-        database = self._startup.get(b"database", self._user)
-        startup = {**self._startup, b"user": role, b"database": database}
+        startup = {**self._startup, b"user": role, b"database": self._login.database}
         observer = LoginObserver.of_code()
         return Launcher(self._server, startup, self._route, observer, self.pid)
 
