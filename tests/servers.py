@@ -118,9 +118,9 @@ class Server(_Endpoint):
             cluster.write(name, file.read_text().splitlines())
         cluster.reload()
 
-    def log(self) -> str:
-        """The server's log so far."""
-        return self.cluster.log()
+    def log(self, start: int = 0) -> str:
+        """The server's log so far, from byte ``start``: see ``cluster.log_size()``."""
+        return self.cluster.log(start)
 
     def close(self) -> None:
         """Stops the server and removes its folder."""
@@ -319,6 +319,8 @@ def database(server: Server, name: str) -> Iterator[str]:
     finally:
         if server.cluster.running:
             with server.connect() as conn:
+                # A proxy may be opening a spare just now.
+                conn.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
                 conn.execute(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
                     [name],
