@@ -57,7 +57,7 @@ def test(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Writes the generated pages of docs/ anew, and runs the examples."""
-    session.run(str(BIN / "python"), "-m", "proxy.reference", external=True)
+    session.run(str(BIN / "python"), "-m", "proxy.api.reference", external=True)
     run(session, "pytest", "-q", "tests/test_docs.py", "tests/test_reference.py")
 
 

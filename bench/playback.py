@@ -17,7 +17,7 @@ from bench.targets import Target
 from protocol.framing import frame
 from protocol.messages import BackendKeyData, Terminate
 from protocol.startup import SSLRequest, StartupMessage, parse_startup_packet
-from tests.wire import Wire
+from tests.support.wire import Wire
 
 QUERY = "SELECT 1"
 START_TIMEOUT = 10.0

@@ -25,8 +25,8 @@ from psycopg.conninfo import make_conninfo
 
 from bench.client import BenchError, Session
 from bench.results import DIRECT, EXTENSION, PGBOUNCER, PROXY
-from proxy.embedded import TRUST_LOCAL, Cluster, find_system_bin, find_wheel_bin, free_port
-from tests.servers import REPOSITORY, Proxy, clean_environment
+from proxy.demo.embedded import TRUST_LOCAL, Cluster, find_system_bin, find_wheel_bin, free_port
+from tests.support.servers import REPOSITORY, Proxy, clean_environment
 
 SCRAM_ROLE: Final = "bench_scram"
 SCRAM_PASSWORD: Final = "bench"  # noqa: S105 - of a server of our own, for a minute

@@ -170,11 +170,11 @@ def _serve(arguments: dict[str, Any]) -> int:
 
 
 def _demo(arguments: dict[str, Any]) -> int:
-    from proxy import demo
+    from proxy.demo import tour
 
     try:
-        return demo.main(run, once=arguments["once"])
-    except demo.DemoError as error:
+        return tour.main(run, once=arguments["once"])
+    except tour.DemoError as error:
         return _fail(1, str(error))
 
 

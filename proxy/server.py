@@ -18,18 +18,18 @@ from protocol.startup import CancelRequest
 from proxy import log
 from proxy.auth.checks import Check
 from proxy.auth.credentials import Credentials, LoginObserver
+from proxy.backends.channels import Channels
+from proxy.backends.spares import DATABASE_COMMANDS, LONGEST_COMMAND, Spares
+from proxy.backends.upstream import Route
 from proxy.config import Config
-from proxy.extension.channels import Channels
 from proxy.jobs.job import Job
-from proxy.jobs.known import Handle, KnownJob, KnownJobs, RemoteJob
+from proxy.jobs.registry import Handle, KnownJob, KnownJobs, RemoteJob
 from proxy.jobs.rows import Budgets
-from proxy.jobs.spares import DATABASE_COMMANDS, LONGEST_COMMAND, Spares
 from proxy.log import logger
 from proxy.memory import keep_trimmed
 from proxy.net.listeners import Listeners, Reception
-from proxy.net.upstream import Route
-from proxy.session import Session, analyze
-from proxy.setup import LAST_WORDS, Setup, client_keepalive, reload, reloaded
+from proxy.runtime import LAST_WORDS, Setup, client_keepalive, reload, reloaded
+from proxy.session.session import Session, analyze
 from proxy.sql import lexer
 from proxy.workers.peers import Peers
 

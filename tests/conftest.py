@@ -24,10 +24,10 @@ import psutil
 import pytest
 from hypothesis import settings
 
-from proxy.embedded import find_system_bin, find_wheel_bin, server_version
-from tests import api_clients
-from tests.certificates import Certificates
-from tests.servers import Connection, Proxy, Server, database
+from proxy.demo.embedded import find_system_bin, find_wheel_bin, server_version
+from tests.support import api_clients
+from tests.support.certificates import Certificates
+from tests.support.servers import Connection, Proxy, Server, database
 
 _live_proxies: list[Proxy] = []
 _database_number = itertools.count(1)

@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from tests.conftest import StartProxy
-from tests.recorder import Frontend, H, S, Sent, b, c, d, e, errors, kinds, p
+from tests.support.recorder import Frontend, H, S, Sent, b, c, d, e, errors, kinds, p
 
 PAUSE: Final = 0.05
 

@@ -19,13 +19,13 @@ from protocol.framing import HEADER_SIZE, LongMessage
 from protocol.messages import ErrorResponse, NoticeResponse, ReadyForQuery, RowDescription
 from proxy import config
 from proxy.jobs.job import Job
-from proxy.jobs.known import CUT, cut_fields
+from proxy.jobs.registry import CUT, cut_fields
 from proxy.server import Server as ProxyServer
-from tests.background import run, wait_until
 from tests.conftest import StartProxy, upstream_of
-from tests.servers import Connection, Proxy, Server
+from tests.support.background import run, wait_until
+from tests.support.servers import Connection, Proxy, Server
+from tests.support.wire import Footprint
 from tests.test_workers import Handle, launch, one, sessions, workers
-from tests.wire import Footprint
 
 MEGABYTE = 1024 * 1024
 ERROR = "DO $$ BEGIN RAISE EXCEPTION '%', repeat('é', 6500000); END $$"

@@ -16,8 +16,8 @@ from typing import Final
 import pytest
 
 from protocol.messages import Query
-from tests.servers import Proxy
-from tests.wire import Wire
+from tests.support.servers import Proxy
+from tests.support.wire import Wire
 
 TRIES: Final = 3
 TIMES: Final = 20

@@ -28,7 +28,7 @@ import pytest
 
 from protocol import messages as m
 from protocol.values import oids
-from tests.recorder import (
+from tests.support.recorder import (
     READY,
     Frontend,
     H,
@@ -47,7 +47,7 @@ from tests.recorder import (
     record,
     rows,
 )
-from tests.servers import Proxy, Server, database
+from tests.support.servers import Proxy, Server, database
 
 T = TypeVar("T")
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from proxy.extension import catalogs
-from tests.api_clients import Gate
-from tests.background import failure, launch, message
 from tests.conftest import StartProxy
-from tests.servers import Connection, Proxy, psql
+from tests.support.api_clients import Gate
+from tests.support.background import failure, launch, message
+from tests.support.servers import Connection, Proxy, psql
 
 pytestmark = pytest.mark.every_server
 

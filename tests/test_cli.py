@@ -16,7 +16,7 @@ import pytest
 from proxy import __version__, log
 from proxy.config import SETTINGS
 from tests.conftest import StartProxy
-from tests.servers import REPOSITORY, Server, clean_environment
+from tests.support.servers import REPOSITORY, Server, clean_environment
 
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} UTC \[\d+\] [A-Z]+:  \S|\t")
 

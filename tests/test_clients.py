@@ -17,8 +17,9 @@ from typing import Final
 
 import pytest
 
-from tests.background import wait_until
-from tests.clients import (
+from tests.conftest import StartProxy, upstream_of
+from tests.support.background import wait_until
+from tests.support.clients import (
     DATABASE,
     TIMEOUT,
     Done,
@@ -31,8 +32,7 @@ from tests.clients import (
     succeed,
     tool,
 )
-from tests.conftest import StartProxy, upstream_of
-from tests.servers import Proxy, Server, database
+from tests.support.servers import Proxy, Server, database
 
 SEGMENT: Final = 16 << 20
 

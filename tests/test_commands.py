@@ -16,7 +16,7 @@ from proxy.extension.ddl import (
     MoveExtension,
     UpdateExtension,
 )
-from proxy.sql.statements import Substitute, joined, substitute
+from proxy.statements.statements import Substitute, joined, substitute
 
 
 @pytest.mark.parametrize(

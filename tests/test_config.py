@@ -21,9 +21,8 @@ from proxy.config import (
     parse_listen,
     parse_upstream,
 )
-from proxy.conninfo import parse_conninfo
-from proxy.net.keepalive import Keepalive
-from proxy.settings import (
+from proxy.config.conninfo import parse_conninfo
+from proxy.config.gucs import (
     DEFAULT_QUEUE_SIZE,
     MAX_WORKERS,
     WORKER_TIMEOUT,
@@ -32,7 +31,8 @@ from proxy.settings import (
     parse_memory,
     parse_time_ms,
 )
-from tests.servers import Server
+from proxy.config.keepalive import Keepalive
+from tests.support.servers import Server
 
 # -- sizes and times ------------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.api_clients import Client, Gate, Handle, Refused, quoted
-from tests.background import failure, message, wait_until, wait_until_ended
-from tests.servers import Connection, Proxy, Server
-from tests.wire import Footprint, Monitor
+from tests.support.api_clients import Client, Gate, Handle, Refused, quoted
+from tests.support.background import failure, message, wait_until, wait_until_ended
+from tests.support.servers import Connection, Proxy, Server
+from tests.support.wire import Footprint, Monitor
 
 MISMATCH_HINT = "The pid was used again, or the handle is not the one that the launch returned."
 

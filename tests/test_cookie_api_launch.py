@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.api_clients import Client, Gate, Handle, Refused, handles_sql
-from tests.background import failure, launch, message, run, wait_until, wait_until_ended
 from tests.conftest import StartProxy
-from tests.servers import Connection, Proxy, psql
+from tests.support.api_clients import Client, Gate, Handle, Refused, handles_sql
+from tests.support.background import failure, launch, message, run, wait_until, wait_until_ended
+from tests.support.servers import Connection, Proxy, psql
 
 NO_ROWS = "results are disabled for PID {} (submitted via submit_v2)"
 

@@ -9,10 +9,10 @@ from typing import Any, Final
 import pytest
 
 from protocol.messages import Bind, Execute, Parse, Sync
-from tests.api_clients import Client, Gate, Refused
-from tests.background import failure, message, run, wait_until
-from tests.servers import Connection, Proxy, psql
-from tests.wire import Wire, error_of
+from tests.support.api_clients import Client, Gate, Refused
+from tests.support.background import failure, message, run, wait_until
+from tests.support.servers import Connection, Proxy, psql
+from tests.support.wire import Wire, error_of
 
 NINE: Final = (
     "pid int4, cookie int8, launched_at timestamptz, user_id oid, queue_size int4, state text,"

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.api_clients import Client
-from tests.background import notices
-from tests.servers import Connection, Proxy, psql
+from tests.support.api_clients import Client
+from tests.support.background import notices
+from tests.support.servers import Connection, Proxy, psql
 
 EXECUTOR = "pgbackground_role"
 MEMBER = f"SELECT pg_has_role('newcomer', '{EXECUTOR}', 'MEMBER')"

@@ -11,9 +11,9 @@ from typing import Final
 import psutil
 import pytest
 
-from tests.api_clients import Client, Gate, Handle, Refused, handles_sql, quoted
-from tests.background import failure, message, notices, wait_until
-from tests.servers import Connection, Proxy
+from tests.support.api_clients import Client, Gate, Handle, Refused, handles_sql, quoted
+from tests.support.background import failure, message, notices, wait_until
+from tests.support.servers import Connection, Proxy
 
 RUN: Final = [
     *("pid", "cookie", "state", "consumed", "completed", "has_error", "row_count"),

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.api_clients import Client, Gate, Handle, handles_sql, open_client
-from tests.background import failure, message, wait_until, wait_until_ended
 from tests.conftest import StartProxy
-from tests.servers import Connection, Proxy
+from tests.support.api_clients import Client, Gate, Handle, handles_sql, open_client
+from tests.support.background import failure, message, wait_until, wait_until_ended
+from tests.support.servers import Connection, Proxy
 
 
 @pytest.fixture

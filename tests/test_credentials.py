@@ -62,7 +62,7 @@ from proxy.auth.credentials import (
     parse_auth_file,
     parse_passfile,
 )
-from tests.servers import PASSWORDS, Server
+from tests.support.servers import PASSWORDS, Server
 
 PASSWORD = b"s3cr3t-p\xc3\xa4ss"
 SALT = b"\x01\x02\x03\x04"

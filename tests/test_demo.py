@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.servers import REPOSITORY, clean_environment
+from tests.support.servers import REPOSITORY, clean_environment
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import psutil
 import pytest
 
 from protocol import messages as m
-from tests.background import wait_until
-from tests.certificates import Certificates
 from tests.conftest import StartProxy
-from tests.recorder import Closed, Frontend, errors, rows
-from tests.servers import Proxy
+from tests.support.background import wait_until
+from tests.support.certificates import Certificates
+from tests.support.recorder import Closed, Frontend, errors, rows
+from tests.support.servers import Proxy
 
 
 @pytest.fixture(params=["one process", "workers", "TLS"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.background import failure, has_ended, launch, message, run, wait_until_ended
-from tests.servers import Connection, Proxy, psql
+from tests.support.background import failure, has_ended, launch, message, run, wait_until_ended
+from tests.support.servers import Connection, Proxy, psql
 
 LOCK = 4712
 

@@ -25,10 +25,10 @@ from typing import Final
 import pytest
 
 from proxy import config
+from proxy.api.functions import DECLARED, VIEWS
 from proxy.extension.installed import COMPOSITE
-from proxy.functions import DECLARED, VIEWS
-from tests.pgbouncer import OURS
-from tests.servers import REPOSITORY, Proxy, Server, clean_environment, database, psql
+from tests.support.pgbouncer import OURS
+from tests.support.servers import REPOSITORY, Proxy, Server, clean_environment, database, psql
 
 PAGES: Final = (
     REPOSITORY / "README.md",

@@ -25,9 +25,9 @@ from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from tests.background import fields
-from tests.clients import DATABASE, TIMEOUT, Endpoint, same
-from tests.servers import Connection, Proxy, Server, database
+from tests.support.background import fields
+from tests.support.clients import DATABASE, TIMEOUT, Endpoint, same
+from tests.support.servers import Connection, Proxy, Server, database
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients import DATABASE, Done, Endpoint, run, same
-from tests.servers import Proxy, Server, clean_environment, database
+from tests.support.clients import DATABASE, Done, Endpoint, run, same
+from tests.support.servers import Proxy, Server, clean_environment, database
 
 FETCH_TIMEOUT = 100.0
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from tests.background import failure, job_failure, run, wait_until
-from tests.clients import succeed, tool
 from tests.conftest import StartProxy
-from tests.in_database import inside
-from tests.servers import Connection, Proxy, Server
+from tests.support.background import failure, job_failure, run, wait_until
+from tests.support.clients import succeed, tool
+from tests.support.in_database import inside
+from tests.support.servers import Connection, Proxy, Server
 
 OPTIONS = ("--spare-lifetime", "60s", "--spares", "2")
 _numbers = itertools.count(1)

@@ -10,12 +10,12 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from proxy.embedded import Cluster, ClusterError
-from tests.servers import REPOSITORY, Server
+from proxy.demo.embedded import Cluster, ClusterError
+from tests.support.servers import REPOSITORY, Server
 
 KILLED = """
 import os, pathlib, signal, sys
-from proxy.embedded import Cluster
+from proxy.demo.embedded import Cluster
 cluster = Cluster(pathlib.Path(sys.argv[1])).start()
 print(cluster.directory, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

@@ -14,12 +14,12 @@ import psycopg
 import pytest
 
 from protocol import messages as m
+from proxy.api.functions import catalog
 from proxy.extension.installed import VERSIONS
-from proxy.functions import catalog
-from tests.background import failure, message, notices, wait_until
 from tests.conftest import StartProxy
-from tests.recorder import Frontend
-from tests.servers import Connection, Proxy, Server, database, psql
+from tests.support.background import failure, message, notices, wait_until
+from tests.support.recorder import Frontend
+from tests.support.servers import Connection, Proxy, Server, database, psql
 
 pytestmark = pytest.mark.every_server
 

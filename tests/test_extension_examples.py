@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.background import wait_until
-from tests.servers import Connection, Proxy, Server, database, psql
+from tests.support.background import wait_until
+from tests.support.servers import Connection, Proxy, Server, database, psql
 
 pytestmark = pytest.mark.every_server
 

@@ -20,8 +20,8 @@ from psycopg.pq import TransactionStatus
 from protocol.messages import Query
 from protocol.startup import CancelRequest, StartupMessage
 from tests.conftest import StartProxy
-from tests.servers import Connection, Proxy, Server, clean_environment, psql_path
-from tests.wire import Footprint, Gate, Monitor, Wire, error_of, gate, launch, until, value
+from tests.support.servers import Connection, Proxy, Server, clean_environment, psql_path
+from tests.support.wire import Footprint, Gate, Monitor, Wire, error_of, gate, launch, until, value
 
 # More than all buffers between a job and its reader take.
 BIG_RESULT: Final = "SELECT repeat('x', 1000) FROM generate_series(1, 40000)"

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from protocol import messages as m
 from protocol.startup import StartupMessage
 from tests.conftest import upstream_of
-from tests.fuzzing import (
+from tests.support.fuzzing import (
     CALLS,
     LIMIT,
     LOGIN,
@@ -40,8 +40,8 @@ from tests.fuzzing import (
     scripts,
     startups,
 )
-from tests.recorder import Frontend, b, e, kinds, p, q
-from tests.servers import Proxy, Server
+from tests.support.recorder import Frontend, b, e, kinds, p, q
+from tests.support.servers import Proxy, Server
 
 pytestmark = pytest.mark.timeout(SECONDS + 120)
 

@@ -15,10 +15,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests import background
-from tests.background import failure, message, notices, wait_until
-from tests.in_database import handle, inside, launch, one, rows, with_extension
-from tests.servers import Connection, Proxy, Server, psql
+from tests.support import background
+from tests.support.background import failure, message, notices, wait_until
+from tests.support.in_database import handle, inside, launch, one, rows, with_extension
+from tests.support.servers import Connection, Proxy, Server, psql
 
 pytestmark = pytest.mark.every_server
 

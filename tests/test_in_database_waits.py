@@ -16,18 +16,18 @@ import psutil
 import psycopg
 import pytest
 
-from tests import background
-from tests.background import failure, has_ended, message, notices, wait_until
 from tests.conftest import StartProxy
-from tests.in_database import (
+from tests.support import background
+from tests.support.background import failure, has_ended, message, notices, wait_until
+from tests.support.in_database import (
     handle,
     inside,
     one,
     wait_until_nothing_is_left,
     with_extension,
 )
-from tests.servers import Connection, Proxy, Server
-from tests.wire import Wire
+from tests.support.servers import Connection, Proxy, Server
+from tests.support.wire import Wire
 
 pytestmark = pytest.mark.every_server
 

@@ -11,8 +11,8 @@ import pytest
 from psycopg import errors
 
 from protocol.messages import Bind, Close, Execute, Parse, Sync
-from tests.servers import Connection, Proxy, Server
-from tests.wire import Footprint, Monitor, Wire, gate, launch, until, value
+from tests.support.servers import Connection, Proxy, Server
+from tests.support.wire import Footprint, Monitor, Wire, gate, launch, until, value
 
 MEGABYTE: Final = 1024 * 1024
 JOB_DONE: Final = "INSERT INTO done DEFAULT VALUES"

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.api_clients import Gate, Handle
-from tests.background import wait_until
 from tests.conftest import StartProxy
-from tests.servers import Connection, Proxy, Server
-from tests.wire import Footprint
+from tests.support.api_clients import Gate, Handle
+from tests.support.background import wait_until
+from tests.support.servers import Connection, Proxy, Server
+from tests.support.wire import Footprint
 
 SESSIONS = st.integers(0, 1)
 LABELS = st.sampled_from([None, "a", "b"])

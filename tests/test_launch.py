@@ -9,7 +9,8 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from tests.background import (
+from tests.conftest import StartProxy
+from tests.support.background import (
     failure,
     has_ended,
     job_failure,
@@ -21,8 +22,7 @@ from tests.background import (
     wait_until,
     wait_until_ended,
 )
-from tests.conftest import StartProxy
-from tests.servers import Connection, Proxy, psql
+from tests.support.servers import Connection, Proxy, psql
 
 pytestmark = pytest.mark.every_server
 

@@ -22,12 +22,12 @@ from protocol.framing import HEADER_SIZE, MessageBuffer, unpack_length
 from protocol.startup import SSLRequest, StartupMessage
 from proxy.net import connection as connection_module
 from proxy.net.connection import Connection
-from tests.certificates import Certificates
 from tests.conftest import StartProxy, upstream_of
-from tests.in_database import with_extension
-from tests.servers import Proxy, Server
+from tests.support.certificates import Certificates
+from tests.support.in_database import with_extension
+from tests.support.servers import Proxy, Server
+from tests.support.wire import Wire, gate, until
 from tests.test_tls import tls_options
-from tests.wire import Wire, gate, until
 
 CALL: Final = b"SELECT pg_background_launch('SELECT 1')"
 RESULT: Final = b"SELECT * FROM pg_background_result(pg_background_launch('SELECT 1')) AS (n int)"

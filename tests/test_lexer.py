@@ -24,7 +24,7 @@ from proxy.sql.lexer import (
     split_in_turns,
     tokenize,
 )
-from tests.servers import Connection, Server
+from tests.support.servers import Connection, Server
 
 pytestmark = pytest.mark.every_server
 

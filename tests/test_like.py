@@ -9,8 +9,8 @@ import psycopg
 import pytest
 
 from protocol.errors import SQLError
-from proxy.like import like
-from tests.servers import Server
+from proxy.api.like import like
+from tests.support.servers import Server
 
 ALPHABET = ("a", "b", "é", "%", "%", "_", "\\")
 

@@ -19,15 +19,16 @@ from protocol.errors import SQLError
 from protocol.messages import ErrorResponse
 from protocol.values.arrays import parse_array
 from protocol.values.records import parse_record
+from proxy.api.functions import HANDLES
+from proxy.api.like import like
 from proxy.extension import catalogs, commands
-from proxy.functions import HANDLES
-from proxy.like import like
-from proxy.session import Session
-from proxy.sql import encodings, lexer, statements
-from proxy.sql.unserved import unavailable, unserved
-from proxy.traffic.caller import decode_argument
-from proxy.traffic.prepared import is_harmless
-from proxy.traffic.relay import mentions
+from proxy.session.caller import decode_argument
+from proxy.session.prepared import is_harmless
+from proxy.session.relay import mentions
+from proxy.session.session import Session
+from proxy.sql import encodings, lexer
+from proxy.statements import statements
+from proxy.statements.unserved import unavailable, unserved
 
 Reader = Callable[[bytes], object]
 

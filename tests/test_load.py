@@ -12,8 +12,8 @@ from typing import Final
 import asyncpg
 import pytest
 
-from tests.servers import Proxy, Server
-from tests.wire import Footprint, Wire, until
+from tests.support.servers import Proxy, Server
+from tests.support.wire import Footprint, Wire, until
 
 MEGABYTE: Final = 1024 * 1024
 SESSIONS: Final = 200

@@ -20,9 +20,9 @@ import pytest
 
 from protocol import messages as m
 from protocol.startup import StartupMessage
-from tests.certificates import Certificates
 from tests.conftest import StartProxy
-from tests.servers import PASSWORDS, Connection, Proxy, Server, psql
+from tests.support.certificates import Certificates
+from tests.support.servers import PASSWORDS, Connection, Proxy, Server, psql
 from tests.test_tls import raw, rest, tls_options
 
 PASSWORD = PASSWORDS["pw_scram"]

@@ -11,8 +11,8 @@ import pytest
 
 from protocol import messages as m
 from tests.conftest import StartProxy
-from tests.recorder import Frontend, S, Sent, errors, kinds, q, rows
-from tests.servers import Proxy, Server, database
+from tests.support.recorder import Frontend, S, Sent, errors, kinds, q, rows
+from tests.support.servers import Proxy, Server, database
 from tests.test_calls_in_protocol import NATIVE
 
 pytestmark = pytest.mark.every_server

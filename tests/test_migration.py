@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.background import failure, message
-from tests.clients import Endpoint, succeed, tool
 from tests.conftest import StartProxy, upstream_of
-from tests.servers import Connection, Proxy, Server, database, psql
+from tests.support.background import failure, message
+from tests.support.clients import Endpoint, succeed, tool
+from tests.support.servers import Connection, Proxy, Server, database, psql
 
 pytestmark = pytest.mark.every_server
 

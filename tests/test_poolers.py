@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.background import failure, job_failure, launch, message, result, run, value
 from tests.conftest import StartProxy
-from tests.pgbouncer import PgBouncer, pgbouncer
-from tests.servers import Connection, Proxy, Server
+from tests.support.background import failure, job_failure, launch, message, result, run, value
+from tests.support.pgbouncer import PgBouncer, pgbouncer
+from tests.support.servers import Connection, Proxy, Server
 
 ROLES = ("app", "limited", "mighty")
 

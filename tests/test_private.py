@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from proxy import private
-from tests.certificates import Certificates
 from tests.conftest import StartProxy
-from tests.servers import REPOSITORY, Server, clean_environment
+from tests.support.certificates import Certificates
+from tests.support.servers import REPOSITORY, Server, clean_environment
 from tests.test_tls import tls_options
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.background import failure, launch, message, notices, result, value, wait_until
-from tests.servers import Connection, Proxy, psql
+from tests.support.background import failure, launch, message, notices, result, value, wait_until
+from tests.support.servers import Connection, Proxy, psql
 
 pytestmark = pytest.mark.every_server
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from proxy import config
-from proxy.functions import DECLARED, VIEWS
-from proxy.reference import PAGES, configuration, functions, with_reference
-from proxy.settings import SETTINGS
-from tests.servers import REPOSITORY
+from proxy.api.functions import DECLARED, VIEWS
+from proxy.api.reference import PAGES, configuration, functions, with_reference
+from proxy.config.gucs import SETTINGS
+from tests.support.servers import REPOSITORY
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page_is_current(name: str) -> None:
     page = (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
-    assert page == with_reference(page, PAGES[name]()), "run `python -m proxy.reference`"
+    assert page == with_reference(page, PAGES[name]()), "run `python -m proxy.api.reference`"
 
 
 def test_reference_names_every_function_and_view() -> None:

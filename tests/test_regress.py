@@ -18,7 +18,7 @@ from typing import Final
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from tests.servers import Proxy, Server, clean_environment, database, psql_path
+from tests.support.servers import Proxy, Server, clean_environment, database, psql_path
 
 pytestmark = pytest.mark.every_server
 

@@ -22,7 +22,7 @@ from psycopg.conninfo import make_conninfo
 
 from proxy.config import parse_upstream
 from tests.conftest import StartProxy
-from tests.servers import PASSWORDS, Server
+from tests.support.servers import PASSWORDS, Server
 from tests.test_login import auth_file, job_role, upstream
 
 SECRET = "S3CRETPW"

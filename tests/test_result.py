@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.background import (
+from tests.support.background import (
     failure,
     fields,
     job_failure,
@@ -20,7 +20,7 @@ from tests.background import (
     wait_until,
     wait_until_ended,
 )
-from tests.servers import Connection, Proxy, psql
+from tests.support.servers import Connection, Proxy, psql
 
 pytestmark = pytest.mark.every_server
 

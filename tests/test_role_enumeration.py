@@ -18,10 +18,10 @@ from protocol.scram import ScramSecret
 from protocol.startup import SSLRequest, StartupMessage
 from proxy.auth.checks import Checks
 from proxy.auth.credentials import Cleartext, MD5Secret
-from tests.certificates import Certificates
 from tests.conftest import StartProxy
-from tests.recorder import TIMEOUT
-from tests.servers import PASSWORDS, Proxy, Server
+from tests.support.certificates import Certificates
+from tests.support.recorder import TIMEOUT
+from tests.support.servers import PASSWORDS, Proxy, Server
 from tests.test_login import TLS_HBA, auth_file, secret_of, tls_roles, upstream
 from tests.test_tls import tls_options
 

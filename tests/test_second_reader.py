@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sqlglot import exp
 
-from proxy.sql.statements import ScalarPlan, analyze
+from proxy.statements.statements import ScalarPlan, analyze
 
 # It warns of statements that it does not know.
 logging.getLogger("sqlglot").setLevel(logging.CRITICAL)

@@ -15,10 +15,10 @@ from typing import Any, Final
 import psycopg
 import pytest
 
-from tests.background import failure, wait_until
 from tests.conftest import StartProxy
-from tests.in_database import one
-from tests.servers import DEFAULT_HBA, Connection, Proxy, Server, database
+from tests.support.background import failure, wait_until
+from tests.support.in_database import one
+from tests.support.servers import DEFAULT_HBA, Connection, Proxy, Server, database
 
 pytestmark = pytest.mark.every_server
 

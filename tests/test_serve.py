@@ -17,10 +17,10 @@ import pytest
 from psycopg import errors
 
 from protocol.startup import GSSENCRequest, SSLRequest, StartupMessage
-from proxy.embedded import free_port
+from proxy.demo.embedded import free_port
 from tests.conftest import StartProxy
-from tests.servers import PASSWORDS, Connection, Proxy, Server
-from tests.wire import Monitor, Wire, error_of, gate, launch, until, value
+from tests.support.servers import PASSWORDS, Connection, Proxy, Server
+from tests.support.wire import Monitor, Wire, error_of, gate, launch, until, value
 
 FETCH: Final = "SELECT * FROM pg_background_result(%s) AS (n int)"
 

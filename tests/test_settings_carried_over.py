@@ -9,8 +9,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.background import failure, job_failure, launch, result, run, value
-from tests.servers import Connection, Proxy, psql
+from tests.support.background import failure, job_failure, launch, result, run, value
+from tests.support.servers import Connection, Proxy, psql
 
 pytestmark = pytest.mark.every_server
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from protocol import messages as m
 from tests.conftest import StartProxy
-from tests.recorder import READY, Frontend, H, S, Sent, b, d, e, errors, p, q, record, rows
-from tests.servers import Proxy, Server, database
+from tests.support.recorder import READY, Frontend, H, S, Sent, b, d, e, errors, p, q, record, rows
+from tests.support.servers import Proxy, Server, database
 from tests.test_calls_in_protocol import NATIVE
 
 pytestmark = pytest.mark.every_server

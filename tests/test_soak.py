@@ -19,13 +19,13 @@ from typing import Any, Final
 import asyncpg
 import pytest
 
-from proxy.embedded import find_system_bin, find_wheel_bin
-from tests.certificates import Certificates
+from proxy.demo.embedded import find_system_bin, find_wheel_bin
 from tests.conftest import upstream_of
-from tests.hostile import CONNECTIONS, DEEDS, ROLE, Villain
-from tests.in_database import one
-from tests.servers import Connection, Proxy, Server
-from tests.wire import Footprint, until
+from tests.support.certificates import Certificates
+from tests.support.hostile import CONNECTIONS, DEEDS, ROLE, Villain
+from tests.support.in_database import one
+from tests.support.servers import Connection, Proxy, Server
+from tests.support.wire import Footprint, until
 
 SECONDS: Final = float(os.environ.get("SOAK_SECONDS", "600"))
 CLIENTS: Final = 20

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from tests.background import launch, message, run, value, wait_until
 from tests.conftest import StartProxy
-from tests.servers import Connection, Server
+from tests.support.background import launch, message, run, value, wait_until
+from tests.support.servers import Connection, Server
 
 SPARE = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
 

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.background import failure, launch, message, run, value, wait_until
 from tests.conftest import StartProxy
-from tests.in_database import one
-from tests.servers import PASSWORDS, Connection, Proxy, Server
+from tests.support.background import failure, launch, message, run, value, wait_until
+from tests.support.in_database import one
+from tests.support.servers import PASSWORDS, Connection, Proxy, Server
 
 pytestmark = pytest.mark.every_server
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from psycopg import pq
 from psycopg.errors import Diagnostic
 
-from proxy.functions import (
+from proxy.api.functions import (
     BOOL,
     FLOAT8,
     FUNCTIONS,
@@ -40,7 +40,7 @@ from proxy.functions import (
     catalog,
 )
 from proxy.sql.lexer import LexError, split
-from proxy.sql.statements import (
+from proxy.statements.statements import (
     Call,
     FieldOf,
     ItemOutput,
@@ -54,7 +54,7 @@ from proxy.sql.statements import (
     parse_progress,
     progress_statement,
 )
-from tests.servers import Connection, Server, database
+from tests.support.servers import Connection, Server, database
 
 pytestmark = pytest.mark.every_server
 

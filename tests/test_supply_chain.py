@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from packaging.requirements import Requirement
 
-from tests.servers import REPOSITORY
+from tests.support.servers import REPOSITORY
 
 
 def test_dependencies_have_bounds_on_both_sides() -> None:

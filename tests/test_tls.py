@@ -24,11 +24,11 @@ import pytest
 from protocol import messages as m
 from protocol.framing import MessageBuffer
 from protocol.startup import GSSENCRequest, SSLRequest, StartupMessage
-from proxy.embedded import free_port
-from proxy.net.keepalive import Keepalive
-from tests.certificates import Certificates
+from proxy.config.keepalive import Keepalive
+from proxy.demo.embedded import free_port
 from tests.conftest import StartProxy
-from tests.servers import REPOSITORY, Proxy, Server, clean_environment, psql
+from tests.support.certificates import Certificates
+from tests.support.servers import REPOSITORY, Proxy, Server, clean_environment, psql
 
 TIMEOUT = 10.0
 STARTUP = StartupMessage({b"user": b"postgres", b"database": b"postgres"})

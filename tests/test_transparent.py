@@ -28,9 +28,9 @@ from protocol import messages as m
 from protocol.framing import MessageBuffer, frame
 from protocol.startup import StartupMessage
 from protocol.values import oids
-from proxy.traffic.relay import Relay
+from proxy.session.relay import Relay
 from tests.conftest import StartProxy
-from tests.recorder import (
+from tests.support.recorder import (
     END,
     READY,
     Closed,
@@ -55,7 +55,7 @@ from tests.recorder import (
     rows,
     serialized,
 )
-from tests.servers import Proxy, Server
+from tests.support.servers import Proxy, Server
 
 pytestmark = pytest.mark.every_server
 

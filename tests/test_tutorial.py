@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from tests.background import wait_until
-from tests.servers import Connection, Proxy, psql
+from tests.support.background import wait_until
+from tests.support.servers import Connection, Proxy, psql
 
 pytestmark = pytest.mark.every_server
 

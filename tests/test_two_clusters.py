@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.background import failure, run, value, wait_until
 from tests.conftest import StartProxy
-from tests.servers import Connection, Server
+from tests.support.background import failure, run, value, wait_until
+from tests.support.servers import Connection, Server
 
 pytestmark = pytest.mark.every_server
 

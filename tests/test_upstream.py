@@ -21,15 +21,15 @@ import pytest
 from protocol.messages import Query
 from protocol.startup import StartupMessage
 from proxy.auth.credentials import CredentialStore
+from proxy.backends.upstream import Dialer, HostState
 from proxy.config import Host, load
-from proxy.embedded import free_port
-from proxy.net.keepalive import Keepalive
-from proxy.net.upstream import Dialer, HostState
-from tests.certificates import Certificates
+from proxy.config.keepalive import Keepalive
+from proxy.demo.embedded import free_port
 from tests.conftest import StartProxy
-from tests.servers import REPOSITORY, Proxy, Server, clean_environment, psql
+from tests.support.certificates import Certificates
+from tests.support.servers import REPOSITORY, Proxy, Server, clean_environment, psql
+from tests.support.wire import until
 from tests.test_tls import raw, rest, tls_options
-from tests.wire import until
 
 JOB = "SELECT * FROM pg_background_result(pg_background_launch('SELECT 42')) AS (n int)"
 

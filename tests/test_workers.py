@@ -25,11 +25,11 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from tests.api_clients import Gate
-from tests.background import failure, message, run, wait_until, wait_until_ended
-from tests.certificates import Certificates
 from tests.conftest import StartProxy, upstream_of
-from tests.servers import (
+from tests.support.api_clients import Gate
+from tests.support.background import failure, message, run, wait_until, wait_until_ended
+from tests.support.certificates import Certificates
+from tests.support.servers import (
     REPOSITORY,
     Connection,
     Proxy,

@@ -14,8 +14,8 @@ from protocol.framing import MessageBuffer
 from protocol.messages import DataRow, Field
 from proxy.jobs.job import Job
 from proxy.jobs.rows import Notice, Rows
+from proxy.session.fetch import JobFailed
 from proxy.sql.encodings import array_text
-from proxy.traffic.fetch import JobFailed
 
 SIZE: Final = 64 * 1024
 """Bytes of DataRow messages that make a block."""

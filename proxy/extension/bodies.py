@@ -15,7 +15,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Final
 
-from proxy.functions import (
+from proxy.api.functions import (
     BOOL,
     FLOAT8,
     INT4,
@@ -29,7 +29,7 @@ from proxy.functions import (
     Function,
     Needs,
 )
-from proxy.settings import SETTINGS
+from proxy.config.gucs import SETTINGS
 
 SESSION_SETTING: Final = "pg_background_proxy.session"
 """The setting that the proxy gives a session in its startup packet: 32 hexadecimal digits that its

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from proxy.api.functions import DECLARED
 from proxy.extension import installed, privileges
 from proxy.extension.installed import MARKER, RENAMED, TAG, VERSIONS, api_version, is_trusted
 from proxy.extension.objects import OWN, RESTORED, script, signature, types
-from proxy.functions import DECLARED
 from proxy.sql.text import EXECUTOR_ROLE, do_block, literal
 
 DEFAULT_VERSIONS: Final = {1: "1.10", 2: "2.0"}

@@ -81,22 +81,22 @@ from protocol.errors import (
 )
 from protocol.messages import ErrorResponse, NoticeResponse
 from protocol.values import parse_array
-from proxy.calls import permission_denied
+from proxy.api.calls import permission_denied
+from proxy.api.functions import DECLARED, Function, Needs
+from proxy.backends.backend import ServerError
+from proxy.backends.channels import Channel, Rows
+from proxy.config.gucs import MAX_WORKERS, SETTINGS
 from proxy.extension.blocks import Answer, Blocks
 from proxy.extension.bodies import identity
-from proxy.extension.channels import Channel, Rows
-from proxy.functions import DECLARED, Function, Needs
-from proxy.jobs.backend import ServerError
 from proxy.jobs.context import NOT_CARRIED_OVER, Context, role_query
+from proxy.jobs.interrupts import Waits
 from proxy.jobs.job import Job
-from proxy.jobs.known import Handle, KnownJob
+from proxy.jobs.registry import Handle, KnownJob
 from proxy.log import logger
-from proxy.settings import MAX_WORKERS, SETTINGS
+from proxy.session.caller import decode_argument
+from proxy.session.results import text_form
 from proxy.sql import encodings
 from proxy.sql.encodings import array_2_text, array_text
-from proxy.traffic.caller import decode_argument
-from proxy.traffic.results import text_form
-from proxy.traffic.waits import Waits
 
 if TYPE_CHECKING:
     from proxy.jobs.job import Jobs

@@ -22,7 +22,7 @@ from protocol.errors import (
     UNDEFINED_TABLE,
     SQLError,
 )
-from proxy.functions import (
+from proxy.api.functions import (
     ERROR_INFO_1,
     ERROR_INFO_2,
     HANDLE,

@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from proxy.extension import bodies, privileges
-from proxy.extension.installed import COMPOSITE, TAG, type_name
-from proxy.functions import (
+from proxy.api.functions import (
     ACTIVITY,
     BOOL,
     DECLARED,
@@ -34,6 +32,8 @@ from proxy.functions import (
     Parameter,
     Type,
 )
+from proxy.extension import bodies, privileges
+from proxy.extension.installed import COMPOSITE, TAG, type_name
 from proxy.sql.text import EXECUTOR_ROLE, literal
 
 _SCHEMA: Final = "<extschema>"

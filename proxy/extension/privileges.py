@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from proxy.api.functions import Function
 from proxy.extension import installed
-from proxy.functions import Function
 from proxy.sql.text import EXECUTOR_ROLE, do_block, literal
 
 _GRANT: Final = ("grant_pg_background_privileges", "pg_background_grant_privileges")

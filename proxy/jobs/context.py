@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from proxy.backends.identity import IDENTITY
+from proxy.config.gucs import SETTINGS
 from proxy.extension.bodies import SPEAKER
 from proxy.extension.installed import (
     Installed,
@@ -20,13 +22,11 @@ from proxy.extension.installed import (
     parse_installed,
     speaks,
 )
-from proxy.jobs.identity import IDENTITY
-from proxy.settings import SETTINGS
 from proxy.sql.encodings import parse_array
 from proxy.sql.text import EXECUTOR_ROLE, literal
 
 if TYPE_CHECKING:
-    from proxy.functions import Function
+    from proxy.api.functions import Function
 
 NOT_CARRIED_OVER: Final = frozenset(
     # Of the caller's transaction or connection, not of its session.

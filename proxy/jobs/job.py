@@ -40,8 +40,10 @@ from protocol.messages import (
     RowDescription,
 )
 from protocol.startup import CancelRequest
-from proxy.jobs.backend import READ_SIZE, Backend
-from proxy.jobs.known import (
+from proxy.backends.backend import READ_SIZE, Backend
+from proxy.backends.upstream import Route
+from proxy.config.gucs import MAX_WORKERS
+from proxy.jobs.registry import (
     FULL_SQL_SIZE,
     LISTED_SQL_SIZE,
     TEXT_SIZE,
@@ -51,11 +53,9 @@ from proxy.jobs.known import (
     shortened,
 )
 from proxy.jobs.rows import Budget, Notice, OutputQueue, Rows
-from proxy.net.upstream import Route
-from proxy.settings import MAX_WORKERS
 from proxy.sql import lexer
 from proxy.sql.lexer import LexError
-from proxy.sql.statements import parse_progress, progress_statement
+from proxy.statements.statements import parse_progress, progress_statement
 
 MIN_QUEUE_SIZE: Final = 64
 MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Final
 from protocol.errors import INVALID_PARAMETER_VALUE, SQLError
 from protocol.startup import StartupMessage
 from proxy.auth.credentials import LoginObserver
+from proxy.backends.backend import Backend, ServerError, no_backend, open_backend
+from proxy.backends.channels import APPLICATION_NAME, Channel
+from proxy.backends.identity import Login, StaleLoginError
+from proxy.backends.spares import LONGEST_COMMAND
+from proxy.backends.upstream import Route
+from proxy.config.gucs import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Setting
 from proxy.extension.bodies import JOB_SETTING, SESSION_SETTING
-from proxy.extension.channels import APPLICATION_NAME, Channel
 from proxy.extension.inside import Secrets
 from proxy.extension.nested import Nested
-from proxy.jobs.backend import Backend, ServerError, no_backend, open_backend
 from proxy.jobs.context import Context, takeover_block, takeover_query
-from proxy.jobs.identity import Login, StaleLoginError
 from proxy.jobs.job import Job, checked_queue_size
-from proxy.jobs.spares import LONGEST_COMMAND
 from proxy.log import logger
-from proxy.net.upstream import Route
-from proxy.settings import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Setting
-from proxy.traffic.fetch import JobFailed
+from proxy.session.fetch import JobFailed
 
 if TYPE_CHECKING:
     from proxy.jobs.owner import Owner

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Collection, Sequence
 
-    from proxy.extension.channels import Channel
+    from proxy.backends.channels import Channel
+    from proxy.backends.identity import Login
+    from proxy.config.gucs import Setting
     from proxy.jobs.context import Context
-    from proxy.jobs.identity import Login
-    from proxy.jobs.known import Handle, KnownJob, KnownJobs
     from proxy.jobs.launcher import Launcher
+    from proxy.jobs.registry import Handle, KnownJob, KnownJobs
     from proxy.server import Server
-    from proxy.settings import Setting
     from proxy.workers.peers import Peers
 
 

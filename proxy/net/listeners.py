@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from proxy.config import ListenAddress
+from proxy.config.keepalive import Keepalive
 from proxy.log import logger
 from proxy.net import tls
 from proxy.net.connection import Connection
 from proxy.net.descriptors import Reserve, is_shortage, report, turn_away
-from proxy.net.keepalive import Keepalive
 
 _BACKLOG: Final = 1024
 _HANDSHAKE: Final = b"\x16"

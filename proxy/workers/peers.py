@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator,
 from typing import TYPE_CHECKING, Any, Final
 
 from protocol.startup import CancelRequest
-from proxy.jobs.known import Handle, KnownJob, RemoteJob
+from proxy.jobs.registry import Handle, KnownJob, RemoteJob
 from proxy.log import logger
 from proxy.workers.bus import PIECE, Channel, Message
 

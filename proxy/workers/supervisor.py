@@ -32,7 +32,7 @@ from proxy.config import Texts
 from proxy.log import logger
 from proxy.net.descriptors import turn_away
 from proxy.net.listeners import Listeners
-from proxy.setup import LAST_WORDS, Setup, client_keepalive, reload, reloaded
+from proxy.runtime import LAST_WORDS, Setup, client_keepalive, reload, reloaded
 from proxy.workers.bus import Channel, Message
 
 _START_TIMEOUT: Final = 30.0

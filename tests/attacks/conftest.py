@@ -8,7 +8,7 @@ import pytest
 
 from tests.attacks import scene as scenery
 from tests.attacks.scene import OWNERS, Scene
-from tests.servers import Proxy, Server
+from tests.support.servers import Proxy, Server
 
 
 @pytest.fixture(scope="module")

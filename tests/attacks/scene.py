@@ -18,9 +18,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.in_database import one
-from tests.servers import DEFAULT_HBA, Connection, Proxy, Server, database
-from tests.wire import until
+from tests.support.in_database import one
+from tests.support.servers import DEFAULT_HBA, Connection, Proxy, Server, database
+from tests.support.wire import until
 
 MALLORY: Final = "mallory"
 PASSWORD: Final = "mallory's own"

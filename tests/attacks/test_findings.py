@@ -25,9 +25,9 @@ from tests.attacks.scene import (
     pause,
     settled,
 )
-from tests.background import notices
-from tests.in_database import one
-from tests.servers import Connection, Proxy, Server, database, psql
+from tests.support.background import notices
+from tests.support.in_database import one
+from tests.support.servers import Connection, Proxy, Server, database, psql
 
 pytestmark = pytest.mark.every_server
 

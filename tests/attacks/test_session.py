@@ -20,11 +20,11 @@ import pytest
 from psycopg import sql
 
 from tests.attacks.scene import CASES, MALLORY, Scene, copy, is_well, lie, settled, through
-from tests.background import notices
-from tests.clients import succeed, tool
-from tests.in_database import one
-from tests.servers import database, psql
-from tests.wire import until
+from tests.support.background import notices
+from tests.support.clients import succeed, tool
+from tests.support.in_database import one
+from tests.support.servers import database, psql
+from tests.support.wire import until
 
 pytestmark = pytest.mark.every_server
 

@@ -15,7 +15,7 @@ from protocol.framing import MessageBuffer
 from protocol.scram import MECHANISM, ScramClient, ScramSecret, ScramServer
 from protocol.startup import CancelRequest, SSLRequest, StartupMessage
 from protocol.values import INT4, TEXT
-from tests.servers import PASSWORDS, Server
+from tests.support.servers import PASSWORDS, Server
 
 pytestmark = pytest.mark.every_server
 

@@ -9,7 +9,7 @@ import pytest
 
 from protocol.scram import ScramSecret
 from protocol.values import ARRAYS, OIDS, to_binary, type_size
-from tests.servers import Server
+from tests.support.servers import Server
 
 pytestmark = pytest.mark.every_server
 

@@ -1,0 +1,526 @@
+"""What each function does when it is called.
+
+The rule: one coroutine a function. It gets the caller and the arguments as Python values (text as
+bytes in the client's encoding), and returns Python values: a tuple for a composite type, a list of
+tuples for a set. It knows nothing of messages, statements or formats. A strict function is never
+called with a NULL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from protocol.errors import (
+    FEATURE_NOT_SUPPORTED,
+    INSUFFICIENT_PRIVILEGE,
+    NULL_VALUE_NOT_ALLOWED,
+    OBJECT_NOT_IN_PREREQUISITE_STATE,
+    UNDEFINED_OBJECT,
+    SQLError,
+)
+from proxy.api.like import like
+from proxy.sql.text import EXECUTOR_ROLE
+
+if TYPE_CHECKING:
+    from proxy.jobs.context import Context
+    from proxy.jobs.job import Job, Jobs
+    from proxy.jobs.registry import Handle, KnownJob
+
+HOUR_MS: Final = 3_600_000
+DAY_MS: Final = 24 * HOUR_MS
+RUN_GRACE_MS: Final = 1000
+"""What `run` gives a job to stop after it ran out of time."""
+
+Row = tuple[Any, ...]
+
+VOID: Final = b""
+"""What a function that returns void returns."""
+
+
+class Caller(Protocol):
+    """The session that calls, as the functions see it."""
+
+    @property
+    def jobs(self) -> Jobs:
+        """Of this session."""
+
+    @property
+    def context(self) -> Context: ...
+
+    @property
+    def cluster(self) -> bytes:
+        """Of the session; roles of others are other roles, whatever their OIDs."""
+
+    @property
+    def codec(self) -> str:
+        """Python's name of the encoding of what is given to the functions."""
+
+    async def known_jobs(self) -> Sequence[KnownJob]:
+        """Of all sessions of the proxy, those that ended a while ago included; at least those that
+        the current role may touch."""
+
+    async def find(self, handles: Sequence[Handle]) -> list[KnownJob | None]:
+        """Those of them, or of this session's, that have these handles; as they are now."""
+
+    async def launch(
+        self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
+    ) -> Job:
+        """Start a job with the context's role and settings."""
+
+    async def cancel_job(self, job: KnownJob) -> None:
+        """Have the server told to stop it."""
+
+    async def wait(self, jobs: Sequence[KnownJob], until: float | None = None) -> None:
+        """Wait until something happens to one of them, or until that time of the loop."""
+
+    @property
+    def max_workers(self) -> int:
+        """The setting pg_background.max_workers."""
+
+    async def activity(self, jobs: Sequence[Job]) -> dict[int, Row]:
+        """What pg_stat_activity has on their backends, by pid; the columns of the view."""
+
+    def limit(self, job: Job, timeout_ms: int) -> None:
+        """Cancel the job when it has run that long."""
+
+    async def change_privileges(self, verb: str, role: bytes, *, print_commands: bool) -> bool:
+        """GRANT or REVOKE in the primary backend, in the caller's transaction."""
+
+    async def drop_executor_role(self) -> bool:
+        """DROP ROLE there."""
+
+
+def check_privilege(caller: Caller, name: str) -> None:
+    """Raises SQLError 42501 if the current role may not call the functions."""
+    if not caller.context.may_call:
+        raise permission_denied(name)
+
+
+def permission_denied(name: str) -> SQLError:
+    """The error of a call that the current role may not make."""
+    return SQLError(
+        INSUFFICIENT_PRIVILEGE,
+        f"permission denied for function {name}",
+        hint=f"Superusers and members of the role {EXECUTOR_ROLE} may call it; a superuser can"
+        " say SELECT grant_pg_background_privileges('role').",
+    )
+
+
+# Which job
+
+
+def attached(caller: Caller, pid: int) -> Job:
+    """The session's job of this pid, if the current role may touch it. Raises SQLError."""
+    job = caller.jobs.get(pid)
+    _check_role(caller, job)
+    return job
+
+
+async def result(caller: Caller, pid: int, cookie: int | None = None) -> Job:
+    job = attached(caller, pid)
+    if cookie is not None and cookie != job.cookie:
+        raise SQLError(
+            UNDEFINED_OBJECT, f"PID {pid} is not attached to this session (cookie mismatch)"
+        )
+    if not job.keeps_rows:
+        raise SQLError(
+            FEATURE_NOT_SUPPORTED,
+            f"results are disabled for PID {pid} (submitted via submit_v2)",
+        )
+    if job.consumed:
+        raise SQLError(UNDEFINED_OBJECT, f"results for PID {pid} have already been consumed")
+    return job
+
+
+async def _with_cookie(caller: Caller, pid: int, cookie: int) -> KnownJob:
+    """A job of this session, or of another one of the same role. Raises SQLError."""
+    [job] = await _with_cookies(caller, [(pid, cookie)])
+    return job
+
+
+async def _with_cookies(caller: Caller, handles: Sequence[Handle]) -> list[KnownJob]:
+    """Several of them. Raises SQLError."""
+    jobs: list[KnownJob] = []
+    for handle, job in zip(handles, await caller.find(handles), strict=True):
+        if job is None:
+            jobs.append(_own_with_cookie(caller, *handle))
+        else:
+            _check_role(caller, job)
+            jobs.append(job)
+    return jobs
+
+
+def _own_with_cookie(caller: Caller, pid: int, cookie: int) -> Job:
+    """A job of this session. Raises SQLError."""
+    job = attached(caller, pid)
+    if cookie != job.cookie:
+        raise SQLError(
+            OBJECT_NOT_IN_PREREQUISITE_STATE,
+            f"cookie mismatch for PID {pid}",
+            hint="The pid was used again, or the handle is not the one that the launch returned.",
+        )
+    return job
+
+
+def _may_touch(caller: Caller, job: KnownJob) -> bool:
+    return job.cluster == caller.cluster and job.role_id in caller.context.roles
+
+
+def _check_role(caller: Caller, job: KnownJob) -> None:
+    if not _may_touch(caller, job):
+        raise SQLError(
+            INSUFFICIENT_PRIVILEGE, f'permission denied for background worker with PID "{job.pid}"'
+        )
+
+
+def _own(caller: Caller) -> list[Job]:
+    """The session's jobs that the current role may touch."""
+    return [job for job in caller.jobs if _may_touch(caller, job)]
+
+
+# Starting
+
+
+def _given(sql: bytes | None) -> bytes:
+    if sql is None:
+        raise SQLError(NULL_VALUE_NOT_ALLOWED, "sql must not be null")
+    return sql
+
+
+async def launch(caller: Caller, sql: bytes, queue_size: int = 0) -> int:
+    return (await caller.launch(sql, queue_size)).pid
+
+
+async def launch_v2(
+    caller: Caller, sql: bytes | None, queue_size: int | None = 0, label: bytes | None = None
+) -> Handle:
+    return (await caller.launch(_given(sql), queue_size or 0, label=label)).handle
+
+
+async def submit(
+    caller: Caller, sql: bytes | None, queue_size: int | None = 0, label: bytes | None = None
+) -> Handle:
+    job = await caller.launch(_given(sql), queue_size or 0, label=label, keep_rows=False)
+    return job.handle
+
+
+# Ending
+
+
+async def detach(caller: Caller, pid: int, cookie: int | None = None) -> bytes:
+    job = attached(caller, pid) if cookie is None else _own_with_cookie(caller, pid, cookie)
+    caller.jobs.remove(job)
+    return VOID
+
+
+async def cancel(caller: Caller, pid: int, cookie: int, grace_ms: int = 0) -> bytes:
+    job = await _with_cookie(caller, pid, cookie)
+    await caller.cancel_job(job)
+    await _wait_for([job], caller, min(max(grace_ms, 0), HOUR_MS))
+    return VOID
+
+
+async def cancel_by_label(caller: Caller, pattern: bytes, grace_ms: int = 0) -> int:
+    jobs = [
+        job
+        for job in _own(caller)
+        if not job.finished and job.label is not None and like(job.label, pattern, caller.codec)
+    ]
+    for job in jobs:
+        await caller.cancel_job(job)
+    await _wait_for(jobs, caller, min(max(grace_ms, 0), HOUR_MS))
+    return len(jobs)
+
+
+async def cancel_all(caller: Caller) -> int:
+    jobs = [job for job in _own(caller) if not job.finished]
+    for job in jobs:
+        await caller.cancel_job(job)
+    return len(jobs)
+
+
+async def detach_all(caller: Caller) -> int:
+    return _detach(caller, _own(caller))
+
+
+async def purge(caller: Caller) -> int:
+    return _detach(caller, [job for job in _own(caller) if job.finished])
+
+
+def _detach(caller: Caller, jobs: Sequence[KnownJob]) -> int:
+    for job in jobs:
+        caller.jobs.remove(job)
+    return len(jobs)
+
+
+# Waiting
+
+
+async def _wait_for(jobs: Sequence[KnownJob], caller: Caller, timeout_ms: int | None) -> bool:
+    """Wait until all have ended, at most that long (None: for ever); whether they have."""
+    loop = asyncio.get_running_loop()
+    until = None if timeout_ms is None else loop.time() + timeout_ms / 1000
+    while running := [job for job in jobs if not job.finished]:
+        if until is not None and loop.time() >= until:
+            return False
+        await caller.wait(running, until)
+    return True
+
+
+def _limit(timeout_ms: int) -> int | None:
+    """What a timeout_ms of 0 or less means: no limit."""
+    return min(timeout_ms, DAY_MS) if timeout_ms > 0 else None
+
+
+async def wait(caller: Caller, pid: int, cookie: int, timeout_ms: int = 0) -> bool:
+    return await _wait_for([await _with_cookie(caller, pid, cookie)], caller, _limit(timeout_ms))
+
+
+async def wait_void(caller: Caller, pid: int, cookie: int) -> bytes:
+    await wait(caller, pid, cookie)
+    return VOID
+
+
+async def wait_timeout(caller: Caller, pid: int, cookie: int, timeout_ms: int) -> bool:
+    job = await _with_cookie(caller, pid, cookie)
+    return await _wait_for([job], caller, min(max(timeout_ms, 0), DAY_MS))
+
+
+async def wait_any(caller: Caller, handles: list[Handle], timeout_ms: int = 0) -> Handle | None:
+    jobs = await _with_cookies(caller, handles)
+    limit = _limit(timeout_ms)
+    loop = asyncio.get_running_loop()
+    until = None if limit is None else loop.time() + limit / 1000
+    while jobs:
+        ended = [job for job in jobs if job.finished]
+        if ended:
+            return min(ended, key=lambda job: job.finished_at or job.launched_at).handle
+        if until is not None and loop.time() >= until:
+            return None
+        await caller.wait(jobs, until)
+    return None
+
+
+async def drain(caller: Caller, handles: list[Handle], timeout_ms: int = 0) -> list[Row]:
+    found = await caller.find(handles)
+    jobs = [job for job in found if job is not None and _may_touch(caller, job)]
+    for job in set(caller.jobs).intersection(jobs):
+        job.forget_output()
+    if not await _wait_for(jobs, caller, _limit(timeout_ms)):
+        await caller.find(handles)  # what runs elsewhere is looked at once more
+    rows = [_outcome(caller, handle, job) for handle, job in zip(handles, found, strict=True)]
+    _detach(caller, jobs)
+    return rows
+
+
+# Looking
+
+
+async def list_jobs(caller: Caller) -> list[Row]:
+    return [_list_row(job) for job in _own(caller)]
+
+
+async def list_all(caller: Caller) -> list[Row]:
+    return [_list_row(job) for job in await caller.known_jobs() if _may_touch(caller, job)]
+
+
+def _list_row(job: KnownJob) -> Row:
+    return (
+        job.pid,
+        job.cookie,
+        job.launched_at,
+        job.role_id,
+        job.queue_size,
+        job.state,
+        job.preview,
+        job.error_field("M"),
+        job.consumed,
+        job.label,
+    )
+
+
+async def activity(caller: Caller) -> list[Row]:
+    if caller.context.extension is None:
+        check_privilege(caller, "pg_background_activity")
+    jobs = _own(caller)
+    backends = await caller.activity(jobs)
+    return [(*_list_row(job), *backends.get(job.pid, (None,) * 7)) for job in jobs]
+
+
+async def stats(caller: Caller) -> Row:
+    launched, completed, failed, canceled, _, *rest = await stats_2(caller)
+    return (launched, completed, failed, canceled, *rest)
+
+
+async def stats_2(caller: Caller) -> Row:
+    counts = caller.jobs.counts
+    return (
+        counts.launched,
+        counts.completed,
+        counts.failed,
+        counts.canceled,
+        counts.timed_out,
+        counts.active,
+        counts.mean_ms,
+        caller.max_workers,
+    )
+
+
+async def get_progress(caller: Caller, pid: int, cookie: int) -> Row:
+    return (await _with_cookie(caller, pid, cookie)).progress
+
+
+async def result_info(caller: Caller, pid: int, cookie: int) -> Row:
+    job = await _with_cookie(caller, pid, cookie)
+    return (
+        job.row_count,
+        job.command_tag,
+        job.finished,
+        job.error is not None,
+        job.launched_at,
+        job.finished_at,
+    )
+
+
+async def error_info(caller: Caller, pid: int, cookie: int) -> Row | None:
+    job = await _with_cookie(caller, pid, cookie)
+    if job.error is None:
+        return None
+    return tuple(job.error_field(code) for code in "CMDHWstcn")
+
+
+def _outcome(caller: Caller, handle: Handle, job: KnownJob | None) -> Row:
+    if job is None or not _may_touch(caller, job):
+        return (*handle, None, False, False, False, None, None, None, None, None, None)
+    return outcome_of(job)
+
+
+def outcome_of(job: KnownJob) -> Row:
+    return (
+        job.pid,
+        job.cookie,
+        job.state,
+        job.consumed,
+        job.finished,
+        job.error is not None,
+        job.row_count,
+        job.command_tag,
+        job.error_field("C"),
+        job.error_field("M"),
+        job.label,
+        job.launched_at,
+    )
+
+
+async def outcome(caller: Caller, pid: int, cookie: int) -> Row:
+    [job] = await caller.find([(pid, cookie)])
+    return _outcome(caller, (pid, cookie), job)
+
+
+async def status(caller: Caller, pid: int, cookie: int) -> bytes:
+    row = zip(OUTCOME_NAMES, await outcome(caller, pid, cookie), strict=True)
+    return json.dumps(
+        {name: _json(value) for name, value in row}, ensure_ascii=False, separators=(", ", ": ")
+    ).encode("utf-8", "surrogateescape")
+
+
+OUTCOME_NAMES: Final = (
+    "pid",
+    "cookie",
+    "state",
+    "consumed",
+    "completed",
+    "has_error",
+    "row_count",
+    "command_tag",
+    "sqlstate",
+    "error_message",
+    "label",
+    "launched_at",
+)
+
+
+def _json(value: object) -> object:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+async def full_sql(caller: Caller, pid: int, cookie: int) -> bytes:
+    return (await _with_cookie(caller, pid, cookie)).full_sql
+
+
+# Launch and wait at once
+
+
+async def run(
+    caller: Caller,
+    sql: bytes | None,
+    queue_size: int | None = 0,
+    timeout_ms: int | None = 0,
+    label: bytes | None = None,
+) -> Row:
+    job = await caller.launch(_given(sql), queue_size or 0, label=label, keep_rows=False)
+    try:
+        timed_out = not await _wait_for([job], caller, _limit(timeout_ms or 0))
+        if timed_out:
+            job.timed_out = True
+            await caller.cancel_job(job)
+            await _wait_for([job], caller, RUN_GRACE_MS)
+    except BaseException:
+        # Whoever ran it is interrupted: so is the job, which nobody could stop otherwise.
+        await caller.cancel_job(job)
+        raise
+    finally:
+        caller.jobs.remove(job)
+    return (*outcome_of(job), timed_out, job.elapsed_ms)
+
+
+async def run_query(
+    caller: Caller,
+    sql: bytes | None,
+    queue_size: int | None = 0,
+    timeout_ms: int | None = 0,
+    label: bytes | None = None,
+    col_def: bytes | None = None,
+) -> Job:
+    job = await caller.launch(_given(sql), queue_size or 0, label=label)
+    job.has_handle = False
+    limit = _limit(timeout_ms or 0)
+    if limit is not None:
+        caller.limit(job, limit)
+    return job
+
+
+# In a job, and for administrators
+
+
+async def progress(caller: Caller, pct: int | None, msg: bytes | None = None) -> None:
+    raise SQLError(
+        FEATURE_NOT_SUPPORTED,
+        "pg_background_progress can only be called from a background worker",
+    )
+
+
+async def grant(
+    caller: Caller, role_name: bytes | None, print_commands: bool | None = False
+) -> bool:
+    return await caller.change_privileges(
+        "GRANT", role_name or b"", print_commands=bool(print_commands)
+    )
+
+
+async def revoke(
+    caller: Caller, role_name: bytes | None, print_commands: bool | None = False
+) -> bool:
+    return await caller.change_privileges(
+        "REVOKE", role_name or b"", print_commands=bool(print_commands)
+    )
+
+
+async def drop_executor_role(caller: Caller) -> bool:
+    return await caller.drop_executor_role()

@@ -1,0 +1,552 @@
+"""The pg_background functions, each declared once.
+
+The rule: what a function is called, takes, returns and does is said here and nowhere else. Which
+calls the proxy catches, the SQL objects for calls from inside the database, and the reference in
+docs/functions.md are all made from this table.
+
+The extension had three generations. Version 1 knows a job by its pid. Versions 1.6 to 1.10 added
+names that end in _v2, with a cookie beside the pid; 2.0 gave these the plain names. All are served
+at once. A declaration with two names, as in `cancel`, is both pg_background_cancel_v2 and
+pg_background_cancel; where 2.0 returns more columns, the plain name does.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from proxy.api import calls
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a composite type."""
+
+    name: str
+    type: Type
+
+
+@dataclass(frozen=True, slots=True)
+class Type:
+    """A PostgreSQL type.
+
+    ``name`` is as the server prints it (format_type), ``oid`` as in pg_type, ``size`` as
+    RowDescription's typlen: in bytes, -1 if it varies. A composite type has ``columns``; the
+    server need not know it, so its values go out as anonymous records.
+    """
+
+    name: str
+    oid: int
+    size: int
+    columns: tuple[Column, ...] = ()
+
+
+BOOL: Final = Type("boolean", 16, 1)
+INT8: Final = Type("bigint", 20, 8)
+INT4: Final = Type("integer", 23, 4)
+TEXT: Final = Type("text", 25, -1)
+OID: Final = Type("oid", 26, 4)
+FLOAT8: Final = Type("double precision", 701, 8)
+TIMESTAMPTZ: Final = Type("timestamp with time zone", 1184, 8)
+RECORD: Final = Type("record", 2249, -1)
+VOID: Final = Type("void", 2278, 4)
+JSONB: Final = Type("jsonb", 3802, -1)
+
+
+def _composite(name: str, *columns: Mapping[str, Type]) -> Type:
+    return Type(
+        name,
+        RECORD.oid,
+        RECORD.size,
+        tuple(Column(*column) for part in columns for column in part.items()),
+    )
+
+
+HANDLE: Final = _composite("pg_background_handle", {"pid": INT4, "cookie": INT8})
+HANDLES: Final = Type("pg_background_handle[]", 2287, -1)
+"""An array of handles; the OID is that of record[]."""
+PROGRESS: Final = _composite("pg_background_progress", {"progress_pct": INT4, "progress_msg": TEXT})
+RESULT_INFO_1: Final = _composite(
+    "pg_background_result_info_v2",
+    {"row_count": INT8, "command_tag": TEXT, "completed": BOOL, "has_error": BOOL},
+)
+RESULT_INFO_2: Final = _composite(
+    "pg_background_result_info",
+    {column.name: column.type for column in RESULT_INFO_1.columns},
+    {"started_at": TIMESTAMPTZ, "finished_at": TIMESTAMPTZ},
+)
+ERROR_INFO_1: Final = _composite(
+    "pg_background_error_info_v2",
+    dict.fromkeys(("sqlstate", "message", "detail", "hint", "context"), TEXT),
+)
+ERROR_INFO_2: Final = _composite(
+    "pg_background_error_info",
+    {column.name: column.type for column in ERROR_INFO_1.columns},
+    dict.fromkeys(("schema_name", "table_name", "column_name", "constraint_name"), TEXT),
+)
+OUTCOME: Final = _composite(
+    "pg_background_outcome",
+    {"pid": INT4, "cookie": INT8, "state": TEXT, "consumed": BOOL, "completed": BOOL},
+    {"has_error": BOOL, "row_count": INT8, "command_tag": TEXT, "sqlstate": TEXT},
+    {"error_message": TEXT, "label": TEXT, "launched_at": TIMESTAMPTZ},
+)
+RUN: Final = _composite(
+    "pg_background_run",
+    {column.name: column.type for column in OUTCOME.columns},
+    {"timed_out": BOOL, "elapsed_ms": INT8},
+)
+_COUNTS: Final = ("workers_launched", "workers_completed", "workers_failed", "workers_canceled")
+_REST_OF_STATS: Final = {"workers_active": INT4, "avg_execution_ms": FLOAT8, "max_workers": INT4}
+STATS_1: Final = _composite("pg_background_stats_v2", dict.fromkeys(_COUNTS, INT8), _REST_OF_STATS)
+STATS_2: Final = _composite(
+    "pg_background_stats",
+    dict.fromkeys((*_COUNTS, "workers_timed_out"), INT8),
+    _REST_OF_STATS,
+)
+LIST: Final = _composite(
+    "pg_background_list",
+    {"pid": INT4, "cookie": INT8, "launched_at": TIMESTAMPTZ, "user_id": OID, "queue_size": INT4},
+    {"state": TEXT, "sql_preview": TEXT, "last_error": TEXT, "consumed": BOOL, "label": TEXT},
+)
+ACTIVITY: Final = _composite(
+    "pg_background_activity",
+    {"pid": INT4, "cookie": INT8, "launched_at": TIMESTAMPTZ, "user_id": OID, "queue_size": INT4},
+    {"pgbg_state": TEXT, "sql_preview": TEXT, "last_error": TEXT, "consumed": BOOL, "label": TEXT},
+    {"backend_state": TEXT, "wait_event_type": TEXT, "wait_event": TEXT},
+    {"xact_start": TIMESTAMPTZ, "query_start": TIMESTAMPTZ, "backend_start": TIMESTAMPTZ},
+    {"query": TEXT},
+)
+
+
+class _Required(enum.Enum):
+    REQUIRED = "REQUIRED"
+
+
+REQUIRED: Final = _Required.REQUIRED
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """An input parameter; ``aliases`` are further names that named notation may use for it."""
+
+    name: str
+    type: Type
+    default: str | int | bool | Literal[_Required.REQUIRED] | None = REQUIRED
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> bool:
+        """Has no default."""
+        return self.default is REQUIRED
+
+    def is_called(self, name: str) -> bool:
+        """Named notation may call this parameter ``name``."""
+        return name == self.name or name in self.aliases
+
+
+class Needs(enum.Flag):
+    """What a call asks of the session beside its arguments."""
+
+    NOTHING = 0
+    SETTINGS = enum.auto()
+    """The session's settings, for a job that takes them over."""
+    TIME = enum.auto()
+    """It may wait: for a job, until a cancel request or statement_timeout ends it."""
+    PRIMARY = enum.auto()
+    """The primary backend for itself, so the rows of the statement are read first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One overload of a function.
+
+    ``strict``: with a NULL argument it is not called: the result is NULL, or no rows.
+    ``run``: what it does; gets the caller and the arguments given, by name. That of a function
+    which returns records gives the job whose rows they are.
+    ``api``: only with this ``api_version``; 0: with any.
+    ``summary`` is one line of Markdown for the reference.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    result_type: Type
+    returns_set: bool
+    strict: bool
+    run: Callable[..., Awaitable[Any]]
+    needs: Needs
+    api: int
+    summary: str
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """What it returns as a table: its composite type's, or none if only the caller or the job
+        knows them."""
+        return self.result_type.columns
+
+
+_SQL: Final = Parameter("sql", TEXT)
+_QUEUE_SIZE: Final = Parameter("queue_size", INT4, default=0)
+_LABEL: Final = Parameter("label", TEXT)
+_PID: Final = Parameter("pid", INT4)
+_COOKIE: Final = Parameter("cookie", INT8)
+_HANDLE: Final = (_PID, _COOKIE)
+_HANDLES: Final = Parameter("handles", HANDLES)
+_GRACE: Final = Parameter("grace_ms", INT4, default=0)
+_TIMEOUT: Final = Parameter("timeout_ms", INT4, default=0)
+
+_functions: list[Function] = []
+
+
+def _declare(
+    names: str,
+    parameters: tuple[Parameter, ...],
+    result: Type,
+    run: Callable[..., Awaitable[Any]],
+    summary: str,
+    *,
+    returns_set: bool = False,
+    strict: bool = True,
+    needs: Needs = Needs.NOTHING,
+    api: int = 0,
+) -> None:
+    """One function under each of its names."""
+    for name in names.split():
+        full = name if "pg_background" in name else f"pg_background_{name}"
+        _functions.append(
+            Function(full, parameters, result, returns_set, strict, run, needs, api, summary)
+        )
+
+
+# Version 1
+
+_LAUNCHES: Final = Needs.SETTINGS
+
+_declare(
+    "launch",
+    (_SQL, _QUEUE_SIZE),
+    INT4,
+    calls.launch,
+    "Starts a job that runs `sql` in a backend of its own; returns that backend's pid.",
+    needs=_LAUNCHES,
+    api=1,
+)
+_declare(
+    "result",
+    (_PID,),
+    RECORD,
+    calls.result,
+    "Waits for the job and returns its rows; once for each job.",
+    returns_set=True,
+    needs=Needs.TIME,
+)
+_declare("detach", (_PID,), VOID, calls.detach, "Forgets the job, which runs on to its end.")
+
+for _names, _run, _summary in (
+    (
+        "grant_pg_background_privileges grant_privileges",
+        calls.grant,
+        "Lets a role call the functions; false, with a notice, if it fails.",
+    ),
+    (
+        "revoke_pg_background_privileges revoke_privileges",
+        calls.revoke,
+        "Takes that from a role; false, with a notice, if it fails.",
+    ),
+):
+    _declare(
+        _names,
+        (
+            Parameter("role_name", TEXT, aliases=("user_name",)),
+            Parameter("print_commands", BOOL, default=False),
+        ),
+        BOOL,
+        _run,
+        _summary,
+        strict=False,
+        needs=Needs.PRIMARY,
+    )
+
+# Versions 1.6 to 2.0
+
+_declare(
+    "launch_v2",
+    (_SQL, _QUEUE_SIZE),
+    HANDLE,
+    calls.launch_v2,
+    "Starts a job; returns its pid and the cookie that goes with it.",
+    needs=_LAUNCHES,
+)
+_declare(
+    "launch",
+    (_SQL, _QUEUE_SIZE),
+    HANDLE,
+    calls.launch_v2,
+    "With `api_version = 2`: as `pg_background_launch_v2`.",
+    needs=_LAUNCHES,
+    api=2,
+)
+_declare(
+    "launch_v2 launch",
+    (_SQL, Parameter("queue_size", INT4), _LABEL),
+    HANDLE,
+    calls.launch_v2,
+    "The same with a label, which shows in `application_name`; size and label may be NULL.",
+    strict=False,
+    needs=_LAUNCHES,
+)
+_declare(
+    "submit_v2 submit",
+    (_SQL, _QUEUE_SIZE),
+    HANDLE,
+    calls.submit,
+    "Starts a job whose rows nobody wants: they are dropped as they come.",
+    needs=_LAUNCHES,
+)
+_declare(
+    "submit_v2 submit",
+    (_SQL, Parameter("queue_size", INT4), _LABEL),
+    HANDLE,
+    calls.submit,
+    "The same with a label.",
+    strict=False,
+    needs=_LAUNCHES,
+)
+_declare(
+    "result_v2 result",
+    _HANDLE,
+    RECORD,
+    calls.result,
+    "Waits for the job and returns its rows; once for each job.",
+    returns_set=True,
+    needs=Needs.TIME,
+)
+_declare(
+    "detach_v2 detach",
+    _HANDLE,
+    VOID,
+    calls.detach,
+    "Forgets the job, which runs on to its end.",
+)
+_declare(
+    "cancel_v2 cancel",
+    (*_HANDLE, _GRACE),
+    VOID,
+    calls.cancel,
+    "Stops the job: nothing more of it runs, nothing commits. Waits up to `grace_ms` for that.",
+    needs=Needs.TIME,
+)
+_declare(
+    "cancel_v2_grace",
+    (*_HANDLE, Parameter("grace_ms", INT4)),
+    VOID,
+    calls.cancel,
+    "As `pg_background_cancel_v2`.",
+    needs=Needs.TIME,
+)
+_declare(
+    "wait_v2",
+    _HANDLE,
+    VOID,
+    calls.wait_void,
+    "Waits for the job to end.",
+    needs=Needs.TIME,
+    api=1,
+)
+_declare(
+    "wait_v2",
+    _HANDLE,
+    BOOL,
+    calls.wait,
+    "Waits for the job to end; true.",
+    needs=Needs.TIME,
+    api=2,
+)
+_declare(
+    "wait",
+    (*_HANDLE, _TIMEOUT),
+    BOOL,
+    calls.wait,
+    "Waits for the job, at most `timeout_ms` (0 or less: for ever); whether it has ended.",
+    needs=Needs.TIME,
+)
+_declare(
+    "wait_v2_timeout",
+    (*_HANDLE, Parameter("timeout_ms", INT4)),
+    BOOL,
+    calls.wait_timeout,
+    "The same, but 0 asks without waiting.",
+    needs=Needs.TIME,
+)
+_declare(
+    "list_v2 list",
+    (),
+    LIST,
+    calls.list_jobs,
+    "The session's jobs. With a column definition list of nine columns, the label is left out.",
+    returns_set=True,
+)
+_declare(
+    "list_all",
+    (),
+    LIST,
+    calls.list_all,
+    "The jobs of the current role in all sessions; for superusers, everyone's.",
+    returns_set=True,
+)
+_declare(
+    "stats_v2", (), STATS_1, calls.stats, "Counts of this session's jobs, and their mean time."
+)
+_declare("stats", (), STATS_2, calls.stats_2, "The same, and how many ran out of time.")
+_declare(
+    "get_progress_v2 get_progress",
+    _HANDLE,
+    PROGRESS,
+    calls.get_progress,
+    "What the job has last reported with `pg_background_progress`; NULLs before that.",
+)
+_declare(
+    "result_info_v2",
+    _HANDLE,
+    RESULT_INFO_1,
+    calls.result_info,
+    "How the job went, so far as it did; its rows stay where they are.",
+)
+_declare("result_info", _HANDLE, RESULT_INFO_2, calls.result_info, "The same, and when it ran.")
+_declare(
+    "error_info_v2", _HANDLE, ERROR_INFO_1, calls.error_info, "The job's error; NULL without one."
+)
+_declare(
+    "error_info",
+    _HANDLE,
+    ERROR_INFO_2,
+    calls.error_info,
+    "The same, and which object the error is about.",
+)
+_declare(
+    "outcome_v2 outcome",
+    _HANDLE,
+    OUTCOME,
+    calls.outcome,
+    "All that is known of a job, in one row. Never raises: an unknown job has no state.",
+)
+_declare("status_v2", _HANDLE, JSONB, calls.status, "The same as JSON.")
+_declare(
+    "run_v2 run",
+    (_SQL, _QUEUE_SIZE, _TIMEOUT, Parameter("label", TEXT, default=None)),
+    RUN,
+    calls.run,
+    "Starts a job, waits for its end or cancels it on time-out, and tells its outcome.",
+    strict=False,
+    needs=Needs.SETTINGS | Needs.TIME,
+)
+_declare(
+    "run_query_v2 run_query",
+    (
+        _SQL,
+        Parameter("queue_size", INT4, default=0),
+        Parameter("timeout_ms", INT4, default=0),
+        Parameter("label", TEXT, default=None),
+        Parameter("col_def", TEXT, default=None),
+    ),
+    RECORD,
+    calls.run_query,
+    "Starts a job, and returns its rows; 57014 on time-out.",
+    returns_set=True,
+    strict=False,
+    needs=Needs.SETTINGS | Needs.TIME,
+)
+_declare(
+    "drain_v2 drain",
+    (_HANDLES, _TIMEOUT),
+    OUTCOME,
+    calls.drain,
+    "Waits for all, at most `timeout_ms` for them together; gives their outcomes in order, and"
+    " detaches them.",
+    returns_set=True,
+    needs=Needs.TIME,
+)
+_declare(
+    "wait_any_v2 wait_any",
+    (_HANDLES, _TIMEOUT),
+    HANDLE,
+    calls.wait_any,
+    "The first of them to end; NULL on time-out.",
+    needs=Needs.TIME,
+)
+_declare(
+    "cancel_by_label_v2 cancel_by_label",
+    (Parameter("pattern", TEXT), _GRACE),
+    INT4,
+    calls.cancel_by_label,
+    "Cancels the jobs whose label is LIKE the pattern; how many.",
+    needs=Needs.TIME,
+)
+_declare("cancel_all_v2 cancel_all", (), INT4, calls.cancel_all, "Cancels all jobs; how many.")
+_declare("detach_all_v2 detach_all", (), INT4, calls.detach_all, "Detaches all jobs; how many.")
+_declare("purge_v2 purge", (), INT4, calls.purge, "Detaches the jobs that have ended; how many.")
+_declare(
+    "full_sql_v2 full_sql",
+    _HANDLE,
+    TEXT,
+    calls.full_sql,
+    "The job's SQL; after 64 KiB `[...]`.",
+)
+_declare(
+    "progress report_progress",
+    (Parameter("pct", INT4), Parameter("msg", TEXT, default=None)),
+    VOID,
+    calls.progress,
+    "In a job: reports how far it is, 0 to 100; seen at once.",
+    strict=False,
+)
+_declare(
+    "drop_executor_role",
+    (),
+    BOOL,
+    calls.drop_executor_role,
+    "Drops the role `pgbackground_role`.",
+    needs=Needs.PRIMARY,
+)
+
+
+DECLARED: Final = tuple(_functions)
+"""All, under all their names, in the order in which one reads of them."""
+
+
+def catalog(api_version: int) -> dict[str, tuple[Function, ...]]:
+    """The overloads of each name that there are in a version of the API, 1 or 2."""
+    served = [function for function in DECLARED if function.api in (0, api_version)]
+    return {
+        name: tuple(function for function in served if function.name == name)
+        for name in dict.fromkeys(function.name for function in served)
+    }
+
+
+CATALOGS: Final = {version: catalog(version) for version in (1, 2)}
+"""The overloads of each name, by the version of the API."""
+
+FUNCTIONS: Final = CATALOGS[1]
+"""Those with `api_version` 1."""
+
+VIEWS: Final[dict[str, Function]] = {
+    name: Function(name, (), type, True, True, run, needs, 0, summary)
+    for name, type, run, needs, summary in (
+        (
+            "pg_background_list",
+            LIST,
+            calls.list_jobs,
+            Needs.NOTHING,
+            "The session's jobs.",
+        ),
+        (
+            "pg_background_activity",
+            ACTIVITY,
+            calls.activity,
+            Needs.PRIMARY,
+            "The same, beside what pg_stat_activity has on them.",
+        ),
+    )
+}
+"""The views, each as the function that makes its rows."""

@@ -1,0 +1,154 @@
+"""The reference pages, ``docs/functions.md`` and ``docs/configuration.md``, made from the code.
+
+Invariant: nothing is said of a function or a setting here; the tables in `functions`, `config` and
+`settings` say it. On each page, what is made stands between two markers. ``python -m
+proxy.api.reference`` in a checkout writes it anew.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+from proxy import config
+from proxy.api.functions import DECLARED, RECORD, VIEWS, Function, Parameter
+from proxy.config.gucs import SETTINGS, Setting, format_memory
+
+BEGIN: Final = "<!-- Made by python -m proxy.api.reference -->"
+END: Final = "<!-- End of what was made -->"
+
+_HEADINGS: Final[Mapping[str, str]] = {
+    "listen": "Addresses",
+    "passfile": "Logins",
+    "client_tls_sslmode": "TLS to clients",
+    "client_login_timeout": "Connections and processes",
+    "max_workers": "Jobs",
+    "api_version": "The extension",
+    "outcome_retention": "Memory and log",
+}
+"""The headings of docs/configuration.md, each by the first setting below it."""
+
+# Names of settings that are no words, within help.
+_NAMES: Final = re.compile(
+    "|".join(
+        re.escape(name)
+        for name in sorted(
+            (*SETTINGS, *(field.name for field in config.SETTINGS if "_" in field.name)),
+            key=len,
+            reverse=True,
+        )
+    )
+)
+
+
+def functions() -> str:
+    """The tables of docs/functions.md: functions with all their names, and views."""
+    lines = ["| call | returns | |", "| --- | --- | --- |"]
+    for function, *others in _by_declaration():
+        also = f", also `{'`, `'.join(other.name for other in others)}`" if others else ""
+        call = f"`{function.name}({', '.join(map(_parameter, function.parameters))})`{also}"
+        lines.append(f"| {call} | {_result(function)} | {function.summary} |")
+    lines += ["", "| view | columns | |", "| --- | --- | --- |"]
+    for view in VIEWS.values():
+        columns = ", ".join(column.name for column in view.columns)
+        lines.append(f"| `{view.name}` | `{columns}` | {view.summary} |")
+    return "\n".join(lines)
+
+
+def _by_declaration() -> Iterator[Iterator[Function]]:
+    """Functions that differ in nothing but their names are one declaration."""
+    for _, names in groupby(DECLARED, key=lambda function: replace(function, name="")):
+        yield names
+
+
+def _parameter(parameter: Parameter) -> str:
+    text = f"{parameter.name} {parameter.type.name}"
+    if parameter.required:
+        return text
+    default = "NULL" if parameter.default is None else str(parameter.default).lower()
+    return f"{text} DEFAULT {default}"
+
+
+def _result(function: Function) -> str:
+    if function.columns:
+        columns = ", ".join(column.name for column in function.columns)
+        text = f"`({columns})`"
+    else:
+        text = (
+            "the job's rows" if function.result_type == RECORD else f"`{function.result_type.name}`"
+        )
+    return f"rows of {text}" if function.returns_set and function.columns else text
+
+
+def configuration() -> str:
+    """The settings of docs/configuration.md: those of ``serve``, and those of a session."""
+    lines: list[str] = []
+    for field in config.SETTINGS:
+        if field.name in _HEADINGS:
+            lines += [f"### {_HEADINGS[field.name]}", "", "| setting | default | |"]
+            lines.append("| --- | --- | --- |")
+        lines.append(_configured(field))
+        if _ends_table(field):
+            lines.append("")
+    lines += ["### Settings of a session", "", "| setting | default | from | to |"]
+    lines.append("| --- | --- | --- | --- |")
+    lines += map(_session_setting, SETTINGS.values())
+    return "\n".join(lines)
+
+
+def _configured(field: Field[Any]) -> str:
+    setting = field.metadata
+    default = f" `{setting['default']}`" if setting["default"] else ""
+    help = _NAMES.sub(r"`\g<0>`", setting["help"])
+    text = f"{help[0].upper()}{help[1:]}. {setting['more']}".rstrip()
+    return f"| `{field.name}` |{default} | {text.replace('|', chr(92) + '|')} |"
+
+
+def _ends_table(field: Field[Any]) -> bool:
+    """Whether another heading, or nothing, follows."""
+    names = [other.name for other in config.SETTINGS]
+    following = names[names.index(field.name) + 1 :]
+    return not following or following[0] in _HEADINGS
+
+
+def _session_setting(setting: Setting) -> str:
+    limits = f"`{_measure(setting, setting.minimum)}` | `{_measure(setting, setting.maximum)}`"
+    return f"| `{setting.name}` | `{setting.default}` | {limits} |"
+
+
+def _measure(setting: Setting, value: int) -> str:
+    if setting.unit == "B":
+        return format_memory(value)
+    return f"{value} {setting.unit}".rstrip()
+
+
+PAGES: Final[Mapping[str, Callable[[], str]]] = {
+    "functions.md": functions,
+    "configuration.md": configuration,
+}
+
+
+def with_reference(page: str, made: str) -> str:
+    """A page with what was made between its markers. Raises ValueError: it has no markers."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError("the page has no markers")
+    return f"{before}{begin}\n{made}\n{end}{after}"
+
+
+def main(folder: Path) -> None:
+    """Writes the pages in a folder anew."""
+    for name, make in PAGES.items():
+        page = folder / name
+        text = page.read_text(encoding="utf-8")
+        page.write_text(with_reference(text, make()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "docs"))

@@ -1,0 +1,1 @@
+"""Server connections of the proxy's own: opened, kept ready, lent."""

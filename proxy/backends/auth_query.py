@@ -1,0 +1,127 @@
+"""Secrets of roles, asked of the server itself: PgBouncer's ``auth_query`` and ``auth_user``.
+
+The invariant: what is found here is one more line of the auth_file, and lets nobody in. It is used
+to check a client, and to log in once more as a role that the server has let in already. It is
+remembered for `LIFETIME`, found or not, so that an old password is of no use for longer than that.
+
+Who has a lookup made may be nobody yet: anybody who can connect names a role. So nothing of a
+client decides where the query runs (`Config.lookup_database`), and how often clients of one address
+may have one made is limited, as is what the log says of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from protocol.errors import SQLError
+from proxy.auth.credentials import Secret, parse_secret
+from proxy.auth.pace import Pace
+from proxy.backends.backend import ServerError
+from proxy.backends.upstream import Dialer
+from proxy.config import Config, Host
+from proxy.log import logger
+from proxy.net import tls
+
+LIFETIME: Final = 10.0
+"""Seconds that an answer is remembered."""
+
+_MAX_REMEMBERED: Final = 1000
+_AT_A_TIME: Final = 4
+"""Lookups at the same time: who may ask is anybody who has a role's name."""
+
+BURST: Final = 20.0
+RATE: Final = 5.0
+PATIENCE: Final = 20.0
+"""Lookups for clients of one address that have not logged in: so many at once, so many a second,
+and so many that wait for their turn. A role whose answer is remembered needs none."""
+
+_SILENCE: Final = 60.0
+"""Seconds in which the log does not say the same again."""
+
+
+class AuthQuery:
+    """Asks for secrets as auth_user. Not for roles that the auth_file knows."""
+
+    def __init__(self, config: Config, dialer: Dialer) -> None:
+        self.enabled = bool(config.auth_user and config.auth_query)
+        self._config = config
+        self._dialer = dialer
+        self._turns = asyncio.Semaphore(_AT_A_TIME)
+        self._remembered: dict[tuple[Host, bytes], tuple[float, Secret | None]] = {}
+        self._pace = Pace(BURST, RATE, PATIENCE)
+        self._log_pace = Pace(1.0, 1 / _SILENCE)
+
+    async def secret(self, host: Host, user: bytes, stranger: str | None = None) -> Secret | None:
+        """The role's secret; None if there is none, or if it could not be asked for (logged).
+
+        Args:
+            host: the server.
+            user: the role.
+            stranger: whose connection it is that has not logged in (`pace.who`); None if it has.
+        """
+        if not self.enabled or user == self._config.auth_user.encode():
+            return None
+        key = host, user
+        loop = asyncio.get_running_loop()
+        if stranger is not None and not self._remembers(key, loop.time()):
+            delay = self._pace.take(stranger, loop.time())
+            if delay is None:
+                self._warn(
+                    stranger,
+                    "too many logins from %s want auth_query: at most %g a second are looked up",
+                    *(stranger, RATE),
+                )
+                return None
+            await asyncio.sleep(delay)
+        async with self._turns:
+            now = loop.time()
+            until, secret = self._remembered.get(key, (0.0, None))
+            if until <= now:
+                secret = await self._ask_and_log(*key)
+                self._remember(key, now, secret)
+        return secret
+
+    def _remembers(self, key: tuple[Host, bytes], now: float) -> bool:
+        return self._remembered.get(key, (0.0, None))[0] > now
+
+    def _warn(self, what: str, text: str, *arguments: object) -> None:
+        """Logs it, unless the same has been logged in the last minute: strangers may cause it."""
+        if self._log_pace.take(what, asyncio.get_running_loop().time()) is not None:
+            logger.warning(text + " (said once a minute)", *arguments)
+
+    def _remember(self, key: tuple[Host, bytes], now: float, secret: Secret | None) -> None:
+        if len(self._remembered) >= _MAX_REMEMBERED:
+            self._remembered = {k: v for k, v in self._remembered.items() if v[0] > now}
+        if len(self._remembered) < _MAX_REMEMBERED:
+            self._remembered[key] = now + LIFETIME, secret
+
+    async def _ask_and_log(self, host: Host, user: bytes) -> Secret | None:
+        try:
+            async with asyncio.timeout(self._config.connect_timeout or None):
+                return await self._ask(host, user)
+        except SQLError as error:
+            reason = error.detail or error.message
+        except OSError as error:
+            reason = tls.explain(error) or "no answer in time"
+        except (ServerError, ValueError) as error:
+            reason = str(error)
+        role = user.decode("utf-8", "replace")
+        self._warn(reason, 'auth_query for role "%s" failed: %s', role, reason)
+        return None
+
+    async def _ask(self, host: Host, user: bytes) -> Secret | None:
+        """Raises SQLError, OSError, ServerError; ValueError for an answer that is no secret."""
+        backend = await self._dialer.login_as_auth_user(host)
+        try:
+            row = await backend.query(self._config.auth_query.encode(), user)
+        finally:
+            backend.terminate()
+        if not row:
+            return None
+        if len(row) < 2:
+            raise ValueError("it must return two columns, the role and its secret")
+        try:
+            return None if not row[1] else parse_secret(row[1])
+        except ValueError:
+            raise ValueError("it returned a malformed SCRAM-SHA-256 secret") from None

@@ -1,0 +1,384 @@
+"""The way to the server: which host, and by which kind of connection.
+
+The rule: every connection to the server is opened here, and so in the same way, be it a session's
+own, a side backend, a cancel request or a look at what is there. A `Route` is what one connection
+found out, for those that must go the same way. Words and meanings are libpq's (manual, "Parameter
+Key Words"). Two things differ because the login is the client's own: which host has the
+target_session_attrs is looked up as ``auth_user`` and remembered for `STATE_LIFETIME`; and what
+``sslmode`` says about a second try is up to the session, which alone sees the server refuse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass
+from typing import Final, TypeVar, cast
+
+from protocol.errors import INVALID_AUTHORIZATION_SPECIFICATION, SQLError
+from protocol.startup import CancelRequest, SSLRequest, StartupMessage
+from proxy.auth.credentials import CredentialStore
+from proxy.auth.pace import Pace
+from proxy.backends.backend import Backend, ServerError, open_backend, send_cancel
+from proxy.config import Config, Host
+from proxy.log import logger
+from proxy.net import tls
+from proxy.net.descriptors import OutOfDescriptorsError, is_shortage, report
+
+P = TypeVar("P", bound=asyncio.BaseProtocol)
+
+STATE_LIFETIME: Final = 5.0
+"""Seconds that it is remembered whether a host is the primary."""
+
+APPLICATION_NAME: Final = b"pg-background-proxy"
+"""Of the proxy's own connections, in pg_stat_activity."""
+
+_STATE_QUERY: Final = (
+    b"SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('transaction_read_only')"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How a server was reached: the host, and whether by TLS."""
+
+    host: Host
+    encrypted: bool = False
+
+    def __str__(self) -> str:
+        return str(self.host)
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """What decides whether a host has the target_session_attrs."""
+
+    in_recovery: bool
+    read_only: bool
+
+    def has(self, attrs: str) -> bool:
+        """Whether a session there would be one of these attributes."""
+        return {
+            "any": True,
+            "read-write": not (self.in_recovery or self.read_only),
+            "read-only": self.in_recovery or self.read_only,
+            "primary": not self.in_recovery,
+            "standby": self.in_recovery,
+        }[attrs]
+
+
+class HandshakeError(ConnectionError):
+    """The server has TLS, and it did not come about."""
+
+
+class Dialer:
+    """Opens connections to the hosts of the upstream.
+
+    Raises:
+        ConfigError: from the constructor, for a certificate or key that cannot be used.
+    """
+
+    def __init__(self, config: Config, credentials: CredentialStore) -> None:
+        self._config = config
+        self._upstream = config.upstream
+        self._credentials = credentials
+        self._context = tls.server_context(config.upstream)
+        self._states: dict[Host, tuple[float, HostState]] = {}
+        self._looking: defaultdict[Host, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._complaints = Pace(burst=10, rate=0.2)
+
+    async def connect(
+        self, factory: Callable[[], P], skip: Collection[Host] = (), route: Route | None = None
+    ) -> tuple[Route, P]:
+        """A connection to the first host that takes it and has the target_session_attrs.
+
+        Args:
+            factory: makes the protocol.
+            skip: hosts not to be tried.
+            route: the way to go, if that is settled already.
+
+        Raises OSError: none does; the message has the reason of each.
+        """
+        if route is not None:
+            return route, await self.connect_by(route, factory)
+        wanted = self._upstream.target_session_attrs
+        failures: dict[str, None] = {}
+        for attrs in ("standby", "any") if wanted == "prefer-standby" else (wanted,):
+            for host in self._upstream.hosts:
+                if host in skip:
+                    continue
+                try:
+                    if attrs != "any" and not (await self._state(host)).has(attrs):
+                        failures[f"{host}: session is not {attrs}"] = None
+                        continue
+                    return await self._connect_host(host, factory)
+                except OutOfDescriptorsError:
+                    raise
+                except (OSError, SQLError) as error:
+                    self._states.pop(host, None)
+                    failures[f"{host}: {_reason(error)}"] = None
+        raise ConnectionError("; ".join(failures))
+
+    async def connect_by(self, route: Route, factory: Callable[[], P]) -> P:
+        """A connection the same way once more. Raises OSError."""
+        async with self._in_time(route.host):
+            if route.encrypted:
+                return (await self._encrypted(route.host, factory, optional=False))[1]
+            return await self._plain(route.host, factory)
+
+    def alternative(self, route: Route) -> Route | None:
+        """What sslmode has left to try when the server refuses a connection before its login.
+
+        pg_hba.conf may have lines for hostssl or hostnossl alone. An alternative has none itself.
+        """
+        first = {"allow": False, "prefer": True}.get(self._upstream.sslmode)
+        if route.host.is_local or route.encrypted is not first:
+            return None
+        return Route(route.host, not route.encrypted)
+
+    def others(self, tried: Collection[Host]) -> bool:
+        """Whether there are hosts besides these."""
+        return any(host not in tried for host in self._upstream.hosts)
+
+    async def cancel(self, route: Route | None, request: CancelRequest) -> None:
+        """Deliver a cancel request the way that its session went; a failure is logged.
+
+        What belongs to no session that we know goes to the first host.
+        """
+
+        async def connect(factory: Callable[[], P]) -> P:
+            if route is None:
+                return (await self._connect_host(self._upstream.hosts[0], factory))[1]
+            return await self.connect_by(route, factory)
+
+        try:
+            async with asyncio.timeout(self._config.connect_timeout or None):
+                await send_cancel(connect, request)
+        except OSError as error:
+            # Anybody can send such a request, as often as he likes.
+            if self._complaints.take(None, asyncio.get_running_loop().time()) is not None:
+                reason = _reason(error) or "no answer in time"
+                logger.warning("could not pass on a cancel request: %s", reason)
+
+    async def check(self) -> Route:
+        """See whether there is a server: ask it for TLS, as a client does first, and hang up.
+
+        Raises OSError.
+        """
+        route, protocol = await self.connect(_Greeting)
+        if route.host.is_local or self._upstream.sslmode in ("disable", "allow"):
+            protocol.greet()  # others have been asked on the way
+            with contextlib.suppress(OSError):
+                async with self._in_time(route.host):
+                    await protocol.answer
+        protocol.transport.close()
+        return route
+
+    async def login_as_auth_user(self, host: Host) -> Backend:
+        """A connection for the proxy's own questions.
+
+        Where it goes and what names mean there is the administrator's to say: no client names the
+        database, and what stands in a startup packet wins over ALTER DATABASE and ALTER ROLE SET.
+
+        Raises OSError, or SQLError if auth_user is not let in.
+        """
+        user = self._config.auth_user.encode()
+        database = self._config.lookup_database.encode()
+        startup = StartupMessage(
+            {
+                b"user": user,
+                b"database": database,
+                b"application_name": APPLICATION_NAME,
+                b"search_path": b"pg_catalog",
+            }
+        )
+        credentials = self._credentials.own_credentials(
+            host.name, host.port, database, user, self._upstream.policy(host)
+        )
+        taken: list[Route] = []
+
+        async def first(factory: Callable[[], P]) -> P:
+            route, protocol = await self._connect_host(host, factory)
+            taken.append(route)
+            return protocol
+
+        async def second(factory: Callable[[], P]) -> P:
+            return await self.connect_by(cast(Route, self.alternative(taken[0])), factory)
+
+        timeout = self._config.connect_timeout
+        try:
+            return await open_backend(first, startup, credentials, timeout)
+        except SQLError as error:
+            refused = error.sqlstate == INVALID_AUTHORIZATION_SPECIFICATION
+            if not (refused and taken and self.alternative(taken[0])):
+                raise
+            return await open_backend(second, startup, credentials, timeout)
+
+    # Which host is what
+
+    async def _state(self, host: Host) -> HostState:
+        """Raises OSError or SQLError."""
+        async with self._looking[host]:
+            now = asyncio.get_running_loop().time()
+            until, state = self._states.get(host, (0.0, None))
+            if state is None or until <= now:
+                state = await self._look(host)
+                self._states[host] = (now + STATE_LIFETIME, state)
+            return state
+
+    async def _look(self, host: Host) -> HostState:
+        backend = await self.login_as_auth_user(host)
+        try:
+            async with self._in_time(host):
+                in_recovery, read_only = await backend.query(_STATE_QUERY)
+        except (ServerError, ValueError) as error:
+            # The latter, ProtocolViolation among them, is about an answer that is none.
+            raise ConnectionError(str(error)) from None
+        finally:
+            backend.terminate()
+        return HostState(in_recovery == b"t", read_only == b"on")
+
+    # One host
+
+    async def _connect_host(self, host: Host, factory: Callable[[], P]) -> tuple[Route, P]:
+        """By TLS or without, as the sslmode prefers."""
+        async with self._in_time(host):
+            mode = "disable" if host.is_local else self._upstream.sslmode
+            if mode not in ("disable", "allow"):
+                try:
+                    return await self._encrypted(host, factory, optional=mode == "prefer")
+                except HandshakeError:
+                    if mode != "prefer":
+                        raise
+            return Route(host), await self._plain(host, factory)
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self, host: Host) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._config.connect_timeout or None):
+                yield
+        except TimeoutError:
+            raise TimeoutError(f"connection to {host} timed out") from None
+        except OSError as error:
+            if not is_shortage(error):
+                raise
+            report("connect to the server")
+            raise OutOfDescriptorsError from None
+
+    async def _plain(self, host: Host, factory: Callable[[], P]) -> P:
+        loop = asyncio.get_running_loop()
+        if host.is_local:
+            path = f"{host.name}/.s.PGSQL.{host.port}"
+            return (await loop.create_unix_connection(factory, path))[1]
+        transport, protocol = await loop.create_connection(factory, *_address(host))
+        self._upstream.keepalive.apply(transport.get_extra_info("socket"))
+        return protocol
+
+    async def _encrypted(
+        self, host: Host, factory: Callable[[], P], *, optional: bool
+    ) -> tuple[Route, P]:
+        """By TLS; if that is `optional`, without it on a server that has none."""
+        if self._upstream.sslnegotiation == "direct":
+            return Route(host, encrypted=True), await self._direct(host, factory)
+        greeting = await self._plain(host, _Greeting)
+        transport = greeting.transport
+        try:
+            greeting.greet()
+            encrypted = await greeting.answer
+            if not (encrypted or optional):
+                raise ConnectionError("server does not support SSL, but SSL was required")
+            protocol = factory()
+            if encrypted:
+                transport = await self._handshake(transport, protocol, host)
+            else:
+                transport.set_protocol(protocol)
+        except BaseException:
+            transport.abort()
+            raise
+        protocol.connection_made(transport)
+        if not encrypted:
+            transport.resume_reading()
+        return Route(host, encrypted), protocol
+
+    async def _handshake(
+        self, transport: asyncio.Transport, protocol: asyncio.BaseProtocol, host: Host
+    ) -> asyncio.Transport:
+        assert self._context is not None
+        try:
+            encrypted = await asyncio.get_running_loop().start_tls(
+                transport,
+                protocol,
+                self._context,
+                server_hostname=host.name,
+                ssl_shutdown_timeout=tls.SHUTDOWN_TIMEOUT,
+            )
+        except OSError as error:
+            raise HandshakeError(tls.explain(error)) from None
+        if encrypted is None:
+            raise HandshakeError("the server closed the connection")
+        return encrypted
+
+    async def _direct(self, host: Host, factory: Callable[[], P]) -> P:
+        try:
+            transport, protocol = await asyncio.get_running_loop().create_connection(
+                factory,
+                *_address(host),
+                ssl=self._context,
+                server_hostname=host.name,
+                ssl_shutdown_timeout=tls.SHUTDOWN_TIMEOUT,
+            )
+        except ssl.SSLError as error:
+            raise HandshakeError(tls.explain(error)) from None
+        self._upstream.keepalive.apply(transport.get_extra_info("socket"))
+        if not tls.speaks_postgresql(transport):
+            transport.abort()
+            raise HandshakeError(
+                "direct SSL connection was established without ALPN protocol negotiation extension"
+            )
+        return protocol
+
+
+class _Greeting(asyncio.Protocol):
+    """Asks a server for TLS. `answer`: whether it has it."""
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def greet(self) -> None:
+        self.transport.write(SSLRequest().serialize())
+
+    def data_received(self, data: bytes) -> None:
+        # What comes behind the answer belongs to whoever takes over; nothing may before it does.
+        self.transport.pause_reading()
+        if self.answer.done():
+            return
+        if data in (b"S", b"N"):
+            self.answer.set_result(data == b"S")
+        elif data[:1] == b"S":
+            self._fail("received unencrypted data after SSL response")
+        else:
+            self._fail("received invalid response to SSL negotiation")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(str(exc or "the server closed the connection"))
+
+    def _fail(self, reason: str) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(ConnectionError(reason))
+            self.answer.exception()  # it is no news if nobody waits
+
+
+def _address(host: Host) -> tuple[str, int]:
+    return host.hostaddr or host.name, host.port
+
+
+def _reason(error: OSError | SQLError) -> str:
+    if isinstance(error, SQLError):
+        return error.detail or error.message
+    return tls.explain(error)

@@ -1,0 +1,145 @@
+"""What a call waits for in the proxy, and what ends the wait.
+
+The rule: whatever would end such a wait in the server ends it here: a cancel request, the
+session's statement_timeout, the loss of the server, the client's leaving. The call then fails
+with the error that the server would have given, at the next point where it can: never in the middle
+of a row that the client has got a part of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from protocol.errors import QUERY_CANCELED, SQLError
+from proxy.jobs.registry import KnownJob
+
+T = TypeVar("T")
+
+
+class Waits:
+    """The waits of one batch; there is at most one at a time.
+
+    Attributes:
+        is_calling: whether a call is being made, which cancel() would end.
+        is_waiting: whether the server has done its part of it, so that nothing else would.
+        in_row: the client has got a part of a row: all else would be taken for the rest of it.
+        client_ended: the client will send no more.
+    """
+
+    def __init__(self) -> None:
+        self.is_calling = False
+        self.is_waiting = False
+        self.in_row = False
+        self.client_ended = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._waits_for_jobs = False
+        # A word that came between two waits.
+        self._interrupt: SQLError | None = None
+        # Ends the call that is being made, if it takes its statement_timeout.
+        self._limited = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    @contextlib.contextmanager
+    def calling(self, *, limited: bool) -> Iterator[None]:
+        """A call is being made: a cancel request ends it, and statement_timeout if `limited`."""
+        self.is_calling = True
+        self._limited = limited
+        try:
+            yield
+        finally:
+            self.is_calling = self.is_waiting = False
+            self._interrupt = None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    def start_timer(self, timeout_ms: int) -> None:
+        """The session's statement_timeout is known now; 0 is none."""
+        if self._limited and timeout_ms and self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(timeout_ms / 1000, self._time_out)
+
+    def check(self) -> None:
+        """Raises the SQLError with which the call was ended meanwhile."""
+        if self._interrupt is not None and not self.in_row:
+            raise self._interrupt
+
+    # What is waited for
+
+    async def for_jobs(self, jobs: Sequence[KnownJob], until: float | None = None) -> None:
+        """Wait until something happens to one of the jobs, or until that time of the loop."""
+        if self.client_ended:
+            raise _client_gone()
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
+        timer = None if until is None else loop.call_at(until, _resolve, waiter)
+        for job in jobs:
+            job.add_waiter(waiter)
+        self._waits_for_jobs = True
+        try:
+            await self._wait(waiter)
+        finally:
+            self._waits_for_jobs = False
+            for job in jobs:
+                job.remove_waiter(waiter)
+            if timer is not None:
+                timer.cancel()
+
+    async def for_future(self, future: asyncio.Future[T]) -> T:
+        """Wait for its result."""
+        waiter = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda _: _resolve(waiter))
+        await self._wait(waiter)
+        return future.result()
+
+    async def _wait(self, waiter: asyncio.Future[None]) -> None:
+        self.check()
+        self._waiter = waiter
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+
+    # What ends it
+
+    def cancel(self) -> None:
+        """The client has asked for it."""
+        self._end(SQLError(QUERY_CANCELED, "canceling statement due to user request"))
+
+    def _time_out(self) -> None:
+        self._end(SQLError(QUERY_CANCELED, "canceling statement due to statement timeout"))
+
+    def _end(self, error: SQLError) -> None:
+        self._interrupt = error
+        if not self.in_row:
+            self.fail(error)
+
+    def end_client(self, *, reads: bool) -> None:
+        """The client will send no more: no job is waited for, since most probably nobody is
+        there to read the result. `reads`: whether it reads what is sent."""
+        self.client_ended = True
+        if reads and self._waits_for_jobs:
+            self.fail(_client_gone())
+
+    def client_hung_up(self) -> None:
+        """The client has left behind messages that were not read yet, which may still be served;
+        but no job is waited for."""
+        if self._waits_for_jobs:
+            self.fail(_client_gone())
+
+    def fail(self, error: Exception) -> None:
+        """The wait, if there is one, ends with this error."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(error)
+
+
+def _client_gone() -> ConnectionError:
+    return ConnectionError("the client has closed the connection")
+
+
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

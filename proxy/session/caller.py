@@ -1,0 +1,281 @@
+"""The session as the functions see it: who calls, from which session, and what they may ask for.
+
+The rule: a call is made with the context that was read in its own transaction (`context`), and
+whatever it asks of the primary backend goes there within the client's batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import secrets
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from protocol.errors import (
+    FEATURE_NOT_SUPPORTED,
+    INVALID_TEXT_REPRESENTATION,
+    PROGRAM_LIMIT_EXCEEDED,
+    ProtocolViolation,
+    SQLError,
+)
+from protocol.messages import DataRow
+from protocol.values import parse_array
+from protocol.values.records import parse_record
+from proxy.api.calls import check_privilege
+from proxy.api.functions import BOOL, HANDLES, TEXT, Needs, Type
+from proxy.backends.identity import SYSTEM_ID_QUERY
+from proxy.config.gucs import MAX_WORKERS, parse_time_ms
+from proxy.extension import installed
+from proxy.extension.privileges import drop_role_block, privileges_block
+from proxy.jobs.context import Context, activity_query, context_query, parse_context
+from proxy.jobs.interrupts import Waits
+from proxy.jobs.registry import Handle, KnownJob
+from proxy.session.dialogue import PrimaryDialogue
+from proxy.session.prepared import functions_of, is_harmless, misread, needs_of
+from proxy.session.relay import IDLE
+from proxy.sql import encodings
+from proxy.statements.statements import Call, FieldOf, Plan
+
+if TYPE_CHECKING:
+    from proxy.jobs.job import Job, Jobs
+    from proxy.jobs.registry import KnownJob
+    from proxy.session.session import Session
+
+T = TypeVar("T")
+
+_DATA_ROW: Final = ord("D")
+
+_MAX_HANDLES_SIZE: Final = 256 * 1024
+"""Of an array of handles as text; each has some thirty characters."""
+
+
+class SessionCaller:
+    """Makes calls for a session (`calls.Caller`)."""
+
+    def __init__(self, session: Session, primary: PrimaryDialogue, waits: Waits) -> None:
+        self._session = session
+        self._primary = primary
+        self._waits = waits
+        self._context: Context | None = None
+
+    def ask_context(self, plan: Plan, *, first: bool) -> None:
+        """Have the context of the next call sent along; `first`: of what its batch executes.
+
+        The settings, the expensive part, are those read before if nothing can have changed them:
+        between calls that follow each other directly, outside a transaction block.
+        """
+        session, relay = self._session, self._session.relay
+        wanted = Needs.SETTINGS in needs_of(plan)
+        lasting = first and relay.status == IDLE
+        known = relay.untouched and lasting
+        # What was taken for a name may be none, or come from before a change of client_encoding.
+        custom = tuple(
+            name for name in session.custom_settings if encodings.is_valid(name, session.codec)
+        )
+        sql = context_query(
+            functions=functions_of(plan),
+            server_version=session.server_version,
+            roles=session.known_jobs.roles.union(
+                session.peers.roles, (job.role_id for job in self.jobs)
+            ),
+            settings=wanted and not known,
+            custom_settings=custom,
+        )
+
+        async def take(kind: int, body: bytes) -> None:
+            if kind == _DATA_ROW:
+                self._context = parse_context(DataRow.parse(body).values, custom_settings=custom)
+                relay.unreported[b"client_encoding"] = self._context.client_encoding
+                relay.unreported[b"TimeZone"] = self._context.time_zone
+                if wanted and known:
+                    self._context = replace(self._context, settings=session.settings)
+                elif wanted and lasting and is_harmless(plan):
+                    session.settings = self._context.settings
+                    relay.untouched = True
+                timeout = self._context.statement_timeout.decode()
+                self._waits.start_timer(parse_time_ms(timeout))
+
+        self._primary.ask(sql, take)
+        if session.system_id is None:
+            self._primary.ask(SYSTEM_ID_QUERY, self._take_system_id)
+
+    async def _take_system_id(self, kind: int, body: bytes) -> None:
+        if kind == _DATA_ROW:
+            [self._session.system_id] = DataRow.parse(body).values
+
+    async def evaluate(
+        self,
+        call: Call,
+        leaves: Sequence[bytes | None],
+        others: Mapping[int, Any] = MappingProxyType({}),
+    ) -> Any:
+        """Make a call, the calls in its arguments first.
+
+        Args:
+            call: what is called.
+            leaves: the arguments that the server has evaluated.
+            others: what the calls in other columns of the row have returned.
+
+        Raises SQLError.
+        """
+        function = call.function
+        self._check(call)
+        arguments: dict[str, Any] = {}
+        for argument in call.arguments:
+            if isinstance(argument.value, Call):
+                value = await self.evaluate(argument.value, leaves)
+            elif isinstance(argument.value, FieldOf):
+                row = others[argument.value.column]
+                value = None if row is None else row[argument.value.field]
+            else:
+                value = decode_argument(argument.parameter.type, leaves[argument.value])
+            if value is None and function.strict:
+                return None
+            arguments[argument.parameter.name] = value
+        return await function.run(self, **arguments)
+
+    def _check(self, call: Call) -> None:
+        """Raises SQLError if the call is not to be made, as the server would for its own."""
+        function, extension = call.function, self.context.extension
+        if function.api and function.api != self._session.learn_api(extension):
+            raise SQLError(FEATURE_NOT_SUPPORTED, "cached plan must not change result type")
+        if extension is not None:
+            extension.check(function, call.schema)
+        elif Needs.PRIMARY not in function.needs:
+            # The privileges that the others change or show are the server's to check.
+            check_privilege(self, function.name)
+
+    async def ask_api(self, *, apart: bool) -> None:
+        """Have the session know which version of the API this database has; `apart`: before the
+        batch begins."""
+
+        async def take(kind: int, body: bytes) -> None:
+            if kind == _DATA_ROW:
+                version, real = DataRow.parse(body).values
+                self._session.learn_version(version, has_real=real == b"t")
+
+        if apart:
+            await self._primary.ask_apart(installed.VERSION_QUERY, take)
+        else:
+            self._primary.ask(installed.VERSION_QUERY, take)
+            await self._primary.settle()
+
+    def arguments(self, call: Call, text: bytes | None) -> list[bytes | None]:
+        """The values that a stand-in has for the arguments of a call. Raises SQLError XX000."""
+        try:
+            found = encodings.parse_array(text or b"{}", self.context.client_encoding)
+        except ProtocolViolation:
+            raise misread() from None
+        if len(found) != sum(1 for _ in call.leaves()):
+            raise misread()
+        return found
+
+    # What the functions ask for
+
+    @property
+    def jobs(self) -> Jobs:
+        return self._session.jobs
+
+    @property
+    def context(self) -> Context:
+        assert self._context is not None
+        return self._context
+
+    @property
+    def cluster(self) -> bytes:
+        return self._session.cluster
+
+    @property
+    def max_workers(self) -> int:
+        return self._session.setting(MAX_WORKERS, self.context)
+
+    @property
+    def codec(self) -> str:
+        return self._session.codec
+
+    async def known_jobs(self) -> Sequence[KnownJob]:
+        return await self._for(self._session.jobs_of(self.context.roles))
+
+    async def find(self, handles: Sequence[Handle]) -> list[KnownJob | None]:
+        return await self._for(self._session.find(handles))
+
+    async def launch(
+        self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
+    ) -> Job:
+        return await self._for(
+            self._session.launch(sql, queue_size, self.context, label=label, keeps_rows=keep_rows)
+        )
+
+    async def _for(self, work: Coroutine[Any, Any, T]) -> T:
+        """Its result; if the wait for it is ended, so is the work."""
+        working = asyncio.ensure_future(work)
+        try:
+            return await self._waits.for_future(working)
+        finally:
+            working.cancel()
+
+    async def cancel_job(self, job: KnownJob) -> None:
+        if not job.finished:
+            await self._waits.for_future(self._session.cancel_job(job))
+
+    def limit(self, job: Job, timeout_ms: int) -> None:
+        self._session.limit(job, timeout_ms)
+
+    async def wait(self, jobs: Sequence[KnownJob], until: float | None = None) -> None:
+        await self._waits.for_jobs(jobs, until)
+
+    async def activity(self, jobs: Sequence[Job]) -> dict[int, tuple[bytes | None, ...]]:
+        rows: dict[int, tuple[bytes | None, ...]] = {}
+
+        async def take(kind: int, body: bytes) -> None:
+            if kind == _DATA_ROW:
+                pid, *values = DataRow.parse(body).values
+                rows[int(pid or 0)] = tuple(values)
+
+        self._primary.ask(
+            activity_query([job.pid for job in jobs], self._session.server_version), take
+        )
+        await self._primary.settle()
+        return rows
+
+    async def drop_executor_role(self) -> bool:
+        return await self._privileges_block(drop_role_block)
+
+    async def change_privileges(self, verb: str, role: bytes, *, print_commands: bool) -> bool:
+        return await self._privileges_block(
+            functools.partial(privileges_block, verb, role, print_commands=print_commands)
+        )
+
+    async def _privileges_block(self, block: Callable[[str], bytes]) -> bool:
+        """Run a block that raises a marker, made up here, when all went well."""
+        marker = secrets.token_hex(16)
+        return await self._primary.ask_marked(block(marker), marker)
+
+
+def decode_argument(type: Type, text: bytes | None) -> Any:
+    """An argument as its function gets it. Raises SQLError 22P02."""
+    if text is None or type == TEXT:
+        return text
+    if type == BOOL:
+        return text[:1] == b"t"
+    if type != HANDLES:
+        return int(text)
+    if len(text) > _MAX_HANDLES_SIZE:
+        raise SQLError(
+            PROGRAM_LIMIT_EXCEEDED,
+            "too many handles in one call",
+            detail=f"The array has more than {_MAX_HANDLES_SIZE // 1024} kB.",
+            hint="Call the function for some thousands of them at a time.",
+        )
+    try:
+        handles = [parse_record(element or b"") for element in parse_array(text)]
+        return [(int(pid or b""), int(cookie or b"")) for pid, cookie in handles]
+    except (ValueError, ProtocolViolation):
+        raise SQLError(
+            INVALID_TEXT_REPRESENTATION,
+            f"invalid input syntax for type {type.name}",
+            detail="Each handle is a pair of pid and cookie.",
+        ) from None

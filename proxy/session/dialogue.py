@@ -1,0 +1,354 @@
+"""The primary backend, while a batch is served message by message.
+
+The rule: what is sent to it is queued with what is to be done with the answer, and goes out
+together, so a batch costs as few round trips as its calls allow. Its errors are passed on in the
+words of the client's own text; ours are raised in it too, so its transaction fails as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from protocol.errors import SQLError
+from protocol.framing import frame
+from protocol.messages import (
+    Bind,
+    Close,
+    DataRow,
+    ErrorResponse,
+    Execute,
+    Flush,
+    NoticeResponse,
+    Parse,
+    Sync,
+)
+from proxy.jobs.interrupts import Waits
+from proxy.net.inbox import Inbox
+from proxy.session.relay import ERROR, PARAMETER_STATUS, READY
+from proxy.sql.text import raise_block
+from proxy.statements.statements import Plan, Substitute, complaint
+
+if TYPE_CHECKING:
+    from proxy.net.connection import Connection
+    from proxy.session.session import Session
+
+OWN_NAME: Final = b"_pg_background_proxy"
+"""Of the statement and the portal with which we ask the primary backend; closed after use."""
+
+SYNC_MESSAGE: Final = Sync().serialize()
+FLUSH: Final = Flush().serialize()
+SYNC_AHEAD: Final = SYNC_MESSAGE + FLUSH
+"""Sync, and a message that does nothing: so the server does not take a session for idle that waits
+for us, and idle_session_timeout does not end it."""
+
+_DATA_ROW: Final = ord("D")
+_NOTICE: Final = ord("N")
+_ASYNCHRONOUS: Final = b"NSA"
+EXECUTED: Final = b"CIs"
+"""The types of message that end the answer to Execute."""
+
+Take = Callable[[int, bytes], Awaitable[None]]
+"""Deals with one message of an answer, given as type and body."""
+
+Undo = Callable[[bool], object]
+
+
+@dataclass(slots=True)
+class _Reply:
+    """What is done with the server's answer to one message.
+
+    `ends`: the types of message that end it. `plan` and `offset`: of the statement that an error
+    is about, and where it begins in the client's text, in characters. `undo`: for an error; it is
+    told whether the server has read the message at all. `is_block`: what the server says is said in
+    a block of ours, which the client knows nothing of.
+    """
+
+    ends: bytes
+    take: Take
+    plan: Plan | Substitute | None = None
+    offset: int = 0
+    undo: Undo | None = None
+    is_block: bool = False
+
+
+class BatchFailedError(Exception):
+    """The server sent an error, which has been passed on; it skips the rest of the batch."""
+
+
+async def drop(kind: int, body: bytes) -> None:
+    """Takes a message that nobody needs."""
+
+
+class PrimaryDialogue:
+    """What is asked of the primary backend, and answered.
+
+    Attributes:
+        inbox: its messages that were not read yet.
+        failed: whether the server skips everything up to the next Sync.
+        synced: whether Sync has been sent, ahead of the client's own.
+        unclosed: statements that an error has kept us from closing.
+    """
+
+    def __init__(
+        self, session: Session, client: Connection, server: Connection, waits: Waits
+    ) -> None:
+        self._session = session
+        self._relay = session.relay
+        self._client = client
+        self._server = server
+        self._waits = waits
+        self.inbox = Inbox(server)
+        self.failed = False
+        self.synced = False
+        self.unclosed: set[bytes] = set()
+        self._out: list[bytes] = []
+        self._replies: deque[_Reply] = deque()
+        # Its next message, if it was waited for while the client's came.
+        self._early: asyncio.Task[tuple[int, bytes]] | None = None
+        # An INFO message that a block of ours has raised.
+        self._marker = b""
+        self._marked = False
+
+    # Asking
+
+    def send(
+        self,
+        message: bytes,
+        ends: bytes,
+        take: Take,
+        *,
+        plan: Plan | Substitute | None = None,
+        offset: int = 0,
+        undo: Undo | None = None,
+        is_block: bool = False,
+    ) -> None:
+        """Queue a message for the server, and what is to be done with the answer.
+
+        Args:
+            message: the whole message.
+            ends: the types of message that end its answer.
+            take: deals with each message of the answer.
+            plan: of the statement that an error is about.
+            offset: where that begins in the client's text, in characters.
+            undo: called if the server fails before it has answered, with whether it has read the
+                message at all.
+            is_block: what is executed is a block of ours, in place of a command.
+        """
+        self._out.append(message)
+        self._replies.append(_Reply(ends, take, plan, offset, undo, is_block))
+
+    def push(self) -> None:
+        """Send what is queued, without asking for the answers yet."""
+        if self._out:
+            self._server.write(b"".join(self._out))
+            self._out.clear()
+
+    def ask(self, sql: bytes, take: Take) -> None:
+        """Queue a query of ours, within the client's batch."""
+        self.send(Parse(OWN_NAME, sql, ()).serialize(), b"1", drop)
+        self.send(Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize(), b"2", drop)
+        self.send(Execute(OWN_NAME, 0).serialize(), EXECUTED, take)
+        self.send(Close(b"P", OWN_NAME).serialize(), b"3", drop)
+        self.send(
+            Close(b"S", OWN_NAME).serialize(),
+            b"3",
+            drop,
+            undo=lambda _: self.unclosed.add(OWN_NAME),
+        )
+
+    async def ask_settings(self, *names: bytes) -> None:
+        """Have the relay know what these settings are now, after all that was executed. SHOW takes
+        no snapshot, so the client may still choose its transaction's isolation."""
+
+        def noting(name: bytes) -> Take:
+            async def take(kind: int, body: bytes) -> None:
+                if kind == _DATA_ROW:
+                    self._relay.unreported[name] = DataRow.parse(body).values[0] or b""
+
+            return take
+
+        for name in names:
+            self.ask(b"SHOW " + name, noting(name))
+        await self.settle()
+
+    async def ask_apart(self, sql: bytes, take: Take) -> None:
+        """Ask before the client's batch begins, as a batch of its own."""
+        self.ask(sql, take)
+        self.synced = True
+        await self.settle(SYNC_MESSAGE)
+        await self._until_ready()
+        self.synced = False
+
+    async def ask_marked(self, sql: bytes, marker: str) -> bool:
+        """Run a block of ours; whether it has raised its marker as INFO (it is not passed on)."""
+        self._marker = marker.encode()
+        self._marked = False
+        try:
+            self.ask(sql, drop)
+            await self.settle()
+        finally:
+            self._marker = b""
+        return self._marked
+
+    @property
+    def owes(self) -> bool:
+        """Whether there are answers that were not read."""
+        return bool(self._replies)
+
+    # Answers
+
+    async def settle(self, end: bytes = FLUSH) -> None:
+        """Send what is queued and deal with the answers, in order.
+
+        Raises BatchFailedError if the server answers with an error, and what takers raise.
+        """
+        if self._replies:
+            # What was pushed is not flushed yet, so `end` is due even if nothing else is.
+            self._server.write(b"".join(self._out) + end)
+            self._out.clear()
+        while self._replies:
+            kind, body = await self.next_message()
+            reply = self._replies[0]
+            if kind == ERROR:
+                self._server_failed(reply, body)
+            if kind in reply.ends:
+                self._replies.popleft()
+            await reply.take(kind, body)
+
+    async def next_message(self) -> tuple[int, bytes]:
+        """The server's next message that belongs to an answer; others are passed on."""
+        if self._early is not None:
+            early, self._early = self._early, None
+            return await early
+        return await self._next_message()
+
+    def listen(self) -> asyncio.Task[tuple[int, bytes]]:
+        """Wait for its next message while something else is waited for too."""
+        self._early = asyncio.ensure_future(self._next_message())
+        # If the client ends first nobody asks for it.
+        self._early.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._early
+
+    async def _next_message(self) -> tuple[int, bytes]:
+        while True:
+            kind, body = await self.inbox.next()
+            if kind not in _ASYNCHRONOUS:
+                return kind, body
+            if kind == PARAMETER_STATUS:
+                self._relay.parameter_status(body)
+            if kind == _NOTICE and self._session.notice(body):
+                pass
+            elif self._marker and kind == _NOTICE and self._is_marker(body):
+                self._marked = True
+            elif kind == _NOTICE and self._replies and self._replies[0].is_block:
+                notice = NoticeResponse.parse(body)
+                self._client.write(NoticeResponse(_without_context(notice.fields)).serialize())
+            else:
+                self._client.write(frame(kind, body))
+
+    def _is_marker(self, notice: bytes) -> bool:
+        return NoticeResponse.parse(notice).message == self._marker
+
+    def _server_failed(self, reply: _Reply, body: bytes) -> None:
+        """Pass an error on, in the words and with the position of the client's own text."""
+        error = ErrorResponse.parse(body)
+        if reply.is_block:
+            error = ErrorResponse(_without_context(error.fields))
+        position = int(error.fields.get("P", b"0"))
+        codec = self._session.codec
+        if reply.plan is not None:
+            words = complaint(reply.plan, error.message, position or None, codec)
+            if words is not None:
+                error = error.with_fields(M=words)
+            if position:
+                position = reply.plan.rewrite.original_position(position, codec)
+        elif (replaced := self._session.complaint(body)) is not None:
+            error = ErrorResponse.parse(replaced[5:])
+        if position:
+            error = error.with_fields(P=b"%d" % (position + reply.offset))
+        self._client.write(error.serialize())
+        self.failed = True
+        self._forget_replies()
+        raise BatchFailedError
+
+    def _forget_replies(self) -> None:
+        """The server has failed with the first message that is not answered, and skips the rest."""
+        while self._replies:
+            reply = self._replies.pop()
+            if reply.undo is not None:
+                reply.undo(not self._replies)
+
+    async def fail(self, error: SQLError) -> None:
+        """An error of ours: the server's transaction must fail too, then the client is told.
+
+        Raises ConnectionError if the client cannot be told, because the rest of a row is lost.
+        """
+        if self._waits.in_row:
+            raise ConnectionError(f"in the middle of a row: {error}")
+        while self._replies:
+            kind, _ = await self.next_message()
+            if kind == ERROR:
+                self._forget_replies()
+                self.failed = True
+            elif kind in self._replies[0].ends:
+                self._replies.popleft()
+        if not self.synced and not self.failed:
+            self.unclosed.add(OWN_NAME)
+            self._server.write(
+                Parse(OWN_NAME, raise_block(error), ()).serialize()
+                + Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize()
+                + Execute(OWN_NAME, 0).serialize()
+                + FLUSH
+            )
+            while (await self.next_message())[0] != ERROR:
+                pass
+        self.failed = True
+        self._client.write(error.response(self._session.codec).serialize())
+
+    async def ready(self) -> None:
+        """End the batch: Sync, unless it was sent ahead, and ReadyForQuery."""
+        if not self.synced:
+            self._server.write(SYNC_MESSAGE)
+        body = await self._until_ready()
+        if self.unclosed:
+            closes = [Close(b"S", name).serialize() for name in self.unclosed]
+            self._server.write(b"".join(closes) + SYNC_MESSAGE)
+            await self._until_ready()
+        self._relay.ready(body[0])
+        self._client.write(frame(READY, body))
+
+    async def _until_ready(self) -> bytes:
+        while True:
+            kind, body = await self.next_message()
+            if kind == READY:
+                return body
+            # The answer to Close is of our own; an error is of the COMMIT at Sync.
+            if kind == ERROR:
+                self._client.write(frame(kind, body))
+
+    # To the client
+
+    async def pass_on(self, kind: int, body: bytes) -> None:
+        """Takes a message that the client gets as it is."""
+        self._client.write(frame(kind, body))
+        await self._drained()
+
+    async def write(self, data: bytes, *, cut: bool = False) -> None:
+        """Send to the client, and wait while it is slow. `cut`: the last message goes on."""
+        self._waits.check()
+        self._client.write(data)
+        self._waits.in_row = cut
+        await self._drained()
+
+    async def _drained(self) -> None:
+        if self._client.full is not None:
+            await self._waits.for_future(self._client.full)
+
+
+def _without_context(fields: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The fields of a message less those that tell where in a block it was said."""
+    return {code: value for code, value in fields.items() if code not in "Wpq"}

@@ -1,0 +1,621 @@
+"""Passing bytes between a client and its primary backend, and noticing calls as they go by.
+
+The rule: what holds no call goes out as the bytes that came in, at once. Of each message the relay
+reads the type and the length. Three things make it look closer: a Query or Parse that mentions
+pg_background or a catalog that shows it, a message about a statement or portal that holds a call,
+and a server's error, which may be the complaint that such a function does not exist. A message that
+may have to be changed is held until it is whole; all others are passed on in the pieces that they
+come in.
+
+It also keeps account of what the server has not answered yet (`Asked`). So a call in the middle of
+a pipeline can wait until everything before it is answered (`settle`).
+
+Most of the traffic of most clients is one batch, then its whole answer, with nothing of interest in
+either. For these two chunks there is a short way, which reads the same headers and skips the
+bookkeeping; all else goes the long ways, `_follow_client` and `_follow_server`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from struct import Struct
+from typing import TYPE_CHECKING, Final, Protocol
+
+from protocol.framing import HEADER_SIZE, skip_run, unpack_length
+from protocol.messages import Flush, Sync
+from proxy.net.connection import Connection
+from proxy.session.asked import (
+    BIND,
+    CLOSE,
+    COPY_DONE,
+    COPY_FAIL,
+    DESCRIBE,
+    EXECUTE,
+    EXTENDED,
+    FUNCTION_CALL,
+    PARSE,
+    QUERY,
+    SYNC,
+    Asked,
+)
+from proxy.sql import encodings
+from proxy.sql.lexer import MAX_TEXT
+
+if TYPE_CHECKING:
+    from proxy.session.prepared import Portal, PreparedCall
+
+# Further message types of the frontend.
+COPY_DATA: Final = ord("d")
+FLUSH: Final = Flush.type
+TERMINATE: Final = ord("X")
+
+# Message types of the backend.
+ERROR: Final = ord("E")
+READY: Final = ord("Z")
+COPY_IN: Final = ord("G")
+PARAMETER_STATUS: Final = ord("S")
+BACKEND_KEY_DATA: Final = ord("K")
+NOTICE: Final = ord("N")
+
+IDLE: Final = ord("I")
+"""ReadyForQuery: not in a transaction block."""
+FAILED: Final = ord("E")
+"""ReadyForQuery: in a failed transaction block."""
+
+_LONGEST: Final = 1 << 30
+"""No message of the frontend is longer; the server closes the connection at once."""
+
+NAMES_SIZE: Final = 4096
+"""How much of a message is held to see which statement or portal it is about; all of it if its
+names are longer."""
+
+TURN: Final = 64 * 1024
+TEXT_COST: Final = 2048
+"""So many bytes of SQL are read for calls in one turn of the event loop, and each text counts for
+so many more."""
+
+_NOTICE_SIZE: Final = 512
+"""In how much of a notice the watchword would be."""
+
+_LONGEST_NOTICE: Final = 1024 * 1024 + _NOTICE_SIZE
+"""Of those that are for us, but for calls: they carry SQL."""
+
+_CALL: Final = re.compile(rb" [0-9a-z]{32} call ")
+
+# What the relay does about a message of the backend.
+_NOTHING, _COUNT, _HANDLE, _SKIP = range(4)
+_ANSWERS: Final = b"123TnCIs"
+"""The types that end the answer to a Parse, Bind, Close, Describe or Execute."""
+_HANDLED: Final = bytes([ERROR, READY, COPY_IN, PARAMETER_STATUS, BACKEND_KEY_DATA, NOTICE])
+_SKIPPED: Final = b"Dd"
+"""The types that come in thousands."""
+_ACTION: Final = {
+    **dict.fromkeys(_SKIPPED, _SKIP),
+    **dict.fromkeys(_ANSWERS, _COUNT),
+    **dict.fromkeys(_HANDLED, _HANDLE),
+}
+_ACTIONS: Final = bytes(_ACTION.get(kind, _NOTHING) for kind in range(256))
+
+# The short ways: which types they pass over.
+_SHORT: Final = 4096
+"""The longest batch that takes the short way, in bytes, since it is kept until it is answered."""
+_WITH_TEXT: Final = frozenset((QUERY, PARSE))
+# How CREATE, ALTER and DROP DATABASE may begin. Most statements do not, and are not searched.
+_COMMANDS: Final = b"cad \t\n\r\f\v-/"
+_IN_BATCH: Final = bytes(kind in (BIND, DESCRIBE, EXECUTE, CLOSE) for kind in range(256))
+_IN_ANSWER: Final = bytes(kind in b"123TtDnCIs" for kind in range(256))
+# Unsigned, unlike `unpack_length`: here an impossible length must lead on, to where nothing fits.
+_unpack: Final = Struct("!I").unpack_from
+_SYNC: Final = Sync().serialize()
+_READY: Final = b"Z\0\0\0\5"
+_READY_SIZE: Final = len(_READY) + 1
+
+
+class Hooks(Protocol):
+    """What the relay tells its session.
+
+    Attributes:
+        watchword: what a NoticeResponse has near its beginning if it is for us.
+    """
+
+    watchword: bytes
+
+    def backend_key(self, body: bytes) -> None:
+        """The server's BackendKeyData."""
+
+    def has_call(self, kind: int, body: bytes) -> bool:
+        """Tell whether this Query or Parse, which mentions what may be ours, holds a call to serve
+        or is to be changed."""
+
+    def unread(self) -> None:
+        """A Query or Parse goes to the server that is too long to be looked at."""
+
+    def settings_mentioned(self, sql: bytes) -> None:
+        """A Query or Parse that has "set" in it, in lower case."""
+
+    def database_mentioned(self, sql: bytes) -> None:
+        """A Query or Parse that has "database" in it, in lower case."""
+
+    def setting_bound(self, body: bytes) -> None:
+        """The beginning of a Bind whose statement calls set_config."""
+
+    def notice(self, body: bytes) -> bool:
+        """A NoticeResponse that mentions the watchword; true if the client is not to get it."""
+
+    def statement_ended(self) -> None:
+        """The server has sent an error, or ReadyForQuery."""
+
+    def complaint(self, error: bytes) -> bytes | None:
+        """The message that replaces this ErrorResponse (given its body), if it is about us."""
+
+    def take_over(self, data: bytes) -> None:
+        """A call: the bytes from its message on are the session's, and so are both connections."""
+
+
+class Relay:
+    """Both directions of one session.
+
+    Attributes:
+        statements, portals: those that hold calls, by name (`key`).
+        setters: names of statements that may call set_config.
+        parameters: of ParameterStatus, those in WATCHED.
+        unreported: what the server has said of these when it was asked within a batch. From 14 on
+            it reports changes at the end of the batch only, and what was undone by then not at all.
+        status: of the last ReadyForQuery.
+        batch: types of the extended-query messages that the client sent since its last Sync.
+        asked: what the server has not answered yet.
+        is_behind: what the client has sent goes on when others had their turn.
+        untouched: nothing was passed on to the server since an interception has set this.
+    """
+
+    WATCHED: Final = (
+        b"application_name",
+        b"client_encoding",
+        b"server_encoding",
+        b"server_version",
+        b"standard_conforming_strings",
+        b"TimeZone",
+    )
+
+    def __init__(self, client: Connection, server: Connection, hooks: Hooks) -> None:
+        self._client = client
+        self._server = server
+        self._hooks = hooks
+        self.statements: dict[bytes, PreparedCall] = {}
+        self.portals: dict[bytes, Portal] = {}
+        self.setters: set[bytes] = set()
+        self.parameters: dict[bytes, bytes] = {}
+        self.unreported: dict[bytes, bytes] = {}
+        self.status = IDLE
+        self.batch = bytearray()
+        self.asked = Asked()
+        self.is_behind = False
+        self.untouched = False
+        self._settling: asyncio.Future[None] | None = None
+        # Nothing is unanswered or partly here, and no later message can be about a call unless it
+        # says so: the next batch may take the short way.
+        self._at_rest = False
+        # The batch that took it, until it is answered.
+        self._sent = b""
+        # The client's stream: bytes to pass on before the next message begins; or a message that
+        # is held, until that many bytes of it are here.
+        self._client_skip = 0
+        self._held: bytearray | None = None
+        self._held_size = 0
+        # It is no stream of messages: what it is the server tells.
+        self._client_astray = False
+        # The server's stream: the same.
+        self._server_skip = 0
+        self._tail = bytearray()
+        self._tail_size = 0
+
+    # From the client
+
+    def from_client(self, data: bytes) -> None:
+        """Pass on what came in, up to a call."""
+        if self._at_rest and _is_plain_batch(data):
+            self._at_rest = False
+            self._sent = data
+            self._server.write(data)
+            return
+        self._follow_client(data)
+
+    def _follow_client(self, data: bytes) -> None:
+        self._at_rest = False
+        self._note_sent()
+        if self._held is not None:
+            self._held += data
+            if len(self._held) < self._held_size:
+                return
+            data = bytes(self._held)
+            self._held = None
+        size = len(data)
+        position = self._client_skip
+        if position >= size:
+            self._client_skip = position - size
+            self._pass_on(data)
+            return
+        self._client_skip = 0
+        read = 0
+        while size - position >= HEADER_SIZE:
+            kind = data[position]
+            end = position + 1 + unpack_length(data, position + 1)[0]
+            if not HEADER_SIZE <= end - position <= _LONGEST:
+                self._client_astray = True
+                self._give_up(self._client, self._server, data)
+                return
+            if kind in (QUERY, PARSE) and end - position > MAX_TEXT:
+                if size - position < NAMES_SIZE:
+                    self._hold(data, position, NAMES_SIZE)
+                    return
+                if kind == PARSE and self._concerns_call(
+                    kind, data[position + HEADER_SIZE : position + NAMES_SIZE]
+                ):
+                    self._hand_over(data, position)
+                    return
+                self._hooks.unread()
+                self._note_text(kind)
+            elif kind in (QUERY, PARSE):
+                if end > size:
+                    self._hold(data, position, end - position)
+                    return
+                text = data[position:end].lower()
+                if may_be_ours(text) and not self.asked.copying:
+                    if read > TURN:
+                        self._yield(data, position)
+                        return
+                    read += end - position + TEXT_COST
+                    if self._hooks.has_call(kind, data[position + HEADER_SIZE : end]):
+                        self._hand_over(data, position)
+                        return
+                if b"database" in text:
+                    self._hooks.database_mentioned(text)
+                if b"set" in text:
+                    self._hooks.settings_mentioned(text)
+                    if kind == PARSE and b"set_config" in text:
+                        name = data[position + HEADER_SIZE : end].split(b"\0", 1)[0]
+                        self.setters.add(self.key(name))
+                if (
+                    kind == PARSE
+                    and self.statements
+                    and self._concerns_call(kind, data[position + HEADER_SIZE :])
+                ):
+                    self._hand_over(data, position)
+                    return
+                self._note_text(kind)
+            elif kind in (SYNC, FUNCTION_CALL):
+                self.asked.add(kind)
+                self.batch.clear()
+            elif kind in EXTENDED:
+                if self.statements or self.portals or self.setters:
+                    known = min(end - position, NAMES_SIZE)
+                    if known < end - position and not _has_names(data, position, known):
+                        known = end - position
+                    if size - position < known:
+                        self._hold(data, position, known)
+                        return
+                    if self._concerns_call(kind, data[position + HEADER_SIZE : position + known]):
+                        self._hand_over(data, position)
+                        return
+                self.batch.append(kind)
+                self.asked.add(kind)
+            elif kind == FLUSH and end - position > HEADER_SIZE and not self.asked.copying:
+                # It should be empty. The server fails as at a Describe, and skips up to a Sync.
+                self.asked.add(DESCRIBE)
+            elif kind in (COPY_DONE, COPY_FAIL):
+                self.asked.add(kind)
+            elif kind == COPY_DATA and end < size:
+                end, _ = skip_run(data, position)
+            position = end
+        if position < size:
+            self._hold(data, position, HEADER_SIZE)
+        else:
+            self._client_skip = position - size
+            self._pass_on(data)
+
+    def _pass_on(self, data: bytes) -> None:
+        self.untouched = False
+        self._server.write(data)
+
+    def _hold(self, data: bytes, position: int, size: int) -> None:
+        if position:
+            self._pass_on(data[:position])
+        self._held = bytearray(memoryview(data)[position:])
+        self._held_size = size
+
+    def _note_text(self, kind: int) -> None:
+        """A Query or Parse is passed on."""
+        if kind == QUERY:
+            self.batch.clear()
+        else:
+            self.batch.append(PARSE)
+        self.asked.add(kind)
+
+    def _yield(self, data: bytes, position: int) -> None:
+        """Pass on what was read, and go on with the rest when others had their turn."""
+        self._hold(data, position, 0)
+        self.is_behind = True
+        self._client.take_a_break()
+        asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self.is_behind = False
+        self._client.end_break()
+        if self._held is not None:
+            self._follow_client(b"")
+
+    def _hand_over(self, data: bytes, position: int) -> None:
+        if position:
+            self._pass_on(data[:position])
+        self._hooks.take_over(data[position:])
+
+    def forget_portal(self, name: bytes) -> None:
+        """A portal is closed, or its name is taken by another."""
+        portal = self.portals.pop(self.key(name), None)
+        if portal is not None:
+            portal.close()
+
+    def key(self, name: bytes) -> bytes:
+        """What the server knows a statement or portal of this name by."""
+        return encodings.name_key(
+            name, self.setting(b"client_encoding"), self.setting(b"server_encoding")
+        )
+
+    def setting(self, name: bytes) -> bytes:
+        """A setting in WATCHED, as far as it is known."""
+        return self.unreported.get(name) or self.parameters.get(name, b"")
+
+    @property
+    def settings_may_differ(self) -> bool:
+        """Whether the server may have settings that it has not reported yet."""
+        return bool(self.asked) or BIND in self.batch or EXECUTE in self.batch
+
+    def _concerns_call(self, kind: int, body: bytes) -> bool:
+        """Tell whether this message is about a statement or portal with a call.
+
+        A Parse is if it would replace one.
+        """
+        if kind == PARSE:
+            return self.key(body.partition(b"\0")[0]) in self.statements
+        if kind == BIND:
+            portal, _, rest = body.partition(b"\0")
+            statement = self.key(rest.partition(b"\0")[0])
+            if statement in self.setters:
+                self._hooks.setting_bound(body)
+            if statement in self.statements:
+                return True
+            if not portal:
+                self.forget_portal(b"")
+            return False
+        if kind == EXECUTE:
+            return self.key(body.partition(b"\0")[0]) in self.portals
+        name = self.key(body[1:].partition(b"\0")[0])
+        if kind == CLOSE and body[:1] == b"S":
+            self.setters.discard(name)
+        return name in (self.statements if body[:1] == b"S" else self.portals)
+
+    # From the server
+
+    def from_server(self, data: bytes) -> None:
+        """Pass on what came in, and count the answers in it."""
+        if self._sent and _is_plain_answer(data):
+            self.status = data[-1]
+            self._sent = b""
+            self._at_rest = True
+            self._hooks.statement_ended()
+            self._client.write(data)
+        else:
+            self._follow_server(data)
+
+    def _note_sent(self) -> None:
+        """What took the short way will be answered on the long one."""
+        if self._sent:
+            position = 0
+            while position < len(self._sent):
+                self.asked.add(self._sent[position])
+                position += unpack_length(self._sent, position + 1)[0] + 1
+            self._sent = b""
+
+    def _follow_server(self, data: bytes) -> None:
+        self._note_sent()
+        if self._tail:
+            self._tail += data
+            if len(self._tail) < self._tail_size:
+                return
+            data = bytes(self._tail)
+            self._tail = bytearray()
+        size = len(data)
+        position = self._server_skip
+        if position >= size:
+            self._server_skip = position - size
+            self._client.write(data)
+            return
+        self._server_skip = 0
+        passed_on = 0
+        needed = HEADER_SIZE
+        while size - position >= HEADER_SIZE:
+            kind = data[position]
+            end = position + 1 + unpack_length(data, position + 1)[0]
+            if end < position + HEADER_SIZE:
+                self._give_up(self._server, self._client, data[passed_on:])
+                return
+            action = _ACTIONS[kind]
+            if action:
+                if action == _SKIP:
+                    if end < size:
+                        end, _ = skip_run(data, position)
+                elif action == _COUNT:
+                    self.asked.answered()
+                elif kind == NOTICE and self._passes(data, position, end):
+                    pass
+                elif end > size:
+                    needed = min(end - position, _NOTICE_SIZE)
+                    if kind != NOTICE or size - position >= needed:
+                        needed = end - position
+                    break
+                else:
+                    replacement = self._handle(kind, data[position + HEADER_SIZE : end])
+                    if replacement is not None:
+                        self._client.write(data[passed_on:position] + replacement)
+                        passed_on = end
+            position = end
+        if position < size:
+            self._tail = bytearray(memoryview(data)[position:])
+            self._tail_size = needed
+        else:
+            self._server_skip = position - size
+        if passed_on or position < size:
+            data = data[passed_on:position]
+        if data:
+            self._client.write(data)
+        if self._settling is not None:
+            if self._is_settled() and not self._settling.done():
+                self._settling.set_result(None)
+        else:
+            self._at_rest = not (
+                self.untouched
+                or self.asked
+                or self.asked.skipping
+                or self._server_skip
+                or self._tail
+                or self._client_skip
+                or self._held is not None
+                or self.batch
+                or self.statements
+                or self.portals
+                or self.setters
+            )
+
+    def _passes(self, data: bytes, position: int, end: int) -> bool:
+        """Whether this notice is not for us, as its beginning tells. All of it is held if it is, or
+        if that cannot be told yet."""
+        known = min(end, position + _NOTICE_SIZE)
+        if len(data) < known:
+            return False
+        head = data[position:known]
+        if end - position > _LONGEST_NOTICE and not _CALL.search(head):
+            return True
+        return self._hooks.watchword not in head
+
+    def _handle(self, kind: int, body: bytes) -> bytes | None:
+        if kind == READY:
+            self.ready(body[0] if body else IDLE)
+        elif kind == NOTICE:
+            return b"" if self._hooks.notice(body) else None
+        elif kind == ERROR:
+            self.asked.failed()
+            self._hooks.statement_ended()
+            return self._hooks.complaint(body)
+        elif kind == COPY_IN:
+            self.asked.copy_in()
+        elif kind == PARAMETER_STATUS:
+            self.parameter_status(body)
+        else:
+            self._hooks.backend_key(body)
+        return None
+
+    def parameter_status(self, body: bytes) -> None:
+        """Note a ParameterStatus."""
+        name, _, value = body.rstrip(b"\0").partition(b"\0")
+        if name in self.WATCHED:
+            self.parameters[name] = value
+            self.unreported.pop(name, None)
+
+    def ready(self, status: int) -> None:
+        """Note a ReadyForQuery."""
+        self.status = status
+        self.unreported.clear()
+        self._hooks.statement_ended()
+        if self.asked.ready() == QUERY:
+            # It has ended the unnamed statement and portal.
+            self.statements.pop(b"", None)
+            self.forget_portal(b"")
+        if status == IDLE:
+            for name in tuple(self.portals):
+                self.forget_portal(name)
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the client has got no part of a message that is still to come."""
+        return not self._server_skip
+
+    @property
+    def between_messages(self) -> bool:
+        """Whether the client has sent no part of a message that is still to come."""
+        return self._held is None and not (self._client_skip or self._client_astray)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the server does what it was given, and does not wait for more."""
+        return self.asked.owes_ready and not self.asked.copying
+
+    # Taking turns with an interception
+
+    async def settle(self) -> None:
+        """Wait until all that was passed on is answered, and the answers are passed on."""
+        if self.batch and not self._is_settled():
+            self._server.write(Flush().serialize())
+        while not self._is_settled():
+            self._settling = asyncio.get_running_loop().create_future()
+            try:
+                await self._settling
+            finally:
+                self._settling = None
+
+    def _is_settled(self) -> bool:
+        # Who copies gets no answer until the client goes on.
+        return self.asked.copying or not (self.asked or self._server_skip or self._tail)
+
+    def _give_up(self, source: Connection, sink: Connection, data: bytes) -> None:
+        """Not our protocol: the other side may judge the rest of the stream."""
+        sink.write(data)
+        source.receive = lambda rest: sink.write(rest)  # which changes when it is gone
+
+
+def mentions(text: bytes) -> bool:
+    """As below, in any case."""
+    return may_be_ours(text.lower())
+
+
+def may_be_ours(text: bytes) -> bool:
+    """Whether a Query or Parse, in lower case, mentions the functions, or a catalog that is to show
+    them."""
+    return b"pg_background" in text or b"pg_extension" in text or b"pg_stat_activity" in text
+
+
+def _has_names(data: bytes, position: int, known: int) -> bool:
+    """Whether so much of a Bind, Describe, Execute or Close holds the names that it begins with."""
+    return len(data) - position < known or data.count(b"\0", position + 5, position + known) > 1
+
+
+def _is_plain_batch(data: bytes) -> bool:
+    """Whether this is one whole batch, a short one, that says nothing of calls or settings."""
+    size = len(data)
+    if not HEADER_SIZE <= size <= _SHORT:
+        return False
+    end = 0
+    kind = data[0]
+    if kind in _WITH_TEXT:
+        text = data.lower()
+        if b"pg_" in text or b"set" in text:  # and more than these: that takes the long way
+            return False
+        start = HEADER_SIZE if kind == QUERY else text.find(0, HEADER_SIZE) + 1
+        if text[start : start + 1] in _COMMANDS and b"database" in text:
+            return False
+        end = _unpack(data, 1)[0] + 1
+        if kind == QUERY:
+            return bool(end == size)
+    last = size - HEADER_SIZE
+    while end <= last and _IN_BATCH[data[end]]:
+        end += _unpack(data, end + 1)[0] + 1
+    return end == last and data.endswith(_SYNC)
+
+
+def _is_plain_answer(data: bytes) -> bool:
+    """Whether this is the whole answer to a batch, of messages that are only passed on."""
+    last = len(data) - _READY_SIZE
+    end = 0
+    while end < last and _IN_ANSWER[data[end]]:
+        end += _unpack(data, end + 1)[0] + 1
+    return end == last and data.startswith(_READY, end)

@@ -1,0 +1,191 @@
+"""From Python values to what goes over the wire.
+
+The rule: a value has a declared type (`functions.Type`), and its text form is the one that
+PostgreSQL prints; the binary form is made from that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from datetime import datetime, tzinfo
+from typing import Any, Final
+
+from protocol.errors import PROTOCOL_VIOLATION, UNDEFINED_COLUMN, SQLError
+from protocol.messages import DataRow, Field
+from protocol.values import to_binary
+from protocol.values.records import record_binary, record_text
+from proxy.api.functions import Column, Type
+from proxy.statements.statements import Output
+
+_AT_ONCE: Final = 500
+"""Rows that are converted before others have their turn."""
+
+
+def text_form(value: Any, type: Type, zone: tzinfo) -> bytes | None:
+    """As PostgreSQL prints it, timestamps in this time zone. Text stays as it is."""
+    if value is None or isinstance(value, bytes):
+        return value
+    if type.columns:
+        pairs = zip(value, type.columns, strict=False)
+        return record_text([text_form(part, column.type, zone) for part, column in pairs])
+    if isinstance(value, bool):
+        return b"t" if value else b"f"
+    if isinstance(value, datetime):
+        return _timestamptz(value.astimezone(zone)).encode()
+    if isinstance(value, float):
+        text = repr(value)
+        return text.removesuffix(".0").encode()
+    return str(value).encode()
+
+
+def _timestamptz(value: datetime) -> str:
+    text = value.replace(tzinfo=None).isoformat(sep=" ")
+    if value.microsecond:
+        text = text.rstrip("0")
+    offset = value.strftime("%z")
+    hours, rest = offset[:3], offset[3:]
+    groups = [rest[i : i + 2] for i in range(0, len(rest), 2)]
+    while groups and groups[-1] == "00":
+        groups.pop()
+    return f"{text}{':'.join([hours, *groups])}"
+
+
+def encode(value: Any, type: Type, zone: tzinfo, *, binary: bool) -> bytes | None:
+    """A value in the format that the client asked for.
+
+    Raises NoBinaryForm for a type that has none here.
+    """
+    if value is None:
+        return None
+    if not binary:
+        return text_form(value, type, zone)
+    if type.columns:
+        pairs = zip(value, type.columns, strict=False)
+        return record_binary(
+            [(c.type.oid, encode(part, c.type, zone, binary=True)) for part, c in pairs]
+        )
+    return to_binary(type.oid, text_form(value, type, zone) or b"")
+
+
+def fields_of(columns: Sequence[Column]) -> tuple[Field, ...]:
+    """Columns in RowDescription, in text format."""
+    return tuple(
+        Field(column.name.encode(), 0, 0, column.type.oid, column.type.size, -1, 0)
+        for column in columns
+    )
+
+
+class Table:
+    """Rows that are here already, on their way to the client.
+
+    It is used as a `fetch.Fetch` is.
+
+    Attributes:
+        fields: of the client's result.
+        finished: whether all of it was handed over.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Sequence[Any]],
+        columns: Sequence[Column],
+        outputs: Sequence[Output],
+        formats: Sequence[int],
+        *,
+        zone: tzinfo,
+        write: Callable[[bytes], Awaitable[None]],
+    ) -> None:
+        """
+        Args:
+            rows: the values; what is beyond `columns` is not looked at.
+            columns: their names and types.
+            outputs: what the client wants of them.
+            formats: the result formats of the client's Bind.
+            zone: the session's time zone.
+            write: sends to the client, and waits while the client is slow.
+        """
+        self._chosen, fields = choose(outputs, fields_of(columns))
+        self.fields = with_formats(fields, formats)
+        self.finished = False
+        self._rows = rows
+        self._columns = columns
+        self._zone = zone
+        self._write = write
+        self._sent = 0
+
+    async def describe(self) -> None:
+        """Nothing is left to be found out."""
+
+    async def send(self, max_rows: int = 0) -> int:
+        """Hand over rows, all or at most `max_rows`; the number of rows sent."""
+        end = self._sent + max_rows if max_rows else len(self._rows)
+        rows = self._rows[self._sent : end]
+        self._sent += len(rows)
+        self.finished = not max_rows or len(rows) < max_rows
+        for start in range(0, len(rows), _AT_ONCE):
+            some = rows[start : start + _AT_ONCE]
+            await self._write(b"".join([self._row(row) for row in some]))
+            await asyncio.sleep(0)
+        return len(rows)
+
+    def _row(self, row: Sequence[Any]) -> bytes:
+        return DataRow(
+            tuple(
+                encode(row[place], self._columns[place].type, self._zone, binary=field.format == 1)
+                for place, field in zip(self._chosen, self.fields, strict=True)
+            )
+        ).serialize()
+
+    def abandon(self) -> None:
+        """Nobody wants the rest."""
+        self.finished = True
+
+
+def choose(
+    outputs: Sequence[Output], source: Sequence[Field]
+) -> tuple[tuple[int, ...], tuple[Field, ...]]:
+    """What the client wants of a table in FROM: the columns' places, and their fields.
+
+    Raises SQLError 42703 for a name that is not there.
+    """
+    chosen: list[int] = []
+    fields: list[Field] = []
+    for output in outputs:
+        for place in _places(output, source):
+            # A label on `*` can only be that of the one column that a lone call has.
+            renames = output.label and (output.column is not None or len(source) == 1)
+            name = output.label if renames and output.label else source[place].name
+            chosen.append(place)
+            fields.append(replace(source[place], name=name, table_oid=0, column_number=0))
+    return tuple(chosen), tuple(fields)
+
+
+def _places(output: Output, source: Sequence[Field]) -> Sequence[int]:
+    if output.column is None:
+        return range(len(source))
+    if isinstance(output.column, int):
+        return [output.column]
+    for place, field in enumerate(source):
+        if field.name == output.column:
+            return [place]
+    name = output.column.decode("utf-8", "replace")
+    raise SQLError(UNDEFINED_COLUMN, f'column "{name}" does not exist')
+
+
+def with_formats(fields: Sequence[Field], formats: Sequence[int]) -> tuple[Field, ...]:
+    """Fields with the result formats of a Bind: none means all text, one is for all.
+
+    Raises SQLError 08P01 if there is another number of them.
+    """
+    if len(formats) <= 1:
+        formats = [formats[0] if formats else 0] * len(fields)
+    if len(formats) != len(fields):
+        raise SQLError(
+            PROTOCOL_VIOLATION,
+            f"bind message has {len(formats)} result formats but query has {len(fields)} columns",
+        )
+    return tuple(
+        replace(field, format=format) for field, format in zip(fields, formats, strict=True)
+    )

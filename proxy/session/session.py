@@ -1,0 +1,842 @@
+"""One client: its connection, its primary backend, its jobs.
+
+The rule: the session decides who handles the two connections. First itself, for the startup
+packets; then the relay; and for the length of a batch that holds a call, an interception. Whatever
+ends one connection ends the other, and lets the jobs run on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import ipaddress
+import re
+import socket
+import ssl
+from collections.abc import Coroutine
+from datetime import UTC, tzinfo
+from typing import TYPE_CHECKING, Final
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from protocol.errors import (
+    ADMIN_SHUTDOWN,
+    CANNOT_CONNECT_NOW,
+    FEATURE_NOT_SUPPORTED,
+    INTERNAL_ERROR,
+    INVALID_AUTHORIZATION_SPECIFICATION,
+    PROTOCOL_VIOLATION,
+    QUERY_CANCELED,
+    ProtocolViolation,
+    SQLError,
+)
+from protocol.messages import BackendKeyData, Terminate
+from protocol.startup import (
+    MAX_STARTUP_PACKET_LENGTH,
+    CancelRequest,
+    GSSENCRequest,
+    SSLRequest,
+    StartupMessage,
+    parse_startup_packet,
+    startup_packet_length,
+)
+from proxy.api.functions import CATALOGS
+from proxy.auth import pace
+from proxy.auth.credentials import LoginObserver
+from proxy.auth.login import Login, RefusedError
+from proxy.backends.upstream import Route
+from proxy.config import Host
+from proxy.extension import catalogs, commands, ddl
+from proxy.extension.bodies import SESSION_SETTING
+from proxy.extension.inside import Inside, Secrets
+from proxy.extension.installed import Installed, api_version
+from proxy.jobs.launcher import Launcher
+from proxy.jobs.owner import Owner
+from proxy.log import logger
+from proxy.net import tls
+from proxy.net.connection import Connection
+from proxy.net.descriptors import OutOfDescriptorsError, no_room
+from proxy.session.asked import PARSE, QUERY
+from proxy.session.interception import TO_LEAVE, Interception
+from proxy.session.relay import IDLE, NAMES_SIZE, Relay, mentions
+from proxy.sql import encodings, lexer
+from proxy.sql.lexer import BudgetError, LexError
+from proxy.statements import statements
+from proxy.statements.reading import READING, Reading, depends_on_settings
+from proxy.statements.unserved import unavailable, unserved
+
+if TYPE_CHECKING:
+    from proxy.server import Server
+
+# How a client says that it wants no replication.
+_FALSE: Final = (b"false", b"off", b"no", b"0", b"f", b"n")
+
+# What sets a custom setting, in lower-case SQL: SET [SESSION | LOCAL] a.b = …
+_CUSTOM_SETTING: Final = re.compile(
+    rb"""set(?<=\bset)\s++(?:session\s++|local\s++)?+"""
+    rb"""("?[a-z_\x80-\xff][\w$\x80-\xff]*+"?\."?[\w$.\x80-\xff]++"?)"""
+)
+# A constant that may be such a name, in SQL that mentions set_config.
+_NAME_CONSTANT: Final = re.compile(rb"'([a-z_\x80-\xff][\w$\x80-\xff]*+(?:\.[\w$\x80-\xff]++)++)'")
+# The same as a parameter of a Bind: its length in bytes, and the name.
+_NAME_PARAMETER: Final = re.compile(
+    rb"(?=\0\0\0([\x03-\x3f])([A-Za-z_\x80-\xff][\w$\x80-\xff]*+(?:\.[\w$\x80-\xff]++)++))"
+)
+_MAX_CUSTOM_SETTINGS: Final = 1000
+_MAX_SETTING_NAME: Final = 256
+"""Bytes; what is longer is not carried over to jobs."""
+_OUR_SETTINGS: Final = b"pg_background_proxy."
+
+_SHORT: Final = 4096
+"""Bytes of an SQL text whose reading is remembered."""
+
+
+# The SQLSTATE of a connection that pg_hba.conf has no line for.
+_NOT_LIKE_THIS: Final = INVALID_AUTHORIZATION_SPECIFICATION
+
+_NEWEST: Final = "3.2"
+"""The newest version of the protocol; a server may know less, and says so itself."""
+
+
+class Session(Owner):
+    """A client and what it has.
+
+    Attributes:
+        route: to its server, once it is connected.
+        jobs: those that it launched and has not fetched or detached.
+        custom_settings: names with a dot that it may have set.
+        settings: what was set in it, as last read; good as long as `relay.untouched` is.
+        watchword: what a message from inside the database begins with.
+        api: the version of the API that its database has, as far as it is known.
+        has_real_extension: whether calls are left to the C extension.
+        interception: what serves a batch with a call, as long as that lasts.
+    """
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server)
+        self.client = Connection(self._startup_data, self._ended, self._lost, self._hung_up)
+        self.primary: Connection | None = None
+        self.custom_settings: dict[bytes, None] = {}
+        self.settings: tuple[tuple[bytes, bytes], ...] = ()
+        self.api: int | None = None
+        self.has_real_extension = False
+        self._changes_extension = False
+        self._api_known_at = -1
+        self.route = Route(server.config.upstream.hosts[0])
+        self._startup: StartupMessage | None = None
+        self._is_cancel_request = False
+        self._is_replication = False
+        self._client_ended = False
+        self._readings = _Readings()
+        self._unread = False
+        self._tls_asked = False
+        self._gss_asked = False
+        self._observer = LoginObserver()
+        self._login: Login | None = None
+        self._leaving: asyncio.TimerHandle | None = None
+        self._login_timer = self._start_timer(server.config.client_login_timeout)
+        self._key: CancelRequest | None = None
+        self._received = bytearray()
+        self._task: asyncio.Task[None] | None = None
+        self.interception: Interception | None = None
+        self._inside = Inside(self, Secrets())
+        self.watchword = self._inside.secrets.token
+        server.sessions.add(self)
+
+    def _start_timer(self, timeout: float) -> asyncio.TimerHandle | None:
+        """One for the whole login."""
+        loop = asyncio.get_running_loop()
+        return loop.call_later(timeout, self._login_expired) if timeout else None
+
+    def _stop_timer(self) -> None:
+        if self._login_timer is not None:
+            self._login_timer.cancel()
+            self._login_timer = None
+
+    # Startup packets
+
+    def _startup_data(self, data: bytes) -> None:
+        self._received += data
+        try:
+            self._startup_packets()
+        except ProtocolViolation as error:
+            self._refuse(SQLError(PROTOCOL_VIOLATION, str(error), severity="FATAL"))
+        except SQLError as error:
+            self._refuse(error)
+
+    def _startup_packets(self) -> None:
+        """Raises ProtocolViolation, or SQLError with the severity FATAL."""
+        while len(self._received) >= 4 and self._task is None:
+            size = 4 + startup_packet_length(bytes(self._received[:4]))
+            if len(self._received) < size:
+                return
+            raw = bytes(self._received[:size])
+            del self._received[:size]
+            packet = parse_startup_packet(raw[4:])
+            if self.client.is_encrypted and not self._tls_asked:
+                self._direct_tls()
+            match packet:
+                case SSLRequest() if not self._tls_asked:
+                    self._tls_asked = True
+                    self._answer_ssl_request()
+                case GSSENCRequest() if not self._gss_asked:
+                    self._gss_asked = True
+                    self.client.write(b"N")
+                case CancelRequest():
+                    self._is_cancel_request = True
+                    self._task = self._spawn(self._cancel(packet))
+                case StartupMessage(version=(3, _)):
+                    self._check_tls()
+                    self.client.pause_reading()
+                    self._task = self._spawn(self._connect(packet, raw))
+                case _:
+                    raise _unsupported(raw)
+
+    def _direct_tls(self) -> None:
+        """TLS from the first byte on: both must have said that it is for PostgreSQL."""
+        self._tls_asked = True
+        if not tls.speaks_postgresql(self.client.transport):
+            raise ProtocolViolation(
+                "received direct SSL connection request without ALPN protocol negotiation extension"
+            )
+
+    def _answer_ssl_request(self) -> None:
+        if self._server.tls is None or self._peer_is_local():
+            self.client.write(b"N")
+        elif self._received:
+            raise SQLError(
+                PROTOCOL_VIOLATION,
+                "received unencrypted data after SSL request",
+                detail="This could be either a client-software bug or evidence of an attempted"
+                " man-in-the-middle attack.",
+                severity="FATAL",
+            )
+        else:
+            self.client.write(b"S")
+            self.client.pause_reading()
+            self._task = self._spawn(self._start_tls(self._server.tls))
+
+    async def _start_tls(self, context: ssl.SSLContext) -> None:
+        try:
+            await self.client.start_tls(context, self._server.config.client_login_timeout)
+        except OSError as error:
+            logger.debug("could not accept SSL connection: %s", tls.explain(error))
+            self._task = None
+            self.close()
+            return
+        self._task = None
+        self.client.resume_reading()
+        self._startup_data(b"")  # what came with the end of the handshake waits here
+
+    def _check_tls(self) -> None:
+        """Raises SQLError if client_tls_sslmode demands TLS, and there is none."""
+        mode = self._server.config.client_tls_sslmode
+        if mode in tls.REQUIRED and not (self.client.is_encrypted or self._peer_is_local()):
+            raise SQLError(
+                INVALID_AUTHORIZATION_SPECIFICATION,
+                "SSL required",
+                detail=f"The proxy takes no unencrypted connections (client_tls_sslmode = {mode}).",
+                severity="FATAL",
+            )
+
+    def _peer_is_local(self) -> bool:
+        """Whether the client came by a Unix socket."""
+        family = self.client.transport.get_extra_info("socket").family
+        return bool(family == socket.AF_UNIX)
+
+    def _may_send_password(self) -> bool:
+        """Whether nobody can listen to what the client sends."""
+        if self.client.is_encrypted or self._peer_is_local():
+            return True
+        peer = self.client.transport.get_extra_info("peername")
+        address = ipaddress.ip_address(peer[0].partition("%")[0])
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+    def _login_expired(self) -> None:
+        """End it; as a server does, with a word only to who has said who it is."""
+        if self._startup is None:
+            self.client.abort()
+            self.close()
+        else:
+            self._refuse(
+                SQLError(
+                    QUERY_CANCELED, "canceling authentication due to timeout", severity="FATAL"
+                )
+            )
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(self._guard(work))
+        task.add_done_callback(lambda _: work.close())  # it may have been cancelled before it began
+        return task
+
+    async def _guard(self, work: Coroutine[object, object, None]) -> None:
+        """Whatever goes wrong in a session ends this session, and is logged."""
+        try:
+            await work
+        except ConnectionError as error:
+            logger.debug("session ended: %s", error)
+            self.close()
+        except ProtocolViolation as error:
+            self._refuse(SQLError(PROTOCOL_VIOLATION, str(error), severity="FATAL"))
+        except SQLError as error:
+            error.severity = "FATAL"
+            self._refuse(error)
+        except Exception:
+            logger.exception("internal error; the session is closed")
+            self._refuse(SQLError(INTERNAL_ERROR, "internal error of the proxy", severity="FATAL"))
+
+    async def _cancel(self, request: CancelRequest) -> None:
+        await self._server.cancel(request)
+        self.client.close()
+
+    async def _connect(self, startup: StartupMessage, raw: bytes) -> None:
+        """Connect, have the client log in, and leave the rest to the relay."""
+        self._startup = startup
+        replication = startup.parameters.get(b"replication", b"false").lower()
+        self._is_replication = replication not in _FALSE
+        if not self._is_replication:
+            with_ours = self._with_own_settings(startup).serialize()
+            if len(with_ours) - 4 <= MAX_STARTUP_PACKET_LENGTH:
+                raw = with_ours
+        from_client, from_server = await self._log_in(startup.parameters, raw)
+        assert self.primary is not None
+        self._stop_timer()
+        self._login = self._task = None
+        self.relay = Relay(self.client, self.primary, self)
+        self.primary.receive = self.relay.from_server
+        self.client.receive = (
+            self._to_replication if self._is_replication else self.relay.from_client
+        )
+        if from_server:
+            self.primary.receive(from_server)
+        if from_client:
+            self.client.receive(from_client)
+        if self._client_ended:
+            self._ended(self.client)
+
+    async def _log_in(self, parameters: dict[bytes, bytes], startup: bytes) -> tuple[bytes, bytes]:
+        """Connect to a server that lets the client in; what the two have sent after that.
+
+        A server that refuses the connection at once may take it another way (`Dialer.alternative`),
+        or be starting up while another host is not.
+
+        Raises ConnectionError, SQLError, ProtocolViolation.
+        """
+        dialer = self._server.dialer
+        tried: set[Host] = set()
+        refusal: RefusedError | None = None
+        route: Route | None = None
+        received, self._received = bytes(self._received), bytearray()
+        while True:
+            try:
+                self.route, self.primary = await dialer.connect(self._to_primary, tried, route)
+            except OSError as error:
+                if refusal is None:
+                    raise _no_connection(error) from None
+                self.client.write(refusal.messages)
+                raise ConnectionError(str(error)) from None
+            self.client.opposite, self.primary.opposite = self.primary, self.client
+            self.primary.write(startup)
+            self._login = self._new_login(self.primary, parameters)
+            self.client.receive(received)
+            if self._client_ended:
+                self._login.client_ended()
+            try:
+                return await self._login.run()
+            except RefusedError as error:
+                refusal = error
+            received = self._login.take_rest()
+            sqlstate = refusal.response.sqlstate
+            route = dialer.alternative(self.route) if sqlstate == _NOT_LIKE_THIS else None
+            tried.add(self.route.host)
+            if route is None and not (sqlstate == CANNOT_CONNECT_NOW and dialer.others(tried)):
+                self.client.write(refusal.messages)
+                raise ConnectionError(str(refusal))
+            refused, self.primary = self.primary, None
+            refused.abort()
+
+    def _to_replication(self, data: bytes) -> None:
+        assert self.primary is not None
+        self.primary.write(data)
+
+    def _to_primary(self) -> Connection:
+        return Connection(self._no_data, self._ended, self._lost)
+
+    def _new_login(self, primary: Connection, parameters: dict[bytes, bytes]) -> Login:
+        user = parameters.get(b"user", b"")
+        database = parameters.get(b"database", user)
+        stranger = pace.who(self.client.transport.get_extra_info("peername"))
+        plain = self._server.config.auth_type == "plain"
+        return Login(
+            self.client,
+            primary,
+            user,
+            self._observer,
+            lambda: self._server.check_of(self.route, database, user, stranger),
+            asks_password=self._may_send_password() if plain else None,
+            policy=self._server.config.upstream.policy(self.route.host),
+        )
+
+    def _with_own_settings(self, startup: StartupMessage) -> StartupMessage:
+        """Give the session our settings, so that SHOW, SET and RESET work; its own words win."""
+        given = startup.parameters
+        options = given.get(b"options", b"")
+        ours = {
+            name.encode(): value.encode()
+            for name, value in self._server.own_settings.items()
+            if name.encode() not in options
+        }
+        session = {SESSION_SETTING.encode(): self._inside.secrets.setting}
+        return StartupMessage({**ours, **given, **session}, startup.version)
+
+    def _no_data(self, data: bytes) -> None:
+        raise ProtocolViolation("the server spoke first")
+
+    def _refuse(self, error: SQLError) -> None:
+        """A last word to the client."""
+        self.client.write(error.response().serialize())
+        self.close()
+
+    # What the relay tells
+
+    def backend_key(self, body: bytes) -> None:
+        try:
+            key = BackendKeyData.parse(body)
+        except ProtocolViolation:
+            return  # the client will say what is wrong with it
+        self._key = CancelRequest(key.pid, key.secret_key)
+        self._server.keys[self._key] = self
+
+    def has_call(self, kind: int, body: bytes) -> bool:
+        sql = _text(kind, body)
+        if self.relay.settings_may_differ and depends_on_settings(sql):
+            return True  # the interception will know the settings
+        return self._holds_call(sql)
+
+    def holds_call(self, kind: int, body: bytes) -> bool:
+        """The same, for who knows that the settings are those that it is read with."""
+        return self._holds_call(_text(kind, body))
+
+    def _holds_call(self, sql: bytes) -> bool:
+        self._unread = False
+        try:
+            texts = [sql[part.start : part.end] for part in self._split(sql)]
+        except BudgetError:
+            self.unread()
+            return False
+        except LexError:
+            return False
+        # Without knowing the version one cannot tell whether it is a call; then it is seen later.
+        versions = (self.api,) if self.api is not None and self.knows_api else CATALOGS
+        found = any(
+            self._analyze(text, version) is not None
+            for text in texts
+            if mentions(text)
+            for version in versions
+        )
+        if not found:
+            self._readings.clear()
+        return found
+
+    def unread(self) -> None:
+        """A statement goes to the server that is too long to be looked at."""
+        self._unread = True
+
+    def database_mentioned(self, sql: bytes) -> None:
+        self._server.leave_databases(sql)
+
+    def settings_mentioned(self, sql: bytes) -> None:
+        names = [
+            name.replace(b'"', b"")
+            for name in _CUSTOM_SETTING.findall(sql)
+            if len(name) <= _MAX_SETTING_NAME
+        ]
+        if b"set_config" in sql:
+            names += _NAME_CONSTANT.findall(sql)
+        self._note_settings(names)
+
+    def setting_bound(self, body: bytes) -> None:
+        found = _NAME_PARAMETER.findall(body[:NAMES_SIZE])
+        self._note_settings([name[: size[0]].lower() for size, name in found])
+
+    def _note_settings(self, names: list[bytes]) -> None:
+        for name in names:
+            if len(name) > _MAX_SETTING_NAME:
+                continue
+            if b"." in name and not name.startswith(_OUR_SETTINGS):
+                self.custom_settings.pop(name, None)
+                self.custom_settings[name] = None
+        while len(self.custom_settings) > _MAX_CUSTOM_SETTINGS:
+            del self.custom_settings[next(iter(self.custom_settings))]
+
+    def notice(self, body: bytes) -> bool:
+        """A NoticeResponse of the primary backend; true if it was a call, which is served."""
+        is_call = self._inside.notice(body)
+        if is_call and self._inside.is_talkative and self.primary is not None:
+            self.primary.take_a_break()
+            asyncio.get_running_loop().call_soon(self.primary.end_break)
+        return is_call
+
+    def statement_ended(self) -> None:
+        if self._changes_extension and self.relay.status == IDLE:
+            self._changes_extension = False
+            self._server.extension_changed()
+        self._inside.statement_ended()
+
+    def complaint(self, error: bytes) -> bytes | None:
+        if self._is_replication:
+            return None
+        if self.has_real_extension:
+            return None
+        if self._server.config.extension == "proxy" and (said := unavailable(error)) is not None:
+            return said
+        return unserved(error, too_long=self._unread) or self._inside.complaint(error)
+
+    def take_over(self, data: bytes) -> None:
+        self.interception = Interception(self, data)
+        self._task = self._spawn(self._intercept(self.interception))
+
+    async def _intercept(self, interception: Interception) -> None:
+        await interception.run()
+        self.interception = self._task = None
+        self._readings.clear()
+        interception.hand_back()
+        if interception.waits.client_ended:
+            self._ended(self.client)
+
+    # What an interception asks for
+
+    @property
+    def client_encoding(self) -> bytes:
+        return self.relay.setting(b"client_encoding") or b"UTF8"
+
+    @property
+    def reading(self) -> Reading:
+        """The settings that SQL is read with, as far as they are known."""
+        return Reading(*map(self.relay.setting, READING))
+
+    @property
+    def codec(self) -> str:
+        """The Python codec of the client_encoding."""
+        return encodings.codec(self.relay.setting(b"client_encoding"))
+
+    @property
+    def server_version(self) -> int:
+        match = re.match(rb"(\d+)(?:\.(\d+))?", self.relay.parameters.get(b"server_version", b""))
+        if match is None:
+            return 0
+        major = int(match[1])
+        return major * 10000 + (int(match[2] or 0) * 100 if major < 10 else 0)
+
+    def split(self, sql: bytes) -> list[tuple[int, bytes]]:
+        """The statements of a Query string and where they begin; all as one if it is no SQL, or
+        more than is read."""
+        try:
+            parts = self._split(sql)
+        except LexError:
+            return [(0, sql)]
+        if self._has_vertical_tab(sql):
+            return [(0, sql)]
+        return [(part.start, sql[part.start : part.end]) for part in parts]
+
+    def _split(self, sql: bytes) -> list[lexer.Statement]:
+        """Raises LexError, BudgetError."""
+        if len(sql) > lexer.MAX_TEXT:
+            raise BudgetError("the text is too long")
+        split = self._server.split if len(sql) <= _SHORT else self._readings.split
+        return split(
+            sql,
+            standard_conforming_strings=self._standard_conforming_strings,
+            encoding=self._encoding,
+            bounded=True,
+        )
+
+    def analyze(self, sql: bytes) -> statements.Plan | statements.Substitute | None:
+        """How to serve a statement; None if it passes as it is."""
+        return self._analyze(sql, self.api or self._server.config.api_version)
+
+    def _analyze(
+        self, sql: bytes, api_version: int
+    ) -> statements.Plan | statements.Substitute | None:
+        if self._has_vertical_tab(sql):
+            return None
+        if self.has_real_extension:
+            return self._with_catalogs(sql)
+        plan = (self._server.analyze if len(sql) <= _SHORT else self._readings.analyze)(
+            sql,
+            api_version,
+            standard_conforming_strings=self._standard_conforming_strings,
+            encoding=self._encoding,
+        )
+        return plan or self._command(sql) or self._with_catalogs(sql)
+
+    def _has_vertical_tab(self, sql: bytes) -> bool:
+        """Whether there is one that is no white space to this server."""
+        if b"\v" not in sql or self.server_version >= 160000:
+            return False
+        try:
+            lexer.tokenize(
+                sql,
+                standard_conforming_strings=self._standard_conforming_strings,
+                encoding=self._encoding,
+                vertical_tab=False,
+                bounded=True,
+            )
+        except LexError:
+            return True
+        return False
+
+    def _with_catalogs(self, sql: bytes) -> statements.Substitute | None:
+        """A query that looks into the catalogs, which are to show our extension and jobs."""
+        if not self._server.config.catalogs:
+            return None
+        if self.relay.parameters.get(b"application_name") in catalogs.TOOLS:
+            return None
+        return (catalogs.analyze if len(sql) <= _SHORT else self._readings.catalogs)(
+            sql,
+            server_version=self.server_version,
+            standard_conforming_strings=self._standard_conforming_strings,
+            encoding=self._encoding,
+        )
+
+    def extension_changed(self) -> None:
+        """A command about it was carried out; up to the end of the transaction it may be undone."""
+        self._changes_extension = True
+
+    @property
+    def knows_api(self) -> bool:
+        """Whether `api` is what the next call will find."""
+        since = self._server.extension_changes
+        return self._api_known_at == since and not self._changes_extension
+
+    def depends_on_api(self, sql: bytes) -> bool:
+        """Whether this may be a call that is another with each version of the API, or one that may
+        be the C extension's to serve."""
+        plans = [self._analyze(sql, version) for version in CATALOGS]
+        if isinstance(plans[0], statements.Substitute):
+            return False
+        if self._server.config.extension == "server":
+            return any(plans)
+        return plans[0] != plans[1]
+
+    def learn_version(self, version: bytes | None, *, has_real: bool) -> None:
+        """What the database has: the version of our extension, and whether it has the C extension,
+        which counts if the server's is wanted."""
+        self._api_known_at = self._server.extension_changes
+        self.has_real_extension = has_real and self._server.config.extension == "server"
+        self.api = self._server.config.api_version
+        if version is not None:
+            self.api = api_version(version.decode("ascii", "replace"))
+
+    def learn_api(self, extension: Installed | None) -> int:
+        """The version of the API, now that a call has seen what the database has."""
+        self._api_known_at = self._server.extension_changes
+        self.api = self._server.config.api_version if extension is None else extension.api
+        return self.api
+
+    def _command(self, sql: bytes) -> statements.Substitute | None:
+        """What does a command about the extension."""
+        if self._server.config.extension != "proxy":
+            return None
+        command = commands.parse(
+            sql,
+            standard_conforming_strings=self._standard_conforming_strings,
+            encoding=self._encoding,
+        )
+        if command is None:
+            return None
+        block = ddl.block(
+            command, sql, api=self._server.config.api_version, server_version=self.server_version
+        )
+        return statements.substitute(sql, block, command.tag)
+
+    @property
+    def _standard_conforming_strings(self) -> bool:
+        return self.relay.setting(b"standard_conforming_strings") != b"off"
+
+    @property
+    def _encoding(self) -> str:
+        return self.relay.setting(b"client_encoding").decode("ascii", "replace")
+
+    @property
+    def zone(self) -> tzinfo:
+        """The session's time zone; UTC if Python does not know it."""
+        name = self.relay.setting(b"TimeZone").decode("ascii", "replace") or "UTC"
+        try:
+            return ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError):
+            return UTC
+
+    async def inject(self, message: bytes) -> None:
+        if self.interception is None and not self.relay.at_boundary:
+            return  # whoever called did not wait for the answer
+        self.client.write(message)
+        if self.client.full is not None:
+            await asyncio.wait([self.client.full])
+
+    @functools.cached_property
+    def launcher(self) -> Launcher:
+        assert self._startup is not None
+        assert self._key is not None
+        return Launcher(
+            self._server, self._startup.parameters, self.route, self._observer, self._key.pid
+        )
+
+    # The end
+
+    def _ended(self, connection: Connection) -> None:
+        """One side will send no more. If it is the client, the server may still have to answer."""
+        if connection is self.primary:
+            self._primary_lost()
+        elif connection is not self.client:
+            pass  # a server that we have turned away from
+        elif self._startup is None:
+            self.close()
+        elif self.primary is None or self._login is not None:
+            self._client_ended = True
+            if self._login is not None:
+                self._login.client_ended()
+        elif self.relay.is_behind:
+            # What it has sent before that comes first.
+            asyncio.get_running_loop().call_soon(self._ended, connection)
+        elif self.interception is not None:
+            self._inside.end_client()
+            self.interception.end_client()
+        elif self.primary.can_write_eof:
+            self._inside.end_client()
+            self.primary.write_eof()
+            self._see_it_end()
+        elif self.relay.between_messages and not self._is_replication:
+            self._inside.end_client()
+            self.primary.write(Terminate().serialize())
+            self._see_it_end()
+        else:
+            self.close()
+
+    def _hung_up(self) -> None:
+        """The client has left behind messages that nobody has read yet."""
+        if self.interception is not None:
+            self.interception.client_hung_up()
+        else:
+            self._inside.end_client()
+
+    def _see_it_end(self) -> None:
+        """The server knows that the client has left, and closes the connection when it has done
+        what it was given. If it waits for more instead, it is hung up on."""
+        self._leaving = asyncio.get_running_loop().call_later(TO_LEAVE, self._has_it_ended)
+
+    def _has_it_ended(self) -> None:
+        if self._is_replication or self.relay.is_busy:
+            self._see_it_end()
+        else:
+            logger.debug("the server did not end with its client")
+            self.close()
+
+    def _lost(self, connection: Connection, error: Exception | None) -> None:
+        if connection is self.primary:
+            self._primary_lost()
+        elif connection is self.client:
+            self.close()
+
+    def _primary_lost(self) -> None:
+        """Tell the client what the server said last, and that it is gone."""
+        if self._login is not None:
+            self._login.server_ended()
+            return
+        if self.interception is not None:
+            self.interception.server_lost(ConnectionError("the server closed the connection"))
+            self.client.write(self.interception.last_words())
+        self.close()
+
+    def shut_down(self) -> None:
+        """End the session as a server does that shuts down."""
+        self._refuse(
+            SQLError(
+                ADMIN_SHUTDOWN,
+                "terminating connection due to administrator command",
+                severity="FATAL",
+            )
+        )
+
+    def close(self) -> None:
+        """Close both connections; the jobs run on."""
+        if self not in self._server.sessions:
+            return
+        self._server.session_ended(self)
+        self._stop_timer()
+        if self._key is not None:
+            self._server.keys.pop(self._key, None)
+        # A cancel request is passed on also if whoever has sent it does not wait.
+        if self._task is not None and not self._is_cancel_request:
+            self._task.cancel()
+        if self._leaving is not None:
+            self._leaving.cancel()
+        if self._inside.is_asked and self._key is not None:
+            # The function would wait for an answer that will not come.
+            self._server.cancel_statement(self.route, self._key)
+        self._inside.statement_ended()
+        self.jobs.clear()
+        self.client.close()
+        if self.primary is None:
+            return
+        if self.primary.is_stopped_by_opposite:
+            # It may wait for us to read, and we for it: nobody wants what it writes.
+            self.primary.abort()
+        else:
+            self.primary.close()
+
+
+def _text(kind: int, body: bytes) -> bytes:
+    """The SQL of a Query or Parse; none if it is malformed, as the server will say."""
+    sql, end, rest = (body.partition(b"\0")[2] if kind == PARSE else body).partition(b"\0")
+    return b"" if not end or (kind == QUERY and rest) else sql
+
+
+class _Readings:
+    """What was read of the long texts of one batch, each of which is asked for several times. For
+    short ones the server remembers it."""
+
+    __slots__ = ("analyze", "catalogs", "split")
+
+    def __init__(self) -> None:
+        self.split = functools.lru_cache(2)(lexer.split)
+        self.analyze = functools.lru_cache(2 * len(CATALOGS))(analyze)
+        self.catalogs = functools.lru_cache(2)(catalogs.analyze)
+
+    def clear(self) -> None:
+        self.split.cache_clear()
+        self.analyze.cache_clear()
+        self.catalogs.cache_clear()
+
+
+def analyze(
+    sql: bytes, api_version: int, *, standard_conforming_strings: bool, encoding: str
+) -> statements.Plan | None:
+    """What is to be done about a statement in a version of the API."""
+    return statements.analyze(
+        sql,
+        standard_conforming_strings=standard_conforming_strings,
+        encoding=encoding,
+        functions=CATALOGS[api_version],
+    )
+
+
+def _unsupported(raw: bytes) -> SQLError:
+    """A startup packet of another protocol, or a request that was answered already."""
+    major, minor = int.from_bytes(raw[4:6], "big"), int.from_bytes(raw[6:8], "big")
+    return SQLError(
+        FEATURE_NOT_SUPPORTED,
+        f"unsupported frontend protocol {major}.{minor}: server supports 3.0 to {_NEWEST}",
+        severity="FATAL",
+    )
+
+
+def _no_connection(error: OSError) -> SQLError:
+    if isinstance(error, OutOfDescriptorsError):
+        return no_room()
+    # Of all SQLSTATEs this one tells libpq that there is no server: pg_isready says so, and a
+    # client with several hosts tries the next.
+    return SQLError(
+        CANNOT_CONNECT_NOW,
+        "could not connect to the server behind the proxy",
+        detail=f"{error}",
+    )

@@ -1,0 +1,142 @@
+"""Calls that the proxy has not served: the server's complaint about them, in our words.
+
+The rule: such a statement goes to the server as it is. Functions of ours do not exist there, so
+the server stops at the call, wherever it stands (a DO block, a view, a function's body), with
+undefined_function, and at our views with undefined_table. Only these errors are replaced; whatever
+else is wrong with a statement, the server says it first, and says it as it does without us.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from protocol.errors import FEATURE_NOT_SUPPORTED, UNDEFINED_FUNCTION, UNDEFINED_TABLE
+from protocol.messages import ErrorResponse
+from proxy.api.functions import BOOL, FUNCTIONS, HANDLES, INT4, INT8, TEXT, VIEWS, Function, Type
+from proxy.sql.lexer import MAX_BYTES, MAX_TEXT, MAX_TOKENS
+
+# A name and the types of what is given to it. Matching begins at a name's first letter only.
+_CALL: Final = re.compile(r"(?<!\w)(\w++)\(([^()]*+)\)")
+
+_MESSAGE_SIZE: Final = 2048
+"""Of an error's message, which anybody can raise, so much is looked at; the server's is shorter."""
+
+# The server's message about an extension whose files it does not have, in any language.
+_EXTENSION: Final = re.compile(rb'"pg_background"|/pg_background\.control')
+
+_VIEW: Final = re.compile(rf'["«„.]({"|".join(VIEWS)})["»“]')
+
+# What the server converts to a parameter's type by itself.
+_ACCEPTED: Final[dict[Type, frozenset[str]]] = {
+    TEXT: frozenset({"text", "character varying", "character", "name", "unknown", '"char"'}),
+    INT4: frozenset({"integer", "smallint", "unknown"}),
+    INT8: frozenset({"bigint", "integer", "smallint", "unknown"}),
+    BOOL: frozenset({"boolean", "unknown"}),
+    HANDLES: frozenset({"pg_background_handle[]", "record[]", "text", "unknown"}),
+}
+
+
+def unserved(body: bytes, *, too_long: bool = False) -> bytes | None:
+    """The ErrorResponse in place of one with this body, or None if it is not about such a call.
+
+    `too_long`: the statement was not looked at for calls, because it is over the lexer's budget.
+    """
+    if b"pg_background" not in body or not (b"C42883\0" in body or b"C42P01\0" in body):
+        return None
+    error = ErrorResponse.parse(body)
+    message = error.message[:_MESSAGE_SIZE].decode("utf-8", "replace")
+    if error.sqlstate == UNDEFINED_TABLE:
+        return _unserved_view(error, message, too_long=too_long)
+    if error.sqlstate != UNDEFINED_FUNCTION:
+        return None
+    name = next(
+        (
+            name
+            for name, arguments in _CALL.findall(message)
+            if any(_accepts(function, arguments) for function in FUNCTIONS.get(name, ()))
+        ),
+        None,
+    )
+    if name is None:
+        return None
+    if too_long:
+        return _too_long(error, name)
+    return _replacement(
+        error,
+        f"{name} cannot be called in this place",
+        "The proxy serves calls in the select list of a plain SELECT, and functions that are"
+        " alone in FROM.",
+        f"Call it directly, as in SELECT {name}(...); or say CREATE EXTENSION pg_background, to"
+        " have it everywhere in the search_path.",
+    )
+
+
+def unavailable(body: bytes) -> bytes | None:
+    """The same for CREATE EXTENSION from inside a block or function, which only the server sees,
+    and which does not know where to find it."""
+    if b"pg_background" not in body or not (b"C0A000\0" in body or b"C58P01\0" in body):
+        return None
+    error = ErrorResponse.parse(body)
+    if "W" not in error.fields or not _EXTENSION.search(error.message[:_MESSAGE_SIZE]):
+        return None
+    hint = (
+        b"The proxy carries out CREATE EXTENSION pg_background where it is a statement of its own,"
+        b" not in a block or function."
+    )
+    return error.with_fields(H=hint).serialize()
+
+
+def _replacement(error: ErrorResponse, message: str, detail: str, hint: str) -> bytes:
+    """The error in our words; it is still about the same place."""
+    fields = {code: value for code, value in error.fields.items() if code in "SVPpqW"}
+    fields["C"] = FEATURE_NOT_SUPPORTED.encode()
+    fields["M"] = message.encode()
+    fields["D"] = detail.encode()
+    fields["H"] = hint.encode()
+    return ErrorResponse(fields).serialize()
+
+
+def _too_long(error: ErrorResponse, name: str) -> bytes:
+    return _replacement(
+        error,
+        f"{name} was not looked for in a text of this length",
+        f"The proxy reads up to {MAX_BYTES // 1024} kB outside of string constants, and"
+        f" {MAX_TOKENS} tokens, of what is sent as one string, and {MAX_TEXT >> 20} MB in all.",
+        f"Send the statement with {name} by itself, and what is long in it as a string constant or"
+        " a parameter.",
+    )
+
+
+def _unserved_view(error: ErrorResponse, message: str, *, too_long: bool) -> bytes | None:
+    found = _VIEW.search(message)
+    name = found[1] if found else None
+    if name is None:
+        return None
+    if too_long:
+        return _too_long(error, name)
+    return _replacement(
+        error,
+        f"{name} cannot be selected from in this place",
+        "The proxy serves the view where it is alone in FROM, with plain columns.",
+        f"Select from it directly, as in SELECT * FROM {name}; or say CREATE EXTENSION"
+        " pg_background, to have it everywhere in the search_path.",
+    )
+
+
+def _accepts(function: Function, arguments: str) -> bool:
+    """Whether the server's list of argument types, as in its message, fits a function."""
+    given = [argument for argument in arguments.split(", ") if argument]
+    required = sum(parameter.required for parameter in function.parameters)
+    if not required <= len(given) <= len(function.parameters):
+        return False
+    for parameter, argument in zip(function.parameters, given, strict=False):
+        name, arrow, type_name = argument.rpartition(" => ")
+        if arrow:
+            named = [p for p in function.parameters if p.is_called(name)]
+            if not named:
+                return False
+            parameter = named[0]
+        if type_name not in _ACCEPTED[parameter.type]:
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""What tests are made with: servers, clients, recorders. tests/README.md has a map."""

@@ -1,0 +1,103 @@
+"""PgBouncer between the proxy and the server, in any pool mode."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import psycopg
+import pytest
+
+from proxy.config.gucs import SETTINGS
+from proxy.demo.embedded import free_port
+from proxy.extension.bodies import JOB_SETTING, SESSION_SETTING
+from tests.support.servers import START_TIMEOUT, STOP_TIMEOUT, Server, _Endpoint, clean_environment
+
+OURS: Final = (*SETTINGS, SESSION_SETTING, JOB_SETTING)
+"""Startup parameters that the proxy sends."""
+
+REFUSED: Final = (*OURS, "extra_float_digits", "options")
+"""Startup parameters that PgBouncer refuses unless it is told to ignore them."""
+
+
+class PgBouncer(_Endpoint):
+    """One that runs."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+
+@contextlib.contextmanager
+def pgbouncer(
+    server: Server, folder: Path, mode: str, roles: Sequence[str], pool_size: int = 20
+) -> Iterator[PgBouncer]:
+    """Starts it in front of a server; skips the test if there is none on this machine."""
+    program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if program is None:
+        pytest.skip("no pgbouncer found")
+    port = free_port()
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o755)  # it does not run as root
+    (folder / "users").write_text("".join(f'"{role}" ""\n' for role in ("postgres", *roles)))
+    (folder / "pgbouncer.ini").write_text(
+        "\n".join(
+            (
+                "[databases]",
+                f"* = host={server.host} port={server.port}",
+                "[pgbouncer]",
+                f"pool_mode = {mode}",
+                "listen_addr = 127.0.0.1",
+                f"listen_port = {port}",
+                "unix_socket_dir =",
+                f"default_pool_size = {pool_size}",
+                f"ignore_startup_parameters = {','.join(REFUSED)}",
+                "auth_type = trust",
+                f"auth_file = {folder}/users",
+                *([f"user = {_unprivileged()}"] if os.geteuid() == 0 else ()),
+                "",
+            )
+        )
+    )
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [program, "-q", folder / "pgbouncer.ini"],
+            env=clean_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        bouncer = PgBouncer(port)
+        _wait_for(bouncer, process, folder / "log")
+        yield bouncer
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(STOP_TIMEOUT)
+
+
+def _unprivileged() -> str:
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name).pw_name
+    pytest.skip("PgBouncer does not run as root, and there is nobody else")
+
+
+def _wait_for(bouncer: PgBouncer, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(psycopg.Error), bouncer.connect() as conn:
+            conn.execute("SELECT 1")
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"PgBouncer did not start: {log.read_text(errors='replace')[-1000:]}")
