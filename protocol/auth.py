@@ -1,7 +1,6 @@
 """MD5 password authentication (manual, "Password Authentication" and AuthenticationMD5Password).
 
-The rule: an MD5 secret as the server stores it is as good as the password to whoever holds it: the
-response can be made from either.
+The secret that the server stores is as good as the password: the response can be made from either.
 """
 
 from __future__ import annotations
@@ -21,17 +20,22 @@ def md5_password(user: bytes, password: bytes, salt: bytes) -> bytes:
 
 
 def md5_secret(user: bytes, password: bytes) -> bytes:
-    """What pg_authid.rolpassword holds: ``md5`` and 32 digits, of md5(password + user)."""
+    """The content of pg_authid.rolpassword: ``md5`` and 32 digits, of md5(password + user)."""
     return _md5(password + user)
 
 
+def is_md5_secret(text: bytes) -> bool:
+    """Whether this has the form of an MD5 secret, which PostgreSQL then takes it for."""
+    return _SECRET.fullmatch(text) is not None
+
+
 def md5_response_from_secret(secret: bytes, salt: bytes) -> bytes:
-    """The same as `md5_password`, for whoever has the stored secret and not the password.
+    """The same as `md5_password`, made from the stored secret.
 
     Raises:
-        ValueError: not a secret of that form. Its text is not repeated.
+        ValueError: not a secret of that form. The message does not contain it.
     """
-    if not _SECRET.fullmatch(secret):
+    if not is_md5_secret(secret):
         raise ValueError("not an MD5 secret")
     return _md5(secret.removeprefix(b"md5") + salt)
 

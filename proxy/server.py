@@ -17,7 +17,8 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from protocol.startup import CancelRequest
 from proxy import log
 from proxy.auth.checks import Check
-from proxy.auth.credentials import Credentials, LoginObserver
+from proxy.auth.credentials import Credentials
+from proxy.auth.observer import LoginObserver
 from proxy.backends.channels import Channels
 from proxy.backends.spares import DATABASE_COMMANDS, LONGEST_COMMAND, Spares
 from proxy.backends.upstream import Route

@@ -17,7 +17,7 @@ from protocol import messages as m
 from protocol.scram import ScramSecret
 from protocol.startup import SSLRequest, StartupMessage
 from proxy.auth.checks import Checks
-from proxy.auth.credentials import Cleartext, MD5Secret
+from proxy.auth.secret import Cleartext, MD5Secret
 from tests.conftest import StartProxy
 from tests.support.certificates import Certificates
 from tests.support.recorder import TIMEOUT

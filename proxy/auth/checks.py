@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from protocol.scram import MIN_ITERATIONS, ScramSecret
-from proxy.auth.credentials import Cleartext, Secret
+from proxy.auth.secret import Cleartext, Secret
 
 _MAX_DERIVED: Final = 1000
 

@@ -45,9 +45,12 @@ from protocol.messages import (
     parse_authentication,
 )
 from protocol.scram import MECHANISM, ClientFirst, ScramServer
+from proxy.auth.authenticator import Authenticator
 from proxy.auth.checks import Check
-from proxy.auth.credentials import Authenticator, Cleartext, Credentials, LoginObserver, Secret
+from proxy.auth.credentials import Credentials
 from proxy.auth.methods import Guard, Policy
+from proxy.auth.observer import LoginObserver
+from proxy.auth.secret import Cleartext, Secret
 from proxy.net.connection import Connection
 
 AUTHENTICATION: Final = AuthenticationOk.type
@@ -368,13 +371,14 @@ class Login:
         is_ours: bool = False,
     ) -> None:
         """From now on the proxy answers the server, with this."""
-        self._authenticator = Credentials(
+        credentials = Credentials(
             *(self._user, password, secret, self._observer),
             client_key=client_key,
             purpose="",
             policy=self._policy,
             is_ours=is_ours,
-        ).authenticator()
+        )
+        self._authenticator = Authenticator(credentials)
 
 
 def _answer(kind: int, body: bytes) -> bytes:

@@ -15,8 +15,8 @@ import asyncio
 from typing import Final
 
 from protocol.errors import SQLError
-from proxy.auth.credentials import Secret, parse_secret
 from proxy.auth.pace import Pace
+from proxy.auth.secret import Secret, parse_secret
 from proxy.backends.backend import ServerError
 from proxy.backends.upstream import Dialer
 from proxy.config import Config, Host

@@ -32,6 +32,7 @@ from protocol.messages import (
     Terminate,
 )
 from protocol.startup import CancelRequest, StartupMessage
+from proxy.auth.authenticator import Authenticator
 from proxy.auth.credentials import Credentials
 from proxy.backends.identity import IDENTITY_QUERY, Login, StaleLoginError, still_holds
 from proxy.net.descriptors import HINT, OutOfDescriptorsError
@@ -139,7 +140,7 @@ class Backend(asyncio.BufferedProtocol):
         ProtocolViolation: it says more than a server has to say until then.
         """
         self.transport.write(startup.serialize())
-        authenticator = credentials.authenticator()
+        authenticator = Authenticator(credentials)
         self._inbox.bound(limit_before_login)
         said = 0
         while True:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from protocol.errors import INVALID_PARAMETER_VALUE, SQLError
 from protocol.startup import StartupMessage
-from proxy.auth.credentials import LoginObserver
+from proxy.auth.observer import LoginObserver
 from proxy.backends.backend import Backend, ServerError, no_backend, open_backend
 from proxy.backends.channels import APPLICATION_NAME, Channel
 from proxy.backends.identity import Login, StaleLoginError

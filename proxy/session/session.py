@@ -41,8 +41,8 @@ from protocol.startup import (
 )
 from proxy.api.functions import CATALOGS
 from proxy.auth import pace
-from proxy.auth.credentials import LoginObserver
 from proxy.auth.login import Login, RefusedError
+from proxy.auth.observer import LoginObserver
 from proxy.backends.upstream import Route
 from proxy.config import Host
 from proxy.extension import catalogs, commands, ddl
