@@ -16,7 +16,7 @@ from proxy.extension.ddl import (
     MoveExtension,
     UpdateExtension,
 )
-from proxy.statements.statements import Substitute, joined, substitute
+from proxy.statements.plan import Substitute, joined, substitute
 
 
 @pytest.mark.parametrize(

@@ -22,23 +22,26 @@ from protocol.values.records import parse_record
 from proxy.api.functions import HANDLES
 from proxy.api.like import like
 from proxy.extension import catalogs, commands
+from proxy.jobs.progress import progress_statement
 from proxy.session.caller import decode_argument
 from proxy.session.prepared import is_harmless
 from proxy.session.relay import mentions
 from proxy.session.session import Session
 from proxy.sql import encodings, lexer
-from proxy.statements import statements
+from proxy.statements import analysis
+from proxy.statements.plan import Piece, Rewrite, ScalarPlan
+from proxy.statements.standin import complaint
 from proxy.statements.unserved import unavailable, unserved
 
 Reader = Callable[[bytes], object]
 
 
-def plan_of(sql: bytes) -> statements.ScalarPlan:
+def plan_of(sql: bytes) -> ScalarPlan:
     """A plan whose statement this is, though it may be none."""
-    plan = statements.analyze(b"SELECT pg_background_launch('x'), 1")
-    assert isinstance(plan, statements.ScalarPlan)
-    rewrite = statements.Rewrite(sql, (statements.Piece(0, len(sql)),))
-    return statements.ScalarPlan(rewrite, plan.columns)
+    plan = analysis.analyze(b"SELECT pg_background_launch('x'), 1")
+    assert isinstance(plan, ScalarPlan)
+    rewrite = Rewrite(sql, (Piece(0, len(sql)),))
+    return ScalarPlan(rewrite, plan.columns)
 
 
 def error(sqlstate: bytes, message: bytes) -> bytes:
@@ -53,11 +56,11 @@ def notes_settings() -> Any:
 
 
 def analyze(sql: bytes, **options: object) -> None:
-    plan = statements.analyze(sql, **options)  # type: ignore[arg-type]
+    plan = analysis.analyze(sql, **options)  # type: ignore[arg-type]
     if plan is not None:
         is_harmless(plan)
         plan.rewrite.original_position(len(plan.rewrite.sql), "utf-8")
-        statements.complaint(plan, b"function pg_catalog.textcat(integer, unknown)", len(sql))
+        complaint(plan, b"function pg_catalog.textcat(integer, unknown)", len(sql))
 
 
 def job(sql: bytes) -> None:
@@ -67,7 +70,7 @@ def job(sql: bytes) -> None:
             continue
         lexer.is_transaction_control(sql, statement)
         lexer.is_client_copy(sql, statement)
-        statements.progress_statement(sql, statement, b"marker")
+        progress_statement(sql, statement, b"marker")
 
 
 # Each with the size of the text that it is given: within the budget, if it has one.
@@ -85,7 +88,7 @@ READERS: Final[dict[str, tuple[int, Reader]]] = {
     "commands": (SHORT, commands.parse),
     "job": (LONG, job),
     "is_harmless": (LONG, lambda sql: is_harmless(plan_of(sql))),
-    "complaint": (LONG, lambda sql: statements.complaint(plan_of(b""), sql, 1)),
+    "complaint": (LONG, lambda sql: complaint(plan_of(b""), sql, 1)),
     "unserved function": (LONG, lambda sql: unserved(error(b"42883", sql))),
     "unserved view": (LONG, lambda sql: unserved(error(b"42P01", sql))),
     "unavailable": (LONG, lambda sql: unavailable(error(b"0A000", sql))),
@@ -327,7 +330,7 @@ def test_time_is_linear(reader: Reader, make: Callable[[int], bytes], size: int)
 def test_a_long_constant_is_one_token() -> None:
     for quote in (b"'", b"$$"):
         sql = b"SELECT pg_background_launch(" + quote + b"x" * 1_000_000 + quote + b")"
-        assert statements.analyze(sql) is not None
+        assert analysis.analyze(sql) is not None
 
 
 @pytest.mark.parametrize(
@@ -343,7 +346,7 @@ def test_a_long_constant_is_one_token() -> None:
 )
 def test_what_is_over_the_budget_is_not_read(rest: bytes) -> None:
     sql = b"SELECT pg_background_launch('x')" + rest
-    assert statements.analyze(sql) is None
+    assert analysis.analyze(sql) is None
     with pytest.raises(lexer.BudgetError):
         lexer.split(sql, bounded=True)
     assert len(lexer.split(sql)) == 1

@@ -15,7 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sqlglot import exp
 
-from proxy.statements.statements import ScalarPlan, analyze
+from proxy.statements.analysis import analyze
+from proxy.statements.plan import ScalarPlan
 
 # It warns of statements that it does not know.
 logging.getLogger("sqlglot").setLevel(logging.CRITICAL)

@@ -22,7 +22,7 @@ from typing import Final
 
 from proxy.extension import installed
 from proxy.sql.lexer import RESERVED, Kind, LexError, Token, identifier, keyword, split
-from proxy.statements.statements import Piece, Rewrite, Substitute
+from proxy.statements.plan import Piece, Rewrite, Substitute
 
 WORDS: Final = (b"pg_extension", b"pg_stat_activity")
 """A statement that mentions neither is of no interest."""

@@ -43,6 +43,7 @@ from protocol.startup import CancelRequest
 from proxy.backends.backend import READ_SIZE, Backend
 from proxy.backends.upstream import Route
 from proxy.config.gucs import MAX_WORKERS
+from proxy.jobs.progress import parse_progress, progress_statement
 from proxy.jobs.registry import (
     FULL_SQL_SIZE,
     LISTED_SQL_SIZE,
@@ -55,7 +56,6 @@ from proxy.jobs.registry import (
 from proxy.jobs.rows import Budget, Notice, OutputQueue, Rows
 from proxy.sql import lexer
 from proxy.sql.lexer import LexError
-from proxy.statements.statements import parse_progress, progress_statement
 
 MIN_QUEUE_SIZE: Final = 64
 MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024

@@ -37,7 +37,7 @@ from proxy.session.dialogue import PrimaryDialogue
 from proxy.session.prepared import functions_of, is_harmless, misread, needs_of
 from proxy.session.relay import IDLE
 from proxy.sql import encodings
-from proxy.statements.statements import Call, FieldOf, Plan
+from proxy.statements.plan import Call, FieldOf, Plan
 
 if TYPE_CHECKING:
     from proxy.jobs.job import Job, Jobs

@@ -30,7 +30,8 @@ from proxy.jobs.interrupts import Waits
 from proxy.net.inbox import Inbox
 from proxy.session.relay import ERROR, PARAMETER_STATUS, READY
 from proxy.sql.text import raise_block
-from proxy.statements.statements import Plan, Substitute, complaint
+from proxy.statements.plan import Plan, Substitute
+from proxy.statements.standin import complaint
 
 if TYPE_CHECKING:
     from proxy.net.connection import Connection

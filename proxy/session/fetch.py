@@ -23,7 +23,7 @@ from protocol.values import NoBinaryForm, oids, to_binary
 from proxy.jobs.job import Job
 from proxy.jobs.rows import Notice, Rows
 from proxy.session.results import choose, with_formats
-from proxy.statements.statements import Output
+from proxy.statements.plan import Output
 
 _NO_BINARY_FORM: Final = frozenset({1033, 3642})
 """aclitem and gtsvector have no send function; a column declared text takes them."""

@@ -95,8 +95,8 @@ from proxy.session.relay import (
 from proxy.session.relay import FLUSH as FLUSH_TYPE
 from proxy.session.results import Table, encode, with_formats
 from proxy.sql import encodings
+from proxy.statements.plan import Plan, ResultPlan, ScalarPlan, Substitute, joined
 from proxy.statements.reading import READING, Reading, depends_on_settings
-from proxy.statements.statements import Plan, ResultPlan, ScalarPlan, Substitute, joined
 
 if TYPE_CHECKING:
     from proxy.session.session import Session

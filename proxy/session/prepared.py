@@ -19,7 +19,7 @@ from protocol.values import oids
 from proxy.api.functions import Column, Function, Needs, Type
 from proxy.session.fetch import Fetch
 from proxy.session.results import Table, choose, fields_of
-from proxy.statements.statements import Call, ItemOutput, Plan, ResultPlan, ScalarPlan, Substitute
+from proxy.statements.plan import Call, ItemOutput, Plan, ResultPlan, ScalarPlan, Substitute
 
 # Where a constant begins: '…', or $…$, whose quote is no part of a name.
 _CONSTANT: Final = re.compile(rb"'|(?<![\w$\x80-\xff])\$[A-Za-z_\x80-\xff]?[\w\x80-\xff]*+\$")

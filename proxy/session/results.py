@@ -17,7 +17,7 @@ from protocol.messages import DataRow, Field
 from protocol.values import to_binary
 from protocol.values.records import record_binary, record_text
 from proxy.api.functions import Column, Type
-from proxy.statements.statements import Output
+from proxy.statements.plan import Output
 
 _AT_ONCE: Final = 500
 """Rows that are converted before others have their turn."""

@@ -60,7 +60,8 @@ from proxy.session.interception import TO_LEAVE, Interception
 from proxy.session.relay import IDLE, NAMES_SIZE, Relay, mentions
 from proxy.sql import encodings, lexer
 from proxy.sql.lexer import BudgetError, LexError
-from proxy.statements import statements
+from proxy.statements import analysis
+from proxy.statements.plan import Plan, Substitute, substitute
 from proxy.statements.reading import READING, Reading, depends_on_settings
 from proxy.statements.unserved import unavailable, unserved
 
@@ -550,13 +551,11 @@ class Session(Owner):
             bounded=True,
         )
 
-    def analyze(self, sql: bytes) -> statements.Plan | statements.Substitute | None:
+    def analyze(self, sql: bytes) -> Plan | Substitute | None:
         """How to serve a statement; None if it passes as it is."""
         return self._analyze(sql, self.api or self._server.config.api_version)
 
-    def _analyze(
-        self, sql: bytes, api_version: int
-    ) -> statements.Plan | statements.Substitute | None:
+    def _analyze(self, sql: bytes, api_version: int) -> Plan | Substitute | None:
         if self._has_vertical_tab(sql):
             return None
         if self.has_real_extension:
@@ -585,7 +584,7 @@ class Session(Owner):
             return True
         return False
 
-    def _with_catalogs(self, sql: bytes) -> statements.Substitute | None:
+    def _with_catalogs(self, sql: bytes) -> Substitute | None:
         """A query that looks into the catalogs, which are to show our extension and jobs."""
         if not self._server.config.catalogs:
             return None
@@ -612,7 +611,7 @@ class Session(Owner):
         """Whether this may be a call that is another with each version of the API, or one that may
         be the C extension's to serve."""
         plans = [self._analyze(sql, version) for version in CATALOGS]
-        if isinstance(plans[0], statements.Substitute):
+        if isinstance(plans[0], Substitute):
             return False
         if self._server.config.extension == "server":
             return any(plans)
@@ -633,7 +632,7 @@ class Session(Owner):
         self.api = self._server.config.api_version if extension is None else extension.api
         return self.api
 
-    def _command(self, sql: bytes) -> statements.Substitute | None:
+    def _command(self, sql: bytes) -> Substitute | None:
         """What does a command about the extension."""
         if self._server.config.extension != "proxy":
             return None
@@ -647,7 +646,7 @@ class Session(Owner):
         block = ddl.block(
             command, sql, api=self._server.config.api_version, server_version=self.server_version
         )
-        return statements.substitute(sql, block, command.tag)
+        return substitute(sql, block, command.tag)
 
     @property
     def _standard_conforming_strings(self) -> bool:
@@ -810,9 +809,9 @@ class _Readings:
 
 def analyze(
     sql: bytes, api_version: int, *, standard_conforming_strings: bool, encoding: str
-) -> statements.Plan | None:
+) -> Plan | None:
     """What is to be done about a statement in a version of the API."""
-    return statements.analyze(
+    return analysis.analyze(
         sql,
         standard_conforming_strings=standard_conforming_strings,
         encoding=encoding,

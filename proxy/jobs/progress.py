@@ -1,0 +1,103 @@
+"""A job's report of its progress: ``SELECT pg_background_progress(pct, msg)``.
+
+Invariant: the server gets a DO block that evaluates and type-checks the arguments, and says them in
+an INFO message, which it sends at once. A statement that is more than one such call stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from proxy.sql.lexer import MAX_TOKENS, Statement
+from proxy.sql.text import do_block, literal
+from proxy.sql.tokens import NotRecognizedError, Tokens
+
+_FUNCTIONS: Final = (b"pg_background_progress", b"pg_background_report_progress")
+
+# The parameters, and a function of pg_catalog that resolves and converts as theirs would.
+_PARAMETERS: Final = {
+    "pct": b"CAST(pg_catalog.int4up(%b) AS pg_catalog.text)",
+    "msg": b"pg_catalog.textcat('=', pg_catalog.textcat(%b, ''))",
+}
+
+# A query in a loop, because then the arguments stand where they stood: they may use aggregates, and
+# make several rows. In them a column comes before a variable of the block.
+_BLOCK: Final = (
+    b"#variable_conflict use_column\n"
+    b"DECLARE pg_background_report pg_catalog.record;"
+    b" BEGIN FOR pg_background_report IN SELECT pg_catalog.concat(%b) AS message LOOP"
+    b" RAISE INFO USING MESSAGE = pg_background_report.message; END LOOP; END"
+)
+
+
+def progress_statement(
+    sql: bytes, statement: Statement, marker: bytes, *, encoding: str | None = None
+) -> bytes | None:
+    """The block in place of a statement. parse_progress() reads its message.
+
+    Args:
+        sql: the job's string.
+        statement: one of those that it was split into.
+        marker: a word that cannot be guessed, ASCII letters and digits.
+        encoding: client_encoding, as PostgreSQL names it.
+
+    Returns:
+        None if the statement is anything but one such call.
+    """
+    if len(statement.tokens) > MAX_TOKENS or not any(
+        name in sql[statement.start : statement.end].lower() for name in _FUNCTIONS
+    ):
+        return None
+    try:
+        given = _arguments(Tokens(sql, statement.tokens, encoding))
+    except NotRecognizedError:
+        return None
+    words = [literal(marker + b" "), given["pct"], b"' '"]
+    if "msg" in given:
+        words.append(given["msg"])
+    return do_block(_BLOCK % b", ".join(words))
+
+
+def parse_progress(message: bytes, marker: bytes) -> tuple[int | None, bytes | None]:
+    """The report in a message that begins with the marker: what was given for pct, not clamped,
+    and for msg; None for NULL.
+
+    The message is the marker, a blank, pct in digits or nothing, a blank, and ``=`` with msg behind
+    it or nothing.
+    """
+    pct, _, text = message[len(marker) + 1 :].partition(b" ")
+    return int(pct) if pct else None, text[1:] if text else None
+
+
+def _arguments(tokens: Tokens) -> dict[str, bytes]:
+    """What each parameter gets, as text. Raises NotRecognizedError."""
+    at = 2 if tokens.keyword(1) == "all" else 1
+    while tokens.text(at + 1) == b"." and tokens.name(at) is not None:
+        at += 2
+    if (
+        tokens.keyword(0) != "select"
+        or tokens.name(at) not in _FUNCTIONS
+        or tokens.text(at + 1) != b"("
+    ):
+        raise NotRecognizedError("not a report")
+    close = tokens.closing(at + 1)
+    _, end = tokens.label(close + 1)
+    if end != tokens.count:
+        raise NotRecognizedError("not a report alone")
+    names = list(_PARAMETERS)
+    given: dict[str, bytes] = {}
+    by_name = False
+    for place, item in enumerate(tokens.list_items(at + 2, close)):
+        name, first, last = tokens.argument(*item)
+        by_name = by_name or name is not None
+        name = name if by_name else names[place] if place < len(names) else None
+        if name is None or name not in _PARAMETERS or name in given:
+            raise NotRecognizedError("not its parameters")
+        for inner in range(first, last):
+            called = tokens.text(inner + 1) == b"(" and tokens.name(inner)
+            if called and b"pg_background" in called and tokens.keyword(inner - 1) != "as":
+                raise NotRecognizedError("a call in an argument")
+        given[name] = _PARAMETERS[name] % tokens.sql[tokens.start(first) : tokens.end(last)]
+    if "pct" not in given:
+        raise NotRecognizedError("not its parameters")
+    return given

@@ -1,0 +1,97 @@
+"""Which pg_background calls a statement makes, and the stand-in that the server gets for it.
+
+The server never sees our functions. Where a call stands it gets a stand-in: an expression that
+evaluates and type-checks the call's arguments and returns them as one text[] literal. So errors
+in arguments, parameter types, Describe, portals and failed transactions are the server's own.
+
+The rule: **a statement is served only if its stand-in does what the statement would have done**.
+Whatever is not recognised for certain gives None, and passes through as it came. SQL is edited by
+source span, between tokens of our exact lexer; nothing is ever printed from a syntax tree.
+
+These shapes are served:
+
+- *calls as items of the select list* of one plain SELECT, or a field of what they return, or all
+  of them (``(call).*``). What else stands in the statement is free: only the words that begin its
+  clauses count, and the commas between them, at its outermost level;
+- *a function alone in FROM*, with plain output columns; one of the views too;
+- *a call alone in a subquery that is alone in FROM*, with plain output columns or fields;
+- *a call as the last item of FROM*, made for each row of the others, and what it returns as plain
+  columns or as arguments of calls in the select list;
+- *pg_background_result alone in the select list*.
+
+All are read from the tokens, in time that is linear in their number: no grammar is needed to see
+where an item ends. What the grammar forbids, the server says of the stand-in too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from proxy.api.functions import FUNCTIONS, VIEWS, Function
+from proxy.sql.lexer import LexError, split
+from proxy.sql.tokens import NotRecognizedError
+from proxy.statements.from_item import from_item, from_subquery, lone_item, subquery, view
+from proxy.statements.lateral import last_in_from, with_lateral
+from proxy.statements.outline import TRIGGER, Outline
+from proxy.statements.plan import Plan
+from proxy.statements.select_list import select_items
+
+
+def analyze(
+    sql: bytes,
+    *,
+    standard_conforming_strings: bool = True,
+    encoding: str | None = None,
+    functions: Mapping[str, tuple[Function, ...]] = FUNCTIONS,
+) -> Plan | None:
+    """How to serve a statement; None: it makes no call that we serve, and passes as it is.
+
+    Args:
+        sql: the text of one statement, in the client's encoding.
+        standard_conforming_strings: the session's setting.
+        encoding: client_encoding, as PostgreSQL names it.
+        functions: what there is to call in the session's version of the API.
+    """
+    # Before reading all of it: a dump may have megabytes.
+    if not (_CALL.search(sql) and _QUERY.match(sql)):
+        return None
+    try:
+        statements = split(
+            sql,
+            standard_conforming_strings=standard_conforming_strings,
+            encoding=encoding,
+            bounded=True,
+        )
+        if len(statements) != 1:
+            return None
+        return _plan(Outline(sql, statements[0].tokens, encoding, functions))
+    except (LexError, NotRecognizedError):
+        return None
+
+
+# No more than hints: every call that we serve has both, much else has too. A name is short.
+_CALL: Final = re.compile(
+    TRIGGER + rb'\w{0,50}+"?\s*+(?:\(|--|/\*)|' + "|".join(VIEWS).encode(), re.IGNORECASE
+)
+_QUERY: Final = re.compile(rb"[\s;]*+(?:select|with|table|--|/\*)", re.IGNORECASE)
+
+
+def _plan(outline: Outline) -> Plan | None:
+    sites = outline.sites()
+    if not sites:
+        return view(outline)
+    if outline.keyword(0) not in ("select", "with"):
+        return None
+    if (lateral := last_in_from(outline, sites[-1])) is not None:
+        return with_lateral(outline, lateral)
+    if len(sites) == 1:
+        [site] = sites
+        if outline.keyword(site.first - 1) == "from":
+            return from_item(outline, site)
+        if site.call.function.returns_set:
+            return lone_item(outline, site)
+        if (opening := subquery(outline, site)) is not None:
+            return from_subquery(outline, site, opening)
+    return select_items(outline, sites)

@@ -1,0 +1,337 @@
+"""A function, a view or a subquery with a call, alone in FROM, with plain output columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from proxy.api.functions import LIST, RECORD, VIEWS, Function
+from proxy.sql.tokens import NotRecognizedError
+from proxy.statements.outline import ARGUMENTS, MAX_NAME, Outline, Site, column_names, position_of
+from proxy.statements.plan import (
+    Call,
+    CallColumn,
+    ItemOutput,
+    Output,
+    Piece,
+    Plan,
+    ResultPlan,
+    Rewrite,
+    ScalarPlan,
+)
+from proxy.statements.select_list import item_span
+from proxy.statements.standin import (
+    Edit,
+    copied,
+    insertion,
+    replacement,
+    rewritten,
+    stand_in,
+    standing_at,
+)
+
+
+class OutputItem(NamedTuple):
+    """A plain output column, its tokens and names; ``column`` None is ``*``."""
+
+    first: int
+    last: int
+    table: bytes | None
+    column: bytes | None
+    field: bytes | None
+    label: bytes | None
+
+
+# The field of ``(c).*``; no name is empty.
+_ALL_FIELDS: Final = b""
+
+
+class _Source(NamedTuple):
+    """Something in FROM: the table's name, its alias's token, its columns' names and whether
+    they have types."""
+
+    name: bytes
+    alias: int | None
+    columns: list[bytes]
+    typed: bool
+
+
+def from_item(outline: Outline, site: Site) -> Plan:
+    items, at = plain_outputs(outline)
+    if at != site.first:
+        raise NotRecognizedError("not plain outputs")
+    function = site.call.function
+    source = source_of(outline, site.last + 1, function.name.encode())
+    if function.columns and not source.typed:
+        return columns_result(outline, site, items, source)
+    if any(item.table not in (None, source.name) for item in items):
+        raise NotRecognizedError("another table's column")
+    if any(item.field is not None for item in items):
+        raise NotRecognizedError("a field of something else")
+    if function.result_type not in (RECORD, LIST):
+        return scalar_from(outline, site, items, source)
+    if source.columns and not source.typed:
+        raise NotRecognizedError("columns without types")
+    if source.columns:
+        return defined_result(outline, site, items, source)
+    return result(outline, site, tuple(Output(item.column, item.label) for item in items))
+
+
+def lone_item(outline: Outline, site: Site) -> ResultPlan:
+    label, end = outline.label(site.last + 1)
+    if (
+        site.call.function.result_type != RECORD
+        or outline.after_select() != site.first
+        or end != outline.count
+    ):
+        raise NotRecognizedError("not alone")
+    return result(outline, site, (Output(None, label),))
+
+
+def plain_outputs(outline: Outline) -> tuple[list[OutputItem], int]:
+    """What stands between SELECT and FROM, and where it goes on behind FROM."""
+    at = outline.after_select()
+    items: list[OutputItem] = []
+    while True:
+        items.append(plain_output(outline, at))
+        at = items[-1].last + 1
+        if outline.text(at) != b",":
+            break
+        at += 1
+    if outline.keyword(at) != "from":
+        raise NotRecognizedError("not plain outputs")
+    return items, at + 1
+
+
+def plain_output(outline: Outline, index: int) -> OutputItem:
+    """``*``, ``t.*``, ``c``, ``t.c``, ``(c).f``, ``(t.c).f``, ``(c).*`` or ``(t.c).*``, and a
+    label."""
+    table = field = None
+    in_parentheses = outline.text(index) == b"("
+    at = index + in_parentheses
+    if outline.text(at + 1) == b".":
+        if not outline.is_name(at):
+            raise NotRecognizedError("not a table's name")
+        table = outline.name(at)
+        at += 2
+    if outline.text(at) == b"*" and not in_parentheses:
+        return OutputItem(index, at, table, None, None, None)
+    # Behind a dot any word is a name.
+    if not (outline.is_name(at) or (table is not None and outline.name(at))):
+        raise NotRecognizedError("not a column's name")
+    column = outline.name(at)
+    if in_parentheses:
+        if outline.text(at + 1) + outline.text(at + 2) != b").":
+            raise NotRecognizedError("not a field")
+        at += 3
+        if outline.text(at) == b"*":
+            return OutputItem(index, at, table, column, _ALL_FIELDS, None)
+        field = outline.name(at)
+        if not field:
+            raise NotRecognizedError("not a field's name")
+    label, end = outline.label(at + 1)
+    return OutputItem(index, end - 1, table, column, field, label)
+
+
+def source_of(outline: Outline, at: int, default: bytes) -> _Source:
+    """What follows something in FROM, up to the statement's end: ``AS t (a int, …)``."""
+    has_as = outline.keyword(at) == "as"
+    at += has_as
+    alias = None
+    if outline.is_name(at):
+        alias = at
+        at += 1
+    columns: list[bytes] = []
+    typed = False
+    if outline.text(at) == b"(":
+        close = outline.closing(at)
+        definitions = outline.list_items(at + 1, close)
+        typed = definitions[0][0] < definitions[0][1]
+        for first, last in definitions:
+            name = outline.name(first)
+            if name is None or (first < last) != typed:
+                raise NotRecognizedError("not a list of columns")
+            columns.append(name)
+        at = close + 1
+    if at != outline.count or (alias is None and not has_as == typed == bool(columns)):
+        raise NotRecognizedError("more than a function in FROM")
+    name = default if alias is None else outline.name(alias)
+    return _Source(name or b"", alias, columns, typed)
+
+
+def scalar_from(
+    outline: Outline, site: Site, items: list[OutputItem], source: _Source
+) -> ScalarPlan:
+    """The stand-in is a function in FROM too, so names come out as they would."""
+    if source.typed or len(source.columns) > 1 or len(items) > 1:
+        raise NotRecognizedError("not one column")
+    [column] = source.columns or [source.name]
+    if items[0].column not in (None, column):
+        raise NotRecognizedError("not its column")
+    alias = b"" if source.alias else b"AS " + source.name + b" "
+    rewrite = rewritten(outline, replacement(outline, site, alias))
+    return ScalarPlan(rewrite, (CallColumn(0, site.call),), width=1)
+
+
+def columns_result(
+    outline: Outline, site: Site, items: list[OutputItem], source: _Source
+) -> ResultPlan:
+    """The function knows its columns; the alias may have other names for the first of them."""
+    own = column_names(site.call.function)
+    if len(source.columns) > len(own) or source.typed:
+        raise NotRecognizedError("not its columns")
+    names = [*source.columns, *own[len(source.columns) :]]
+    outputs: list[Output] = []
+    for item in items:
+        if item.field is not None and (item.table, item.column) == (None, source.name):
+            # (t).c is t.c, if t is no column.
+            if item.column in names:
+                raise NotRecognizedError("a field of something else")
+            column = item.field or None
+        elif item.field is not None or item.table not in (None, source.name):
+            raise NotRecognizedError("another table's column")
+        else:
+            column = item.column
+        if column is not None:
+            place = position_of(column, names)
+            renamed = names[place] if names[place] != own[place] else None
+            outputs.append(Output(place, item.label or renamed))
+        elif names == own:
+            outputs.append(Output(None))
+        else:
+            outputs += [Output(place, name) for place, name in enumerate(names)]
+    return result(outline, site, tuple(outputs))
+
+
+def result(outline: Outline, site: Site, outputs: tuple[Output, ...]) -> ResultPlan:
+    """The arguments only, in FROM, where no argument can make two rows."""
+    if any(len(output.label or b"") > MAX_NAME for output in outputs):
+        raise NotRecognizedError("a name that the server would cut")
+    pieces = [
+        *standing_at(outline, 0, b"SELECT * FROM"),
+        *stand_in(outline, site),
+        *standing_at(outline, outline.end(site.last), b"AS pg_background_result"),
+    ]
+    return ResultPlan(Rewrite(outline.sql, tuple(pieces)), site.call, outputs, 0)
+
+
+def defined_result(
+    outline: Outline, site: Site, items: list[OutputItem], source: _Source
+) -> ResultPlan:
+    """An empty table of the columns defined, outer-joined to the arguments.
+
+    These come first in FROM, so that they cannot see the columns; ``*`` is only the table.
+    """
+    if any(outline.name(at) == ARGUMENTS for at in range(outline.count)):
+        raise NotRecognizedError("our own alias")
+    outputs: list[Output] = []
+    edits: list[Edit] = []
+    places: dict[bytes, int] = {}
+    for place, column in enumerate(source.columns):
+        places.setdefault(column, place)
+    if source.alias is None:
+        table: Piece | bytes = source.name
+    else:
+        table = copied(outline, source.alias, source.alias)
+    for item in items:
+        if item.column is None:
+            outputs.append(Output(None))
+        elif item.column in places:
+            outputs.append(Output(places[item.column], item.label))
+        else:
+            # It could still be something, if not a column: the row, or a function of it.
+            raise NotRecognizedError("not a column")
+        if item.column is None and item.table is None:
+            start, end = outline.start(item.first), outline.end(item.first)
+            edits.append(Edit(start, end, standing_at(outline, start, b" ", table, b".*")))
+    extra = (b", ", table, b".*, " + ARGUMENTS + b"." + ARGUMENTS + b" ")
+    edits.append(insertion(outline, items[-1].last, *extra))
+    join = b"AS " + ARGUMENTS + b" LEFT JOIN pg_catalog.json_to_recordset('[]') "
+    edits.append(replacement(outline, site, join))
+    if source.alias is None:
+        edits.append(insertion(outline, site.last + 1, b" " + source.name + b" "))
+    edits.append(insertion(outline, outline.count - 1, b" ON true"))
+    return ResultPlan(rewritten(outline, *edits), site.call, tuple(outputs), len(source.columns))
+
+
+def view(outline: Outline) -> ResultPlan:
+    if outline.keyword(0) == "table":
+        items, first = [OutputItem(0, 0, None, None, None, None)], 1
+    else:
+        items, first = plain_outputs(outline)
+    last = first
+    while outline.text(last + 1) == b".":
+        last += 2
+    function = VIEWS.get((outline.name(last) or b"").decode("latin-1"))
+    if function is None or outline.qualified(last) != first:
+        raise NotRecognizedError("not a view of ours")
+    if outline.keyword(0) == "table" and last + 1 != outline.count:
+        raise NotRecognizedError("more than a view")
+    source = source_of(outline, last + 1, function.name.encode())
+    call = Call(function, (), outline.schema(first, last))
+    return columns_result(outline, Site(call, [], first, last), items, source)
+
+
+def subquery(outline: Outline, site: Site) -> int | None:
+    """The ``(`` of the subquery in FROM whose select list begins with this call."""
+    at = site.first - 1
+    while outline.text(at) == b"(":
+        at -= 1
+    at -= outline.keyword(at) == "all"
+    is_subquery = (
+        outline.keyword(at) == "select"
+        and outline.text(at - 1) == b"("
+        and outline.keyword(at - 2) == "from"
+    )
+    return at - 1 if is_subquery else None
+
+
+def from_subquery(outline: Outline, site: Site, opening: int) -> ScalarPlan:
+    """The stand-in has one column, the call's, whatever is made of it."""
+    items, at = plain_outputs(outline)
+    span = item_span(outline, site)
+    if at != opening or span.fields is not None or span.first != outline.after_select(at + 1):
+        raise NotRecognizedError("not a call alone in a subquery")
+    close = outline.closing(opening)
+    label, end = outline.label(span.last + 1)
+    if end != close:
+        raise NotRecognizedError("not a call alone in a subquery")
+    # Without an alias, which PostgreSQL accepts since 16, the table has no name.
+    source = source_of(outline, close + 1, b"")
+    if source.typed or len(source.columns) > 1:
+        raise NotRecognizedError("not its column")
+    [name] = source.columns or [site.call.function.name.encode() if label is None else label]
+    outputs: list[ItemOutput] = []
+    for item in items:
+        if item.table not in (None, source.name or None) or item.column not in (None, name):
+            raise NotRecognizedError("not its column")
+        outputs += of_record(outline, site.call.function, item, name)
+    if any(len(output.label or b"") > MAX_NAME for output in outputs):
+        raise NotRecognizedError("a name that the server would cut")
+    start, end = outline.start(items[0].first), outline.end(items[-1].last)
+    edits = [
+        Edit(start, end, standing_at(outline, start, b" * ")),
+        Edit(outline.start(span.first), outline.end(span.last), stand_in(outline, site)),
+    ]
+    if label is None:
+        edits.append(
+            insertion(outline, span.last, b" AS " + site.call.function.name.encode() + b" ")
+        )
+    column = CallColumn(0, site.call)
+    return ScalarPlan(rewritten(outline, *edits), (column,), tuple(outputs), width=1)
+
+
+def of_record(
+    outline: Outline, function: Function, item: OutputItem, name: bytes
+) -> Iterator[ItemOutput]:
+    """What an item makes of the only column, named ``name``, which is a function's result."""
+    fields = column_names(function)
+    if item.field is None:
+        yield ItemOutput(0, None, item.label or name)
+    elif item.field == _ALL_FIELDS:
+        if not fields:
+            raise NotRecognizedError("fields of no record")
+        for place, field in enumerate(fields):
+            yield ItemOutput(0, place, field)
+    else:
+        yield ItemOutput(0, position_of(item.field, fields), item.label or item.field)

@@ -1,0 +1,198 @@
+"""Where the calls of a statement stand, and which functions they call.
+
+The rule: `Outline` knows tokens, brackets and calls, and nothing of what a statement may look like;
+that is for those who recognise one shape each.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
+
+from proxy.api.functions import Function, Parameter, Type
+from proxy.sql.lexer import Token
+from proxy.sql.tokens import NotRecognizedError, Tokens
+from proxy.statements.plan import Argument, Call, FieldOf
+
+TRIGGER: Final = b"pg_background"
+
+_TRIGGER: Final = re.compile(re.escape(TRIGGER), re.IGNORECASE)
+_token_start: Final = operator.attrgetter("start")
+
+MAX_NAME: Final = 63
+"""The server cuts names at so many bytes."""
+
+# The alias of the arguments, and their column's name.
+ARGUMENTS: Final = b"pg_background_arguments"
+
+# Words that begin a clause, or say that rows are not what the items of FROM make them.
+CLAUSES: Final = frozenset(
+    (
+        *("where", "group", "having", "window", "union", "intersect", "except", "order", "limit"),
+        *("offset", "fetch", "for", "into"),
+    )
+)
+WRITES: Final = frozenset(("insert", "update", "delete", "merge"))
+QUERIES: Final = frozenset(
+    ("select", "with", "values", "table", "insert", "update", "delete", "merge")
+)
+
+ColumnOfCall = Callable[[int, int], tuple[FieldOf, Type] | None]
+"""Tells which column of a call in FROM an argument is, if any, by its first and last token."""
+
+
+class Leaf(NamedTuple):
+    """An argument's tokens, first to last, and the name of the call that it is for."""
+
+    type: Type
+    first: int
+    last: int
+    name: int
+
+
+class Site(NamedTuple):
+    """An outermost call, and its tokens from first (the schema's name) to last (the ``)``)."""
+
+    call: Call
+    leaves: list[Leaf]
+    first: int
+    last: int
+
+
+class Outline(Tokens):
+    """One statement and its calls. Indices count tokens unless they are called offsets."""
+
+    def __init__(
+        self,
+        sql: bytes,
+        tokens: list[Token],
+        encoding: str | None,
+        functions: Mapping[str, tuple[Function, ...]],
+    ) -> None:
+        super().__init__(sql, tokens, encoding)
+        self.functions = functions
+        self.column_of_call: ColumnOfCall = lambda first, last: None
+
+    @functools.cached_property
+    def ours(self) -> list[int]:
+        """The names of our functions that a ``(`` follows."""
+        indices: list[int] = []
+        seen = -1  # a long constant may mention it thousands of times
+        # The statement may be one of thousands of a text.
+        for found in _TRIGGER.finditer(self.sql, self.tokens[0].start, self.tokens[-1].end):
+            at = bisect.bisect(self.tokens, found.start(), key=_token_start) - 1
+            if at != seen and self.name_of_ours(at):
+                indices.append(at)
+            seen = at
+        return indices
+
+    def ours_between(self, first: int, last: int) -> int | None:
+        """The first of ``ours`` that lies there."""
+        at = bisect.bisect_left(self.ours, first)
+        return self.ours[at] if at < len(self.ours) and self.ours[at] <= last else None
+
+    def sites(self) -> list[Site]:
+        """All outermost calls, in order."""
+        sites: list[Site] = []
+        for at in self.ours:
+            if not sites or at > sites[-1].last:
+                sites.append(self.site(at))
+        return sites
+
+    def name_of_ours(self, index: int) -> str | None:
+        name = self.name(index)
+        if name is None or self.text(index + 1) != b"(":
+            return None
+        decoded = name.decode("latin-1")
+        return decoded if decoded in self.functions else None
+
+    def site(self, index: int, outer: list[Leaf] | None = None) -> Site:
+        """The call whose name stands at ``index``; ``outer``: it is an argument itself, and its
+        leaves come after these."""
+        name, close = self.name_of_ours(index), self.closing(index + 1)
+        items = self.list_items(index + 2, close) if close > index + 2 else []
+        given = [self.argument(*item) for item in items]
+        function, parameters = _resolve(
+            self.functions.get(name or "", ()), [argument_name for argument_name, _, _ in given]
+        )
+        leaves = [] if outer is None else outer
+        arguments: list[Argument] = []
+        for parameter, (argument_name, first, last) in zip(parameters, given, strict=True):
+            ours = self.ours_between(first, last)
+            value: int | Call | FieldOf
+            if ours is None and (field := self.column_of_call(first, last)) is not None:
+                value, type = field
+                if type != parameter.type:
+                    raise NotRecognizedError("no such function")
+            elif ours is None:
+                value = len(leaves)
+                leaves.append(Leaf(parameter.type, first, last, index))
+            elif outer is not None:
+                raise NotRecognizedError("nested twice")
+            else:
+                inner = self.site(ours, leaves)
+                if not self.parenthesised(inner, first, last):
+                    raise NotRecognizedError("a call within an expression")
+                value = inner.call
+                if value.function.returns_set or value.function.result_type != parameter.type:
+                    raise NotRecognizedError("no such function")
+            arguments.append(Argument(parameter, value, argument_name))
+        first = self.qualified(index)
+        call = Call(function, tuple(arguments), self.schema(first, index))
+        return Site(call, leaves, first, close)
+
+    def schema(self, first: int, last: int) -> bytes | None:
+        """What qualifies the name that these tokens are."""
+        return self.name(last - 2) if first < last else None
+
+    def parenthesised(self, site: Site, first: int, last: int) -> bool:
+        """Between ``first`` and ``last`` there is but the call, in any number of parentheses."""
+        return (
+            first <= site.first
+            and site.first - first == last - site.last
+            and all(self.text(at) == b"(" for at in range(first, site.first))
+            and all(self.text(at) == b")" for at in range(site.last + 1, last + 1))
+        )
+
+
+def _resolve(
+    overloads: tuple[Function, ...], given: list[str | None]
+) -> tuple[Function, list[Parameter]]:
+    """The overload that takes these arguments (their names, None if given by position), and the
+    parameter of each."""
+    for function in overloads:
+        parameters = _match(function, given)
+        if parameters is not None:
+            return function, parameters
+    raise NotRecognizedError("no such function")
+
+
+def _match(function: Function, given: list[str | None]) -> list[Parameter] | None:
+    """The parameter of each argument, by PostgreSQL's rules: first by position, then by name."""
+    positional = next((at for at, name in enumerate(given) if name is not None), len(given))
+    if positional > len(function.parameters):
+        return None
+    matched = list(function.parameters[:positional])
+    for name in given[positional:]:
+        parameter = next((p for p in function.parameters if name and p.is_called(name)), None)
+        if parameter is None or parameter in matched:
+            return None
+        matched.append(parameter)
+    if any(p.required and p not in matched for p in function.parameters):
+        return None
+    return matched
+
+
+def column_names(function: Function) -> list[bytes]:
+    return [column.name.encode() for column in function.columns]
+
+
+def position_of(name: bytes | None, names: list[bytes]) -> int:
+    """Where the name is; it must be there once."""
+    if name is None or names.count(name) != 1:
+        raise NotRecognizedError("not a column")
+    return names.index(name)

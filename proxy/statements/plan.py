@@ -1,0 +1,244 @@
+"""How a statement is served: its stand-in, the calls that are made of the stand-in's rows, and the
+client's columns.
+
+The rule: a plan says all that the interception needs to know of a statement, in terms of the
+stand-in's columns; where it stood in the text only `Rewrite` knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from proxy.api.functions import Function, Parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a stand-in: ``original[start:end]``, or ``inserted`` if that is given; then it
+    stands for the text at ``start``."""
+
+    start: int
+    end: int
+    inserted: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """The stand-in of a statement, and where each of its characters comes from."""
+
+    original: bytes
+    pieces: tuple[Piece, ...]
+
+    @property
+    def sql(self) -> bytes:
+        """The text for the server."""
+        return b"".join(text for _, text in self._texts())
+
+    @property
+    def unsent(self) -> bytes:
+        """What of the original is not in the stand-in, in its order."""
+        kept = sorted((p.start, p.end) for p in self.pieces if p.inserted is None)
+        done = 0
+        unsent: list[bytes] = []
+        for start, end in kept:
+            unsent.append(self.original[done:start])
+            done = max(done, end)
+        return b" ".join([*unsent, self.original[done:]])
+
+    def original_position(self, position: int, codec: str) -> int:
+        """Where in the original a character of the stand-in belongs.
+
+        Args:
+            position: as in an error's field P: in characters, from 1.
+            codec: Python's name of the client encoding.
+        """
+        offset = self._original_offset(self._offset(position, codec))
+        return len(self.original[:offset].decode(codec, "surrogateescape")) + 1
+
+    def inserted_before(self, position: int, codec: str) -> list[bytes]:
+        """What was inserted up to the character at ``position``, that included."""
+        offset = self._offset(position, codec)
+        inserted: list[bytes] = []
+        for piece, text in self._texts():
+            if offset < 0:
+                break
+            offset -= len(text)
+            if piece.inserted is not None:
+                inserted.append(text)
+        return inserted
+
+    def _texts(self) -> Iterator[tuple[Piece, bytes]]:
+        for piece in self.pieces:
+            text = piece.inserted
+            yield piece, self.original[piece.start : piece.end] if text is None else text
+
+    def _offset(self, position: int, codec: str) -> int:
+        text = self.sql.decode(codec, "surrogateescape")
+        return len(text[: position - 1].encode(codec, "surrogateescape"))
+
+    def _original_offset(self, offset: int) -> int:
+        for piece, text in self._texts():
+            if offset < len(text):
+                return piece.start + (offset if piece.inserted is None else 0)
+            offset -= len(text)
+        return len(self.original)
+
+
+@dataclass(frozen=True, slots=True)
+class FieldOf:
+    """A field of what the call in another column of the stand-in has returned for the same row;
+    ``field`` is its index in that call's ``function.columns``. NULL if the call returned NULL."""
+
+    column: int
+    field: int
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """What one parameter of a call gets.
+
+    ``value`` is an index into the stand-in's text[], or the call whose result it is, or a field of
+    another column's. ``name`` is the parameter's name as the call wrote it, if it did.
+    """
+
+    parameter: Parameter
+    value: int | Call | FieldOf
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call; arguments as written, parameters that take their defaults are not among them.
+    ``schema`` is what qualifies the function's name, if anything does."""
+
+    function: Function
+    arguments: tuple[Argument, ...]
+    schema: bytes | None = None
+
+    def leaves(self) -> Iterator[tuple[Call, int]]:
+        """The elements of the stand-in's text[]: the call (this or an inner one) that each is an
+        argument of, and its place among the arguments."""
+        for place, argument in enumerate(self.arguments):
+            if isinstance(argument.value, Call):
+                yield from argument.value.leaves()
+            elif isinstance(argument.value, int):
+                yield self, place
+
+
+@dataclass(frozen=True, slots=True)
+class CallColumn:
+    """An output column that is a call: the stand-in has its arguments there, a text.
+
+    ``index`` counts from the first column, or backwards from the last (-1) where a ``*`` before
+    it makes that unknown.
+    """
+
+    index: int
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class ItemOutput:
+    """A column of the client's.
+
+    ``column``: the stand-in's column that it is made of, from 0.
+    ``field``: if that is a call and the client wants one field of the result, its index in
+    ``call.function.columns``. None: the value as it is.
+    ``label``: its name, None for that of the stand-in's column.
+    """
+
+    column: int
+    field: int | None = None
+    label: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarPlan:
+    """Each row of the stand-in makes the calls in its columns, each once and in the order of
+    ``columns``; the other columns are as they are. A call's column is of type text.
+
+    Without ``outputs`` the client's columns are the stand-in's, with their names.
+    ``in_from``: the first of the calls stands in FROM, behind the others.
+    ``width``: how many columns the stand-in has, None if a ``*`` hides that.
+    """
+
+    rewrite: Rewrite
+    columns: tuple[CallColumn, ...]
+    outputs: tuple[ItemOutput, ...] | None = None
+    in_from: bool = False
+    width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What an item of the select list takes from a function's result.
+
+    ``column``: None for all columns in order (``*``); with a column definition list the position
+    in that list, from 0; without one the position in ``call.function.columns``, and if the function
+    has none (pg_background_result) the column's name in the job's result.
+    ``label``: the output's name, None for the column's own. With ``column`` None it can only come
+    of ``SELECT pg_background_result(…) AS label``, and names the column if there is just one.
+    """
+
+    column: int | bytes | None
+    label: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResultPlan:
+    """The rows of a function that has columns: its own, the job's, or those of a definition list.
+    The stand-in returns exactly one row.
+
+    With a column definition list (``defined_columns`` > 0) the stand-in's columns are the
+    client's outputs, then the ``defined_columns`` of the list, then the call's arguments: the last
+    ``defined_columns + 1`` are for the proxy alone. All but the last are NULL; their types count,
+    and nothing has yet compared them with the function's. Without one its only column is the call's
+    arguments.
+    """
+
+    rewrite: Rewrite
+    call: Call
+    outputs: tuple[Output, ...]
+    defined_columns: int
+
+
+Plan = ScalarPlan | ResultPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Substitute:
+    """A statement that goes to the server in other words, and makes no call.
+
+    ``tag``: what CommandComplete is to say instead. Then it is a command that a block of ours
+    carries out, and nobody wants to know where in the block something was said. Without a tag it
+    is the client's own statement, changed in places.
+    """
+
+    rewrite: Rewrite
+    tag: bytes | None = None
+
+
+def joined(sql: bytes, plans: Sequence[tuple[int, Plan | Substitute]]) -> Substitute:
+    """A Query string with some of its statements replaced.
+
+    Args:
+        sql: the whole string.
+        plans: what replaces them, and where each begins, in order.
+    """
+    pieces: list[Piece] = []
+    done = 0
+    for start, plan in plans:
+        pieces.append(Piece(done, start))
+        done = start + len(plan.rewrite.original)
+        pieces += [
+            Piece(start + piece.start, start + piece.end, piece.inserted)
+            for piece in plan.rewrite.pieces
+        ]
+    pieces.append(Piece(done, len(sql)))
+    return Substitute(Rewrite(sql, tuple(pieces)))
+
+
+def substitute(sql: bytes, text: bytes, tag: bytes) -> Substitute:
+    """What replaces all of a statement."""
+    return Substitute(Rewrite(sql, (Piece(0, 0, text),)), tag)
