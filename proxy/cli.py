@@ -149,11 +149,11 @@ def _parser() -> _Parser:
 def _serve(arguments: dict[str, Any]) -> int:
     file = arguments.pop("config")
 
-    def given() -> config.Texts:
+    def given() -> config.Given:
         return config.collect(arguments, file=file, environ=os.environ)
 
     def settings() -> config.Config:
-        return config.build(given(), os.environ)
+        return config.load(arguments, file=file, environ=os.environ)
 
     first = settings()
     if first.workers > 1:

@@ -12,12 +12,12 @@ from typing import Final, TypeVar
 
 from proxy.auth.checks import Checks
 from proxy.auth.credentials import CredentialStore
-from proxy.auth.methods import SCRAM
 from proxy.backends.auth_query import AuthQuery
 from proxy.backends.upstream import Dialer, Route
 from proxy.config import Config, ConfigError, check_together
 from proxy.config.gucs import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT
 from proxy.config.keepalive import Keepalive
+from proxy.config.require_auth import SCRAM
 from proxy.log import logger
 from proxy.net import tls
 

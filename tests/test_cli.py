@@ -55,7 +55,7 @@ def test_help_tells_every_setting_and_gives_examples() -> None:
         (["serf"], "invalid choice: 'serf'"),
         (["serve", "--max-worker", "3"], "unrecognized arguments: --max-worker"),
         (["serve", "--listen"], "argument --listen: expected one argument"),
-        (["serve", "--listen", "::1"], '--listen: "::1" is no address'),
+        (["serve", "--listen", "::1"], '--listen: invalid address: "::1"'),
         (["serve", "--max-workers", "0"], "--max-workers: 0 is outside the valid range"),
         (["serve", "--upstream", "sslmode=verify-full"], "sslmode=verify-full needs sslrootcert"),
         (["serve", "--config", "/no/such/file"], "cannot read /no/such/file"),

@@ -7,7 +7,7 @@ import pytest
 from proxy import config
 from proxy.api.functions import DECLARED, VIEWS
 from proxy.api.reference import PAGES, configuration, functions, with_reference
-from proxy.config.gucs import SETTINGS
+from proxy.config.gucs import GUCS
 from tests.support.servers import REPOSITORY
 
 
@@ -28,7 +28,7 @@ def test_reference_has_every_setting_and_its_default() -> None:
     for field in config.SETTINGS:
         default = f" `{field.metadata['default']}`" if field.metadata["default"] else ""
         assert f"| `{field.name}` |{default} |" in reference
-    for setting in SETTINGS.values():
+    for setting in GUCS.values():
         assert f"| `{setting.name}` | `{setting.default}` |" in reference
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from proxy import config
 from proxy.api.functions import DECLARED, RECORD, VIEWS, Function, Parameter
-from proxy.config.gucs import SETTINGS, Setting, format_memory
+from proxy.config.gucs import GUCS, Guc
 
 BEGIN: Final = "<!-- Made by python -m proxy.api.reference -->"
 END: Final = "<!-- End of what was made -->"
@@ -38,7 +38,7 @@ _NAMES: Final = re.compile(
     "|".join(
         re.escape(name)
         for name in sorted(
-            (*SETTINGS, *(field.name for field in config.SETTINGS if "_" in field.name)),
+            (*GUCS, *(field.name for field in config.SETTINGS if "_" in field.name)),
             key=len,
             reverse=True,
         )
@@ -97,7 +97,7 @@ def configuration() -> str:
             lines.append("")
     lines += ["### Settings of a session", "", "| setting | default | from | to |"]
     lines.append("| --- | --- | --- | --- |")
-    lines += map(_session_setting, SETTINGS.values())
+    lines += map(_session_setting, GUCS.values())
     return "\n".join(lines)
 
 
@@ -116,14 +116,14 @@ def _ends_table(field: Field[Any]) -> bool:
     return not following or following[0] in _HEADINGS
 
 
-def _session_setting(setting: Setting) -> str:
+def _session_setting(setting: Guc) -> str:
     limits = f"`{_measure(setting, setting.minimum)}` | `{_measure(setting, setting.maximum)}`"
     return f"| `{setting.name}` | `{setting.default}` | {limits} |"
 
 
-def _measure(setting: Setting, value: int) -> str:
+def _measure(setting: Guc, value: int) -> str:
     if setting.unit == "B":
-        return format_memory(value)
+        return setting.show(str(value))
     return f"{value} {setting.unit}".rstrip()
 
 

@@ -29,9 +29,9 @@ from pathlib import Path
 from protocol.auth import md5_password, md5_response_from_secret
 from protocol.scram import ScramClient, ScramSecret
 from proxy.auth.files import AuthFile, PassFile
-from proxy.auth.methods import ANYTHING, Policy
 from proxy.auth.observer import LoginObserver
 from proxy.auth.secret import Cleartext, MD5Secret, Secret
+from proxy.config.require_auth import ANYTHING, Policy
 
 
 @dataclass(frozen=True, slots=True)

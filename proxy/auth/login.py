@@ -48,9 +48,10 @@ from protocol.scram import MECHANISM, ClientFirst, ScramServer
 from proxy.auth.authenticator import Authenticator
 from proxy.auth.checks import Check
 from proxy.auth.credentials import Credentials
-from proxy.auth.methods import Guard, Policy
+from proxy.auth.methods import Guard
 from proxy.auth.observer import LoginObserver
 from proxy.auth.secret import Cleartext, Secret
+from proxy.config.require_auth import Policy
 from proxy.net.connection import Connection
 
 AUTHENTICATION: Final = AuthenticationOk.type

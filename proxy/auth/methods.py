@@ -6,7 +6,6 @@ the client itself, the proxy in the client's place, or the proxy for a job or a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from protocol.errors import INVALID_AUTHORIZATION_SPECIFICATION, SQLError
@@ -24,12 +23,8 @@ from protocol.messages import (
     AuthenticationSCMCredential,
     AuthenticationSSPI,
 )
-from protocol.scram import MECHANISM, MIN_ITERATIONS
-
-SCRAM: Final = "scram-sha-256"
-NONE: Final = "none"
-METHODS: Final = ("password", "md5", "gss", "sspi", SCRAM, "oauth", NONE)
-"""libpq's names; `NONE` is a server that lets in without asking (trust, peer, cert)."""
+from protocol.scram import MECHANISM
+from proxy.config.require_auth import METHODS, NONE, SCRAM, Policy
 
 _NAMES: Final[dict[type[AuthenticationRequest], str]] = {
     AuthenticationCleartextPassword: "password",
@@ -52,59 +47,6 @@ _WORDS: Final[dict[type[AuthenticationRequest], str]] = {
     AuthenticationSSPI: "SSPI",
 }
 
-
-def parse_require_auth(text: str) -> frozenset[str]:
-    """Reads a list of methods, or of methods with ``!`` before them, which are those not allowed.
-
-    Returns those that are. Raises ValueError, as libpq refuses: an unknown method, one that comes
-    twice, or both kinds in one list.
-    """
-    names = text.split(",")
-    negative = [name.startswith("!") for name in names]
-    methods = [name.removeprefix("!") for name in names]
-    for name in methods:
-        if name not in METHODS:
-            raise ValueError(f'require_auth: "{name}" is none of {", ".join(METHODS)}')
-    if any(negative) and not all(negative):
-        raise ValueError("require_auth: methods with and without ! cannot be mixed")
-    if len(set(methods)) < len(methods):
-        raise ValueError("require_auth: a method is given more than once")
-    return frozenset(METHODS).difference(methods) if all(negative) else frozenset(methods)
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What one server may have.
-
-    Attributes:
-        required: what require_auth allows; None if it is not given.
-        is_proven: nobody else can be in the server's place: its certificate is verified, or it is
-            on this machine.
-        sslmode: for errors.
-    """
-
-    required: frozenset[str] | None = None
-    is_proven: bool = True
-    sslmode: str = ""
-
-    @property
-    def min_iterations(self) -> int:
-        """Of SCRAM, for a password. With fewer it is cheaper to guess from our answer, and it is a
-        server that chooses: few are taken from one that is proven alone."""
-        return 1 if self.is_proven else MIN_ITERATIONS
-
-    def allows_cleartext(self, *, ours: bool) -> bool:
-        """Whether a password goes out in clear: one of the proxy's own files goes only to a server
-        that is proven, unless require_auth says that passwords do."""
-        return not ours or self.is_proven or self.required is not None
-
-    @property
-    def unproven(self) -> str:
-        """Why the server is not, as an error's DETAIL says it."""
-        return f"Nothing proves that it is the server: sslmode={self.sslmode} verifies nothing."
-
-
-ANYTHING: Final = Policy()
 
 PROVE_HINT: Final = "Set sslmode=verify-full and sslrootcert in upstream."
 CLEARTEXT_HINT: Final = (

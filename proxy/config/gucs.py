@@ -1,7 +1,7 @@
-"""The settings ``pg_background.*``, and PostgreSQL's way to write sizes and times.
+"""The settings ``pg_background.*`` of a session, and PostgreSQL's way to write sizes and times.
 
-The rules of guc.c: ``64kB``, ``5min``, ``1.5MB``, a bare number in the setting's own unit. Units
-are case-sensitive. Whatever cannot be read raises ValueError with a message for the user.
+Invariant: values are read and shown as guc.c does: ``64kB``, ``5min``, ``1.5MB``, a bare number in
+the setting's own unit, units case-sensitive. ValueError has a message for the user.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TIME_UNITS: Final[Mapping[str, float]] = {
     "h": 3_600_000,
     "d": 86_400_000,
 }
-# What a setting may be measured in; a plain number has the one unit "".
+# By `Guc.unit`. A plain number has the one unit "".
 _UNITS: Final[Mapping[str, Mapping[str, float]]] = {
     "": {"": 1},
     "B": _MEMORY_UNITS,
@@ -41,46 +41,14 @@ _VALUE: Final = re.compile(
 _LARGEST: Final = 2**63
 
 
-def parse_memory(text: str, *, unit: str = "B") -> int:
-    """Reads a size such as ``64kB``.
-
-    Args:
-        text: the value as the user wrote it.
-        unit: the unit of a bare number.
-
-    Returns:
-        Bytes, rounded to the nearest.
-
-    Raises:
-        ValueError: it is no size; the message says which units there are.
-    """
-    return _parse(text, _MEMORY_UNITS, unit)
+def parse_memory(text: str) -> int:
+    """Reads a size such as ``64kB``, in bytes; a bare number is bytes."""
+    return _parse(text, _MEMORY_UNITS, "B")
 
 
 def parse_time_ms(text: str, *, unit: str = "ms") -> int:
-    """Reads a time such as ``5min``.
-
-    Args:
-        text: the value as the user wrote it.
-        unit: the unit of a bare number.
-
-    Returns:
-        Milliseconds, rounded to the nearest.
-
-    Raises:
-        ValueError: it is no time; the message says which units there are.
-    """
+    """Reads a time such as ``5min``, in milliseconds; a bare number is in `unit`."""
     return _parse(text, _TIME_UNITS, unit)
-
-
-def format_memory(size: int) -> str:
-    """Writes bytes as SHOW does: 65536 as ``64kB``, 0 as ``0``."""
-    return _format(size, _MEMORY_UNITS)
-
-
-def format_time_ms(time: int) -> str:
-    """Writes milliseconds as SHOW does: 300000 as ``5min``, 0 as ``0``."""
-    return _format(time, _TIME_UNITS)
 
 
 def _parse(text: str, units: Mapping[str, float], default_unit: str) -> int:
@@ -117,8 +85,8 @@ def _format(value: int, units: Mapping[str, float]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """One setting of the session: its name, default, and range, in bytes or milliseconds."""
+class Guc:
+    """One setting of a session: its name, default, and range, in bytes or milliseconds."""
 
     name: str
     default: str
@@ -131,7 +99,7 @@ class Setting:
         """Reads a value: a number, bytes or milliseconds.
 
         Raises:
-            ValueError: not to be read, or out of range; PostgreSQL's wording.
+            ValueError: malformed or out of range, in PostgreSQL's words.
         """
         try:
             value = _parse(text, _UNITS[self.unit], self.unit)
@@ -148,16 +116,14 @@ class Setting:
         return value
 
     def show(self, text: str) -> str:
-        """The value as SHOW prints it; raises as ``parse``."""
+        """The value as SHOW prints it: 65536 bytes as ``64kB``. Raises as `parse` does."""
         return _format(self.parse(text), _UNITS[self.unit])
 
 
-MAX_WORKERS: Final = Setting("pg_background.max_workers", "16", 1, 1000)
-DEFAULT_QUEUE_SIZE: Final = Setting(
-    "pg_background.default_queue_size", "64kB", 4096, 268_435_456, "B"
-)
-WORKER_TIMEOUT: Final = Setting("pg_background.worker_timeout", "0", 0, 2_147_483_647, "ms")
+MAX_WORKERS: Final = Guc("pg_background.max_workers", "16", 1, 1000)
+DEFAULT_QUEUE_SIZE: Final = Guc("pg_background.default_queue_size", "64kB", 4096, 268_435_456, "B")
+WORKER_TIMEOUT: Final = Guc("pg_background.worker_timeout", "0", 0, 2_147_483_647, "ms")
 
-SETTINGS: Final[Mapping[str, Setting]] = {
-    setting.name: setting for setting in (MAX_WORKERS, DEFAULT_QUEUE_SIZE, WORKER_TIMEOUT)
+GUCS: Final[Mapping[str, Guc]] = {
+    guc.name: guc for guc in (MAX_WORKERS, DEFAULT_QUEUE_SIZE, WORKER_TIMEOUT)
 }

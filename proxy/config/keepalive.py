@@ -1,7 +1,7 @@
-"""TCP keepalive: how a connection finds out that the other side is gone without a word.
+"""TCP keepalive: how a connection finds out that its peer has gone without closing it.
 
-The rule: 0 leaves a value to the operating system, and what a platform does not have is left out;
-a Unix socket has none of it.
+Invariant: 0 leaves a value to the operating system; an option that the platform or a Unix socket
+does not have is left out.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from dataclasses import dataclass
+from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Keepalive:
         options = {"TCP_USER_TIMEOUT": self.user_timeout}
         if self.enabled:
             options |= {
-                # macOS has another name for it.
+                # macOS has another name for this option.
                 "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE": self.idle,
                 "TCP_KEEPINTVL": self.interval,
                 "TCP_KEEPCNT": self.count,
@@ -37,6 +38,9 @@ class Keepalive:
         for name, value in options.items():
             option: int | None = getattr(socket, name, None)
             if value and option is not None:
-                # A value that the system finds too large is not worth a connection.
+                # A value that the system finds too large shall not cost the connection.
                 with contextlib.suppress(OSError):
                     sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+DEFAULT: Final = Keepalive()

@@ -29,7 +29,7 @@ from proxy.api.functions import (
     Function,
     Needs,
 )
-from proxy.config.gucs import SETTINGS
+from proxy.config.gucs import GUCS
 
 SESSION_SETTING: Final = "pg_background_proxy.session"
 """The setting that the proxy gives a session in its startup packet: 32 hexadecimal digits that its
@@ -140,7 +140,7 @@ def helpers(*, schema: str, server_version: int) -> list[str]:
         "@lang": "sql" if missing_ok else "plpgsql",
         "@setting": _SETTING if missing_ok else _SETTING_9_5,
         "@own": ", ".join(
-            f"{quoted(schema)}._pg_background_setting(CAST('{name}' AS text))" for name in SETTINGS
+            f"{quoted(schema)}._pg_background_setting(CAST('{name}' AS text))" for name in GUCS
         ),
         "@random": (
             "replace(CAST(gen_random_uuid() AS text), '-', '')"

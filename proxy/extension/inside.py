@@ -85,7 +85,7 @@ from proxy.api.calls import permission_denied
 from proxy.api.functions import DECLARED, Function, Needs
 from proxy.backends.backend import ServerError
 from proxy.backends.channels import Channel, Rows
-from proxy.config.gucs import MAX_WORKERS, SETTINGS
+from proxy.config.gucs import GUCS, MAX_WORKERS
 from proxy.extension.blocks import Answer, Blocks
 from proxy.extension.bodies import identity
 from proxy.jobs.context import NOT_CARRIED_OVER, Context, role_query
@@ -792,7 +792,7 @@ class _Call:
     def __init__(self, message: Message) -> None:
         """Raises SQLError for what no function of ours has said, NotOursError."""
         words = message.words
-        own = 5 + len(SETTINGS)
+        own = 5 + len(GUCS)
         try:
             role, session_role, name, encoding, *texts = map(_word, words[1:own])
             count = int(_word(words[own]) or b"")
@@ -811,7 +811,7 @@ class _Call:
         )
         self.own_settings = {
             name: text.decode("utf-8", "replace")
-            for name, text in zip(SETTINGS, texts, strict=True)
+            for name, text in zip(GUCS, texts, strict=True)
             if text is not None
         }
         self.settings = tuple(

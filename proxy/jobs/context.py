@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from proxy.backends.identity import IDENTITY
-from proxy.config.gucs import SETTINGS
+from proxy.config.gucs import GUCS
 from proxy.extension.bodies import SPEAKER
 from proxy.extension.installed import (
     Installed,
@@ -109,8 +109,7 @@ def context_query(
     if not missing_ok:
         custom_settings = ()
     ours = b", ".join(
-        b"pg_catalog.current_setting(%b%b)" % (literal(name.encode()), missing_ok)
-        for name in SETTINGS
+        b"pg_catalog.current_setting(%b%b)" % (literal(name.encode()), missing_ok) for name in GUCS
     )
     columns = [
         _IS_EXECUTOR,
@@ -150,7 +149,7 @@ def parse_context(
         values
     )
     client_encoding = encoding or b""
-    own, (usable_roles, extension, *arrays) = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
+    own, (usable_roles, extension, *arrays) = rest[: len(GUCS)], rest[len(GUCS) :]
     settings: list[tuple[bytes, bytes]] = []
     if arrays:
         flat = [text or b"" for text in parse_array(arrays[0] or b"{}", client_encoding)]
@@ -168,7 +167,7 @@ def parse_context(
         statement_timeout=statement_timeout or b"0",
         own_settings={
             name: value.decode("utf-8", "replace")
-            for name, value in zip(SETTINGS, own, strict=True)
+            for name, value in zip(GUCS, own, strict=True)
             if value is not None
         },
         usable_roles=frozenset(

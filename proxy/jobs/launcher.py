@@ -20,7 +20,7 @@ from proxy.backends.channels import APPLICATION_NAME, Channel
 from proxy.backends.identity import Login, StaleLoginError
 from proxy.backends.spares import LONGEST_COMMAND
 from proxy.backends.upstream import Route
-from proxy.config.gucs import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Setting
+from proxy.config.gucs import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Guc
 from proxy.extension.bodies import JOB_SETTING, SESSION_SETTING
 from proxy.extension.inside import Secrets
 from proxy.extension.nested import Nested
@@ -135,7 +135,7 @@ class Launcher:
         logger.debug("launched %r", job)
         return job
 
-    def setting(self, setting: Setting, context: Context) -> int:
+    def setting(self, setting: Guc, context: Context) -> int:
         """A setting of ours, as it is in a session. Raises SQLError 22023."""
         text = context.own_settings.get(setting.name, self._server.own_settings[setting.name])
         try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from proxy.backends.channels import Channel
     from proxy.backends.identity import Login
-    from proxy.config.gucs import Setting
+    from proxy.config.gucs import Guc
     from proxy.jobs.context import Context
     from proxy.jobs.launcher import Launcher
     from proxy.jobs.registry import Handle, KnownJob, KnownJobs
@@ -122,7 +122,7 @@ class Owner(ABC):
             keeps_rows=keeps_rows,
         )
 
-    def setting(self, setting: Setting, context: Context) -> int:
+    def setting(self, setting: Guc, context: Context) -> int:
         """A setting of ours. Raises SQLError 22023."""
         return self.launcher.setting(setting, context)
 

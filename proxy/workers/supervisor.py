@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy import config, log
-from proxy.config import Texts
+from proxy.config import Given
 from proxy.log import logger
 from proxy.net.descriptors import turn_away
 from proxy.net.listeners import Listeners
@@ -185,7 +185,7 @@ class Supervisor:
         given: reads what the configuration says now. Raises ConfigError.
     """
 
-    def __init__(self, given: Callable[[], Texts]) -> None:
+    def __init__(self, given: Callable[[], Given]) -> None:
         self._read = given
         self._given = given()
         self._config = config.build(self._given, os.environ)
@@ -397,7 +397,7 @@ class Supervisor:
 
     # Its life
 
-    def _take_over(self, given: Texts) -> list[str]:
+    def _take_over(self, given: Given) -> list[str]:
         """Make another configuration hold, here and in all workers. Raises ConfigError."""
         settings, fixed = reloaded(self._config, config.build(given, os.environ))
         Setup(settings)
@@ -441,7 +441,7 @@ def _how(code: int) -> str:
     return f"was terminated by signal {-code}: {signal.strsignal(-code)}"
 
 
-async def supervise(given: Callable[[], Texts]) -> int:
+async def supervise(given: Callable[[], Given]) -> int:
     """Run the proxy as several processes until it is told to stop; the exit code.
 
     Raises OSError, ConfigError: as `Supervisor.run`.

@@ -15,12 +15,12 @@ from typing import Final
 import psycopg
 import pytest
 
-from proxy.config.gucs import SETTINGS
+from proxy.config.gucs import GUCS
 from proxy.demo.embedded import free_port
 from proxy.extension.bodies import JOB_SETTING, SESSION_SETTING
 from tests.support.servers import START_TIMEOUT, STOP_TIMEOUT, Server, _Endpoint, clean_environment
 
-OURS: Final = (*SETTINGS, SESSION_SETTING, JOB_SETTING)
+OURS: Final = (*GUCS, SESSION_SETTING, JOB_SETTING)
 """Startup parameters that the proxy sends."""
 
 REFUSED: Final = (*OURS, "extra_float_digits", "options")

@@ -1,0 +1,88 @@
+"""Where clients connect, and where the server is: addresses as libpq and PostgreSQL write them.
+
+Invariant: a host that begins with a slash is the directory of a Unix socket.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+DEFAULT_PORT: Final = 6543
+
+_LISTEN: Final = re.compile(r"(?P<host>/.*?|\[[^\]]+\]|[^:\[\]/]*)(?::(?P<port>[0-9]*))?")
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    """Where clients connect: a TCP address, or a Unix socket in a directory."""
+
+    host: str
+    """A name, an address, a directory, or ``*`` for all interfaces."""
+    port: int
+    """0: any free port."""
+
+    @property
+    def socket_path(self) -> Path | None:
+        """The Unix socket's file, named as PostgreSQL names it; None for TCP."""
+        return Path(self.host, f".s.PGSQL.{self.port}") if self.host.startswith("/") else None
+
+    def __str__(self) -> str:
+        ipv6 = ":" in self.host and self.socket_path is None
+        return f"[{self.host}]:{self.port}" if ipv6 else f"{self.host}:{self.port}"
+
+
+class Host(NamedTuple):
+    """One server, under the name that a passfile and its certificate have for it."""
+
+    name: str
+    """A name, an address, or a directory."""
+    port: int
+    hostaddr: str = ""
+    """The address to connect to, in place of looking up the name."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is reached by a Unix socket."""
+        return not self.hostaddr and self.name.startswith("/")
+
+    @property
+    def is_on_this_machine(self) -> bool:
+        """Whether its address rules out that a machine on the network answers in its place."""
+        address = self.hostaddr or self.name
+        if self.is_local or address == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(address).is_loopback
+        except ValueError:
+            return False
+
+    def __str__(self) -> str:
+        return str(ListenAddress(self.name, self.port))
+
+
+def parse_listen(text: str) -> ListenAddress:
+    """Reads ``host:port``, ``[ipv6]:port``, ``*:port``, ``/directory:port``; without a port, 6543.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    match = _LISTEN.fullmatch(text.strip())
+    if match is None or not text.strip() or match[0].isdecimal():
+        raise ValueError(
+            f'invalid address: "{text}" (write host:port, [ipv6]:port or /directory:port)'
+        )
+    host = match["host"].removeprefix("[").removesuffix("]")
+    return ListenAddress(
+        host or "*", parse_port(match["port"], 0) if match["port"] else DEFAULT_PORT
+    )
+
+
+def parse_port(text: str, lowest: int = 1) -> int:
+    """Raises ValueError for anything but a number from `lowest` to 65535."""
+    if text.strip().isdecimal() and lowest <= int(text) <= 65535:
+        return int(text)
+    raise ValueError(f'invalid port number: "{text}" ({lowest} to 65535)')

@@ -1,0 +1,148 @@
+"""A `Config` from the three places that settings come from: flags, a TOML file, the environment.
+
+Invariant: nothing is ignored. A value that cannot be read is an error of one line, and so is an
+unknown key.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from proxy.config.readers import parse_file
+from proxy.config.settings import DEFAULT_AUTH_QUERY, SETTINGS, Config
+from proxy.config.upstream import parse_upstream
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used; the message is one line for the user and says where it is."""
+
+
+Flags: TypeAlias = Mapping[str, "str | list[str] | None"]
+"""By field name, as typed; None for a flag that was not given."""
+
+Given: TypeAlias = "dict[str, tuple[str, list[str]]]"
+"""The settings given, by field name: where, for the user to read, and the values as typed."""
+
+
+def load(
+    flags: Flags | None = None,
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Reads the settings: flags over the file's keys over the environment over defaults.
+
+    Args:
+        flags: of the command line.
+        file: a TOML file whose keys are the field names.
+        environ: has PGHOST, PGPORT, PGPASSFILE and the like.
+
+    Raises:
+        ConfigError: a value or key cannot be used.
+    """
+    return build(collect(flags, file=file, environ=environ), environ)
+
+
+def collect(
+    flags: Flags | None = None,
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Given:
+    """The first half of `load`: for each setting, the place that wins and its texts.
+
+    Raises:
+        ConfigError: the file cannot be read, or has an unknown key.
+    """
+    environ = environ or {}
+    given: Given = {}
+    if environ.get("PGPASSFILE"):
+        given["passfile"] = ("PGPASSFILE", [environ["PGPASSFILE"]])
+    given["upstream"] = ("upstream", [""])
+    if file is not None:
+        given |= {key: (f"{file}: {key}", texts) for key, texts in _read_file(file).items()}
+    for name, value in (flags or {}).items():
+        if value is not None:
+            texts = value if isinstance(value, list) else [value]
+            given[name] = (f"--{name.replace('_', '-')}", texts)
+    return given
+
+
+def build(given: Given, environ: Mapping[str, str] | None = None) -> Config:
+    """The second half of `load`: read the texts.
+
+    Raises:
+        ConfigError: a value cannot be used.
+    """
+    values: dict[str, Any] = {}
+    for field in SETTINGS:
+        if field.name not in given:
+            continue
+        where, texts = given[field.name]
+        read = field.metadata["read"]
+        if field.name == "upstream":
+            read = lambda text: parse_upstream(text, environ)  # noqa: E731
+        try:
+            read_values = tuple(read(text) for text in texts)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        values[field.name] = read_values if field.metadata["many"] else read_values[-1]
+    timeout = values["upstream"].connect_timeout
+    if timeout is not None:
+        values.setdefault("connect_timeout", timeout)
+    config = Config(**values)
+    check_together(config)
+    return config
+
+
+def check_together(config: Config) -> None:
+    """Raises ConfigError if a setting lacks another one that it needs."""
+    mode = config.client_tls_sslmode
+    needed = {
+        "client_tls_cert_file": mode != "disable" and config.client_tls_cert_file is None,
+        "client_tls_key_file": mode != "disable" and config.client_tls_key_file is None,
+        "client_tls_ca_file": mode.startswith("verify-") and config.client_tls_ca_file is None,
+    }
+    for name, missing in needed.items():
+        if missing:
+            raise ConfigError(f"client_tls_sslmode: {mode} needs {name}")
+    own_query = config.auth_query not in ("", DEFAULT_AUTH_QUERY)
+    if config.auth_user and own_query and not config.auth_dbname:
+        raise ConfigError(
+            "auth_query: a query of your own needs auth_dbname: the database that has what it names"
+        )
+    attrs = config.upstream.target_session_attrs
+    if attrs != "any" and not config.auth_user:
+        raise ConfigError(
+            f"upstream: target_session_attrs={attrs} needs auth_user: the proxy logs in with it to"
+            " see which server is which"
+        )
+
+
+def _read_file(file: Path) -> dict[str, list[str]]:
+    """The file's keys, with their values as one would type them as flags."""
+    try:
+        with file.open("rb") as stream:
+            content = tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+    known = {field.name: field for field in SETTINGS}
+    found: dict[str, list[str]] = {}
+    for key, value in content.items():
+        if key not in known:
+            raise ConfigError(f'{file}: unknown key "{key}"; allowed: {", ".join(known)}')
+        many = known[key].metadata["many"]
+        values = value if many and isinstance(value, list) else [value]
+        if not values or not all(type(value) in (str, int, float) for value in values):
+            wanted = "a string or a list of strings" if many else "a string or a number"
+            raise ConfigError(f"{file}: {key}: must be {wanted}")
+        if known[key].metadata["read"] is parse_file:
+            # Relative paths in the file start from its folder.
+            values = [str(file.parent / Path(str(value)).expanduser()) for value in values]
+        found[key] = [str(value) for value in values]
+    return found

@@ -1,0 +1,74 @@
+"""Readers of values: each makes the value of a setting from its text, or raises ValueError.
+
+Invariant: the message is one line and names the text, not the setting; the caller knows that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from proxy.config.gucs import parse_time_ms
+
+MAX_PROCESSES: Final = 256
+
+
+def parse_seconds(text: str) -> float:
+    """Reads a time such as ``500ms`` or ``2min``; a bare number is seconds."""
+    seconds = parse_time_ms(text, unit="s") / 1000
+    if seconds < 0:
+        raise ValueError(f'invalid value: "{text}" is negative')
+    return seconds
+
+
+def parse_file(text: str) -> Path:
+    """Takes the path of a file that can be read."""
+    path = Path(text).expanduser()
+    try:
+        with path.open("rb"):
+            return path
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+
+
+def parse_api_version(text: str) -> int:
+    """Takes 1 or 2, also as 1.0 or 2.0."""
+    if text.removesuffix(".0") not in ("1", "2"):
+        raise ValueError(f'invalid API version: "{text}" (1 or 2)')
+    return int(text[0])
+
+
+def parse_switch(text: str) -> bool:
+    """Takes on or off."""
+    return one_of("on", "off")(text) == "on"
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A reader that takes one of these words, in any case."""
+
+    def read(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(f'invalid value: "{text}" (allowed: {", ".join(choices)})')
+        return text.lower()
+
+    return read
+
+
+def parse_workers(text: str) -> int:
+    """Reads a number of processes; ``auto`` is one for each core that we may use."""
+    if text.strip().lower() == "auto":
+        affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+    count = parse_count(text)
+    if not 1 <= count <= MAX_PROCESSES:
+        raise ValueError(f'invalid value: "{text}" (allowed: auto, 1 to {MAX_PROCESSES})')
+    return count
+
+
+def parse_count(text: str) -> int:
+    """Reads a whole number, 0 to 2,147,483,647."""
+    if not text.strip().isdecimal() or int(text) > 2**31 - 1:
+        raise ValueError(f'invalid value: "{text}" is not a whole number')
+    return int(text)
