@@ -1,7 +1,7 @@
 """PostgreSQL's frontend/backend protocol, version 3, without I/O: bytes in, messages out.
 
-The rule of the package: nothing here opens a socket, awaits anything or knows what the program is
-for. Whoever knows the manual's chapter "Frontend/Backend Protocol" knows the names in these files.
+Invariant: nothing here opens a socket, awaits anything or knows what the program is for. The names
+are those of the manual's chapter "Frontend/Backend Protocol".
 
 The map, from the wire upward:
 
@@ -10,13 +10,12 @@ The map, from the wire upward:
 `framing`          where messages begin and end in a stream, without decoding them
 `startup`          the packets without a type byte: StartupMessage, SSLRequest, CancelRequest, …
 `messages`         every typed message, one dataclass each, filed by the manual's sections
-`errors`           `SQLError`, an error of ours on its way to a client; names for the SQLSTATEs
+`errors`           `SQLError`, an error on its way to a client; names for the SQLSTATEs
 `auth`             MD5 password authentication
 `scram`            SCRAM-SHA-256, as client and as server
 `values`           from the text form of a value to its binary form; type OIDs and sizes
 =================  =============================================================================
 
-Two promises hold everywhere. Malformed input raises `ProtocolViolation` and nothing else, and no
-memory is taken on the word of a length field. Strings are bytes: what encoding they are in is for
-the session to know.
+Two promises hold everywhere: malformed input raises `ProtocolViolation` and nothing else, and no
+length field alone makes memory be allocated. Strings are bytes; the session knows their encoding.
 """

@@ -1,11 +1,10 @@
 """Errors: the one that malformed input raises, and those that we send to a client.
 
-The rule: an `SQLError` says everything that its ErrorResponse will say. Whoever raises it chooses
-the SQLSTATE and the words; nobody adds to them on the way out.
+Invariant: an `SQLError` holds everything that its ErrorResponse will say. SQLSTATE and words are
+chosen where it is raised; nothing is added on the way out.
 
 The constants are the SQLSTATEs in use, named as in the manual's appendix "PostgreSQL Error Codes"
-(in upper case). The two classes of connection failure that we tell apart are 08001 (we could not
-establish it) and 08006 (it was lost).
+(in upper case).
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from typing import Final
 from protocol.messages import ErrorResponse
 from protocol.wire import ProtocolViolation as ProtocolViolation
 
-SQLCLIENT_UNABLE_TO_ESTABLISH_SQLCONNECTION: Final = "08001"
-SQLSERVER_REJECTED_ESTABLISHMENT_OF_SQLCONNECTION: Final = "08004"
 CONNECTION_FAILURE: Final = "08006"
 PROTOCOL_VIOLATION: Final = "08P01"
 FEATURE_NOT_SUPPORTED: Final = "0A000"
@@ -24,16 +21,11 @@ NULL_VALUE_NOT_ALLOWED: Final = "22004"
 INVALID_PARAMETER_VALUE: Final = "22023"
 INVALID_ESCAPE_SEQUENCE: Final = "22025"
 INVALID_TEXT_REPRESENTATION: Final = "22P02"
-INVALID_BINARY_REPRESENTATION: Final = "22P03"
 ACTIVE_SQL_TRANSACTION: Final = "25001"
-IN_FAILED_SQL_TRANSACTION: Final = "25P02"
-INVALID_SQL_STATEMENT_NAME: Final = "26000"
 INVALID_AUTHORIZATION_SPECIFICATION: Final = "28000"
 INVALID_PASSWORD: Final = "28P01"  # noqa: S105 - a SQLSTATE
 INVALID_TRANSACTION_TERMINATION: Final = "2D000"
-INVALID_CURSOR_NAME: Final = "34000"
 INSUFFICIENT_PRIVILEGE: Final = "42501"
-SYNTAX_ERROR: Final = "42601"
 UNDEFINED_COLUMN: Final = "42703"
 UNDEFINED_OBJECT: Final = "42704"
 DATATYPE_MISMATCH: Final = "42804"
@@ -51,13 +43,13 @@ INTERNAL_ERROR: Final = "XX000"
 
 
 class SQLError(Exception):
-    """An error to be sent to a client, with the fields that an ErrorResponse has for it.
+    """An error for a client, with the fields of an ErrorResponse.
 
     Args:
-        sqlstate: five characters, best taken from the constants of this module.
+        sqlstate: five characters, one of the constants of this module.
         message: the primary message; one line, no full stop (manual, "Error Message Style Guide").
-        detail, hint, context: the secondary ones, if any.
-        severity: ERROR; FATAL and PANIC are those that end the session.
+        detail, hint, context: the secondary messages, if any.
+        severity: ERROR; FATAL and PANIC end the session.
     """
 
     def __init__(
@@ -84,7 +76,7 @@ class SQLError(Exception):
     def response(self, encoding: str = "utf-8") -> ErrorResponse:
         """The ErrorResponse of this error, its texts in `encoding` (a Python codec's name).
 
-        What the encoding cannot hold becomes ``?``, and so does a NUL, which no message can hold.
+        A character that the encoding lacks becomes ``?``. So does NUL, which ends a string.
         """
         texts = {
             "S": self.severity,

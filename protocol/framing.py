@@ -1,9 +1,9 @@
 """Where messages begin and end in a stream of the wire protocol.
 
 Every message after the startup phase is one type byte, then a four-byte length that counts itself
-and the body (manual: "Message Flow", "Message Formats"). The rule of this file: it looks at those
-five bytes and at nothing else. Bodies are neither copied nor decoded, and a length field never
-makes it allocate: it only says how many bytes will be skipped or waited for.
+and the body (manual: "Message Flow", "Message Formats"). Invariant: this file looks at those five
+bytes only. It does not decode bodies, and a length field says how many bytes to skip or to wait
+for, never how many to allocate.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ unpack_length = Struct("!i").unpack_from
 
 
 def bad_length(kind: int, length: int) -> ProtocolViolation:
-    """The error for a message whose length word cannot be: it counts itself, so 4 is the least."""
+    """The error for an impossible length word: it counts itself, so it is at least 4."""
     return ProtocolViolation(f"message of type {chr(kind)!r} has the impossible length {length}")
 
 
@@ -29,24 +29,23 @@ _AUTHENTICATION = ord("R")
 
 
 def limit_before_login(kind: int) -> int:
-    """The longest message, by its length word, that is taken from a server before the login is
-    done: libpq's limits. Nothing that it says then is long, and nobody knows yet who it is."""
+    """The length word of the longest message that a server may send before the login is done:
+    libpq's limits. Until then the server has not proved its identity, and needs no more."""
     return 2000 if kind == _AUTHENTICATION else 30_000
 
 
-# How many headers `skip_run` compares at once, at first and at most, and how many messages it looks
-# at one by one when they were not alike, at first and at most.
+# How many headers `skip_run` compares at once, and how many messages it looks at one by one after
+# headers that were not alike; each at first and at most.
 _COMPARED = (16, 1024)
 _PAUSE = (4, 256)
 
 
 def skip_run(data: bytes, position: int) -> tuple[int, int]:
-    """Where the whole messages end that begin at `position` and are all of one type; how many.
+    """The end of the run of whole messages of one type that begins at `position`; their number.
 
-    One with an impossible length ends the run. Rows are often of one length for long: where a
-    message is as long as the last, many headers are compared at once, as slices with that length
-    for a step. If all are equal, then that is where the messages begin. (7 ns a message, 100 one
-    by one.)
+    A message with an impossible length ends the run. Many rows in a row are often of one length:
+    where a message is as long as the last, many headers are compared at once, as slices with that
+    length for a step. If all are equal, the messages begin there. (7 ns a message, 100 one by one.)
     """
     kind = data[position]
     end = len(data)
@@ -84,11 +83,11 @@ def skip_run(data: bytes, position: int) -> tuple[int, int]:
 class MessageBuffer:
     """Gathers chunks of a stream and hands out its messages whole.
 
-    For the side of a conversation that is read message by message. What it holds is what was fed
-    and not yet taken: the caller bounds it by pausing its source (`len(buffer)`).
+    It holds what was fed and not yet taken. The caller bounds that by pausing its source when
+    `len(buffer)` is large.
 
     Attributes:
-        limit: gives the longest that a message of a type may be, by its length word; None: any.
+        limit: gives the largest length word allowed for a message type; None for no limit.
     """
 
     __slots__ = ("_data", "_start", "limit")
@@ -110,9 +109,9 @@ class MessageBuffer:
         self._data += data
 
     def next_message(self) -> tuple[int, bytes] | None:
-        """The next whole message as (type, body), or None until more is fed.
+        """The next whole message as (type, body); None until it has been fed.
 
-        Raises ProtocolViolation for a length word under 4, or over the limit.
+        Raises ProtocolViolation for a length word under 4 or over the limit.
         """
         start = self._start
         if len(self._data) - start < HEADER_SIZE:
@@ -131,12 +130,12 @@ class MessageBuffer:
         return self._data[start], bytes(memoryview(self._data)[start + HEADER_SIZE : end])
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        """All messages that are whole by now."""
+        """All messages that are whole so far."""
         while (message := self.next_message()) is not None:
             yield message
 
     def take_rest(self) -> bytes:
-        """What has not been handed out; the buffer is empty afterwards."""
+        """The bytes not handed out yet; the buffer is empty afterwards."""
         rest = bytes(memoryview(self._data)[self._start :])
         self._data.clear()
         self._start = 0
@@ -144,14 +143,14 @@ class MessageBuffer:
 
 
 class LongMessage:
-    """A message that comes in pieces and is kept from its beginning on, up to a limit.
+    """A message that comes in pieces, of which the beginning is kept, up to a limit.
 
-    The limit is what bounds the memory: what is beyond it is counted and dropped as it comes.
+    Bytes beyond the limit are counted and dropped as they come.
 
     Attributes:
         kind: its type.
         missing: bytes of it that are still to come.
-        is_cut: whether `body` is not all of it.
+        is_cut: whether `body` is only a part of it.
     """
 
     __slots__ = ("_body", "_limit", "is_cut", "kind", "missing")
@@ -161,7 +160,7 @@ class LongMessage:
         Args:
             kind: its type.
             size: of its body.
-            limit: how many bytes of that are kept.
+            limit: how many bytes of the body are kept.
         """
         self.kind = kind
         self.missing = size
@@ -170,7 +169,7 @@ class LongMessage:
         self._body = bytearray()
 
     def feed(self, data: bytes | memoryview) -> int:
-        """Add a chunk; how many bytes of it belong to this message."""
+        """Add a chunk. Returns how many bytes of it belong to this message."""
         view = memoryview(data)[: self.missing]
         self.missing -= len(view)
         room = self._limit - len(self._body)
@@ -180,10 +179,10 @@ class LongMessage:
 
     @property
     def body(self) -> bytes:
-        """What is kept of its body."""
+        """The part of its body that is kept."""
         return bytes(self._body)
 
 
 def frame(kind: int, body: bytes) -> bytes:
-    """A message put together again from its type and body."""
+    """The message of this type and body."""
     return b"%c%b%b" % (kind, (len(body) + 4).to_bytes(4, "big"), body)

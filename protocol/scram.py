@@ -1,7 +1,7 @@
 """SCRAM-SHA-256, as client and as server (manual, "SASL Authentication"; RFC 5802, RFC 7677).
 
-The rule: these objects hold the whole conversation and only the conversation. Each method takes the
-message that came and gives the one to send, in this order:
+Invariant: these objects hold the whole conversation and nothing else. Each method takes the message
+that came and gives the one to send, in this order:
 
     ScramClient                              ScramServer
     first_message()          ── client-first ─→   first_message(…)
@@ -9,14 +9,14 @@ message that came and gives the one to send, in this order:
                              ── client-final ─→   verify(…)
     verify(…)               ←─ server-final ──    final_message()
 
-What somebody needs to log in is one of these, strongest last in what it gives away:
+Three things serve in a login; each can do more than the one before:
 
-- the secret that the server stores (`ScramSecret`: StoredKey, ServerKey): only checks logins;
-- the ClientKey: logs in, where salt and iteration count are the same;
-- the password.
+- the secret that the server stores (`ScramSecret`: StoredKey, ServerKey) checks logins;
+- the ClientKey logs in wherever salt and iteration count are the same;
+- the password logs in everywhere.
 
-A secret, and one login against it that was overheard, give the ClientKey: `client_key_from_proof`.
-There is no channel binding here. No secret is in any repr or error message.
+A secret together with one login that was overheard gives the ClientKey: `client_key_from_proof`.
+Channel binding is not supported. No secret is in any repr or error message.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from protocol.wire import ProtocolViolation
 MECHANISM = b"SCRAM-SHA-256"
 
 MAX_ITERATIONS = 1_000_000
-"""A server that asks for more is refused: the work (about 0.2 s for this many) is the
-client's, and the server has proved nothing yet. PostgreSQL's default is 4096."""
+"""A server that asks for more is refused: the client does the work (about 0.2 s for this many)
+before the server has proved anything. PostgreSQL's default is 4096."""
 
 MIN_ITERATIONS = 4096
-"""What RFC 7677 asks for at least. A server may be configured to fewer, so who takes fewer from
-which server is the caller's to say."""
+"""The least that RFC 7677 allows. A server may be configured to use fewer, so the caller decides
+which server may."""
 
 _DIGEST = "sha256"
 _KEY_LENGTH = 32
@@ -65,7 +65,7 @@ _SERVER_FINAL = re.compile(rb"v=(%b)(?:,.*)?" % _BASE64, re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class ScramSecret:
-    """What a server stores of a password (pg_authid.rolpassword). `salt` is raw, not base64."""
+    """What a server stores for a password (pg_authid.rolpassword). `salt` is raw, not base64."""
 
     iterations: int
     salt: bytes = field(repr=False)
@@ -77,7 +77,7 @@ class ScramSecret:
         """The secret in ``SCRAM-SHA-256$4096:salt$StoredKey:ServerKey``.
 
         Raises:
-            ValueError: not of that form. Its text is not repeated.
+            ValueError: not of that form. The message does not contain it.
         """
         text = text.encode("utf-8", "replace") if isinstance(text, str) else text
         try:
@@ -104,7 +104,7 @@ class ScramSecret:
 
 @dataclass(frozen=True, slots=True)
 class ClientFirst:
-    """A client-first-message: `gs2_header` (``n,,``) and `bare` are the two parts of it."""
+    """A client-first-message, which consists of `gs2_header` (``n,,``) and `bare`."""
 
     gs2_header: bytes
     bare: bytes
@@ -139,8 +139,8 @@ class ScramClient:
 
     Args:
         password: as bytes; `saslprep` is applied.
-        min_iterations: a server that asks for fewer is refused: it could guess the password from
-            our answer the faster.
+        min_iterations: a server that asks for fewer is refused, because fewer make the password
+            easier to guess from our answer.
         user: PostgreSQL ignores it (the StartupMessage has the role), so it is empty by default.
         nonce: for tests; random otherwise.
     """
@@ -189,7 +189,7 @@ class ScramClient:
         return b"n,," + self._client_first_bare
 
     def final_message(self, server_first: bytes) -> bytes:
-        """The client-final-message, with the proof that we know the key.
+        """The client-final-message, with the proof that we have the key.
 
         With a password this computes for about a millisecond per 4000 iterations.
 
@@ -209,10 +209,10 @@ class ScramClient:
         return without_proof + b",p=" + b64encode(proof)
 
     def verify(self, server_final: bytes) -> None:
-        """Checks that the server knows the secret too. Call it, or anybody may be the server.
+        """Checks that the server knows the secret; without that, any machine may be the server.
 
         Raises:
-            ProtocolViolation: it does not, or said something else, or said it before its time.
+            ProtocolViolation: it does not know it, or the message is malformed or premature.
         """
         if not self._auth_message:
             raise ProtocolViolation("a SCRAM server-final-message before the server-first-message")
@@ -225,9 +225,9 @@ class ScramClient:
 
 
 class ScramServer:
-    """One login as the server, against the secret of the role that the client claims to be.
+    """One login as the server, with the secret of the role that the client names.
 
-    `client_key` is what the login revealed, once `verify` has returned True.
+    `client_key` is the key that the login has revealed, once `verify` has returned True.
     """
 
     def __init__(self, secret: ScramSecret, *, nonce: bytes | None = None) -> None:
@@ -257,10 +257,10 @@ class ScramServer:
         return self._server_first
 
     def verify(self, client_final: bytes) -> bool:
-        """Whether the client knows the key.
+        """Whether the client has the key.
 
         Raises:
-            ProtocolViolation: malformed, or of another conversation.
+            ProtocolViolation: malformed, or from another conversation.
         """
         final = ClientFinal.parse(client_final)
         if final.channel_binding != self._gs2_header:
@@ -280,7 +280,7 @@ class ScramServer:
         return self.client_key is not None
 
     def final_message(self) -> bytes:
-        """The server-final-message, for a client that `verify` let in: AuthenticationSASLFinal."""
+        """The server-final-message, once `verify` has returned True."""
         return b"v=" + b64encode(_hmac(self._secret.server_key, self._auth_message))
 
 
@@ -291,7 +291,7 @@ def client_key_from_proof(
     client_final_without_proof: bytes,
     proof: bytes,
 ) -> bytes | None:
-    """The ClientKey that a client proved to have, in a conversation of which these are the parts.
+    """The ClientKey that a client has proved to have, in the conversation with these parts.
 
     ClientKey = ClientProof XOR HMAC(StoredKey, AuthMessage), and it is right if its hash is
     StoredKey (RFC 5802, section 3).
@@ -310,7 +310,7 @@ def client_key_from_proof(
 def saslprep(password: bytes) -> bytes:
     """The password as PostgreSQL hashes it: SASLprep (RFC 4013) where that is possible.
 
-    A password that is no UTF-8, or has characters that SASLprep forbids, is taken as it is.
+    A password that is not valid UTF-8, or has characters that SASLprep forbids, is taken as it is.
     """
     if password.isascii():  # nothing to map; control characters, too, are left as they are
         return password

@@ -1,7 +1,7 @@
 """The packets that open a connection: they have a length but no type byte (manual, "Start-up").
 
-The rule: a packet of these is told by the four bytes after its length, and by nothing else. It
-comes from somebody who has not been authenticated, so its length is bounded before it is read.
+Invariant: the four bytes after the length tell the packets apart. A packet comes from a client that
+has not been authenticated, so its length is bounded before it is read.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class StartupMessage:
 
     Attributes:
         parameters: ``user``, ``database``, ``options``, and settings, in the order of the wire.
-            If one comes twice the last counts, as in PostgreSQL.
-        version: major and minor version of the protocol. The parameters of any major version but 3
-            are not known to us and left empty.
+            If one comes twice, the last counts, as in PostgreSQL.
+        version: major and minor version of the protocol. For a major version other than 3 the
+            parameters are not parsed, and empty.
     """
 
     parameters: dict[bytes, bytes]
@@ -65,7 +65,7 @@ class GSSENCRequest:
 
 @dataclass(frozen=True, slots=True)
 class CancelRequest:
-    """Asks to cancel what the backend with this BackendKeyData is doing. It is not answered."""
+    """Asks to cancel the query of the backend with this BackendKeyData. It gets no answer."""
 
     code: ClassVar[tuple[int, int]] = _CANCEL
     pid: int
@@ -79,10 +79,10 @@ StartupPacket = StartupMessage | SSLRequest | GSSENCRequest | CancelRequest
 
 
 def startup_packet_length(header: bytes) -> int:
-    """How many bytes follow the four of `header` in a packet that begins with them.
+    """How many bytes follow `header`, the first four bytes of a packet.
 
     Raises:
-        ProtocolViolation: less than a version, or more than `MAX_STARTUP_PACKET_LENGTH`.
+        ProtocolViolation: fewer than a version has, or more than `MAX_STARTUP_PACKET_LENGTH`.
     """
     length = Reader(header[:4]).int32() - 4
     if not 4 <= length <= MAX_STARTUP_PACKET_LENGTH:
@@ -94,7 +94,7 @@ def parse_startup_packet(body: bytes) -> StartupPacket:
     """The packet with this body (what follows the length word).
 
     Raises:
-        ProtocolViolation: it is none of the four, or malformed.
+        ProtocolViolation: it is malformed.
     """
     if len(body) > MAX_STARTUP_PACKET_LENGTH:
         raise ProtocolViolation("invalid length of startup packet")

@@ -1,8 +1,8 @@
 """The primitive types of the manual's "Message Data Types", read from and written to bytes.
 
-The rule: this is the only place where message bytes are taken apart, so what it refuses cannot get
-in. Every read checks first that the body is long enough, and fails with `ProtocolViolation` alone;
-a count or length from the wire is never trusted with an allocation.
+Invariant: message bytes are taken apart here only. Every read first checks that the body is long
+enough, and raises nothing but `ProtocolViolation`; no count or length from the wire is allocated
+before its bytes are there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _UINT32 = struct.Struct(">I")
 class ProtocolViolation(ValueError):  # noqa: N818 (the SQLSTATE's name)
     """The bytes received are not what the protocol allows (SQLSTATE 08P01, protocol_violation).
 
-    The one exception that malformed input raises, whatever is wrong with it.
+    Malformed input raises no other exception.
     """
 
 
@@ -60,7 +60,7 @@ class Reader:
         return self._number(_INT16)
 
     def uint16(self) -> int:
-        """An Int16 that PostgreSQL reads as unsigned: every count of things is one."""
+        """An Int16 that PostgreSQL reads as unsigned, as all counts are."""
         return self._number(_UINT16)
 
     def int32(self) -> int:
@@ -88,7 +88,7 @@ class Reader:
         return self._body[start:end]
 
     def value(self) -> bytes | None:
-        """An Int32 length and so many bytes; length -1 stands for NULL, which gives None."""
+        """An Int32 length and so many bytes; length -1 is NULL, which gives None."""
         length = self.int32()
         return None if length == -1 else self.take(length)
 
@@ -100,7 +100,7 @@ class Reader:
         return tuple([self.value() for _ in range(count)])
 
     def end(self) -> None:
-        """The message has been read; anything left over is a violation."""
+        """The message must end here."""
         if self.remaining:
             raise ProtocolViolation(f"{self.remaining} bytes follow the end of the message")
 

@@ -1,7 +1,7 @@
 """Every typed message of the protocol: a frozen dataclass each, with `parse` and `serialize`.
 
-The rule: a message is a value. It holds what its bytes say, is equal to any other that says the
-same, and does nothing. The files follow the sections of the manual's "Message Flow":
+Invariant: a message is a value. It holds what its bytes say and does nothing else. The files follow
+the sections of the manual's "Message Flow":
 
 - `authentication`: start-up, up to the first ReadyForQuery
 - `query`: the simple protocol, and result rows
@@ -180,8 +180,8 @@ _BACKEND: dict[int, type[BackendMessage]] = {
 def parse_frontend(type: int, body: bytes | bytearray | memoryview) -> FrontendMessage:
     """The frontend's message of this type byte and body (what follows the length word).
 
-    ``p`` gives PasswordMessage; whoever knows that the backend asked for SASL or GSS parses the
-    body by `SASLInitialResponse`, `SASLResponse` or `GSSResponse` instead.
+    ``p`` gives PasswordMessage. If the backend has asked for SASL or GSS, parse the body by
+    `SASLInitialResponse`, `SASLResponse` or `GSSResponse` instead.
 
     Raises:
         ProtocolViolation: malformed, or a type that frontends do not send.

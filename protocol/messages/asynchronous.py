@@ -1,6 +1,6 @@
 """ErrorResponse, and what a backend may send at any time (section "Asynchronous Operations").
 
-The rule: an error or notice keeps every field that the server gave it, known to us or not, in the
+Invariant: an error or notice keeps every field that the server gave it, known to us or not, in the
 order of the wire. The codes are in the manual's "Error and Notice Message Fields".
 """
 
@@ -27,12 +27,12 @@ class _Report(Message):
 
     @property
     def sqlstate(self) -> str:
-        """The five characters of ``C``; empty if the server left it out, which it must not."""
+        """The five characters of ``C``; empty if the server has left it out."""
         return self.fields.get("C", b"").decode("ascii", "replace")
 
     @property
     def message(self) -> bytes:
-        """The primary message, in the session's encoding and the server's language."""
+        """The primary message, in client_encoding and in the language of lc_messages."""
         return self.fields.get("M", b"")
 
     def with_fields(self, **codes: bytes) -> Self:
@@ -57,14 +57,14 @@ class _Report(Message):
 
 @dataclass(frozen=True, slots=True)
 class ErrorResponse(_Report):
-    """The command failed, or the session did (severity FATAL, PANIC)."""
+    """The command has failed, or the session (severity FATAL, PANIC)."""
 
     type: ClassVar[int] = ord("E")
 
 
 @dataclass(frozen=True, slots=True)
 class NoticeResponse(_Report):
-    """A warning, a notice, or what else the server has to say; nothing failed."""
+    """A warning, notice or other information; nothing has failed."""
 
     type: ClassVar[int] = ord("N")
 

@@ -1,10 +1,10 @@
-"""Messages of the section "Start-up": authentication, and what a backend tells of itself.
+"""Messages of the section "Start-up": authentication, and what a backend says about itself.
 
-The rule: what could let somebody in (passwords, SASL and GSS responses, secret keys) is not in the
-repr of a message, so that no log or traceback can show it.
+Invariant: what could be used to log in (passwords, SASL and GSS responses, secret keys) is not in
+the repr of a message, so no log or traceback can show it.
 
-All authentication requests share the type byte ``R`` and are told apart by an Int32; all of the
-frontend's answers share ``p`` and are told apart only by which request they answer.
+All authentication requests have the type byte ``R``; an Int32 tells them apart. All of the
+frontend's answers have ``p``; only the request that they answer tells them apart.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from protocol.wire import ProtocolViolation, Reader
 
 MIN_SECRET_KEY_LENGTH = 4
 MAX_SECRET_KEY_LENGTH = 256
-"""Length of a BackendKeyData's key, in bytes. Protocol 3.0 has always 4, protocol 3.2 up to 256."""
+"""Length of a BackendKeyData's key, in bytes: 4 in protocol 3.0, up to 256 in protocol 3.2."""
 
 
 @dataclass(frozen=True, slots=True)
 class Authentication(Message):
-    """What the authentication requests have in common; by itself, one without further data."""
+    """An authentication request; the subclasses without `_read` have no further data."""
 
     type: ClassVar[int] = ord("R")
     code: ClassVar[int]
@@ -45,7 +45,7 @@ class Authentication(Message):
 
 @dataclass(frozen=True, slots=True)
 class AuthenticationOk(Authentication):
-    """The client is in."""
+    """The login has succeeded."""
 
     code: ClassVar[int] = 0
 
@@ -59,7 +59,7 @@ class AuthenticationKerberosV5(Authentication):
 
 @dataclass(frozen=True, slots=True)
 class AuthenticationCleartextPassword(Authentication):
-    """Asks for the password as it is."""
+    """Asks for the password in clear text."""
 
     code: ClassVar[int] = 3
 
@@ -84,7 +84,7 @@ class AuthenticationMD5Password(Authentication):
 
 @dataclass(frozen=True, slots=True)
 class AuthenticationSCMCredential(Authentication):
-    """Only servers before 9.1 send it, and the manual has dropped it."""
+    """Sent by servers before 9.1 only; the manual no longer has it."""
 
     code: ClassVar[int] = 6
 
@@ -208,7 +208,7 @@ def parse_authentication(body: bytes | bytearray | memoryview) -> Authentication
     """The authentication request with this body: a message of type ``R``.
 
     Raises:
-        ProtocolViolation: malformed, or a kind of request that the manual does not have.
+        ProtocolViolation: malformed, or unknown to the manual.
     """
     code = Reader(body[:4]).int32()
     request = _REQUESTS.get(code)
@@ -219,7 +219,7 @@ def parse_authentication(body: bytes | bytearray | memoryview) -> Authentication
 
 @dataclass(frozen=True, slots=True)
 class PasswordMessage(Message):
-    """A password: in cleartext, or as the ``md5…`` response."""
+    """A password: in clear text, or as the ``md5…`` response."""
 
     type: ClassVar[int] = ord("p")
     password: bytes = field(repr=False)
@@ -234,7 +234,7 @@ class PasswordMessage(Message):
 
 @dataclass(frozen=True, slots=True)
 class SASLInitialResponse(Message):
-    """The chosen mechanism and its first data; None if it has none to send at first."""
+    """The chosen mechanism and its initial response; None if it has none."""
 
     type: ClassVar[int] = ord("p")
     mechanism: bytes
@@ -280,7 +280,7 @@ class GSSResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class BackendKeyData(Message):
-    """What a CancelRequest for this backend must say. A pooler's `pid` is no process's."""
+    """The content of a CancelRequest for this backend. A pooler's `pid` is not a process ID."""
 
     type: ClassVar[int] = ord("K")
     pid: int
@@ -299,9 +299,9 @@ class BackendKeyData(Message):
 
 @dataclass(frozen=True, slots=True)
 class NegotiateProtocolVersion(Message):
-    """The server is older than the StartupMessage asked for.
+    """The server does not support the protocol version that the StartupMessage asked for.
 
-    `version` is the newest that it speaks, (major, minor); `options` are the ``_pq_.`` parameters
+    `version` is the newest that it supports, (major, minor); `options` are the ``_pq_.`` parameters
     that it did not recognise. (The manual calls the number a minor version, but the server sends
     both halves, as a StartupMessage has them.)
     """

@@ -1,7 +1,7 @@
 """What all typed messages have in common: a type byte, a length word, a body.
 
-The rule: a message class says only what its body looks like, once in `_read` and once in `_write`,
-side by side. Type and length, and that a body ends where its last field ends, are settled here.
+Invariant: a message class describes its body, once in `_read` and once in `_write`, side by side.
+Type, length and the end of the body are dealt with here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Message(ABC):
         """The message with this body (what follows the length word).
 
         Raises:
-            ProtocolViolation: the body is not one of such a message, all of it.
+            ProtocolViolation: the body is malformed, too short or too long.
         """
         reader = Reader(body)
         message = cls._read(reader)
@@ -56,7 +56,7 @@ class Message(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Bare(Message):
-    """A message that says all it has to say by its type."""
+    """A message without a body."""
 
     @classmethod
     def _read(cls, reader: Reader) -> Self:

@@ -1,6 +1,6 @@
 """Messages of the section "COPY Operations".
 
-The rule: the data is opaque. Message boundaries mean nothing to COPY: a CopyData may end in the
+Invariant: the data is opaque. Message boundaries mean nothing to COPY: a CopyData may end in the
 middle of a row.
 """
 
@@ -68,7 +68,7 @@ class _CopyResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class CopyInResponse(_CopyResponse):
-    """COPY FROM STDIN: it is the frontend's turn to send data."""
+    """COPY FROM STDIN: the frontend sends data next."""
 
     type: ClassVar[int] = ord("G")
 

@@ -1,6 +1,6 @@
 """Messages of the section "Extended Query": Parse, Bind, Describe, Execute, Close, and the answers.
 
-The rule: an empty name is the unnamed statement or portal, as on the wire; it is never None.
+Invariant: an empty name is the unnamed statement or portal, as on the wire; it is never None.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from protocol.wire import ProtocolViolation, Reader
 class Parse(Message):
     """Prepares `query` as `statement`.
 
-    `parameter_types` are OIDs; 0, and what is left off at the end, is for the server to infer.
+    `parameter_types` are OIDs; the server infers those that are 0 or left off at the end.
     """
 
     type: ClassVar[int] = ord("P")
@@ -38,8 +38,8 @@ class Parse(Message):
 class Bind(Message):
     """Makes `portal` of `statement` and its parameters.
 
-    Format codes are 0 for text and 1 for binary. No code at all means text for every value, a
-    single one is for all of them, otherwise there is one for each.
+    Format codes are 0 for text and 1 for binary. No code means text for all values, a single code
+    is for all of them, otherwise each value has its own.
     """
 
     type: ClassVar[int] = ord("B")
@@ -97,7 +97,7 @@ class Describe(_Named):
 
 @dataclass(frozen=True, slots=True)
 class Close(_Named):
-    """Drops a prepared statement or a portal; it is no error if there is none of that name."""
+    """Drops a prepared statement or a portal; an unknown name is no error."""
 
     type: ClassVar[int] = ord("C")
 
@@ -134,21 +134,21 @@ class Sync(Bare):
 
 @dataclass(frozen=True, slots=True)
 class ParseComplete(Bare):
-    """Parse was done."""
+    """Parse succeeded."""
 
     type: ClassVar[int] = ord("1")
 
 
 @dataclass(frozen=True, slots=True)
 class BindComplete(Bare):
-    """Bind was done."""
+    """Bind succeeded."""
 
     type: ClassVar[int] = ord("2")
 
 
 @dataclass(frozen=True, slots=True)
 class CloseComplete(Bare):
-    """Close was done."""
+    """Close succeeded."""
 
     type: ClassVar[int] = ord("3")
 

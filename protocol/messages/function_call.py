@@ -1,6 +1,6 @@
 """Messages of the section "Function Call", the manual's "legacy feature".
 
-The rule: arguments and result are like a Bind's parameters and a DataRow's value; formats likewise.
+Invariant: arguments are like a Bind's parameters, the result is like a DataRow's value.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Messages of the section "Simple Query", and the result of a query, which both protocols share.
 
-The rule: rows are tuples of bytes as the server wrote them. What they mean depends on the format of
-their column, and is not this file's business.
+Invariant: rows are tuples of bytes as the server wrote them. What they mean depends on the format
+of their column, which this file does not read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FIELD = struct.Struct(">IhIhih")
 
 @dataclass(frozen=True, slots=True)
 class Query(Message):
-    """SQL to be run, perhaps several statements; the backend ends its answer by ReadyForQuery."""
+    """SQL to run, perhaps several statements; the answer ends with ReadyForQuery."""
 
     type: ClassVar[int] = ord("Q")
     query: bytes
@@ -108,7 +108,7 @@ class DataRow(Message):
 
 @dataclass(frozen=True, slots=True)
 class CommandComplete(Message):
-    """A statement is done; the tag says which, and for some of them how many rows it touched."""
+    """A statement has completed; the tag names it, and for some says how many rows it processed."""
 
     type: ClassVar[int] = ord("C")
     tag: bytes
@@ -123,14 +123,14 @@ class CommandComplete(Message):
 
 @dataclass(frozen=True, slots=True)
 class EmptyQueryResponse(Bare):
-    """In place of CommandComplete, when the query string had nothing in it."""
+    """In place of CommandComplete, for an empty query string."""
 
     type: ClassVar[int] = ord("I")
 
 
 @dataclass(frozen=True, slots=True)
 class ReadyForQuery(Message):
-    """The backend waits: ``I`` idle, ``T`` in a transaction block, ``E`` in a failed one."""
+    """The backend is ready: ``I`` idle, ``T`` in a transaction block, ``E`` in a failed one."""
 
     type: ClassVar[int] = ord("Z")
     status: bytes
@@ -145,7 +145,7 @@ class ReadyForQuery(Message):
 
 def _status(status: bytes, error: type[ValueError]) -> bytes:
     if status not in (b"I", b"T", b"E"):
-        raise error(f"no transaction status: {status!r}")
+        raise error(f"invalid transaction status: {status!r}")
     return status
 
 

@@ -1,7 +1,7 @@
-"""From the text form of a value to its binary form, for the types that we must convert.
+"""From the text form of a value to its binary form.
 
-The rule: a wrong value is worse than an error. What we cannot convert is refused (`NoBinaryForm`),
-and so is text that we do not understand (`ProtocolViolation`).
+Invariant: a wrong value is worse than an error. A type that we do not convert raises
+`NoBinaryForm`, text that we do not understand raises `ProtocolViolation`.
 
 `oids` has the types, their arrays and sizes; `scalars`, `datetimes` and `arrays` the conversions.
 """
@@ -99,7 +99,7 @@ _CONVERSIONS: Final[dict[int, Callable[[bytes], bytes]]] = {
 
 
 class NoBinaryForm(LookupError):  # noqa: N818 (it says what is the matter)
-    """We cannot give the binary form of this type. `type_oid` says which."""
+    """We cannot convert values of the type `type_oid`."""
 
     def __init__(self, type_oid: int) -> None:
         super().__init__(type_oid)
@@ -112,12 +112,12 @@ class NoBinaryForm(LookupError):  # noqa: N818 (it says what is the matter)
 def to_binary(type_oid: int, text: bytes) -> bytes:
     """The binary form of a value, from its text form as PostgreSQL writes it.
 
-    Text must come from a session with DateStyle ISO and IntervalStyle postgres; characters stay in
-    the encoding that they are in. Arrays of all the types, of any dimensions, are converted too.
+    The text must come from a session with DateStyle ISO and IntervalStyle postgres. Characters keep
+    their encoding. Arrays of these types, of any dimensions, are converted too.
 
     Raises:
-        NoBinaryForm: a type that we do not convert.
-        ProtocolViolation: the text is none of this type, or of another style.
+        NoBinaryForm: we do not convert this type.
+        ProtocolViolation: the text is malformed, or of another style.
     """
     convert = _CONVERSIONS.get(type_oid)
     if convert is not None:

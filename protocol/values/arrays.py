@@ -1,11 +1,12 @@
 r"""Arrays: ``[2:3]={1,NULL}`` as dimensions and elements (manual, "Array Input and Output Syntax").
 
-The rule: this file reads all that PostgreSQL reads as an array, for a user may have written it, and
-knows nothing of the elements but where they end. The delimiter is a comma, as for every type but
+Invariant: this file reads everything that PostgreSQL reads as an array, since a user may have
+written it, and knows only where the elements end. The delimiter is a comma, as for every type but
 ``box``.
 
-It looks at bytes. In a client_encoding whose characters can end in a byte of ASCII (SJIS, BIG5,
-GBK, UHC, GB18030, JOHAB) a character that has ``\``, ``{`` or ``}`` for its last byte is misread.
+In a client_encoding whose characters can end in a byte of ASCII (SJIS, BIG5, GBK, UHC, GB18030,
+JOHAB) the last byte of a character may look like ``\``, ``{`` or ``}``. There the structure is read
+in a *masked* copy of the text: as long, with bytes from 0x80 on in place of such characters.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Array:
     """An array of anything.
 
     Attributes:
-        dimensions: (size, lower bound) of each, outermost first; none if the array is empty.
+        dimensions: (size, lower bound) of each, outermost first; empty for an empty array.
         elements: the text of each, None for NULL, in storage order (the last index runs first).
     """
 
@@ -49,13 +50,13 @@ class Array:
     elements: list[bytes | None]
 
     @classmethod
-    def parse(cls, text: bytes) -> Array:
+    def parse(cls, text: bytes, masked: bytes | None = None) -> Array:
         """The array of this literal.
 
         Raises:
             ProtocolViolation: it is malformed.
         """
-        return _Parser(text).array()
+        return _Parser(text, text if masked is None else masked).array()
 
     def to_binary(self, element_oid: int, convert: Callable[[bytes], bytes]) -> bytes:
         """Binary form: number of dimensions, whether there are NULLs, type, dimensions, elements.
@@ -71,23 +72,24 @@ class Array:
         return b"".join(parts)
 
 
-def parse_array(text: bytes) -> list[bytes | None]:
-    """The elements of an array of one dimension, or none; None is NULL.
+def parse_array(text: bytes, masked: bytes | None = None) -> list[bytes | None]:
+    """The elements of an array of at most one dimension; None is NULL.
 
     Raises:
         ProtocolViolation: malformed, or of more dimensions.
     """
-    array = Array.parse(text)
+    array = Array.parse(text, masked)
     if len(array.dimensions) > 1:
-        raise ProtocolViolation("an array of one dimension is wanted")
+        raise ProtocolViolation("the array has more than one dimension")
     return array.elements
 
 
 class _Parser:
     """Reads one literal from front to back."""
 
-    def __init__(self, text: bytes) -> None:
+    def __init__(self, text: bytes, masked: bytes) -> None:
         self._text = text
+        self._masked = masked
         self._at = 0
         self._elements: list[bytes | None] = []
         self._sizes: dict[int, int] = {}  # by depth, known when the first array of it is closed
@@ -105,7 +107,7 @@ class _Parser:
         return Array(tuple(declared or [(size, 1) for size in sizes]), self._elements)
 
     def _declared_dimensions(self) -> list[tuple[int, int]]:
-        """``[1:2][0:4]=``, if it is there."""
+        """An optional ``[1:2][0:4]=``."""
         dimensions = []
         while match := self._accept(_BOUND):
             lower, upper = int(match[1] or 1), int(match[2])
@@ -117,7 +119,7 @@ class _Parser:
         return dimensions
 
     def _items(self, depth: int) -> None:
-        """What is between a brace and the one that closes it, which is consumed."""
+        """The items up to the closing brace, which is consumed."""
         if depth == MAX_DIMENSIONS:
             raise ProtocolViolation(f"an array has {MAX_DIMENSIONS} dimensions at most")
         count = 0
@@ -127,8 +129,8 @@ class _Parser:
                 if self._element_depth not in (None, depth):
                     raise _malformed()
                 self._element_depth = depth
-                quoted, plain, delimiter = match.groups()
-                self._elements.append(_element(quoted, plain))
+                self._elements.append(self._element(match))
+                delimiter = match[3]
             else:
                 self._expect(_OPEN)
                 if self._element_depth is not None and self._element_depth <= depth:
@@ -139,8 +141,21 @@ class _Parser:
         if self._sizes.setdefault(depth, count) != count:
             raise ProtocolViolation("the rows of a multidimensional array differ in length")
 
+    def _element(self, match: re.Match[bytes]) -> bytes | None:
+        quoted, plain, _ = match.groups()
+        if quoted is None and plain.upper() == b"NULL":
+            return None
+        start, end = match.span(2 if quoted is None else 1)
+        if b"\\" not in (plain if quoted is None else quoted):
+            return self._text[start:end]
+        parts = []
+        for escape in _ESCAPE.finditer(self._masked, start, end):
+            parts.append(self._text[start : escape.start()])
+            start = escape.start(1)
+        return b"".join([*parts, self._text[start:end]])
+
     def _accept(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
-        match = pattern.match(self._text, self._at)
+        match = pattern.match(self._masked, self._at)
         if match:
             self._at = match.end()
         return match
@@ -150,13 +165,6 @@ class _Parser:
         if match is None:
             raise _malformed()
         return match
-
-
-def _element(quoted: bytes | None, plain: bytes) -> bytes | None:
-    if quoted is None and plain.upper() == b"NULL":
-        return None
-    text = plain if quoted is None else quoted
-    return _ESCAPE.sub(rb"\1", text) if b"\\" in text else text
 
 
 def _malformed() -> ProtocolViolation:

@@ -1,13 +1,13 @@
 """Dates, times and intervals.
 
-The rule: the text is that of DateStyle ISO (with any order of day and month) and IntervalStyle
-postgres, which are the defaults and what all drivers ask for. Text of another style cannot be told
-apart from wrong text (is 01/02/2024 in January?) and is a `ProtocolViolation` that says so.
+Invariant: the text is that of DateStyle ISO (with any order of day and month) and IntervalStyle
+postgres, which are the defaults and what drivers ask for. Text of another style is ambiguous (is
+01/02/2024 in January?) and raises a `ProtocolViolation` that says so.
 
-In binary days count from 2000-01-01, and times of day and timestamps are microseconds (timestamps
-from 2000-01-01 00:00:00, in UTC where they have a time zone); the largest and the smallest number
-stand for infinity and -infinity. The calendar is the proleptic Gregorian one, and 1 BC comes before
-1 AD. Python's datetime begins in 1 AD and ends in 9999, so it is no help.
+In binary form dates are days since 2000-01-01, and times of day and timestamps are microseconds
+(timestamps since 2000-01-01 00:00:00, in UTC where they have a time zone); the largest and the
+smallest number are infinity and -infinity. The calendar is the proleptic Gregorian one, in which
+1 AD follows 1 BC. Python's datetime ends in 1 AD and in 9999, so it cannot be used.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _microseconds(hms: _Groups) -> int:
 
 def _time_of_day(hms: _Groups, type_name: str) -> int:
     microseconds = _microseconds(hms)
-    if microseconds > _DAY:  # 24:00:00 is a time
+    if microseconds > _DAY:  # 24:00:00 is valid
         raise _bad_text(type_name)
     return microseconds
 

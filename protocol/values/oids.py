@@ -1,7 +1,7 @@
-"""The types that PostgreSQL brings along: their OIDs (pg_type.dat) and sizes (pg_type.typlen).
+"""PostgreSQL's built-in types: their OIDs (pg_type.dat) and sizes (pg_type.typlen).
 
-The rule: these numbers never change between server versions. A type that somebody created has an
-OID that says nothing, and is not known here.
+Invariant: these numbers are the same in every server version. Types that users have created are not
+here.
 """
 
 from __future__ import annotations

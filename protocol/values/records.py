@@ -1,6 +1,6 @@
 """Text and binary form of a composite value (manual, "Composite Type Input and Output Syntax").
 
-The rule: these only put the parts together; the parts come in the form that is wanted.
+Invariant: these functions put values together; the values come in the form that is asked for.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def record_binary(values: Sequence[tuple[int, bytes | None]]) -> bytes:
 def parse_record(text: bytes) -> list[bytes | None]:
     """The values of a record in text form.
 
-    Raises ValueError for text that is none.
+    Raises ValueError if the text is malformed.
     """
     if text[:1] != b"(" or text[-1:] != b")":
         raise ValueError("malformed record literal")

@@ -1,8 +1,8 @@
 """Types whose value is a number, a string of bytes, or an address.
 
-The rule of all the conversions: they read what PostgreSQL writes (a type's output function), not
-all that it reads; anything else is a `ProtocolViolation`. The binary forms are those of the types'
-send functions, which the manual does not describe, so the docstrings here do.
+Invariant: a conversion reads what the type's output function writes, which is less than its input
+function reads; anything else is a `ProtocolViolation`. The binary forms are those of the types'
+send functions. The manual does not describe these, so the docstrings here do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PG_LSN = re.compile(rb"([0-9A-F]{1,8})/([0-9A-F]{1,8})")
 _MACADDR = re.compile(rb"[0-9a-f]{2}(?::[0-9a-f]{2}){5}(?:(?::[0-9a-f]{2}){2})?")
 _INET = re.compile(rb"([0-9.]+|[0-9a-f:.]*:[0-9a-f:.]*)(?:/([0-9]{1,3}))?")
 
-_NUMERIC_SPECIAL = {  # 0x20 is no scale: it is how numeric_send reads the infinities' flags
+_NUMERIC_SPECIAL = {  # 0x20 is not a scale: numeric_send writes the infinities' flags there
     b"NaN": struct.pack(">HhHH", 0, 0, 0xC000, 0),
     b"Infinity": struct.pack(">HhHH", 0, 0, 0xD000, 0x20),
     b"-Infinity": struct.pack(">HhHH", 0, 0, 0xF000, 0x20),
@@ -33,7 +33,7 @@ _MAX_DISPLAY_SCALE = 0x3FFF
 
 
 def bad_text(type_name: str) -> ProtocolViolation:
-    """The error for text that is none of the type's. The text stays out: it is the user's data."""
+    """The error for malformed text. It does not contain the text, which is the user's data."""
     return ProtocolViolation(f"cannot convert this text of type {type_name} to its binary form")
 
 
@@ -186,10 +186,10 @@ def _network(type_name: str, text: bytes, *, is_cidr: bool) -> bytes:
 
 
 def numeric(text: bytes) -> bytes:
-    """Digits to the base of 10000: their count, weight of the first, sign, display scale, digits.
+    """Digits in base 10000: their count, weight of the first, sign, display scale, digits.
 
     The value is the sum of digit[i] * 10000 ** (weight - i); zeros at either end are not stored.
-    The display scale is how many decimal places the text has.
+    The display scale is the number of decimal places in the text.
     """
     if text in _NUMERIC_SPECIAL:
         return _NUMERIC_SPECIAL[text]

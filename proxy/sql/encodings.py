@@ -92,28 +92,10 @@ def short_name(name: bytes, client_encoding: bytes) -> bytes:
     return letters.encode(codec(client_encoding), "replace")
 
 
-_ELEMENT: Final = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"|([^{},"]++)', re.DOTALL)
-_ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL)
-
-
 def parse_array(text: bytes, client_encoding: bytes) -> list[bytes | None]:
     """The elements of a text[] of one dimension, None for NULL; also where a byte of a multi-byte
     character looks like a quote or a backslash."""
-    masked = mask(text, client_encoding.decode("ascii", "replace"))
-    if masked == text:
-        return values.parse_array(text)
-    elements: list[bytes | None] = []
-    for found in _ELEMENT.finditer(masked):
-        if found[2] == b"NULL":
-            elements.append(None)
-            continue
-        start, end = found.span(found.lastindex or 1)
-        kept = bytearray()
-        for escape in _ESCAPE.finditer(masked, start, end):
-            kept += text[start : escape.start()]
-            start = escape.start(1)
-        elements.append(bytes(kept + text[start:end]))
-    return elements
+    return values.parse_array(text, mask(text, client_encoding.decode("ascii", "replace")))
 
 
 _PLAIN: Final = re.compile(rb"(?!null$)[^\s,{}\"\\\x0b]+", re.IGNORECASE)
