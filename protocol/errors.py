@@ -73,6 +73,11 @@ class SQLError(Exception):
     def __str__(self) -> str:
         return f"{self.message} (SQLSTATE {self.sqlstate})"
 
+    @property
+    def is_fatal(self) -> bool:
+        """Whether it ends the session."""
+        return self.severity in ("FATAL", "PANIC")
+
     def response(self, encoding: str = "utf-8") -> ErrorResponse:
         """The ErrorResponse of this error, its texts in `encoding` (a Python codec's name).
 
@@ -94,3 +99,28 @@ class SQLError(Exception):
                 if text is not None
             }
         )
+
+
+class ServerError(SQLError):
+    """An error that a server has sent. Its ErrorResponse goes on as it came, with all its fields.
+
+    The texts of the exception are for logs and for errors about this one.
+    """
+
+    def __init__(self, response: ErrorResponse) -> None:
+        detail, hint, context = map(response.text, "DHW")
+        super().__init__(
+            response.sqlstate,
+            response.text("M") or "",
+            detail=detail,
+            hint=hint,
+            context=context,
+            severity=response.severity,
+        )
+        self._response = response
+
+    def __str__(self) -> str:
+        return self.message
+
+    def response(self, encoding: str = "utf-8") -> ErrorResponse:
+        return self._response

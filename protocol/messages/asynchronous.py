@@ -35,6 +35,11 @@ class _Report(Message):
         """The primary message, in client_encoding and in the language of lc_messages."""
         return self.fields.get("M", b"")
 
+    def text(self, code: str) -> str | None:
+        """A field for people to read, as if it were UTF-8; None if it is not there."""
+        field = self.fields.get(code)
+        return None if field is None else field.decode("utf-8", "replace")
+
     def with_fields(self, **codes: bytes) -> Self:
         """A copy, with these fields replaced, or added at the end."""
         return type(self)({**self.fields, **codes})

@@ -28,6 +28,7 @@ from protocol.errors import (
     INVALID_AUTHORIZATION_SPECIFICATION,
     INVALID_PASSWORD,
     ProtocolViolation,
+    ServerError,
     SQLError,
 )
 from protocol.framing import MessageBuffer, frame, limit_before_login
@@ -74,17 +75,14 @@ _BINDING_HINT: Final = (
 )
 
 
-class RefusedError(Exception):
+class RefusedError(ServerError):
     """The server sent an error before it asked for anything, as for a line of pg_hba.conf.
 
-    Attributes:
-        response: the error.
-        messages: what the client would have got.
+    `messages` are the server's for the client, this error the last of them.
     """
 
     def __init__(self, response: ErrorResponse, messages: bytes) -> None:
-        super().__init__(response.sqlstate, response.message)
-        self.response = response
+        super().__init__(response)
         self.messages = messages
 
 

@@ -100,12 +100,12 @@ class AuthQuery:
         try:
             async with asyncio.timeout(self._config.connect_timeout or None):
                 return await self._ask(host, user)
+        except (ServerError, ValueError) as error:
+            reason = str(error)
         except SQLError as error:
             reason = error.detail or error.message
         except OSError as error:
             reason = tls.explain(error) or "no answer in time"
-        except (ServerError, ValueError) as error:
-            reason = str(error)
         role = user.decode("utf-8", "replace")
         self._warn(reason, 'auth_query for role "%s" failed: %s', role, reason)
         return None

@@ -18,6 +18,7 @@ from protocol.errors import (
     ProtocolViolation,
     SQLError,
 )
+from protocol.errors import ServerError as ServerError
 from protocol.framing import limit_before_login
 from protocol.messages import (
     BackendKeyData,
@@ -287,22 +288,6 @@ class Backend(asyncio.BufferedProtocol):
         return CancelRequest(self._key.pid, self._key.secret_key)
 
 
-class ServerError(Exception):
-    """An ErrorResponse that the server sent to us."""
-
-    def __init__(self, response: ErrorResponse) -> None:
-        super().__init__(response.sqlstate, response.message)
-        self.response = response
-
-    def __str__(self) -> str:
-        return self.response.message.decode("utf-8", "replace")
-
-    @property
-    def is_fatal(self) -> bool:
-        """Whether the server closes the connection after it."""
-        return self.response.severity in ("FATAL", "PANIC")
-
-
 async def open_backend(
     connect: Connect, startup: StartupMessage, credentials: Credentials, timeout: float
 ) -> Backend:
@@ -318,7 +303,7 @@ async def open_backend(
             await backend.login(startup, credentials)
             return backend
     except ServerError as error:
-        raise no_backend(str(error), error.response.sqlstate) from None
+        raise no_backend(error.message, error.sqlstate) from None
     except TimeoutError:
         raise no_backend(f"The server did not answer within {timeout:g} seconds.") from None
     except OutOfDescriptorsError as error:

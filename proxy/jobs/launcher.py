@@ -196,7 +196,7 @@ class Launcher:
             except ServerError as error:
                 backend.terminate()
                 if not error.is_fatal:
-                    raise JobFailed(error.response) from None
+                    raise JobFailed(error.response()) from None
                 reason = str(error)
             except (ConnectionError, ValueError, LookupError) as error:
                 # The last two, ProtocolViolation among them, are about an answer that is none.

@@ -346,7 +346,7 @@ class Session(Owner):
             except RefusedError as error:
                 refusal = error
             received = self._login.take_rest()
-            sqlstate = refusal.response.sqlstate
+            sqlstate = refusal.sqlstate
             route = dialer.alternative(self.route) if sqlstate == _NOT_LIKE_THIS else None
             tried.add(self.route.host)
             if route is None and not (sqlstate == CANNOT_CONNECT_NOW and dialer.others(tried)):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from protocol import errors
-from protocol.errors import SQLError
+from protocol.errors import ServerError, SQLError
+from protocol.messages import ErrorResponse
 
 
 def test_an_error_becomes_an_error_response_with_its_fields() -> None:
@@ -49,3 +50,21 @@ def test_a_sqlstate_has_five_characters(name: str) -> None:
     assert len(sqlstate) == 5
     assert sqlstate.isalnum()
     assert sqlstate == sqlstate.upper()
+
+
+def test_a_servers_error_goes_on_with_all_its_fields() -> None:
+    response = ErrorResponse(
+        {
+            "S": b"FEHLER",
+            "V": b"FATAL",
+            "C": b"57P01",
+            "M": b"b\xe4d",
+            "H": b"later",
+            "q": b"SELECT 1",
+        }
+    )
+    error = ServerError(response)
+    assert error.response("latin-1") is response
+    assert (error.sqlstate, error.message, error.hint) == ("57P01", "b\ufffdd", "later")
+    assert (error.detail, error.severity, error.is_fatal) == (None, "FATAL", True)
+    assert str(error) == "b\ufffdd"
