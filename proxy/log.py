@@ -1,7 +1,7 @@
 """The log: one event a line on stderr, in the form of PostgreSQL's own log.
 
-The invariant: whatever a client or a server has put into an event, it is text to whoever reads the
-log: no control character of it reaches a terminal, and no line of it can pass for an event.
+Invariant: text from clients and servers stays text. No control character of it reaches a terminal,
+and no line of it can be taken for an event.
 
 Everything logs to the logger ``proxy``. Passwords and keys are never logged, and SQL only at the
 level debug.
@@ -17,21 +17,21 @@ from typing import Final, TextIO
 
 logger: Final = logging.getLogger("proxy")
 
-# PostgreSQL's names: what an operator reads in the server's log, in the same place.
+# The names in PostgreSQL's log.
 _SEVERITIES: Final = {"INFO": "LOG", "CRITICAL": "FATAL"}
 
 
 _HARMFUL: Final = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but for tab and line feed, DEL, C1
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what turns the direction of text round
-    "\u2028\u2029\ud800-\udfff]"  # line and paragraph separators; what is no character
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # changes of direction
+    "\u2028\u2029\ud800-\udfff]"  # line and paragraph separators; surrogates
 )
 
 
 def printable(text: str) -> str:
-    """Text that says the same and does nothing: control characters are written as escapes.
+    """The text with control characters written as escapes.
 
-    Line feeds and tabs are left as they are; what begins a line is for the caller to see to.
+    Line feeds and tabs stay: the caller sees to the beginning of lines.
     """
     return _HARMFUL.sub(_escaped, text)
 
@@ -43,7 +43,7 @@ def _escaped(match: re.Match[str]) -> str:
 class PostgresFormatter(logging.Formatter):
     """``2026-11-22 06:40:01.123 UTC [4711] LOG:  listening on 127.0.0.1:6543``.
 
-    `who`: which of several processes this is; it stands behind the pid.
+    `who`: the name of this process, if there are several; it follows the pid.
     """
 
     def __init__(self, who: str = "") -> None:
@@ -51,7 +51,7 @@ class PostgresFormatter(logging.Formatter):
         self._who = who and f" {who}"
 
     def format(self, record: logging.LogRecord) -> str:
-        """Writes one event; further lines of it begin with a tab, so none can pass for another."""
+        """Formats one event. Further lines begin with a tab, so none can be taken for an event."""
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.created))
         severity = _SEVERITIES.get(record.levelname, record.levelname)
         text = record.getMessage()
@@ -64,8 +64,8 @@ class PostgresFormatter(logging.Formatter):
 
 
 def configure(level: str, stream: TextIO | None = None, *, who: str = "") -> None:
-    """Sends the log to stderr from a level on: debug, info, warning or error. `who`: which of
-    several processes this is."""
+    """Sends the log to stderr, from a level on: debug, info, warning or error. `who`: the name of
+    this process, if there are several."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(PostgresFormatter(who))
     root = logging.getLogger()
@@ -75,5 +75,5 @@ def configure(level: str, stream: TextIO | None = None, *, who: str = "") -> Non
 
 
 def set_level(level: str) -> None:
-    """From now on: debug, info, warning or error."""
+    """Logs from a level on: debug, info, warning or error."""
     logger.setLevel(level.upper())

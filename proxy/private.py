@@ -1,7 +1,7 @@
-"""Files that hold secrets: who may read them, as PostgreSQL judges its server's private key.
+"""Files that hold secrets: the permissions that PostgreSQL demands of its private key.
 
-The invariant: a file that others than its owner can read is not used. One of root's may be read by
-its group: so are secrets handed to services that do not run as root.
+Invariant: a file to which group or others have access is not used. A file of root's may be readable
+by its group, which is how services that do not run as root get secrets.
 """
 
 from __future__ import annotations

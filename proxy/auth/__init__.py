@@ -1,1 +1,1 @@
-"""Who a client is: its login, and what a side backend logs in with in its place."""
+"""Clients' logins, and the credentials with which side backends log in as the same roles."""

@@ -1,8 +1,8 @@
-"""What the proxy checks a client with, where the server cannot do it.
+"""SCRAM secrets to check a client with, where the server cannot do it.
 
-The invariant: a client that does not know the password cannot tell by the conversation whether the
-proxy knows its role. All roles have a salt that is theirs for good, and the same error; one that is
-not known has keys that no password gives, as PostgreSQL's own mock authentication has.
+Invariant: a client that does not know the password cannot tell from the conversation whether the
+proxy knows its role. Every role has a fixed salt and the same error; an unknown one has keys that
+no password gives, as in PostgreSQL's own mock authentication.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ _MAX_DERIVED: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """How a client is checked that claims to be one role.
+    """How to check a client that claims to be a role.
 
     Attributes:
-        secret: for the conversation with it.
-        known: what it was made from; None if nothing is known, and then the check must fail.
+        secret: for the conversation.
+        known: the role's secret that it was made from; None if the role is unknown, and the check
+            must fail.
     """
 
     secret: ScramSecret = field(repr=False)
@@ -36,12 +37,12 @@ class Check:
 
 
 class Checks:
-    """Makes them.
+    """Makes the checks.
 
     Args:
-        key_file: the proxy's private key for TLS, from which the salts come: so they are the same
-            in all workers, and after a restart. Without one they hold for this process.
-        secrets_known: the secrets of the auth_file: what is made up has as many iterations as most.
+        key_file: the proxy's private key for TLS. The salts are derived from it, so they are the
+            same in all workers and after a restart. Without it they are this process's own.
+        secrets_known: of the auth_file. Made-up secrets have their most common iteration count.
     """
 
     def __init__(self, key_file: Path | None, secrets_known: Iterable[Secret]) -> None:
@@ -52,19 +53,19 @@ class Checks:
         self._derived: dict[tuple[bytes, bytes], ScramSecret] = {}
 
     def check(self, user: bytes, known: Secret | None) -> Check:
-        """For a role, of which this is known."""
+        """For a role; `known` is its secret, if the proxy has one."""
         match known:
             case ScramSecret():
                 return Check(known, known)
             case Cleartext(password):
                 return Check(self._from_password(user, password), known)
-            case _:  # an MD5 secret is of no use here
+            case _:  # unknown; an MD5 secret cannot check a SCRAM login
                 made_up = (self._pseudorandom(what, user) for what in (b"stored", b"server"))
                 salt = self._salt(user)
                 return Check(ScramSecret(self._iterations, salt, *made_up), None)
 
     def _from_password(self, user: bytes, password: bytes) -> ScramSecret:
-        """Kept: it takes a millisecond, which a clock could see each time."""
+        """Cached, since the millisecond that it takes could be measured by the client."""
         key = user, hashlib.sha256(password).digest()
         if key not in self._derived:
             if len(self._derived) >= _MAX_DERIVED:

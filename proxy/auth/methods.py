@@ -1,7 +1,7 @@
-"""What a server may ask for before it has proved who it is: libpq's ``require_auth``.
+"""Authentication methods: the server's requests, held against libpq's ``require_auth``.
 
-The invariant: every request of a login at the server goes through a `Guard`, whoever answers it:
-the client itself, the proxy in the client's place, or the proxy for a job or a question of its own.
+Invariant: every request of a login at the server goes through a `Guard`, be it answered by the
+client itself, by the proxy in the client's place, or by the proxy for a side backend.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ _WORDS: Final[dict[type[AuthenticationRequest], str]] = {
 
 PROVE_HINT: Final = "Set sslmode=verify-full and sslrootcert in upstream."
 CLEARTEXT_HINT: Final = (
-    f"{PROVE_HINT} Or, if nobody else can answer in its place, set require_auth=password there."
+    f"{PROVE_HINT} Or, if no other machine can answer in its place, set require_auth=password."
 )
 
 
 class Guard:
-    """Sees each request of one login before it is answered."""
+    """Checks each request of one login before it is answered."""
 
     __slots__ = ("_asked", "_policy", "_proved")
 
@@ -97,7 +97,7 @@ def _failed(detail: str) -> SQLError:
 
 
 def method_of(request: AuthenticationRequest) -> str:
-    """A request's method by libpq's name; another name for what libpq has none of."""
+    """A request's method by libpq's name, or by another where libpq has none."""
     if isinstance(request, AuthenticationSASL):
         names = [name.removesuffix(b"-PLUS") for name in request.mechanisms]
         if MECHANISM in names:
@@ -107,7 +107,7 @@ def method_of(request: AuthenticationRequest) -> str:
 
 
 def in_words(request: AuthenticationRequest) -> str:
-    """What a request asks for."""
+    """What a request asks for, for people to read."""
     if isinstance(request, AuthenticationSASL):
         names = [name.decode("ascii", "replace") for name in request.mechanisms]
         return "SCRAM-SHA-256" if MECHANISM in request.mechanisms else f"SASL ({', '.join(names)})"

@@ -1,8 +1,7 @@
-"""How often somebody may do something: a token bucket for each key.
+"""Rate limits: a token bucket for each key.
 
-The invariant: however many keys come, at most `MAX_KEYS` are remembered. A key is forgotten once
-its bucket is full again, which changes nothing; while there are too many that are not, those that
-are new share one bucket.
+Invariant: at most `MAX_KEYS` keys are remembered, however many come. A key is forgotten once its
+bucket is full again, which changes nothing; while too many are not full, new keys share a bucket.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ _OTHERS: Final = object()
 
 @dataclass(slots=True)
 class Pace:
-    """Buckets of `burst` tokens, each of which gets `rate` new ones a second.
+    """Buckets of `burst` tokens, each of which gains `rate` tokens a second.
 
-    A bucket may be in debt by `patience` tokens: by that many a caller may be put off.
+    A bucket may go `patience` tokens into debt: so many callers may have to wait.
     """
 
     burst: float
     rate: float
     patience: float = 0.0
     _buckets: dict[Hashable, tuple[float, float]] = field(default_factory=dict)
-    # When it is worth while to look again for buckets that are full.
+    # When to look again for full buckets.
     _look_again: float = 0.0
 
     def take(self, key: Hashable, now: float) -> float | None:
         """Takes a token.
 
-        Returns the seconds to wait before it is used; None if there is none to be had.
+        Returns the seconds to wait before using it; None if the limit is exceeded.
         """
         if key not in self._buckets and len(self._buckets) >= MAX_KEYS:
             self._forget(now)
@@ -58,11 +57,11 @@ class Pace:
 
 
 def who(peername: object) -> str:
-    """Whose connection it is, as far as limits go: an IPv4 address, or an IPv6 network of 64 bits,
-    which is what one customer has at least; the same for all who come by a Unix socket.
+    """The key of a connection: its IPv4 address, or its IPv6 network of 64 bits, which is the least
+    that a customer gets; one key for all Unix sockets.
 
     Args:
-        peername: as a socket has it.
+        peername: of the socket.
     """
     if not (isinstance(peername, tuple) and peername):
         return "local"

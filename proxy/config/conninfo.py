@@ -1,7 +1,7 @@
 """libpq's connection strings, read without libpq: ``key=value`` pairs and ``postgresql://`` URIs.
 
-Only the syntax is here (manual, "Connection Strings"); what a keyword means to the proxy is
-config.py's. No check of the values, no look at files or the environment.
+Invariant: only the syntax is here (manual, "Connection Strings"). What the keywords mean, and which
+values are valid, is in `upstream`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ _PERCENT: Final = re.compile(r"%(?![0-9a-fA-F]{2})")
 
 
 def parse_conninfo(text: str) -> dict[str, str]:
-    """Reads a connection string into keywords and values; of a repeated keyword the last counts.
+    """Reads a connection string into keywords and values; the last of a repeated keyword counts.
 
-    Several hosts (and ports) come as libpq has them: separated by commas, in ``host`` and ``port``.
+    Several hosts and ports are separated by commas in ``host`` and ``port``, as in libpq.
 
     Raises:
-        ValueError: it is neither form; the message says where it went wrong. It never quotes a
-            password.
+        ValueError: it is malformed; the message says where. It never quotes a password.
     """
     for prefix in _URI_PREFIXES:
         if text.startswith(prefix):
@@ -53,7 +52,7 @@ def _parse_pairs(text: str) -> dict[str, str]:
 def _parse_uri(rest: str) -> dict[str, str]:
     """Reads [user[:password]@][host[:port],...][/dbname][?key=value&...], after the scheme."""
     rest, _, query = rest.partition("?")
-    # An @ that separates comes before the first slash; in names it is written %40.
+    # The separating @ comes before the first slash; within names it is written %40.
     authority, slash, database = rest.partition("/")
     userinfo, at, hosts = authority.rpartition("@")
     found: dict[str, str] = {}

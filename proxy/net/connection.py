@@ -1,9 +1,9 @@
 """One side of a session: the connection to the client, or to its primary backend.
 
-The rule: whoever writes faster than the other side reads is made to wait. When a connection's
-write buffer is full, the connection opposite stops being read, until the buffer has drained.
-And nobody is waited for who is gone: neither one that is not being read, whose end the event loop
-does not see, nor one that is closed and takes nothing of what is left to write.
+Invariant: a side that writes faster than the other reads is made to wait. When a connection's write
+buffer is full, the opposite connection is not read until the buffer has drained. A peer that is
+gone is noticed in any case: while it is not being read, when the event loop does not see its end,
+and while a closed connection has bytes left that the peer does not take.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from typing import cast
 from proxy.net import tls
 
 _WRITE_BUFFER = 256 * 1024
-"""Bytes that may wait to be written before the other side is stopped."""
+"""Bytes that may wait to be written before the opposite connection is not read any more."""
 
 LINGER = 60.0
-"""Seconds after which a closed connection is aborted if the other side has taken nothing of what
-was still to be written. A kernel does as much with a socket that nobody owns any more, after some
-minutes; and a server that is busy with one statement so long loses no more than those behind it,
-whose client has left."""
+"""Seconds after which a closed connection is aborted if the peer has taken none of the remaining
+bytes. A kernel does the same with an orphaned socket, after some minutes. A server that is busy for
+so long loses only the statements that follow, whose client has left."""
 
 _LOOK = 1.0
-"""Seconds between looks at whether a side that is not being read is still there."""
+"""Seconds between checks whether a peer that is not being read is still there."""
 
 _HUNG_UP = getattr(select, "POLLRDHUP", 0)
-"""What poll() says of an end of file behind data that was not read; Linux has it."""
+"""poll()'s event for an end of file behind data that was not read; Linux only."""
 
 # Why a connection is not being read; it is read when no reason is left.
 _OPPOSITE_IS_FULL = 1
@@ -38,12 +37,12 @@ _TAKES_A_BREAK = 4
 
 
 class Connection(asyncio.Protocol):
-    """A connection whose owner says what is done with what comes in.
+    """A connection whose owner gets the data.
 
     Attributes:
-        write: send, or queue. What is written to a connection that is gone is lost, as on a wire.
-        opposite: the connection that is stopped when this one's write buffer is full.
-        is_open: from the time it is made until it is lost.
+        write: sends, or queues. Data written to a connection that is gone are lost.
+        opposite: the connection that is not read while this one's write buffer is full.
+        is_open: from connection_made() to connection_lost().
         is_encrypted: whether it has TLS.
     """
 
@@ -61,10 +60,10 @@ class Connection(asyncio.Protocol):
         """
         Args:
             receive: gets each chunk.
-            ended: told when the other side will send no more.
-            lost: told when the connection is gone.
-            hung_up: told if the other side has sent its end while it is not being read, perhaps
-                behind data. May be told more than once.
+            ended: called at end of file.
+            lost: called when the connection is gone.
+            hung_up: called if the peer has sent end of file while it is not being read, perhaps
+                behind data; perhaps more than once.
         """
         self.data_received = receive
         self.write: Callable[[bytes], None] = _lose
@@ -77,10 +76,10 @@ class Connection(asyncio.Protocol):
         self._looks = False
         self._full: asyncio.Future[None] | None = None
 
-    # asyncio's side
+    # Called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Also called when TLS has begun: then with the transport over the first one."""
+        """Also called when TLS has begun, with the TLS transport."""
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=_WRITE_BUFFER)
         self.is_encrypted = tls.is_encrypted(transport)
@@ -93,7 +92,7 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._ended(self)
-        # The owner closes it: there may be more to write. TLS has no half-closed connections.
+        # The owner closes it, since there may be more to write. TLS has no half-closed connections.
         return not self.is_encrypted
 
     def pause_writing(self) -> None:
@@ -117,14 +116,14 @@ class Connection(asyncio.Protocol):
                 self._full.set_result(None)
             else:
                 self._full.set_exception(error)
-                self._full.exception()  # it is no news if nobody waits
+                self._full.exception()  # marks it as retrieved, if nothing waits
         self._full = None
 
-    # The owner's side
+    # Called by the owner
 
     @property
     def receive(self) -> Callable[[bytes], None]:
-        """Called with each chunk; the owner changes it when its phase changes."""
+        """Called with each chunk; the owner replaces it when its phase changes."""
         return self.data_received
 
     @receive.setter
@@ -144,18 +143,18 @@ class Connection(asyncio.Protocol):
 
     @property
     def can_write_eof(self) -> bool:
-        """Whether it can be half closed, which TLS cannot."""
+        """Whether it can be half closed; with TLS it cannot."""
         return not self.is_encrypted and self.transport.can_write_eof()
 
     def write_eof(self) -> None:
-        """Pass on that the other side will send no more."""
+        """Pass on an end of file."""
         if self.is_open and self.can_write_eof:
             self.transport.write_eof()
 
     async def start_tls(self, context: ssl.SSLContext, timeout: float) -> None:
-        """Go on with TLS, as the server of it; nothing may have been read that belongs to it.
+        """Begin TLS, as its server; none of the handshake may have been read before.
 
-        Raises OSError: no handshake came about within `timeout` seconds; the connection is gone.
+        Raises OSError: the handshake failed or took over `timeout` seconds; the connection is gone.
         """
         try:
             transport = await asyncio.get_running_loop().start_tls(
@@ -175,7 +174,7 @@ class Connection(asyncio.Protocol):
         self.connection_made(transport)
 
     def close(self) -> None:
-        """Close once everything is written, or nobody takes it."""
+        """Close once everything is written, or once the peer takes no more."""
         if self.is_open:
             self.transport.close()
             self._linger()
@@ -199,7 +198,7 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
     def pause_reading(self) -> None:
-        """For an inbox that is full."""
+        """The inbox is full."""
         self._stop(_INBOX_IS_FULL)
 
     def resume_reading(self) -> None:
@@ -208,15 +207,15 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_stopped_by_opposite(self) -> bool:
-        """Whether it is not being read because the connection opposite is full."""
+        """Whether it is not being read because the opposite write buffer is full."""
         return bool(self._stopped & _OPPOSITE_IS_FULL)
 
     def take_a_break(self) -> None:
-        """For others, who wait for their turn of the event loop."""
+        """Stop reading, so that other connections have their turn of the event loop."""
         self._stop(_TAKES_A_BREAK)
 
     def end_break(self) -> None:
-        """It is our turn again."""
+        """Read again after `take_a_break`."""
         self._go(_TAKES_A_BREAK)
 
     def _stop(self, reason: int) -> None:
@@ -231,13 +230,13 @@ class Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_later(_LOOK, self._look)
 
     def _look(self) -> None:
-        """See whether somebody is there, as nothing else does while it is not being read."""
+        """Check whether the peer is there; while it is not being read, nothing else does."""
         self._looks = False
         if not (self._stopped and self.is_open and self._hung_up is not None):
             return
         socket = self.transport.get_extra_info("socket")
         if socket is None or socket.fileno() < 0:
-            return  # below TLS it is closed already, and we are about to be told
+            return  # closed already below TLS; connection_lost() follows
         poll = select.poll()
         poll.register(socket.fileno(), _HUNG_UP)
         events = poll.poll(0)

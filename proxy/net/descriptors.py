@@ -1,7 +1,7 @@
-"""File descriptors: how many the process may have, and what becomes of a client without one.
+"""File descriptors: how many the process may have, and what a client gets when there are none.
 
-The rule: who is not served for lack of them is told so, as far as that is possible, and the log
-says it too, once for many.
+Invariant: a client that is turned away for lack of descriptors is told so, as far as possible, and
+the log says so too, at most every few seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from proxy.log import logger
 
 HINT: Final = (
     "The proxy has as many open files as it may have, two or more a session and one a job: raise"
-    " its limit (ulimit -n, or LimitNOFILE in a unit of systemd)."
+    " its limit (ulimit -n, or LimitNOFILE in a systemd unit)."
 )
 _QUIET: Final = 5.0
 """Seconds between two lines of the log."""
@@ -36,8 +36,7 @@ class OutOfDescriptorsError(OSError):
 
 
 def raise_limit() -> None:
-    """Use as many as the hard limit lets us have: the soft one is mostly 1024, for the sake of
-    programs that use select()."""
+    """Raise the soft limit to the hard one. It is mostly 1024, for programs that use select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:
         return
@@ -50,8 +49,8 @@ def raise_limit() -> None:
 
 
 def is_shortage(error: OSError) -> bool:
-    """Whether this is for lack of descriptors, in the process or the machine."""
-    # The errors of several addresses come as one, in words only.
+    """Whether the process or the machine is out of descriptors."""
+    # asyncio joins the errors of several addresses into one, in words only.
     return error.errno in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error)
 
 
@@ -59,7 +58,7 @@ _last_report = -_QUIET
 
 
 def report(what: str) -> None:
-    """Log that there are none, unless that was just said. `what`: cannot be done."""
+    """Log that `what` cannot be done for lack of descriptors, unless the log has just said so."""
     global _last_report
     now = time.monotonic()
     if now - _last_report < _QUIET:
@@ -70,7 +69,7 @@ def report(what: str) -> None:
 
 
 def no_room() -> SQLError:
-    """What a client is told."""
+    """The error for a client."""
     return SQLError(
         TOO_MANY_CONNECTIONS,
         "sorry, too many clients already",
@@ -86,26 +85,26 @@ def turn_away(connection: socket.socket) -> None:
         connection.setblocking(False)
         connection.send(no_room().response().serialize())
         connection.shutdown(socket.SHUT_WR)
-        # What is not read would have the kernel send a reset, which may overtake the answer.
+        # With unread data the kernel would send a reset, which may overtake the answer.
         connection.recv(4096)
 
 
 class Reserve:
-    """One descriptor more, for those who are turned away."""
+    """One descriptor kept back, for turning clients away."""
 
     def __init__(self) -> None:
         self._held: int | None = None
         self.keep()
 
     def keep(self) -> bool:
-        """Have it again; whether that was possible."""
+        """Get it again. Returns whether that was possible."""
         if self._held is None:
             with contextlib.suppress(OSError):
                 self._held = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         return self._held is not None
 
     def release(self) -> None:
-        """Let somebody else have it."""
+        """Free it for another use."""
         if self._held is not None:
             os.close(self._held)
             self._held = None

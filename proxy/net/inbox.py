@@ -1,8 +1,7 @@
 """Messages of one connection, for a coroutine that reads them one by one.
 
-The rule: an inbox holds at most about `LIMIT` bytes that nobody has asked for; beyond that it
-stops its connection, and the kernel stops whoever writes. A message longer than the limit is
-still gathered whole, because somebody awaits it; but for `bound`.
+Invariant: an inbox holds about `LIMIT` unread bytes at most; beyond that it stops reading its
+connection. A longer message is still gathered whole once it is awaited, unless `bound` forbids it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ LIMIT = 256 * 1024
 
 
 class Source(Protocol):
-    """What an inbox needs of a transport (a subset of asyncio.ReadTransport)."""
+    """The part of asyncio.ReadTransport that an inbox needs."""
 
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
@@ -37,7 +36,7 @@ class Inbox:
         self._paused = False
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Bytes that came in, cut anywhere."""
+        """Add a chunk, cut anywhere."""
         self._buffer.feed(data)
         if self._waiter is not None:
             self._wake()
@@ -46,11 +45,11 @@ class Inbox:
             self._source.pause_reading()
 
     def bound(self, limit: Callable[[int], int] | None) -> None:
-        """From now on a message may be as long as this says for its type; None: any length."""
+        """Limit the length word of the messages to come, by type; None for no limit."""
         self._buffer.limit = limit
 
     def close(self, error: Exception) -> None:
-        """No more will come; whoever waits for a message, now or later, gets the error."""
+        """No more will come. `next` raises the error once everything before it has been read."""
         self._error = error
         self._wake()
 
@@ -61,8 +60,7 @@ class Inbox:
     async def next(self) -> tuple[int, bytes]:
         """The next message as (type, body).
 
-        Raises ProtocolViolation for a stream that is none, and the error given to close() once
-        everything before it was read.
+        Raises ProtocolViolation for a malformed stream, and the error given to `close`.
         """
         while True:
             message = self.next_nowait()
@@ -86,13 +84,13 @@ class Inbox:
         return iter(self._buffer)
 
     def take_rest(self) -> bytes:
-        """What was not read, for whoever takes over; the connection flows again."""
+        """The unread bytes. The connection is read again."""
         rest = self._buffer.take_rest()
         self.resume()
         return rest
 
     def resume(self) -> None:
-        """Let the connection flow again if the inbox had stopped it."""
+        """Read the connection again if the inbox has stopped it."""
         if self._paused:
             self._paused = False
             self._source.resume_reading()

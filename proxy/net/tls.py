@@ -1,8 +1,8 @@
-"""TLS contexts for both sides of the proxy, and what is PostgreSQL's own about TLS.
+"""TLS contexts for both sides of the proxy, and PostgreSQL's conventions about TLS.
 
-The rule: every ssl.SSLContext is made here, when the configuration is read. So a file that cannot
-be used is an error of the configuration, and both sides have the same floor: TLS 1.2, the protocol
-name ``postgresql`` (ALPN), no renegotiation and no session tickets, as PostgreSQL has it.
+Invariant: every ssl.SSLContext is made here, when the configuration is read. So a file that cannot
+be used is an error of the configuration, and both sides have the same minimum, which is
+PostgreSQL's: TLS 1.2, ALPN ``postgresql``, no renegotiation, no session tickets.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from proxy.config import Config, ConfigError, Upstream
 ALPN_PROTOCOL: Final = "postgresql"
 
 SHUTDOWN_TIMEOUT: Final = 2.0
-"""Seconds that the other side gets to answer our end of the TLS session."""
+"""Seconds that the peer gets to answer when we end the TLS session."""
 
 REQUIRED: Final = ("require", "verify-ca", "verify-full")
-"""The modes that go without TLS never."""
+"""The modes that never do without TLS."""
 
 
 def client_context(config: Config) -> ssl.SSLContext | None:
-    """For connections from clients; None if there is to be no TLS.
+    """For connections from clients; None if TLS is disabled.
 
-    As PgBouncer has it, a client's certificate is looked at with verify-ca and verify-full alone.
-    (There is no host name to compare in it; the two are the same.)
+    As in PgBouncer, a client's certificate is verified with verify-ca and verify-full only. (These
+    two are the same, because a client has no host name.)
 
     Raises:
-        ConfigError: a file is not what it should be.
+        ConfigError: a file is missing, exposed or malformed.
     """
     mode = config.client_tls_sslmode
     if mode == "disable":
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    _set_floor(context)
+    _set_minimum(context)
     context.num_tickets = 0
     _load_certificate(
         context,
@@ -53,18 +53,18 @@ def client_context(config: Config) -> ssl.SSLContext | None:
 
 
 def server_context(upstream: Upstream) -> ssl.SSLContext | None:
-    """For connections to the server; None if there is to be no TLS.
+    """For connections to the server; None if TLS is disabled.
 
-    As libpq has it, a root certificate is used whenever there is one; so ``require`` with
-    sslrootcert is ``verify-ca``. Unlike libpq, no file of a home directory is used unasked.
+    As in libpq, sslrootcert is used whenever it is given, so ``require`` with sslrootcert is
+    ``verify-ca``. Unlike libpq, no file in a home directory is used by default.
 
     Raises:
-        ConfigError: a file is not what it should be.
+        ConfigError: a file is missing, exposed or malformed.
     """
     if upstream.sslmode == "disable":
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    _set_floor(context)
+    _set_minimum(context)
     context.check_hostname = upstream.sslmode == "verify-full"
     if upstream.sslrootcert == "system":
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
@@ -78,7 +78,7 @@ def server_context(upstream: Upstream) -> ssl.SSLContext | None:
     return context
 
 
-def _set_floor(context: ssl.SSLContext) -> None:
+def _set_minimum(context: ssl.SSLContext) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
     context.set_alpn_protocols([ALPN_PROTOCOL])
@@ -88,7 +88,7 @@ def _load_certificate(
     context: ssl.SSLContext, cert_name: str, cert: str, key_name: str, key: str
 ) -> None:
     def encrypted() -> str:
-        raise ValueError("the key is encrypted, and there is nobody to ask for its passphrase")
+        raise ValueError("the key is encrypted; the proxy needs one without a passphrase")
 
     for name, file in ((cert_name, cert), (key_name, key)):
         try:
@@ -126,7 +126,7 @@ def speaks_postgresql(transport: asyncio.BaseTransport) -> bool:
 
 
 def explain(error: OSError) -> str:
-    """What went wrong in connecting, without the inner workings of OpenSSL around it."""
+    """Why connecting failed, without OpenSSL's internals."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {error.verify_message}"
     if isinstance(error, ssl.SSLError) and error.reason:
