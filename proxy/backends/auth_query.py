@@ -14,10 +14,9 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from protocol.errors import SQLError
+from protocol.errors import ServerError, SQLError
 from proxy.auth.pace import Pace
 from proxy.auth.secret import Secret, parse_secret
-from proxy.backends.backend import ServerError
 from proxy.backends.upstream import Dialer
 from proxy.config import Config, Host
 from proxy.log import logger

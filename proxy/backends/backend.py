@@ -16,9 +16,9 @@ from protocol.errors import (
     INSUFFICIENT_RESOURCES,
     TOO_MANY_CONNECTIONS,
     ProtocolViolation,
+    ServerError,
     SQLError,
 )
-from protocol.errors import ServerError as ServerError
 from protocol.framing import limit_before_login
 from protocol.messages import (
     BackendKeyData,
@@ -27,6 +27,7 @@ from protocol.messages import (
     ErrorResponse,
     Execute,
     Flush,
+    ParameterStatus,
     Parse,
     Query,
     Sync,
@@ -172,10 +173,15 @@ class Backend(asyncio.BufferedProtocol):
 
         Parameters, if any, are text, of the types that the server finds for them.
 
-        Raises ServerError.
+        Raises ServerError, ConnectionError, ProtocolViolation.
         """
         rows = await self.rows(sql, *parameters)
         return rows[-1] if rows else ()
+
+    async def row(self, sql: bytes, columns: int = 1) -> Row:
+        """The same for a query that has a row, of at least so many columns; another answer is a
+        ProtocolViolation."""
+        return _last(await self.rows(sql), columns)
 
     async def rows(self, sql: bytes, *parameters: bytes) -> list[Row]:
         """All rows, those of several statements one after the other. Raises ServerError."""
@@ -188,31 +194,31 @@ class Backend(asyncio.BufferedProtocol):
     async def remember_identity(self, login: Login, at_first: bytes | None) -> None:
         """Note what the login was based on. `at_first`: what it was right after the login.
 
-        Raises ServerError; StaleLoginError if a new one would be different already.
+        Raises StaleLoginError if a new one would be different already; else as `row` does.
         """
         self._send(Parse(b"", IDENTITY_QUERY), Bind(b"", b""), Execute(b""), Sync())
-        [[user, database, self.identity]] = await self._answer()
+        user, database, self.identity, *_ = _last(await self._answer(), 3)
         if not (still_holds(at_first, self.identity) and login.is_of(user, database)):
             raise StaleLoginError("the role or the database was changed")
 
-    async def query_as_before(self, sql: bytes) -> Row:
-        """The row of a query, if a new login would still come to what this one did.
+    async def row_as_before(self, sql: bytes) -> Row:
+        """The same as `row`, if a new login would still come to what this one did.
 
         The same round trip finds that out. Nothing else may have been asked since
         `remember_identity`: its query is still the unnamed prepared statement.
 
-        Raises StaleLoginError, after which nothing else may be asked, or ServerError.
+        Raises StaleLoginError, after which nothing else may be asked; else as `row` does.
         """
         self._send(Bind(b"", b""), Execute(b""), Sync(), Query(sql))
         try:
-            [[*_, now]] = await self._answer()
+            *_, now = _last(await self._answer())
         except ServerError as error:
             if error.is_fatal:
                 raise
             raise StaleLoginError(str(error)) from None  # the role is gone
         if not still_holds(self.identity, now):
             raise StaleLoginError("the role or the database was changed")
-        return (await self._answer())[-1]
+        return _last(await self._answer())
 
     def _send(self, *sent: messages.Message) -> None:
         self.transport.write(b"".join(message.serialize() for message in sent))
@@ -237,8 +243,8 @@ class Backend(asyncio.BufferedProtocol):
                     raise error
 
     def _parameter_status(self, body: bytes) -> None:
-        name, _, value = body.rstrip(b"\0").partition(b"\0")
-        self.parameters[name] = value
+        status = ParameterStatus.parse(body)
+        self.parameters[status.name] = status.value
 
     def start(self, sql: bytes, receiver: Receiver) -> None:
         """Send a query whose answer somebody else reads.
@@ -286,6 +292,20 @@ class Backend(asyncio.BufferedProtocol):
         """What cancels the query that runs here."""
         assert self._key is not None
         return CancelRequest(self._key.pid, self._key.secret_key)
+
+
+def _last(rows: list[Row], columns: int = 1) -> Row:
+    if not rows or len(rows[-1]) < columns:
+        raise ProtocolViolation("the server's answer has no row, or too few columns")
+    return rows[-1]
+
+
+def number(text: bytes | None) -> int:
+    """An integer in an answer; 0 for NULL. Raises ProtocolViolation."""
+    try:
+        return int(text or 0)
+    except ValueError:
+        raise ProtocolViolation("an integer in the server's answer is malformed") from None
 
 
 async def open_backend(

@@ -13,8 +13,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from protocol.errors import SQLError
-from proxy.backends.backend import Backend, ServerError
+from protocol.errors import ProtocolViolation, SQLError
+from proxy.backends.backend import Backend, number
 from proxy.backends.identity import IDENTITY, SYSTEM_ID_QUERY, Login
 from proxy.jobs.context import ROLE_STATEMENT
 from proxy.log import logger
@@ -80,7 +80,7 @@ class Channel:
     async def query(self, sql: bytes) -> Rows:
         """The rows of a query. It is run to its end also if nobody waits for that any more.
 
-        Raises ServerError, ConnectionError.
+        Raises ServerError, ConnectionError, ProtocolViolation.
         """
         task = asyncio.get_running_loop().create_task(self._query(sql))
         self._tasks.add(task)
@@ -130,7 +130,7 @@ class Channels:
             login: what sessions must have in common to share one.
             open_one: opens and logs in a backend; raises SQLError.
 
-        Raises SQLError, ServerError, ConnectionError, TimeoutError.
+        Raises SQLError, OSError, ProtocolViolation.
         """
         idle = self._idle.get(login, [])
         while idle:
@@ -146,12 +146,12 @@ class Channels:
                 raise
             return await self._returned(login)
         try:
-            row = await backend.query(_SET_UP)
-            [system_id] = await backend.query(SYSTEM_ID_QUERY)
+            row = await backend.row(_SET_UP)
+            system_id, *_ = await backend.row(SYSTEM_ID_QUERY)
         except BaseException:
             backend.terminate()
             raise
-        room = int(row[0] or 1) - 1
+        room = (number(row[0]) or 1) - 1
         return Channel(login, backend, min(room, _LARGEST), system_id or b"", row[-1])
 
     async def _returned(self, login: Login) -> Channel:
@@ -178,7 +178,7 @@ class Channels:
     async def _take_back(self, channel: Channel) -> None:
         try:
             await channel.rest()
-        except (ServerError, OSError, ValueError, LookupError):
+        except (SQLError, OSError, ProtocolViolation):
             channel.terminate()
             return
         for waiter in self._waiting.get(channel.login, ()):

@@ -18,8 +18,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from protocol.errors import SQLError
-from proxy.backends.backend import Backend, ServerError
+from protocol.errors import ProtocolViolation, SQLError
+from proxy.backends.backend import Backend, number
 from proxy.backends.channels import Channels
 from proxy.backends.identity import IDENTITY, SYSTEM_ID, Login, StaleLoginError
 from proxy.log import logger
@@ -239,15 +239,15 @@ class Spares:
         try:
             backend = await open_one()
             try:
-                row = await backend.query(_WARM_UP)
-                if int(row[0] or 0) != backend.pid:
+                row = await backend.row(_WARM_UP, 5)
+                if number(row[0]) != backend.pid:
                     # It would say nothing of the connection that the job will get, or keep others
                     # from having it.
                     raise ConnectionError("there is a connection pooler before the server")
                 backend.system_id = row[3]
                 await backend.remember_identity(key[0], row[4])
                 taken = self._hand_on(pool, backend)
-                if not taken and (row[2] is None or int(row[2]) <= 0):
+                if not taken and number(row[2]) <= 0:
                     raise ConnectionError("the server has no connection to spare")
                 if not taken and loop.time() < pool.not_before:
                     raise ConnectionError("it is to give way by now")
@@ -257,8 +257,7 @@ class Spares:
             if not taken:
                 pool.ready.append(backend)
                 loop.call_later(self.lifetime, self._expire, key, pool, backend)
-        except (SQLError, ServerError, StaleLoginError, OSError, ValueError, LookupError) as error:
-            # The last two, ProtocolViolation among them, are about an answer that is none.
+        except (SQLError, StaleLoginError, OSError, ProtocolViolation) as error:
             logger.debug("no spare backend: %s", error)
             pool.not_before = loop.time() + _RETRY
 

@@ -18,11 +18,16 @@ from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from typing import Final, TypeVar, cast
 
-from protocol.errors import INVALID_AUTHORIZATION_SPECIFICATION, SQLError
+from protocol.errors import (
+    INVALID_AUTHORIZATION_SPECIFICATION,
+    ProtocolViolation,
+    ServerError,
+    SQLError,
+)
 from protocol.startup import CancelRequest, SSLRequest, StartupMessage
 from proxy.auth.credentials import CredentialStore
 from proxy.auth.pace import Pace
-from proxy.backends.backend import Backend, ServerError, open_backend, send_cancel
+from proxy.backends.backend import Backend, open_backend, send_cancel
 from proxy.config import Config, Host
 from proxy.log import logger
 from proxy.net import tls
@@ -233,9 +238,8 @@ class Dialer:
         backend = await self.login_as_auth_user(host)
         try:
             async with self._in_time(host):
-                in_recovery, read_only = await backend.query(_STATE_QUERY)
-        except (ServerError, ValueError) as error:
-            # The latter, ProtocolViolation among them, is about an answer that is none.
+                in_recovery, read_only, *_ = await backend.row(_STATE_QUERY, 2)
+        except (ServerError, ProtocolViolation) as error:
             raise ConnectionError(str(error)) from None
         finally:
             backend.terminate()

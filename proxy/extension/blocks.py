@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from protocol.errors import QUERY_CANCELED, SQLError
+from protocol.errors import QUERY_CANCELED, ServerError, SQLError
 from protocol.framing import MessageBuffer
 from protocol.messages import DataRow, Field
 from proxy.jobs.job import Job
 from proxy.jobs.rows import Notice, Rows
-from proxy.session.fetch import JobFailed
 from proxy.sql.encodings import array_text
 
 SIZE: Final = 64 * 1024
@@ -90,7 +89,7 @@ class Blocks:
         job = self.job
         self.finished = True
         if job.fetched_error is not None:
-            raise JobFailed(job.fetched_error)
+            raise ServerError(job.fetched_error)
         if job.canceled:
             # Too late, or in vain; but what it has sent since was dropped.
             raise SQLError(

@@ -77,13 +77,13 @@ from protocol.errors import (
     INSUFFICIENT_PRIVILEGE,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
     UNDEFINED_OBJECT,
+    ServerError,
     SQLError,
 )
 from protocol.messages import ErrorResponse, NoticeResponse
 from protocol.values import parse_array
 from proxy.api.calls import permission_denied
 from proxy.api.functions import DECLARED, Function, Needs
-from proxy.backends.backend import ServerError
 from proxy.backends.channels import Channel, Rows
 from proxy.config.gucs import GUCS, MAX_WORKERS
 from proxy.extension.blocks import Answer, Blocks
@@ -404,7 +404,7 @@ class Inside:
             await self._serve(message)
         except NotOursError:
             logger.debug("a malformed message from inside the database")
-        except (ServerError, OSError, SQLError) as error:
+        except (OSError, SQLError) as error:
             # The function will find that there is no answer.
             logger.debug("no answer to a call from inside the database: %s", error)
             self._hang_up()

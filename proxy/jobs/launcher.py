@@ -12,10 +12,10 @@ import functools
 import secrets
 from typing import TYPE_CHECKING, Final
 
-from protocol.errors import INVALID_PARAMETER_VALUE, SQLError
+from protocol.errors import INVALID_PARAMETER_VALUE, ProtocolViolation, ServerError, SQLError
 from protocol.startup import StartupMessage
 from proxy.auth.observer import LoginObserver
-from proxy.backends.backend import Backend, ServerError, no_backend, open_backend
+from proxy.backends.backend import Backend, no_backend, number, open_backend
 from proxy.backends.channels import APPLICATION_NAME, Channel
 from proxy.backends.identity import Login, StaleLoginError
 from proxy.backends.spares import LONGEST_COMMAND
@@ -27,7 +27,6 @@ from proxy.extension.nested import Nested
 from proxy.jobs.context import Context, takeover_block, takeover_query
 from proxy.jobs.job import Job, checked_queue_size
 from proxy.log import logger
-from proxy.session.fetch import JobFailed
 
 if TYPE_CHECKING:
     from proxy.jobs.owner import Owner
@@ -196,10 +195,9 @@ class Launcher:
             except ServerError as error:
                 backend.terminate()
                 if not error.is_fatal:
-                    raise JobFailed(error.response()) from None
+                    raise
                 reason = str(error)
-            except (ConnectionError, ValueError, LookupError) as error:
-                # The last two, ProtocolViolation among them, are about an answer that is none.
+            except (ConnectionError, ProtocolViolation) as error:
                 backend.terminate()
                 reason = str(error)
             except BaseException:
@@ -219,21 +217,21 @@ class Launcher:
         Behind a connection pooler the next query may be for another server connection, unless a
         transaction is open: there the job runs in the transaction that has taken over.
 
-        Raises StaleLoginError, ServerError, and what an invalid answer comes to.
+        Raises StaleLoginError, ServerError, ConnectionError, ProtocolViolation.
         """
-        ask = backend.query_as_before if is_spare else backend.query
+        ask = backend.row_as_before if is_spare else backend.row
         row = await ask(takeover_query(context, self._user, overrides, backend.pid))
-        if int(row[0] or 0) != backend.pid:
+        if number(row[0]) != backend.pid:
             # The pooler may have kept what the startup packet says from the server.
             overrides = overrides | backend.own_settings
-            row = await backend.query(takeover_block(context, self._user, overrides))
-            backend.pid = int(row[0] or 0)
+            row = await backend.row(takeover_block(context, self._user, overrides))
+            backend.pid = number(row[0])
             backend.is_pooled = True
 
     async def channel(self) -> Channel:
         """A channel to answer calls from inside the database.
 
-        Raises SQLError, ServerError, OSError.
+        Raises SQLError, OSError.
         """
         _, database, user = self._login
         login = StartupMessage(

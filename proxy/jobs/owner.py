@@ -137,7 +137,7 @@ class Owner(ABC):
             login: the role that it is of, as the server's database has the name; None for that
                 of the owner.
 
-        Raises SQLError, ServerError, OSError.
+        Raises SQLError, OSError.
         """
         channel = await self.launcher_for(login).channel()
         if self.system_id is None:

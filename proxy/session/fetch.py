@@ -15,6 +15,7 @@ from protocol.errors import (
     FEATURE_NOT_SUPPORTED,
     QUERY_CANCELED,
     ProtocolViolation,
+    ServerError,
     SQLError,
 )
 from protocol.framing import MessageBuffer
@@ -37,17 +38,6 @@ _CONVERTED: Final = 8
 
 _TAGS: Final = 1000
 """Command tags that are sent before others have their turn."""
-
-
-class JobFailed(SQLError):  # noqa: N818 (it is the caller's error, not the job's)
-    """The error of a job, which becomes its caller's with all its fields."""
-
-    def __init__(self, report: ErrorResponse) -> None:
-        super().__init__(report.sqlstate, report.message.decode("utf-8", "replace"))
-        self._report = report
-
-    def response(self, encoding: str = "utf-8") -> ErrorResponse:
-        return self._report
 
 
 class Write(Protocol):
@@ -250,9 +240,9 @@ class Fetch:
         if not self.finished:
             self.job.forget_output()
 
-    def _failed(self, report: ErrorResponse) -> JobFailed:
+    def _failed(self, report: ErrorResponse) -> ServerError:
         self.finished = True
-        return JobFailed(report)
+        return ServerError(report)
 
 
 def text_field() -> Field:
