@@ -32,6 +32,7 @@ from protocol.errors import (
     SQLError,
 )
 from protocol.framing import MessageBuffer, frame, limit_before_login
+from protocol.kinds import B, F
 from protocol.messages import (
     AuthenticationCleartextPassword,
     AuthenticationOk,
@@ -54,10 +55,6 @@ from proxy.auth.observer import LoginObserver
 from proxy.auth.secret import Cleartext, Secret
 from proxy.config.require_auth import Policy
 from proxy.net.connection import Connection
-
-AUTHENTICATION: Final = AuthenticationOk.type
-ERROR: Final = ErrorResponse.type
-PASSWORD: Final = PasswordMessage.type
 
 _PLUS: Final = MECHANISM + b"-PLUS"
 _LIMIT: Final = 64 * 1024
@@ -229,7 +226,7 @@ class Login:
 
     async def _server_message(self, kind: int, body: bytes) -> bool:
         """True if the client is in."""
-        if kind == AUTHENTICATION:
+        if kind == B.AUTHENTICATION:
             if self._preface:
                 self._client.write(self._preface)
             self._preface = None
@@ -245,7 +242,7 @@ class Login:
                 self._pass_on(request)
             return isinstance(request, AuthenticationOk)
         message = frame(kind, body)
-        if kind == ERROR:
+        if kind == B.ERROR_RESPONSE:
             error = ErrorResponse.parse(body)
             if self._preface is not None:
                 raise RefusedError(error, self._preface + message)
@@ -268,7 +265,7 @@ class Login:
     def _ask(self, request: AuthenticationRequest) -> None:
         """Show the client, and the observer, a request."""
         message = request.serialize()
-        self._observer.backend_message(AUTHENTICATION, message[5:])
+        self._observer.backend_message(B.AUTHENTICATION, message[5:])
         self._client.write(message)
 
     def _offer(self, request: AuthenticationSASL) -> None:
@@ -306,7 +303,7 @@ class Login:
             first = _first_that_could_bind(body)
             if first is not None and await self._scram_on_both_sides(first, request):
                 return
-        self._server.write(frame(PASSWORD, body))
+        self._server.write(frame(F.PASSWORD_MESSAGE, body))
 
     async def _client_answer(self) -> bytes:
         """The client's answer to a question of ours. Raises _ServerSpokeError."""
@@ -382,7 +379,7 @@ class Login:
 
 def _answer(kind: int, body: bytes) -> bytes:
     """Raises ProtocolViolation, in PostgreSQL's words, if the client says something else."""
-    if kind != PASSWORD:
+    if kind != F.PASSWORD_MESSAGE:
         raise ProtocolViolation(f"expected password response, got message type {kind}")
     return body
 

@@ -20,6 +20,7 @@ from protocol.errors import (
     SQLError,
 )
 from protocol.framing import limit_before_login
+from protocol.kinds import B
 from protocol.messages import (
     BackendKeyData,
     Bind,
@@ -39,14 +40,6 @@ from proxy.auth.credentials import Credentials
 from proxy.backends.identity import IDENTITY_QUERY, Login, StaleLoginError, still_holds
 from proxy.net.descriptors import HINT, OutOfDescriptorsError
 from proxy.net.inbox import Inbox
-
-# Message types of the backend.
-_AUTHENTICATION: Final = messages.AuthenticationOk.type
-_BACKEND_KEY_DATA: Final = BackendKeyData.type
-_DATA_ROW: Final = DataRow.type
-_ERROR: Final = ErrorResponse.type
-_PARAMETER_STATUS: Final = messages.ParameterStatus.type
-_READY: Final = messages.ReadyForQuery.type
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 Row = tuple[bytes | None, ...]
@@ -150,22 +143,22 @@ class Backend(asyncio.BufferedProtocol):
             said += len(body)
             if said > _MAX_BEFORE_LOGIN:
                 raise ProtocolViolation("the server says too much before the login is done")
-            if kind == _PARAMETER_STATUS:
+            if kind == B.PARAMETER_STATUS:
                 self._parameter_status(body)
-            elif kind == _READY:
+            elif kind == B.READY_FOR_QUERY:
                 self._inbox.bound(None)
                 self.ready = True
                 return
-            elif kind == _BACKEND_KEY_DATA:
+            elif kind == B.BACKEND_KEY_DATA:
                 self._key = BackendKeyData.parse(body)
                 self.pid = self._key.pid
-            elif kind == _AUTHENTICATION:
+            elif kind == B.AUTHENTICATION:
                 answer = authenticator.respond(
                     cast(messages.AuthenticationRequest, messages.parse_backend(kind, body))
                 )
                 if answer is not None:
                     self.transport.write(answer)
-            elif kind == _ERROR:
+            elif kind == B.ERROR_RESPONSE:
                 raise ServerError(ErrorResponse.parse(body))
 
     async def query(self, sql: bytes, *parameters: bytes) -> Row:
@@ -229,15 +222,15 @@ class Backend(asyncio.BufferedProtocol):
         error: ServerError | None = None
         while True:
             kind, body = await self._inbox.next()
-            if kind == _DATA_ROW:
+            if kind == B.DATA_ROW:
                 rows.append(DataRow.parse(body).values)
-            elif kind == _READY:
+            elif kind == B.READY_FOR_QUERY:
                 if error:
                     raise error
                 return rows
-            elif kind == _PARAMETER_STATUS:
+            elif kind == B.PARAMETER_STATUS:
                 self._parameter_status(body)
-            elif kind == _ERROR:
+            elif kind == B.ERROR_RESPONSE:
                 error = ServerError(ErrorResponse.parse(body))
                 if error.is_fatal:
                     raise error

@@ -30,6 +30,7 @@ from protocol.errors import (
     SQLError,
 )
 from protocol.framing import HEADER_SIZE, LongMessage, bad_length, skip_run, unpack_length
+from protocol.kinds import B, TransactionStatus
 from protocol.messages import (
     CommandComplete,
     CopyFail,
@@ -63,18 +64,8 @@ MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024
 LONGEST: Final = 1024 * 1024
 """Bytes that an error or a notice may have, whatever the queue size."""
 
-# Message types of the backend.
-_DATA_ROW = ord("D")
-_ROW_DESCRIPTION = ord("T")
-_COMMAND_COMPLETE = ord("C")
-_ERROR = ord("E")
-_NOTICE = ord("N")
-_READY = ord("Z")
-_PARSE_COMPLETE = ord("1")
-_COPY_IN = ord("G")
 
-_IDLE = b"I"
-"""ReadyForQuery: not in a transaction block."""
+_IDLE: Final = bytes([TransactionStatus.IDLE])
 
 _REFUSES_BLOCKS: Final = (ACTIVE_SQL_TRANSACTION, INVALID_TRANSACTION_TERMINATION)
 
@@ -338,7 +329,7 @@ class Job(KnownJob):
             if length < 4:
                 raise bad_length(kind, length)
             end = position + 1 + length
-            if kind == _DATA_ROW and end <= size:
+            if kind == B.DATA_ROW and end <= size:
                 position, whole = skip_run(data, position)
                 count += whole
                 continue
@@ -346,7 +337,7 @@ class Job(KnownJob):
             rows = position
             count = 0
             if end > size:
-                if kind == _DATA_ROW and end - position > READ_SIZE:
+                if kind == B.DATA_ROW and end - position > READ_SIZE:
                     self._rows(data[position:], 1, cut=True)
                     self._rest_of_row = end - size
                     rows = position = size
@@ -375,38 +366,38 @@ class Job(KnownJob):
         return self._statements_done == self._statements - 1
 
     def _message(self, kind: int, body: bytes) -> None:
-        if kind == _ROW_DESCRIPTION:
+        if kind == B.ROW_DESCRIPTION:
             if self._is_last_statement and not self._left:
                 self.columns = RowDescription.parse(body).fields
-        elif kind == _COMMAND_COMPLETE and self._commits:
+        elif kind == B.COMMAND_COMPLETE and self._commits:
             pass
-        elif kind == _COMMAND_COMPLETE:
+        elif kind == B.COMMAND_COMPLETE:
             self._statement_ended()
             is_progress = self._statements_done in self._progress_calls
             self._statements_done += 1
             self._add_tag(b"SELECT 1" if is_progress else CommandComplete.parse(body).tag)
-        elif kind == _NOTICE:
+        elif kind == B.NOTICE_RESPONSE:
             is_call = self._nested is not None and self._nested.notice(body)
             if is_call and self._nested is not None and self._nested.is_talkative:
                 assert self._backend is not None
                 self._backend.take_a_break()
             if not is_call and not self._report_progress(body):
                 self.output.put(Notice(body))
-        elif kind == _ERROR:
+        elif kind == B.ERROR_RESPONSE:
             self._statement_ended()
             error = ErrorResponse.parse(body)
             if error.severity in ("FATAL", "PANIC"):
                 self._fatal = error
             else:
                 self._fail(self._explained(error))
-        elif kind == _COPY_IN:
+        elif kind == B.COPY_IN_RESPONSE:
             # A COPY that the lexer did not recognise; without this the server waits for ever.
             assert self._backend is not None
             refusal = CopyFail(b"not allowed in pg_background")
             self._backend.transport.write(refusal.serialize())
-        elif kind == _PARSE_COMPLETE:
+        elif kind == B.PARSE_COMPLETE:
             self._taken_up = True
-        elif kind == _READY:
+        elif kind == B.READY_FOR_QUERY:
             self._ready(body)
 
     def _ready(self, status: bytes) -> None:
@@ -487,7 +478,7 @@ class Job(KnownJob):
 
 def _whole(message: LongMessage) -> bytes:
     """The body of an error or a notice that was cut. Raises ProtocolViolation for others."""
-    if message.kind not in (_ERROR, _NOTICE):
+    if message.kind not in (B.ERROR_RESPONSE, B.NOTICE_RESPONSE):
         raise ProtocolViolation(f"message of type {chr(message.kind)!r} is too long")
     return cut_fields(message.body)
 

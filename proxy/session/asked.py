@@ -9,23 +9,8 @@ Operations").
 from __future__ import annotations
 
 from collections import deque
-from typing import Final
 
-# Message types of the frontend.
-QUERY: Final = ord("Q")
-PARSE: Final = ord("P")
-BIND: Final = ord("B")
-DESCRIBE: Final = ord("D")
-EXECUTE: Final = ord("E")
-CLOSE: Final = ord("C")
-SYNC: Final = ord("S")
-FUNCTION_CALL: Final = ord("F")
-COPY_DONE: Final = ord("c")
-COPY_FAIL: Final = ord("f")
-
-EXTENDED: Final = bytes([PARSE, BIND, DESCRIBE, EXECUTE, CLOSE])
-_COPY_ENDS: Final = bytes([COPY_DONE, COPY_FAIL])
-_READY_AFTER: Final = bytes([QUERY, SYNC, FUNCTION_CALL])
+from protocol.kinds import ENDS_COPY_IN, EXTENDED, GETS_READY, F
 
 
 class Asked:
@@ -40,7 +25,7 @@ class Asked:
 
     def __init__(self) -> None:
         # The login is answered as a Sync is.
-        self._queue = deque([SYNC])
+        self._queue = deque([F.SYNC])
         self.copying = False
         self.skipping = False
 
@@ -51,18 +36,18 @@ class Asked:
     @property
     def owes_ready(self) -> bool:
         """Whether a ReadyForQuery is due."""
-        return any(kind in _READY_AFTER for kind in self._queue)
+        return any(kind in GETS_READY for kind in self._queue)
 
     def add(self, kind: int) -> None:
         """The client has sent a message: one of the types above."""
         if self.copying:
             # Any other ends it too: the server fails, with this message read.
-            self.copying = kind == SYNC
+            self.copying = kind == F.SYNC
         elif self.skipping:
-            if kind == SYNC:
+            if kind == F.SYNC:
                 self.skipping = False
-                self._queue.append(SYNC)
-        elif self._queue or kind not in _COPY_ENDS:
+                self._queue.append(F.SYNC)
+        elif self._queue or kind not in ENDS_COPY_IN:
             self._queue.append(kind)
 
     def answered(self) -> None:
@@ -75,30 +60,30 @@ class Asked:
         """The server has sent an error."""
         self.copying = False
         if self._queue and self._queue[0] in EXTENDED:
-            while self._queue and self._queue[0] != SYNC:
+            while self._queue and self._queue[0] != F.SYNC:
                 self._queue.popleft()
             self.skipping = not self._queue
 
     def copy_in(self) -> None:
         """The server begins to read COPY data, for the first in the queue."""
         self.copying = True
-        copier = self._queue.popleft() if self._queue else QUERY
+        copier = self._queue.popleft() if self._queue else F.QUERY
         while self._queue and self.copying:
-            self.copying = self._queue.popleft() == SYNC
+            self.copying = self._queue.popleft() == F.SYNC
         self._queue.appendleft(copier)
 
     def ready(self) -> int:
         """The server is ready for the next query; after which type of message."""
         self.copying = self.skipping = False
-        kind = SYNC
+        kind = F.SYNC
         while self._queue:
             kind = self._queue.popleft()
-            if kind in _READY_AFTER:
+            if kind in GETS_READY:
                 break
         self._drop_strays()
         return kind
 
     def _drop_strays(self) -> None:
         """The end of a COPY that was none, or has failed, is ignored."""
-        while self._queue and self._queue[0] in _COPY_ENDS:
+        while self._queue and self._queue[0] in ENDS_COPY_IN:
             self._queue.popleft()

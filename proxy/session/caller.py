@@ -21,6 +21,7 @@ from protocol.errors import (
     ProtocolViolation,
     SQLError,
 )
+from protocol.kinds import B, TransactionStatus
 from protocol.messages import DataRow
 from protocol.values import parse_array
 from protocol.values.records import parse_record
@@ -35,7 +36,6 @@ from proxy.jobs.interrupts import Waits
 from proxy.jobs.registry import Handle, KnownJob
 from proxy.session.dialogue import PrimaryDialogue
 from proxy.session.prepared import functions_of, is_harmless, misread, needs_of
-from proxy.session.relay import IDLE
 from proxy.sql import encodings
 from proxy.statements.plan import Call, FieldOf, Plan
 
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_DATA_ROW: Final = ord("D")
 
 _MAX_HANDLES_SIZE: Final = 256 * 1024
 """Of an array of handles as text; each has some thirty characters."""
@@ -69,7 +68,7 @@ class SessionCaller:
         """
         session, relay = self._session, self._session.relay
         wanted = Needs.SETTINGS in needs_of(plan)
-        lasting = first and relay.status == IDLE
+        lasting = first and relay.status == TransactionStatus.IDLE
         known = relay.untouched and lasting
         # What was taken for a name may be none, or come from before a change of client_encoding.
         custom = tuple(
@@ -86,7 +85,7 @@ class SessionCaller:
         )
 
         async def take(kind: int, body: bytes) -> None:
-            if kind == _DATA_ROW:
+            if kind == B.DATA_ROW:
                 self._context = parse_context(DataRow.parse(body).values, custom_settings=custom)
                 relay.unreported[b"client_encoding"] = self._context.client_encoding
                 relay.unreported[b"TimeZone"] = self._context.time_zone
@@ -103,7 +102,7 @@ class SessionCaller:
             self._primary.ask(SYSTEM_ID_QUERY, self._take_system_id)
 
     async def _take_system_id(self, kind: int, body: bytes) -> None:
-        if kind == _DATA_ROW:
+        if kind == B.DATA_ROW:
             [self._session.system_id] = DataRow.parse(body).values
 
     async def evaluate(
@@ -153,7 +152,7 @@ class SessionCaller:
         batch begins."""
 
         async def take(kind: int, body: bytes) -> None:
-            if kind == _DATA_ROW:
+            if kind == B.DATA_ROW:
                 version, real = DataRow.parse(body).values
                 self._session.learn_version(version, has_real=real == b"t")
 
@@ -231,7 +230,7 @@ class SessionCaller:
         rows: dict[int, tuple[bytes | None, ...]] = {}
 
         async def take(kind: int, body: bytes) -> None:
-            if kind == _DATA_ROW:
+            if kind == B.DATA_ROW:
                 pid, *values = DataRow.parse(body).values
                 rows[int(pid or 0)] = tuple(values)
 

@@ -15,6 +15,14 @@ from typing import TYPE_CHECKING, Final
 
 from protocol.errors import SQLError
 from protocol.framing import frame
+from protocol.kinds import (
+    ASYNCHRONOUS,
+    ENDS_BIND,
+    ENDS_CLOSE,
+    ENDS_EXECUTE,
+    ENDS_PARSE,
+    B,
+)
 from protocol.messages import (
     Bind,
     Close,
@@ -28,7 +36,6 @@ from protocol.messages import (
 )
 from proxy.jobs.interrupts import Waits
 from proxy.net.inbox import Inbox
-from proxy.session.relay import ERROR, PARAMETER_STATUS, READY
 from proxy.sql.text import raise_block
 from proxy.statements.plan import Plan, Substitute
 from proxy.statements.standin import complaint
@@ -46,11 +53,6 @@ SYNC_AHEAD: Final = SYNC_MESSAGE + FLUSH
 """Sync, and a message that does nothing: so the server does not take a session for idle that waits
 for us, and idle_session_timeout does not end it."""
 
-_DATA_ROW: Final = ord("D")
-_NOTICE: Final = ord("N")
-_ASYNCHRONOUS: Final = b"NSA"
-EXECUTED: Final = b"CIs"
-"""The types of message that end the answer to Execute."""
 
 Take = Callable[[int, bytes], Awaitable[None]]
 """Deals with one message of an answer, given as type and body."""
@@ -150,13 +152,13 @@ class PrimaryDialogue:
 
     def ask(self, sql: bytes, take: Take) -> None:
         """Queue a query of ours, within the client's batch."""
-        self.send(Parse(OWN_NAME, sql, ()).serialize(), b"1", drop)
-        self.send(Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize(), b"2", drop)
-        self.send(Execute(OWN_NAME, 0).serialize(), EXECUTED, take)
-        self.send(Close(b"P", OWN_NAME).serialize(), b"3", drop)
+        self.send(Parse(OWN_NAME, sql, ()).serialize(), ENDS_PARSE, drop)
+        self.send(Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize(), ENDS_BIND, drop)
+        self.send(Execute(OWN_NAME, 0).serialize(), ENDS_EXECUTE, take)
+        self.send(Close(b"P", OWN_NAME).serialize(), ENDS_CLOSE, drop)
         self.send(
             Close(b"S", OWN_NAME).serialize(),
-            b"3",
+            ENDS_CLOSE,
             drop,
             undo=lambda _: self.unclosed.add(OWN_NAME),
         )
@@ -167,7 +169,7 @@ class PrimaryDialogue:
 
         def noting(name: bytes) -> Take:
             async def take(kind: int, body: bytes) -> None:
-                if kind == _DATA_ROW:
+                if kind == B.DATA_ROW:
                     self._relay.unreported[name] = DataRow.parse(body).values[0] or b""
 
             return take
@@ -214,7 +216,7 @@ class PrimaryDialogue:
         while self._replies:
             kind, body = await self.next_message()
             reply = self._replies[0]
-            if kind == ERROR:
+            if kind == B.ERROR_RESPONSE:
                 self._server_failed(reply, body)
             if kind in reply.ends:
                 self._replies.popleft()
@@ -237,15 +239,15 @@ class PrimaryDialogue:
     async def _next_message(self) -> tuple[int, bytes]:
         while True:
             kind, body = await self.inbox.next()
-            if kind not in _ASYNCHRONOUS:
+            if kind not in ASYNCHRONOUS:
                 return kind, body
-            if kind == PARAMETER_STATUS:
+            if kind == B.PARAMETER_STATUS:
                 self._relay.parameter_status(body)
-            if kind == _NOTICE and self._session.notice(body):
+            if kind == B.NOTICE_RESPONSE and self._session.notice(body):
                 pass
-            elif self._marker and kind == _NOTICE and self._is_marker(body):
+            elif self._marker and kind == B.NOTICE_RESPONSE and self._is_marker(body):
                 self._marked = True
-            elif kind == _NOTICE and self._replies and self._replies[0].is_block:
+            elif kind == B.NOTICE_RESPONSE and self._replies and self._replies[0].is_block:
                 notice = NoticeResponse.parse(body)
                 self._client.write(NoticeResponse(_without_context(notice.fields)).serialize())
             else:
@@ -292,7 +294,7 @@ class PrimaryDialogue:
             raise ConnectionError(f"in the middle of a row: {error}")
         while self._replies:
             kind, _ = await self.next_message()
-            if kind == ERROR:
+            if kind == B.ERROR_RESPONSE:
                 self._forget_replies()
                 self.failed = True
             elif kind in self._replies[0].ends:
@@ -305,7 +307,7 @@ class PrimaryDialogue:
                 + Execute(OWN_NAME, 0).serialize()
                 + FLUSH
             )
-            while (await self.next_message())[0] != ERROR:
+            while (await self.next_message())[0] != B.ERROR_RESPONSE:
                 pass
         self.failed = True
         self._client.write(error.response(self._session.codec).serialize())
@@ -320,15 +322,15 @@ class PrimaryDialogue:
             self._server.write(b"".join(closes) + SYNC_MESSAGE)
             await self._until_ready()
         self._relay.ready(body[0])
-        self._client.write(frame(READY, body))
+        self._client.write(frame(B.READY_FOR_QUERY, body))
 
     async def _until_ready(self) -> bytes:
         while True:
             kind, body = await self.next_message()
-            if kind == READY:
+            if kind == B.READY_FOR_QUERY:
                 return body
             # The answer to Close is of our own; an error is of the COMMIT at Sync.
-            if kind == ERROR:
+            if kind == B.ERROR_RESPONSE:
                 self._client.write(frame(kind, body))
 
     # To the client

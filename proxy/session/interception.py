@@ -26,6 +26,18 @@ from protocol.errors import (
     SQLError,
 )
 from protocol.framing import HEADER_SIZE, frame
+from protocol.kinds import (
+    AFTER_LOGIN,
+    ENDS_BIND,
+    ENDS_CLOSE,
+    ENDS_COPY_IN,
+    ENDS_DESCRIBE,
+    ENDS_EXECUTE,
+    ENDS_PARSE,
+    B,
+    F,
+    TransactionStatus,
+)
 from protocol.messages import (
     Bind,
     Close,
@@ -44,20 +56,8 @@ from proxy.api.functions import TEXT, Column, Needs, Type
 from proxy.jobs.interrupts import Waits
 from proxy.jobs.job import Job
 from proxy.net.inbox import Inbox
-from proxy.session.asked import (
-    BIND,
-    CLOSE,
-    COPY_DONE,
-    COPY_FAIL,
-    DESCRIBE,
-    EXECUTE,
-    PARSE,
-    QUERY,
-    SYNC,
-)
 from proxy.session.caller import SessionCaller
 from proxy.session.dialogue import (
-    EXECUTED,
     FLUSH,
     SYNC_AHEAD,
     SYNC_MESSAGE,
@@ -82,17 +82,7 @@ from proxy.session.prepared import (
     shape_unknown,
     stand_in_formats,
 )
-from proxy.session.relay import (
-    COPY_IN,
-    ERROR,
-    FAILED,
-    IDLE,
-    TERMINATE,
-    TEXT_COST,
-    TURN,
-    may_be_ours,
-)
-from proxy.session.relay import FLUSH as FLUSH_TYPE
+from proxy.session.relay import TEXT_COST, TURN, may_be_ours
 from proxy.session.results import Table, encode, with_formats
 from proxy.sql import encodings
 from proxy.statements.plan import Plan, ResultPlan, ScalarPlan, Substitute, joined
@@ -101,19 +91,10 @@ from proxy.statements.reading import READING, Reading, depends_on_settings
 if TYPE_CHECKING:
     from proxy.session.session import Session
 
-_FRONTEND: Final = b"QPBDECFHSXdcf"
-"""Message types of the frontend, as far as there are any after the login."""
 
 TO_LEAVE: Final = 10.0
 """Seconds that a server gets to end the session when its client has left, and it has nothing more
 to do. Then the connection is closed, which to it is a client that has vanished."""
-
-# Message types of the backend.
-_COMMAND_COMPLETE: Final = ord("C")
-_DATA_ROW: Final = ord("D")
-_ROW_DESCRIPTION: Final = ord("T")
-_PARAMETER_DESCRIPTION: Final = ord("t")
-_DESCRIBED: Final = b"Tn"
 
 
 class Interception:
@@ -139,7 +120,7 @@ class Interception:
         # The client's messages that were looked at ahead of their turn.
         self._ahead: deque[tuple[int, bytes]] = deque()
         # Something was executed in this batch, which an error would have to undo.
-        self._executed = EXECUTE in self._relay.batch
+        self._executed = F.EXECUTE in self._relay.batch
         # The relay knows the settings that SQL is read with: nothing was executed in this batch
         # since they were reported, or asked for.
         self._settings_known = False
@@ -195,7 +176,7 @@ class Interception:
         words: list[bytes] = []
         with contextlib.suppress(ProtocolViolation):
             for kind, body in self._primary.inbox:
-                if kind in b"EN":
+                if kind in (B.ERROR_RESPONSE, B.NOTICE_RESPONSE):
                     words.append(frame(kind, body))
         return b"".join(words)
 
@@ -212,14 +193,14 @@ class Interception:
             with contextlib.suppress(BatchFailedError):
                 await self._primary.settle()
             return True
-        if kind not in _FRONTEND:
+        if kind not in AFTER_LOGIN:
             # The server ends the session for it, whatever it is doing.
             with contextlib.suppress(BatchFailedError):
                 await self._primary.settle()
             return self._end_at(kind, body)
-        if self._primary.failed and kind not in (SYNC, TERMINATE):
+        if self._primary.failed and kind not in (F.SYNC, F.TERMINATE):
             return False
-        if kind == QUERY:
+        if kind == F.QUERY:
             with contextlib.suppress(BatchFailedError):
                 await self._primary.settle()
             if self._primary.failed:
@@ -229,7 +210,7 @@ class Interception:
                 case "Q":
                     await self._know_settings(body)
                     await self._take_turns(body)
-                    if not self._session.holds_call(QUERY, body):
+                    if not self._session.holds_call(F.QUERY, body):
                         return self._end_at(kind, body)
                     self._session.settings_mentioned(body.lower())
                     await self._query(body)
@@ -271,9 +252,9 @@ class Interception:
             pass
         except SQLError as error:
             await self._primary.fail(error)
-        if kind == SYNC and self._copied:
+        if kind == F.SYNC and self._copied:
             return False
-        if kind in (SYNC, QUERY) or self._primary.synced:
+        if kind in (F.SYNC, F.QUERY) or self._primary.synced:
             await self._primary.ready()
             return True
         return False
@@ -302,7 +283,7 @@ class Interception:
             async with asyncio.timeout(TO_LEAVE):
                 while True:
                     kind, body = await self._primary.next_message()
-                    if kind == ERROR:
+                    if kind == B.ERROR_RESPONSE:
                         self._client.write(frame(kind, body))
         raise ConnectionError("the server did not end with its client")
 
@@ -332,7 +313,7 @@ class Interception:
 
     def _next_is_sync(self) -> bool:
         """Whether the client has sent Sync next. It is taken if so."""
-        if not self._next_are(SYNC):
+        if not self._next_are(F.SYNC):
             return False
         self._ahead.popleft()
         return True
@@ -340,27 +321,27 @@ class Interception:
     def _is_alone(self, plan: Plan) -> bool:
         """Whether there is nothing that an error of ours would have to undo, so that Sync may go
         along with a call: then the server's transaction, and its snapshot, do not wait with us."""
-        if self._executed or self._relay.status != IDLE:
+        if self._executed or self._relay.status != TransactionStatus.IDLE:
             return False
         return Needs.PRIMARY not in needs_of(plan) and is_harmless(plan)
 
     async def _pass_rows_only(self, kind: int, body: bytes) -> None:
         """For the answer to Describe in a Query, where NoData is not said."""
-        if kind == _ROW_DESCRIPTION:
+        if kind == B.ROW_DESCRIPTION:
             await self._primary.pass_on(kind, body)
 
     async def _pass_execution(self, kind: int, body: bytes) -> None:
         await self._primary.pass_on(kind, body)
-        if kind != COPY_IN:
+        if kind != B.COPY_IN_RESPONSE:
             return
         self._copied = True
         early = self._primary.listen()
-        while kind not in (COPY_DONE, COPY_FAIL):
+        while kind not in ENDS_COPY_IN:
             message = await self._unless_server_speaks(early)
             if message is None:
                 return
             kind, body = message
-            if kind not in (FLUSH_TYPE, SYNC):
+            if kind not in (F.FLUSH, F.SYNC):
                 # What is no COPY data is for the server to refuse.
                 self._server.write(frame(kind, body))
                 if self._server.full is not None:
@@ -443,7 +424,7 @@ class Interception:
         for plan in plans:
             tag = plan.tag if isinstance(plan, Substitute) else None
             self._primary.send(
-                message, EXECUTED, self._pass_as(tag), plan=whole, is_block=tag is not None
+                message, ENDS_EXECUTE, self._pass_as(tag), plan=whole, is_block=tag is not None
             )
             message = b""
         self._primary.synced = True
@@ -453,7 +434,7 @@ class Interception:
         """Passes on the answer to Execute or Query, with this command tag if there is one."""
 
         async def take(kind: int, body: bytes) -> None:
-            if kind == _COMMAND_COMPLETE and tag is not None:
+            if kind == B.COMMAND_COMPLETE and tag is not None:
                 self._session.extension_changed()
                 await self._primary.write(CommandComplete(tag).serialize())
             else:
@@ -475,21 +456,25 @@ class Interception:
         is_call = isinstance(plan, ScalarPlan | ResultPlan)
         statement = PreparedCall(plan) if plan is not None and is_call else None
         self._primary.unclosed.add(b"")
-        self._primary.send(Parse(b"", text, ()).serialize(), b"1", drop, plan=plan, offset=offset)
         self._primary.send(
-            Bind(b"", b"", (), (), ()).serialize(), b"2", drop, plan=plan, offset=offset
+            Parse(b"", text, ()).serialize(), ENDS_PARSE, drop, plan=plan, offset=offset
+        )
+        self._primary.send(
+            Bind(b"", b"", (), (), ()).serialize(), ENDS_BIND, drop, plan=plan, offset=offset
         )
         describe = Describe(b"P", b"").serialize()
         if statement is None:
             tag = plan.tag if isinstance(plan, Substitute) else None
-            self._primary.send(describe, _DESCRIBED, self._pass_rows_only, plan=plan, offset=offset)
+            self._primary.send(
+                describe, ENDS_DESCRIBE, self._pass_rows_only, plan=plan, offset=offset
+            )
             # Nothing may follow before its answer: it could be COPY FROM STDIN.
             self._send_execute(b"", 0, self._pass_as(tag), plan=plan, offset=offset)
             await self._primary.settle()
             return
         portal = Portal(statement, ())
         self._primary.send(
-            describe, _DESCRIBED, self._described(statement, ()), plan=plan, offset=offset
+            describe, ENDS_DESCRIBE, self._described(statement, ()), plan=plan, offset=offset
         )
         if isinstance(plan, ScalarPlan):
             await self._call(b"", portal, 0, offset=offset, is_query=True, may_sync=is_last)
@@ -503,7 +488,7 @@ class Interception:
         difference and it has not reported them since it executed something."""
         if self._settings_known or not may_be_ours(body.lower()) or not depends_on_settings(body):
             return
-        if self._relay.status == FAILED and not self._executed:
+        if self._relay.status == TransactionStatus.FAILED and not self._executed:
             return  # nothing can have changed them, and SHOW would fail
         await self._primary.ask_settings(*READING)
         self._settings_known = True
@@ -512,7 +497,11 @@ class Interception:
         """Ask the server what a function returns, if that is not known yet and this may be a call
         of one where it makes a difference. `apart`: the batch has not begun."""
         session = self._session
-        if not session.knows_api and self._relay.status != FAILED and session.depends_on_api(sql):
+        if (
+            not session.knows_api
+            and self._relay.status != TransactionStatus.FAILED
+            and session.depends_on_api(sql)
+        ):
             await self._caller.ask_api(apart=apart)
 
     def _close_unnamed(self) -> None:
@@ -521,8 +510,8 @@ class Interception:
         async def closed(kind: int, body: bytes) -> None:
             self._primary.unclosed.discard(b"")
 
-        self._primary.send(Close(b"P", b"").serialize(), b"3", drop)
-        self._primary.send(Close(b"S", b"").serialize(), b"3", closed)
+        self._primary.send(Close(b"P", b"").serialize(), ENDS_CLOSE, drop)
+        self._primary.send(Close(b"S", b"").serialize(), ENDS_CLOSE, closed)
 
     # The extended protocol
 
@@ -544,15 +533,15 @@ class Interception:
             statements.pop(key, None)
             if plan is not None:
                 body = replace(message, query=plan.rewrite.sql).serialize()[HEADER_SIZE:]
-            parse = frame(PARSE, body)
-            self._primary.send(parse, b"1", self._primary.pass_on, plan=plan, undo=undo)
+            parse = frame(F.PARSE, body)
+            self._primary.send(parse, ENDS_PARSE, self._primary.pass_on, plan=plan, undo=undo)
             return
         prepared = PreparedCall(plan)
         statements[key] = prepared
         query = plan.rewrite.sql + _as_comment(plan.rewrite.unsent)
         self._primary.send(
             replace(message, query=query).serialize(),
-            b"1",
+            ENDS_PARSE,
             self._primary.pass_on,
             plan=plan,
             undo=undo,
@@ -562,7 +551,7 @@ class Interception:
         name = encodings.short_name(message.statement, self._session.client_encoding)
         self._primary.send(
             Describe(b"S", name).serialize(),
-            _DESCRIBED,
+            ENDS_DESCRIBE,
             self._described(prepared),
             plan=plan,
         )
@@ -575,11 +564,11 @@ class Interception:
         """
 
         async def take(kind: int, body: bytes) -> None:
-            if kind == _PARAMETER_DESCRIPTION:
+            if kind == B.PARAMETER_DESCRIPTION:
                 statement.has_parameters = len(body) > 2
                 if shown is not None:
                     await self._primary.pass_on(kind, body)
-            elif kind == _ROW_DESCRIPTION:
+            elif kind == B.ROW_DESCRIPTION:
                 statement.fields = RowDescription.parse(body).fields
                 if not isinstance(statement.plan, Substitute):
                     check_stand_in(statement.plan, statement.fields)
@@ -600,7 +589,7 @@ class Interception:
         if statement is None:
             if not message.portal:
                 relay.forget_portal(b"")
-            self._primary.send(frame(BIND, body), b"2", self._primary.pass_on)
+            self._primary.send(frame(F.BIND, body), ENDS_BIND, self._primary.pass_on)
             return
         formats = message.result_formats
         message = replace(message, result_formats=stand_in_formats(statement, formats))
@@ -609,7 +598,7 @@ class Interception:
         portals[key] = Portal(statement, formats)
         self._primary.send(
             message.serialize(),
-            b"2",
+            ENDS_BIND,
             self._primary.pass_on,
             plan=statement.plan,
             undo=lambda _: portals.pop(key, None),
@@ -625,17 +614,20 @@ class Interception:
         else:
             portal, statement = None, relay.statements.get(key)
         if statement is None:
-            self._primary.send(frame(DESCRIBE, body), _DESCRIBED, self._primary.pass_on)
+            self._primary.send(frame(F.DESCRIBE, body), ENDS_DESCRIBE, self._primary.pass_on)
             return
         if isinstance(statement.plan, Substitute):
             self._primary.send(
-                frame(DESCRIBE, body), _DESCRIBED, self._primary.pass_on, plan=statement.plan
+                frame(F.DESCRIBE, body),
+                ENDS_DESCRIBE,
+                self._primary.pass_on,
+                plan=statement.plan,
             )
             return
         formats = () if portal is None else portal.formats
         self._primary.send(
-            frame(DESCRIBE, body),
-            _DESCRIBED,
+            frame(F.DESCRIBE, body),
+            ENDS_DESCRIBE,
             self._described(statement, formats),
             plan=statement.plan,
         )
@@ -651,7 +643,7 @@ class Interception:
             )
         plan = portal.statement.plan
         assert not isinstance(plan, Substitute)
-        if self._is_alone(plan) and self._next_are(EXECUTE, SYNC):
+        if self._is_alone(plan) and self._next_are(F.EXECUTE, F.SYNC):
             execute = Execute.parse(self._ahead[0][1])
             if relay.key(execute.portal) == key:
                 self._ahead.clear()
@@ -672,7 +664,7 @@ class Interception:
             if old is not None:
                 statements[key] = old
 
-        self._primary.send(frame(CLOSE, body), b"3", self._primary.pass_on, undo=undo)
+        self._primary.send(frame(F.CLOSE, body), ENDS_CLOSE, self._primary.pass_on, undo=undo)
 
     async def _execute(self, body: bytes) -> None:
         message = Execute.parse(body)
@@ -705,7 +697,7 @@ class Interception:
             self._relay.untouched = False
         self._primary.send(
             Execute(portal, max_rows).serialize(),
-            EXECUTED,
+            ENDS_EXECUTE,
             take,
             plan=plan,
             offset=offset,
@@ -765,7 +757,7 @@ class Interception:
     async def _call_row(self, portal: Portal, kind: int, body: bytes) -> None:
         plan = portal.statement.plan
         assert isinstance(plan, ScalarPlan)
-        if kind != _DATA_ROW:
+        if kind != B.DATA_ROW:
             await self._primary.pass_on(kind, body)
             return
         self.waits.check()
@@ -849,13 +841,13 @@ class Interception:
         if portal.result is None:
 
             async def take(kind: int, body: bytes) -> None:
-                if kind == _DATA_ROW:
+                if kind == B.DATA_ROW:
                     rows.append(DataRow.parse(body).values)
 
             self._send_execute(name, 0, take, plan=plan, offset=offset)
         else:
             # It may have gone with a savepoint; the server knows.
-            self._primary.send(Describe(b"P", name).serialize(), _DESCRIBED, drop)
+            self._primary.send(Describe(b"P", name).serialize(), ENDS_DESCRIBE, drop)
         if is_query:
             self._close_unnamed()
         self._primary.synced = sync
@@ -941,7 +933,7 @@ def _as_comment(text: bytes) -> bytes:
 
 def _has_other_letters(plan: ScalarPlan, kind: int, body: bytes) -> bool:
     """Whether the arguments in a row are not ASCII, so that their encoding matters."""
-    if kind != _DATA_ROW or body.isascii():
+    if kind != B.DATA_ROW or body.isascii():
         return False
     values = DataRow.parse(body).values
     return not all((values[column.index % len(values)] or b"").isascii() for column in plan.columns)

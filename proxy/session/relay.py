@@ -23,45 +23,23 @@ from struct import Struct
 from typing import TYPE_CHECKING, Final, Protocol
 
 from protocol.framing import HEADER_SIZE, skip_run, unpack_length
+from protocol.kinds import (
+    ENDS_COPY_IN,
+    ENDS_EXTENDED,
+    EXTENDED,
+    B,
+    F,
+    TransactionStatus,
+)
 from protocol.messages import Flush, Sync
 from proxy.net.connection import Connection
-from proxy.session.asked import (
-    BIND,
-    CLOSE,
-    COPY_DONE,
-    COPY_FAIL,
-    DESCRIBE,
-    EXECUTE,
-    EXTENDED,
-    FUNCTION_CALL,
-    PARSE,
-    QUERY,
-    SYNC,
-    Asked,
-)
+from proxy.session.asked import Asked
 from proxy.sql import encodings
 from proxy.sql.lexer import MAX_TEXT
 
 if TYPE_CHECKING:
     from proxy.session.prepared import Portal, PreparedCall
 
-# Further message types of the frontend.
-COPY_DATA: Final = ord("d")
-FLUSH: Final = Flush.type
-TERMINATE: Final = ord("X")
-
-# Message types of the backend.
-ERROR: Final = ord("E")
-READY: Final = ord("Z")
-COPY_IN: Final = ord("G")
-PARAMETER_STATUS: Final = ord("S")
-BACKEND_KEY_DATA: Final = ord("K")
-NOTICE: Final = ord("N")
-
-IDLE: Final = ord("I")
-"""ReadyForQuery: not in a transaction block."""
-FAILED: Final = ord("E")
-"""ReadyForQuery: in a failed transaction block."""
 
 _LONGEST: Final = 1 << 30
 """No message of the frontend is longer; the server closes the connection at once."""
@@ -85,14 +63,21 @@ _CALL: Final = re.compile(rb" [0-9a-z]{32} call ")
 
 # What the relay does about a message of the backend.
 _NOTHING, _COUNT, _HANDLE, _SKIP = range(4)
-_ANSWERS: Final = b"123TnCIs"
-"""The types that end the answer to a Parse, Bind, Close, Describe or Execute."""
-_HANDLED: Final = bytes([ERROR, READY, COPY_IN, PARAMETER_STATUS, BACKEND_KEY_DATA, NOTICE])
-_SKIPPED: Final = b"Dd"
+_HANDLED: Final = bytes(
+    [
+        B.ERROR_RESPONSE,
+        B.READY_FOR_QUERY,
+        B.COPY_IN_RESPONSE,
+        B.PARAMETER_STATUS,
+        B.BACKEND_KEY_DATA,
+        B.NOTICE_RESPONSE,
+    ]
+)
+_SKIPPED: Final = bytes([B.DATA_ROW, B.COPY_DATA])
 """The types that come in thousands."""
 _ACTION: Final = {
     **dict.fromkeys(_SKIPPED, _SKIP),
-    **dict.fromkeys(_ANSWERS, _COUNT),
+    **dict.fromkeys(ENDS_EXTENDED, _COUNT),
     **dict.fromkeys(_HANDLED, _HANDLE),
 }
 _ACTIONS: Final = bytes(_ACTION.get(kind, _NOTHING) for kind in range(256))
@@ -100,15 +85,18 @@ _ACTIONS: Final = bytes(_ACTION.get(kind, _NOTHING) for kind in range(256))
 # The short ways: which types they pass over.
 _SHORT: Final = 4096
 """The longest batch that takes the short way, in bytes, since it is kept until it is answered."""
-_WITH_TEXT: Final = frozenset((QUERY, PARSE))
+_QUERY: Final = F.QUERY  # an attribute costs more
+_WITH_TEXT: Final = frozenset((F.QUERY, F.PARSE))
 # How CREATE, ALTER and DROP DATABASE may begin. Most statements do not, and are not searched.
 _COMMANDS: Final = b"cad \t\n\r\f\v-/"
-_IN_BATCH: Final = bytes(kind in (BIND, DESCRIBE, EXECUTE, CLOSE) for kind in range(256))
-_IN_ANSWER: Final = bytes(kind in b"123TtDnCIs" for kind in range(256))
+_IN_BATCH: Final = bytes(kind in (F.BIND, F.DESCRIBE, F.EXECUTE, F.CLOSE) for kind in range(256))
+_IN_ANSWER: Final = bytes(
+    kind in (*ENDS_EXTENDED, B.PARAMETER_DESCRIPTION, B.DATA_ROW) for kind in range(256)
+)
 # Unsigned, unlike `unpack_length`: here an impossible length must lead on, to where nothing fits.
 _unpack: Final = Struct("!I").unpack_from
 _SYNC: Final = Sync().serialize()
-_READY: Final = b"Z\0\0\0\5"
+_READY: Final = bytes([B.READY_FOR_QUERY, 0, 0, 0, 5])
 _READY_SIZE: Final = len(_READY) + 1
 
 
@@ -187,7 +175,7 @@ class Relay:
         self.setters: set[bytes] = set()
         self.parameters: dict[bytes, bytes] = {}
         self.unreported: dict[bytes, bytes] = {}
-        self.status = IDLE
+        self.status = TransactionStatus.IDLE
         self.batch = bytearray()
         self.asked = Asked()
         self.is_behind = False
@@ -245,18 +233,18 @@ class Relay:
                 self._client_astray = True
                 self._give_up(self._client, self._server, data)
                 return
-            if kind in (QUERY, PARSE) and end - position > MAX_TEXT:
+            if kind in (F.QUERY, F.PARSE) and end - position > MAX_TEXT:
                 if size - position < NAMES_SIZE:
                     self._hold(data, position, NAMES_SIZE)
                     return
-                if kind == PARSE and self._concerns_call(
+                if kind == F.PARSE and self._concerns_call(
                     kind, data[position + HEADER_SIZE : position + NAMES_SIZE]
                 ):
                     self._hand_over(data, position)
                     return
                 self._hooks.unread()
                 self._note_text(kind)
-            elif kind in (QUERY, PARSE):
+            elif kind in (F.QUERY, F.PARSE):
                 if end > size:
                     self._hold(data, position, end - position)
                     return
@@ -273,18 +261,18 @@ class Relay:
                     self._hooks.database_mentioned(text)
                 if b"set" in text:
                     self._hooks.settings_mentioned(text)
-                    if kind == PARSE and b"set_config" in text:
+                    if kind == F.PARSE and b"set_config" in text:
                         name = data[position + HEADER_SIZE : end].split(b"\0", 1)[0]
                         self.setters.add(self.key(name))
                 if (
-                    kind == PARSE
+                    kind == F.PARSE
                     and self.statements
                     and self._concerns_call(kind, data[position + HEADER_SIZE :])
                 ):
                     self._hand_over(data, position)
                     return
                 self._note_text(kind)
-            elif kind in (SYNC, FUNCTION_CALL):
+            elif kind in (F.SYNC, F.FUNCTION_CALL):
                 self.asked.add(kind)
                 self.batch.clear()
             elif kind in EXTENDED:
@@ -300,12 +288,12 @@ class Relay:
                         return
                 self.batch.append(kind)
                 self.asked.add(kind)
-            elif kind == FLUSH and end - position > HEADER_SIZE and not self.asked.copying:
+            elif kind == F.FLUSH and end - position > HEADER_SIZE and not self.asked.copying:
                 # It should be empty. The server fails as at a Describe, and skips up to a Sync.
-                self.asked.add(DESCRIBE)
-            elif kind in (COPY_DONE, COPY_FAIL):
+                self.asked.add(F.DESCRIBE)
+            elif kind in ENDS_COPY_IN:
                 self.asked.add(kind)
-            elif kind == COPY_DATA and end < size:
+            elif kind == F.COPY_DATA and end < size:
                 end, _ = skip_run(data, position)
             position = end
         if position < size:
@@ -326,10 +314,10 @@ class Relay:
 
     def _note_text(self, kind: int) -> None:
         """A Query or Parse is passed on."""
-        if kind == QUERY:
+        if kind == F.QUERY:
             self.batch.clear()
         else:
-            self.batch.append(PARSE)
+            self.batch.append(F.PARSE)
         self.asked.add(kind)
 
     def _yield(self, data: bytes, position: int) -> None:
@@ -369,16 +357,16 @@ class Relay:
     @property
     def settings_may_differ(self) -> bool:
         """Whether the server may have settings that it has not reported yet."""
-        return bool(self.asked) or BIND in self.batch or EXECUTE in self.batch
+        return bool(self.asked) or F.BIND in self.batch or F.EXECUTE in self.batch
 
     def _concerns_call(self, kind: int, body: bytes) -> bool:
         """Tell whether this message is about a statement or portal with a call.
 
         A Parse is if it would replace one.
         """
-        if kind == PARSE:
+        if kind == F.PARSE:
             return self.key(body.partition(b"\0")[0]) in self.statements
-        if kind == BIND:
+        if kind == F.BIND:
             portal, _, rest = body.partition(b"\0")
             statement = self.key(rest.partition(b"\0")[0])
             if statement in self.setters:
@@ -388,10 +376,10 @@ class Relay:
             if not portal:
                 self.forget_portal(b"")
             return False
-        if kind == EXECUTE:
+        if kind == F.EXECUTE:
             return self.key(body.partition(b"\0")[0]) in self.portals
         name = self.key(body[1:].partition(b"\0")[0])
-        if kind == CLOSE and body[:1] == b"S":
+        if kind == F.CLOSE and body[:1] == b"S":
             self.setters.discard(name)
         return name in (self.statements if body[:1] == b"S" else self.portals)
 
@@ -447,11 +435,11 @@ class Relay:
                         end, _ = skip_run(data, position)
                 elif action == _COUNT:
                     self.asked.answered()
-                elif kind == NOTICE and self._passes(data, position, end):
+                elif kind == B.NOTICE_RESPONSE and self._passes(data, position, end):
                     pass
                 elif end > size:
                     needed = min(end - position, _NOTICE_SIZE)
-                    if kind != NOTICE or size - position >= needed:
+                    if kind != B.NOTICE_RESPONSE or size - position >= needed:
                         needed = end - position
                     break
                 else:
@@ -499,17 +487,17 @@ class Relay:
         return self._hooks.watchword not in head
 
     def _handle(self, kind: int, body: bytes) -> bytes | None:
-        if kind == READY:
-            self.ready(body[0] if body else IDLE)
-        elif kind == NOTICE:
+        if kind == B.READY_FOR_QUERY:
+            self.ready(body[0] if body else TransactionStatus.IDLE)
+        elif kind == B.NOTICE_RESPONSE:
             return b"" if self._hooks.notice(body) else None
-        elif kind == ERROR:
+        elif kind == B.ERROR_RESPONSE:
             self.asked.failed()
             self._hooks.statement_ended()
             return self._hooks.complaint(body)
-        elif kind == COPY_IN:
+        elif kind == B.COPY_IN_RESPONSE:
             self.asked.copy_in()
-        elif kind == PARAMETER_STATUS:
+        elif kind == B.PARAMETER_STATUS:
             self.parameter_status(body)
         else:
             self._hooks.backend_key(body)
@@ -527,11 +515,11 @@ class Relay:
         self.status = status
         self.unreported.clear()
         self._hooks.statement_ended()
-        if self.asked.ready() == QUERY:
+        if self.asked.ready() == F.QUERY:
             # It has ended the unnamed statement and portal.
             self.statements.pop(b"", None)
             self.forget_portal(b"")
-        if status == IDLE:
+        if status == TransactionStatus.IDLE:
             for name in tuple(self.portals):
                 self.forget_portal(name)
 
@@ -600,11 +588,11 @@ def _is_plain_batch(data: bytes) -> bool:
         text = data.lower()
         if b"pg_" in text or b"set" in text:  # and more than these: that takes the long way
             return False
-        start = HEADER_SIZE if kind == QUERY else text.find(0, HEADER_SIZE) + 1
+        start = HEADER_SIZE if kind == _QUERY else text.find(0, HEADER_SIZE) + 1
         if text[start : start + 1] in _COMMANDS and b"database" in text:
             return False
         end = _unpack(data, 1)[0] + 1
-        if kind == QUERY:
+        if kind == _QUERY:
             return bool(end == size)
     last = size - HEADER_SIZE
     while end <= last and _IN_BATCH[data[end]]:

@@ -29,6 +29,7 @@ from protocol.errors import (
     ProtocolViolation,
     SQLError,
 )
+from protocol.kinds import F, TransactionStatus
 from protocol.messages import BackendKeyData, Terminate
 from protocol.startup import (
     MAX_STARTUP_PACKET_LENGTH,
@@ -55,9 +56,8 @@ from proxy.log import logger
 from proxy.net import tls
 from proxy.net.connection import Connection
 from proxy.net.descriptors import OutOfDescriptorsError, no_room
-from proxy.session.asked import PARSE, QUERY
 from proxy.session.interception import TO_LEAVE, Interception
-from proxy.session.relay import IDLE, NAMES_SIZE, Relay, mentions
+from proxy.session.relay import NAMES_SIZE, Relay, mentions
 from proxy.sql import encodings, lexer
 from proxy.sql.lexer import BudgetError, LexError
 from proxy.statements import analysis
@@ -478,7 +478,7 @@ class Session(Owner):
         return is_call
 
     def statement_ended(self) -> None:
-        if self._changes_extension and self.relay.status == IDLE:
+        if self._changes_extension and self.relay.status == TransactionStatus.IDLE:
             self._changes_extension = False
             self._server.extension_changed()
         self._inside.statement_ended()
@@ -786,8 +786,8 @@ class Session(Owner):
 
 def _text(kind: int, body: bytes) -> bytes:
     """The SQL of a Query or Parse; none if it is malformed, as the server will say."""
-    sql, end, rest = (body.partition(b"\0")[2] if kind == PARSE else body).partition(b"\0")
-    return b"" if not end or (kind == QUERY and rest) else sql
+    sql, end, rest = (body.partition(b"\0")[2] if kind == F.PARSE else body).partition(b"\0")
+    return b"" if not end or (kind == F.QUERY and rest) else sql
 
 
 class _Readings:

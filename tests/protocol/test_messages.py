@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from protocol import messages as m
 from protocol.errors import ProtocolViolation
+from protocol.kinds import B, F
 from protocol.messages.authentication import AuthenticationSCMCredential
 
 strings = st.binary(max_size=40).map(lambda text: text.replace(b"\0", b" "))
@@ -126,6 +127,14 @@ def test_the_length_word_counts_itself_and_the_body(message: m.Message) -> None:
     wire = message.serialize()
     assert wire[0] == message.type
     assert int.from_bytes(wire[1:5], "big") == len(wire) - 1
+
+
+def test_the_types_have_the_names_of_the_messages() -> None:
+    for namespace, types in ((F, FRONTEND), (B, BACKEND)):
+        named = {name.replace("_", ""): kind for name, kind in vars(namespace).items()}
+        for message in types:
+            if message.type != B.AUTHENTICATION:
+                assert named[message.__name__.upper()] == message.type
 
 
 def test_every_message_of_the_unions_is_covered_by_these_tests() -> None:
