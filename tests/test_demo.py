@@ -49,7 +49,7 @@ def test_the_tour_shows_what_it_says(temporary: Path) -> None:
     assert process.returncode == 0, said
     assert "INSERT 0 1000" in said
     assert "ERROR:  canceling statement due to user request" in said
-    assert "All 6 steps showed what they should." in said
+    assert "All 6 steps had the expected results." in said
 
 
 def test_the_demo_stays_up_until_it_is_interrupted(temporary: Path) -> None:

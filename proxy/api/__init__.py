@@ -1,1 +1,1 @@
-"""The functions as users know them: the table, what each does, and the reference made of it."""
+"""The functions as users know them: their table, what each does, and the reference."""

@@ -1,9 +1,8 @@
-"""What each function does when it is called.
+"""What each function does when it is called: one coroutine a function.
 
-The rule: one coroutine a function. It gets the caller and the arguments as Python values (text as
-bytes in the client's encoding), and returns Python values: a tuple for a composite type, a list of
-tuples for a set. It knows nothing of messages, statements or formats. A strict function is never
-called with a NULL.
+Invariant: a coroutine gets its caller and the arguments as Python values (text as bytes in the
+client's encoding), and returns Python values: a tuple for a composite type, a list of tuples for a
+set. It knows nothing of messages, statements or formats. A strict function never gets a NULL.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ if TYPE_CHECKING:
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 24 * HOUR_MS
 RUN_GRACE_MS: Final = 1000
-"""What `run` gives a job to stop after it ran out of time."""
+"""How long `run` waits for a job to stop after it has run out of time."""
 
 Row = tuple[Any, ...]
 
-VOID: Final = b""
-"""What a function that returns void returns."""
+_VOID: Final = b""
+"""The value of type void."""
 
 
 class Caller(Protocol):
@@ -95,7 +94,7 @@ class Caller(Protocol):
 
 
 def check_privilege(caller: Caller, name: str) -> None:
-    """Raises SQLError 42501 if the current role may not call the functions."""
+    """Raises SQLError 42501 if the current role may not call the function."""
     if not caller.context.may_call:
         raise permission_denied(name)
 
@@ -110,7 +109,7 @@ def permission_denied(name: str) -> SQLError:
     )
 
 
-# Which job
+# Finding jobs
 
 
 def attached(caller: Caller, pid: int) -> Job:
@@ -182,7 +181,7 @@ def _own(caller: Caller) -> list[Job]:
     return [job for job in caller.jobs if _may_touch(caller, job)]
 
 
-# Starting
+# Launching
 
 
 def _given(sql: bytes | None) -> bytes:
@@ -208,20 +207,20 @@ async def submit(
     return job.handle
 
 
-# Ending
+# Ending and forgetting
 
 
 async def detach(caller: Caller, pid: int, cookie: int | None = None) -> bytes:
     job = attached(caller, pid) if cookie is None else _own_with_cookie(caller, pid, cookie)
     caller.jobs.remove(job)
-    return VOID
+    return _VOID
 
 
 async def cancel(caller: Caller, pid: int, cookie: int, grace_ms: int = 0) -> bytes:
     job = await _with_cookie(caller, pid, cookie)
     await caller.cancel_job(job)
     await _wait_for([job], caller, min(max(grace_ms, 0), HOUR_MS))
-    return VOID
+    return _VOID
 
 
 async def cancel_by_label(caller: Caller, pattern: bytes, grace_ms: int = 0) -> int:
@@ -272,7 +271,7 @@ async def _wait_for(jobs: Sequence[KnownJob], caller: Caller, timeout_ms: int | 
 
 
 def _limit(timeout_ms: int) -> int | None:
-    """What a timeout_ms of 0 or less means: no limit."""
+    """A timeout_ms of 0 or less means no limit."""
     return min(timeout_ms, DAY_MS) if timeout_ms > 0 else None
 
 
@@ -282,7 +281,7 @@ async def wait(caller: Caller, pid: int, cookie: int, timeout_ms: int = 0) -> bo
 
 async def wait_void(caller: Caller, pid: int, cookie: int) -> bytes:
     await wait(caller, pid, cookie)
-    return VOID
+    return _VOID
 
 
 async def wait_timeout(caller: Caller, pid: int, cookie: int, timeout_ms: int) -> bool:
@@ -311,13 +310,13 @@ async def drain(caller: Caller, handles: list[Handle], timeout_ms: int = 0) -> l
     for job in set(caller.jobs).intersection(jobs):
         job.forget_output()
     if not await _wait_for(jobs, caller, _limit(timeout_ms)):
-        await caller.find(handles)  # what runs elsewhere is looked at once more
+        await caller.find(handles)  # updates the jobs of other processes
     rows = [_outcome(caller, handle, job) for handle, job in zip(handles, found, strict=True)]
     _detach(caller, jobs)
     return rows
 
 
-# Looking
+# Inspecting
 
 
 async def list_jobs(caller: Caller) -> list[Row]:
@@ -454,7 +453,7 @@ async def full_sql(caller: Caller, pid: int, cookie: int) -> bytes:
     return (await _with_cookie(caller, pid, cookie)).full_sql
 
 
-# Launch and wait at once
+# Launching and waiting in one call
 
 
 async def run(
@@ -472,7 +471,7 @@ async def run(
             await caller.cancel_job(job)
             await _wait_for([job], caller, RUN_GRACE_MS)
     except BaseException:
-        # Whoever ran it is interrupted: so is the job, which nobody could stop otherwise.
+        # The caller is interrupted. Its job must not run on: nothing else could stop it.
         await caller.cancel_job(job)
         raise
     finally:
@@ -496,7 +495,7 @@ async def run_query(
     return job
 
 
-# In a job, and for administrators
+# In jobs, and for administrators
 
 
 async def progress(caller: Caller, pct: int | None, msg: bytes | None = None) -> None:

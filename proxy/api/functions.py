@@ -1,12 +1,12 @@
 """The pg_background functions, each declared once.
 
-The rule: what a function is called, takes, returns and does is said here and nowhere else. Which
-calls the proxy catches, the SQL objects for calls from inside the database, and the reference in
-docs/functions.md are all made from this table.
+Invariant: a function's names, parameters, result and coroutine stand here and nowhere else. The
+calls that the proxy serves, the SQL objects for calls from inside the database, and the reference
+in docs/functions.md are all made from this table.
 
-The extension had three generations. Version 1 knows a job by its pid. Versions 1.6 to 1.10 added
-names that end in _v2, with a cookie beside the pid; 2.0 gave these the plain names. All are served
-at once. A declaration with two names, as in `cancel`, is both pg_background_cancel_v2 and
+The extension had three generations. Version 1 names a job by its pid. Versions 1.6 to 1.10 added
+functions that end in _v2, which take a cookie beside the pid; 2.0 gave these the plain names. All
+are served at once. A declaration with two names, as of `cancel`, is pg_background_cancel_v2 and
 pg_background_cancel; where 2.0 returns more columns, the plain name does.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from protocol.values import oids
 from proxy.api import calls
 
 
@@ -32,9 +33,9 @@ class Column:
 class Type:
     """A PostgreSQL type.
 
-    ``name`` is as the server prints it (format_type), ``oid`` as in pg_type, ``size`` as
-    RowDescription's typlen: in bytes, -1 if it varies. A composite type has ``columns``; the
-    server need not know it, so its values go out as anonymous records.
+    ``name`` is as format_type() prints it, ``oid`` as in pg_type, ``size`` as pg_type.typlen: in
+    bytes, -1 if it varies. A composite type has ``columns``. The server need not know it, so its
+    values go out as anonymous records.
     """
 
     name: str
@@ -43,16 +44,16 @@ class Type:
     columns: tuple[Column, ...] = ()
 
 
-BOOL: Final = Type("boolean", 16, 1)
-INT8: Final = Type("bigint", 20, 8)
-INT4: Final = Type("integer", 23, 4)
-TEXT: Final = Type("text", 25, -1)
-OID: Final = Type("oid", 26, 4)
-FLOAT8: Final = Type("double precision", 701, 8)
-TIMESTAMPTZ: Final = Type("timestamp with time zone", 1184, 8)
-RECORD: Final = Type("record", 2249, -1)
-VOID: Final = Type("void", 2278, 4)
-JSONB: Final = Type("jsonb", 3802, -1)
+BOOL: Final = Type("boolean", oids.BOOL, 1)
+INT8: Final = Type("bigint", oids.INT8, 8)
+INT4: Final = Type("integer", oids.INT4, 4)
+TEXT: Final = Type("text", oids.TEXT, -1)
+OID: Final = Type("oid", oids.OID, 4)
+FLOAT8: Final = Type("double precision", oids.FLOAT8, 8)
+TIMESTAMPTZ: Final = Type("timestamp with time zone", oids.TIMESTAMPTZ, 8)
+RECORD: Final = Type("record", oids.RECORD, -1)
+VOID: Final = Type("void", oids.VOID, 4)
+JSONB: Final = Type("jsonb", oids.JSONB, -1)
 
 
 def _composite(name: str, *columns: Mapping[str, Type]) -> Type:
@@ -129,7 +130,7 @@ REQUIRED: Final = _Required.REQUIRED
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """An input parameter; ``aliases`` are further names that named notation may use for it."""
+    """An input parameter; ``aliases`` are further names for it in named notation."""
 
     name: str
     type: Type
@@ -138,34 +139,34 @@ class Parameter:
 
     @property
     def required(self) -> bool:
-        """Has no default."""
+        """Whether it has no default."""
         return self.default is REQUIRED
 
     def is_called(self, name: str) -> bool:
-        """Named notation may call this parameter ``name``."""
+        """Whether named notation may call it ``name``."""
         return name == self.name or name in self.aliases
 
 
 class Needs(enum.Flag):
-    """What a call asks of the session beside its arguments."""
+    """What a call needs of the session beside its arguments."""
 
     NOTHING = 0
     SETTINGS = enum.auto()
-    """The session's settings, for a job that takes them over."""
+    """The session's settings, for the job that it launches."""
     TIME = enum.auto()
-    """It may wait: for a job, until a cancel request or statement_timeout ends it."""
+    """It may wait for a job, until a cancel request or statement_timeout interrupts it."""
     PRIMARY = enum.auto()
-    """The primary backend for itself, so the rows of the statement are read first."""
+    """The primary backend, so the rows of the statement are read first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
     """One overload of a function.
 
-    ``strict``: with a NULL argument it is not called: the result is NULL, or no rows.
-    ``run``: what it does; gets the caller and the arguments given, by name. That of a function
-    which returns records gives the job whose rows they are.
-    ``api``: only with this ``api_version``; 0: with any.
+    ``strict``: with a NULL argument it is not called; the result is NULL, or no rows.
+    ``run``: its coroutine; gets the caller, and the given arguments by name. For a function that
+    returns records it returns the job whose rows these are.
+    ``api``: the one ``api_version`` that has it; 0: each has it.
     ``summary`` is one line of Markdown for the reference.
     """
 
@@ -181,8 +182,7 @@ class Function:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """What it returns as a table: its composite type's, or none if only the caller or the job
-        knows them."""
+        """The columns of its composite type; empty if the caller or the job determines them."""
         return self.result_type.columns
 
 
@@ -211,7 +211,7 @@ def _declare(
     needs: Needs = Needs.NOTHING,
     api: int = 0,
 ) -> None:
-    """One function under each of its names."""
+    """Adds the function under each of its names."""
     for name in names.split():
         full = name if "pg_background" in name else f"pg_background_{name}"
         _functions.append(
@@ -512,11 +512,11 @@ _declare(
 
 
 DECLARED: Final = tuple(_functions)
-"""All, under all their names, in the order in which one reads of them."""
+"""All functions under all their names, in the order of the reference."""
 
 
 def catalog(api_version: int) -> dict[str, tuple[Function, ...]]:
-    """The overloads of each name that there are in a version of the API, 1 or 2."""
+    """The overloads of each name in a version of the API, 1 or 2."""
     served = [function for function in DECLARED if function.api in (0, api_version)]
     return {
         name: tuple(function for function in served if function.name == name)
@@ -528,7 +528,7 @@ CATALOGS: Final = {version: catalog(version) for version in (1, 2)}
 """The overloads of each name, by the version of the API."""
 
 FUNCTIONS: Final = CATALOGS[1]
-"""Those with `api_version` 1."""
+"""The overloads of each name with `api_version` 1."""
 
 VIEWS: Final[dict[str, Function]] = {
     name: Function(name, (), type, True, True, run, needs, 0, summary)

@@ -1,8 +1,8 @@
 """SQL's LIKE, as the server matches it.
 
-The rule: no character of the text is looked at twice for one stretch between two ``%``. A stretch
-is looked for from left to right, and never again to the left of where it was found, since the ``%``
-before it takes up whatever it skips.
+Invariant: the time is linear in the text for each stretch between two ``%``. A stretch is searched
+from left to right and taken where it is found first, since the ``%`` before it matches whatever the
+search has skipped.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _Stretch = list[str]
 
 
 def like(text: bytes, pattern: bytes, codec: str = "utf-8") -> bool:
-    r"""Match as LIKE does: ``%``, ``_``, and ``\`` before a character to be taken as it is.
+    r"""Whether LIKE matches: ``%``, ``_``, and ``\`` before a literal character.
 
     Args:
-        text: what is matched, all of it.
+        text: matched as a whole.
         pattern: the pattern.
         codec: Python's name of the encoding of both; ``_`` is one character of it.
 
-    Raises SQLError 22025 if the match comes to an escape character that ends the pattern.
+    Raises SQLError 22025 if matching reaches an escape character that ends the pattern.
     """
     subject = text.decode(codec, "surrogateescape")
     stretches, is_cut = _stretches(pattern.decode(codec, "surrogateescape"))
-    # Where the % and _ begin that the match has come to.
+    # Where the run of % and _ before `at` begins.
     wild = at = 0
     for number, stretch in enumerate(stretches):
         if number == 0:
@@ -45,7 +45,7 @@ def like(text: bytes, pattern: bytes, codec: str = "utf-8") -> bool:
         if number == 0 or any(stretch):
             wild = at
     if is_cut:
-        # Behind a % the server looks ahead, past all _, for the next character to find.
+        # After a % the server looks past all _ for the next literal character.
         ahead = len(stretches) > 1 and not any(stretches[-1]) and wild < len(subject)
         if at < len(subject) or ahead:
             raise SQLError(
@@ -56,7 +56,7 @@ def like(text: bytes, pattern: bytes, codec: str = "utf-8") -> bool:
 
 
 def _stretches(pattern: str) -> tuple[list[_Stretch], bool]:
-    """What stands between the ``%`` of a pattern, and whether it ends in an escape character."""
+    """The stretches between the ``%`` of a pattern, and whether it ends in an escape character."""
     stretches: list[_Stretch] = [[]]
     characters = iter(pattern)
     for character in characters:
@@ -73,7 +73,7 @@ def _stretches(pattern: str) -> tuple[list[_Stretch], bool]:
 
 
 def _stands_at(text: str, stretch: _Stretch, start: int) -> bool:
-    """Whether the stretch is what begins there."""
+    """Whether the stretch matches there."""
     part = text[start : start + len(stretch)]
     return len(part) == len(stretch) and all(
         wanted in (_ONE, character) for wanted, character in zip(stretch, part, strict=True)
@@ -81,12 +81,12 @@ def _stands_at(text: str, stretch: _Stretch, start: int) -> bool:
 
 
 def _find(text: str, stretch: _Stretch, start: int) -> int:
-    """Where the stretch is for the first time from ``start`` on, -1 if it is nowhere."""
+    """Where the stretch matches first, from ``start`` on; -1 if nowhere."""
     if len(stretch) > len(text) - start:
         return -1
     if _ONE not in stretch:
         return text.find("".join(stretch), start)
-    # Bit i of the state: what is read so far ends with the first i + 1 of the stretch.
+    # Bit i of the state: the text read so far ends with the first i + 1 characters of the stretch.
     anything = sum(1 << at for at, wanted in enumerate(stretch) if wanted == _ONE)
     fits: dict[str, int] = {}
     for at, wanted in enumerate(stretch):

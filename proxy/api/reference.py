@@ -1,8 +1,8 @@
 """The reference pages, ``docs/functions.md`` and ``docs/configuration.md``, made from the code.
 
-Invariant: nothing is said of a function or a setting here; the tables in `functions`, `config` and
-`settings` say it. On each page, what is made stands between two markers. ``python -m
-proxy.api.reference`` in a checkout writes it anew.
+Invariant: everything about a function or a setting comes from `functions` and `config`. The
+generated part of a page stands between two markers. ``python -m proxy.api.reference`` in a checkout
+rewrites it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _HEADINGS: Final[Mapping[str, str]] = {
 }
 """The headings of docs/configuration.md, each by the first setting below it."""
 
-# Names of settings that are no words, within help.
+# Names of settings in help texts, except those that are plain words.
 _NAMES: Final = re.compile(
     "|".join(
         re.escape(name)
@@ -61,7 +61,7 @@ def functions() -> str:
 
 
 def _by_declaration() -> Iterator[Iterator[Function]]:
-    """Functions that differ in nothing but their names are one declaration."""
+    """Functions that differ in their names only come from one declaration."""
     for _, names in groupby(DECLARED, key=lambda function: replace(function, name="")):
         yield names
 
@@ -110,7 +110,7 @@ def _configured(field: Field[Any]) -> str:
 
 
 def _ends_table(field: Field[Any]) -> bool:
-    """Whether another heading, or nothing, follows."""
+    """Whether a heading or the end follows."""
     names = [other.name for other in config.SETTINGS]
     following = names[names.index(field.name) + 1 :]
     return not following or following[0] in _HEADINGS
@@ -134,7 +134,7 @@ PAGES: Final[Mapping[str, Callable[[], str]]] = {
 
 
 def with_reference(page: str, made: str) -> str:
-    """A page with what was made between its markers. Raises ValueError: it has no markers."""
+    """A page with `made` between its markers. Raises ValueError if it has no markers."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -143,7 +143,7 @@ def with_reference(page: str, made: str) -> str:
 
 
 def main(folder: Path) -> None:
-    """Writes the pages in a folder anew."""
+    """Rewrites the pages in a folder."""
     for name, make in PAGES.items():
         page = folder / name
         text = page.read_text(encoding="utf-8")

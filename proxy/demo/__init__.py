@@ -1,1 +1,1 @@
-"""The proxy in front of a PostgreSQL of its own, to try it."""
+"""The proxy in front of a temporary PostgreSQL, to try it out."""

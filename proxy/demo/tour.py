@@ -1,10 +1,10 @@
-"""``pg-background-proxy demo``: a throwaway PostgreSQL, the proxy before it, a guided tour.
+"""``pg-background-proxy demo``: a temporary PostgreSQL, the proxy in front of it, a guided tour.
 
-Each step shows its SQL and what came back, and checks that it came back as the text says: the tour
-is also the shortest test of the whole program.
+Each step shows its SQL and the result, and checks the result: the tour is also the shortest test of
+the whole program.
 
-The invariant: only who runs the demo (and root) can connect to it. Everybody who can is a
-superuser, so server and proxy listen on Unix sockets alone, in a folder that is closed to others.
+Invariant: only the user who runs the demo (and root) can connect to it. Every connection is a
+superuser's, so server and proxy listen on Unix sockets only, in a folder that is closed to others.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _WIDTH: Final = 60  # of one column
 
 
 class StepFailedError(Exception):
-    """A step of the tour did not show what it should; the message says what was expected."""
+    """A step of the tour had an unexpected result; the message says what was expected."""
 
 
 class DemoError(Exception):
-    """The demo cannot run here; the message is one line that says what to do."""
+    """The demo cannot run on this machine; the message is one line that says what to do."""
 
 
 def main(run: Callable[[Coroutine[Any, Any, int]], int], *, once: bool) -> int:
@@ -56,7 +56,7 @@ def main(run: Callable[[Coroutine[Any, Any, int]], int], *, once: bool) -> int:
         once: end after the tour, instead of staying up until SIGINT or SIGTERM.
 
     Raises:
-        DemoError: it cannot run here.
+        DemoError: it cannot run on this machine.
     """
     if sys.platform == "win32":
         raise DemoError("the demo does not run on Windows")
@@ -70,7 +70,7 @@ def main(run: Callable[[Coroutine[Any, Any, int]], int], *, once: bool) -> int:
     if programs is None:
         raise DemoError(_MISSING)
     log.configure("warning")
-    print("Starting PostgreSQL in a temporary folder and the proxy before it ...", flush=True)
+    print("Starting PostgreSQL in a temporary folder and the proxy in front of it ...", flush=True)
     try:
         with Cluster(programs, _SETTINGS, _HBA, private=True) as cluster:
             code = run(_serve_and_show(cluster, programs, once=once))
@@ -94,8 +94,8 @@ async def _serve_and_show(cluster: Cluster, programs: Path, *, once: bool) -> in
             )
         )
     )
-    tour = asyncio.create_task(_show(f"host={folder} port={port}", cluster.version))
-    # The proxy ends first if it could not start, or if somebody pressed Ctrl-C.
+    tour = asyncio.create_task(_show(f"host={folder} port={port}"))
+    # The proxy ends first if it could not start, or at Ctrl-C.
     await asyncio.wait({proxy, tour}, return_when=asyncio.FIRST_COMPLETED)
     if proxy.done():
         tour.cancel()
@@ -114,11 +114,11 @@ async def _serve_and_show(cluster: Cluster, programs: Path, *, once: bool) -> in
     return await proxy or (1 if failure else 0)
 
 
-async def _show(conninfo: str, version: int) -> None:
+async def _show(conninfo: str) -> None:
     connection = await _connect(conninfo)
     try:
         async with asyncio.timeout(_STEP_TIMEOUT * 2):
-            await Tour(connection, version).run()
+            await Tour(connection).run()
     finally:
         await connection.close()
 
@@ -142,9 +142,8 @@ async def _connect(conninfo: str) -> psycopg.AsyncConnection[tuple[Any, ...]]:
 class Tour:
     """The steps, typed into one connection."""
 
-    def __init__(self, connection: psycopg.AsyncConnection[tuple[Any, ...]], version: int) -> None:
+    def __init__(self, connection: psycopg.AsyncConnection[tuple[Any, ...]]) -> None:
         self._connection = connection
-        self._version = version
         self._notices: list[str] = []
         connection.add_notice_handler(self._notice)
 
@@ -152,7 +151,7 @@ class Tour:
         """Runs all steps.
 
         Raises:
-            StepFailedError: one did not show what it should.
+            StepFailedError: one had an unexpected result.
         """
         steps: Sequence[Callable[[], Awaitable[None]]] = (
             self.launch_and_fetch,
@@ -170,7 +169,7 @@ class Tour:
                     await step()
             except TimeoutError:
                 raise StepFailedError(f"step {number} took over {_STEP_TIMEOUT:g} s") from None
-        print(f"\nAll {len(steps)} steps showed what they should.", flush=True)
+        print(f"\nAll {len(steps)} steps had the expected results.", flush=True)
 
     async def launch_and_fetch(self) -> None:
         """A job runs on a connection of its own; launching returns its pid at once."""
@@ -200,7 +199,7 @@ class Tour:
         )
 
     async def notices(self) -> None:
-        """What the job says comes along when its result is fetched; VACUUM may be a job, too."""
+        """A job's notices come when its result is fetched; VACUUM can be a job, too."""
         pid = await self.launch("VACUUM VERBOSE bg_test")
         rows = await self.sql(f"SELECT pg_background_result({pid})")
         _expect(rows, [("VACUUM",)])
@@ -220,14 +219,14 @@ class Tour:
         await self.sql("DELETE FROM bg_test")
         await self.sql(
             "SELECT pg_background_detach(pg_background_launch("
-            "'INSERT INTO audit_log VALUES (''somebody tried'')'))"
+            "'INSERT INTO audit_log VALUES (''a job wrote this'')'))"
         )
         await self.sql("ROLLBACK")
-        await self.until("SELECT what FROM audit_log", [("somebody tried",)])
+        await self.until("SELECT what FROM audit_log", [("a job wrote this",)])
         _expect(await self.sql("SELECT count(*) FROM bg_test"), [(1000,)])
 
     async def inside_the_database(self) -> None:
-        """With the extension's objects there, functions and triggers may call, too."""
+        """After CREATE EXTENSION, functions and triggers can launch jobs, too."""
         await self.sql("CREATE EXTENSION pg_background")
         await self.sql(
             "CREATE FUNCTION log_audit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -242,7 +241,7 @@ class Tour:
         await self.until("SELECT what FROM audit_log OFFSET 1", [("DELETE bg_test",)])
 
     async def launch(self, sql: str) -> int:
-        """Launches a job, shown; returns its pid."""
+        """Launches a job, showing the call; returns its pid."""
         quoted = sql.replace("'", "''")
         rows = await self.sql(f"SELECT pg_background_launch('{quoted}') AS pid")
         if len(rows) != 1 or not isinstance(rows[0][0], int):
@@ -250,7 +249,7 @@ class Tour:
         return rows[0][0]
 
     async def sql(self, sql: str) -> Rows:
-        """Runs SQL and shows it with what came back."""
+        """Runs SQL and shows it with its result."""
         self._notices.clear()
         print(f"=> {sql};")
         started = time.monotonic()
@@ -263,7 +262,7 @@ class Tour:
         return rows
 
     async def until(self, sql: str, expected: Rows) -> None:
-        """Asks until the answer is there (the job is under way), then shows it."""
+        """Repeats a query until it has this result (a job is under way), then shows it."""
         while (await self._execute(sql))[1] != expected:  # noqa: ASYNC110 - nothing to wait on
             await asyncio.sleep(0.02)
         _expect(await self.sql(sql), expected)
