@@ -1,7 +1,7 @@
 """``python -m bench [--quick]``: the command line.
 
-Starts a PostgreSQL, the proxy from this checkout and PgBouncer, measures them in turns, prints what
-came out beside the goals, and writes it to bench/results/ as JSON and pictures.
+Starts a PostgreSQL, the proxy from this checkout and PgBouncer, measures them in turns, prints the
+results beside the goals, and writes them to bench/results/ as JSON and pictures.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ MAY_BE_ABSENT: Final = {"scaling"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what was asked for; returns the exit code: 1 if something could not be measured."""
+    """Runs the measures; returns the exit code, which is 1 if something could not be measured."""
     arguments = _parser().parse_args(argv)
     if arguments.report:
         print(report.markdown(Results.load(arguments.report), arguments.report))
         return 0
-    # Ended from outside, we still stop what we have started.
+    # At SIGTERM, stop what we have started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _raise_file_limit()
     effort = QUICK if arguments.quick else FULL
@@ -78,12 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(targets: Targets, effort: Effort, names: Sequence[str]) -> Results:
-    """Runs measures; an interrupt ends them, and what there is by then counts."""
+    """Runs measures; after an interrupt the results so far count."""
     results = Results(about(targets, effort))
     progress = Progress(effort.limit)
     bench = Bench(targets, effort, results, progress)
     if targets.pgbouncer is None:
-        bench.skip("PgBouncer is not there: name it with --pgbouncer")
+        bench.skip("PgBouncer was not found: name it with --pgbouncer")
     try:
         for number, name in enumerate(names, start=1):
             bench.measure, progress.step = name, f"{number}/{len(names)}"
@@ -97,7 +97,7 @@ def measure(targets: Targets, effort: Effort, names: Sequence[str]) -> Results:
 
 
 def about(targets: Targets, effort: Effort) -> dict[str, str]:
-    """When, where and with what; nothing that tells whose machine it is."""
+    """When, where and with what; nothing that identifies the machine."""
     version = targets.server_version
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
@@ -117,7 +117,7 @@ def about(targets: Targets, effort: Effort) -> dict[str, str]:
 def save(results: Results, folder: Path) -> None:
     """Writes the JSON and the pictures."""
     kind = f"{platform.system().lower()}-{os.cpu_count()}cores-{_gibibytes()}gib"
-    # A part of a run does not replace a whole one.
+    # A partial run does not replace a full one.
     part = "" if set(results.measures()) >= MEASURES.keys() - MAY_BE_ABSENT else "-part"
     quick = "-quick" if results.about["effort"] == QUICK.name else ""
     stem = f"{results.about['date']}-{kind}{part}{quick}"
@@ -131,7 +131,7 @@ def save(results: Results, folder: Path) -> None:
 
 
 def _raise_file_limit() -> None:
-    """To as many open files as we may have, for ourselves and for what we start."""
+    """To the hard limit, for this process and those that it starts."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -142,7 +142,7 @@ def _gibibytes() -> int:
 
 def _pgbouncer_version(targets: Targets) -> str:
     if (program := targets.pgbouncer_program) is None:
-        return "not there"
+        return "not found"
     said = subprocess.run(
         [program, "--version"], capture_output=True, text=True, timeout=10, check=False
     ).stdout

@@ -1,7 +1,7 @@
 """Much data: COPY out and in, a SELECT of many small rows, one very long value.
 
-The client only reads bytes, or sends what it has ready: the less it does, the more the way counts.
-Throughput is by the bytes of the protocol in the direction of the data.
+The client only reads bytes, or sends prepared ones: the less it does, the more the way counts.
+Throughput counts the bytes of the protocol in the direction of the data.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A client that costs next to nothing, so that what is measured is the way to the server.
+"""A client that costs next to nothing, so that the figures are those of the way to the server.
 
-libpq logs in (whatever the server asks for); after that, the bytes on its socket are ours: sent as
-prepared, and read without being looked at, except for the end of the answer.
+libpq logs in. After that we use its socket: messages are sent as prepared, and only the end of an
+answer is looked at.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Session:
         self._buffer = memoryview(bytearray(256 * 1024))
 
     def value(self, sql: str) -> str:
-        """The one value that a query gives; "" for NULL or none.
+        """The one value that a query returns; "" for NULL or no row.
 
         Raises:
             BenchError: the server's error.
@@ -52,7 +52,7 @@ class Session:
         return value.decode()
 
     def skim(self, sql: str, tag: str) -> int:
-        """Runs a query and throws its answer away; returns its length in bytes.
+        """Runs a query and drops its answer; returns the answer's length in bytes.
 
         Raises:
             BenchError: the answer does not end with this command tag.
@@ -70,7 +70,7 @@ class Session:
         return len(data)
 
     def close(self) -> None:
-        """Says goodbye and closes."""
+        """Terminates and closes."""
         self._socket.detach()  # libpq closes it
         self._libpq.finish()
 
@@ -98,7 +98,7 @@ class Session:
 
 
 def _connect(conninfo: str) -> pq.abc.PGconn:
-    """Step by step: PQconnectdb would wait with Python's lock in its hand, and for ever."""
+    """Step by step, since PQconnectdb would hold Python's lock while it waits, without limit."""
     libpq = pq.PGconn.connect_start(conninfo.encode())
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:

@@ -1,8 +1,8 @@
 """Connections per second: pgbench -C, a new connection for each SELECT 1, by 4 clients at a time.
 
-With trust, where all the cost is the connection, and with SCRAM, where both ends compute. PgBouncer
-keeps the server's connections in a pool and so has no backend to start: this is what it is for,
-and what a proxy whose every session is a server's session cannot do.
+With trust, where the connection is all the cost, and with SCRAM, where both ends compute. PgBouncer
+keeps the server's connections in a pool and has no backend to start. This is what it is for; the
+proxy cannot do it, since each of its sessions is a session of the server.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ CLIENTS: Final = 4
 
 
 def run(bench: Bench) -> None:
-    """Each way to log in that the server can be told to ask for."""
+    """Each login method that the server can be configured for."""
     logins = {"trust": ("", "")}
     if bench.targets.own_server:
         logins["SCRAM"] = (SCRAM_ROLE, SCRAM_PASSWORD)
     else:
-        bench.skip("on a running server: only what it asks for")
+        bench.skip("on a running server: only the login method that it asks for")
         logins = {"as the server asks": ("", "")}
     for name, (user, password) in logins.items():
         bench.alternate(

@@ -1,6 +1,6 @@
 """How much is measured.
 
-A full run gives figures to publish; a quick one is for a look, and for the tests.
+A full run gives figures to publish; a quick one is for a first look, and for the tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Effort:
         sustained_seconds: one run of launching without pause.
         rows: rows of a result.
         memory_clients: connections whose memory is measured idle and busy.
-        idle_connections: connections that do nothing at all.
+        idle_connections: connections that are idle all the time.
     """
 
     name: str

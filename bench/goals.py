@@ -1,4 +1,4 @@
-"""What the proxy shall reach: the goals, and whether a run met them."""
+"""The goals of the proxy, and whether a run has met them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Goal:
         return same and fnmatch.fnmatchcase(case, self.case)
 
     def is_met(self, value: float) -> bool:
-        """Whether a median is within the bound, as exact as it is shown: two digits."""
+        """Whether a median is within the bound, rounded as it is shown: to two digits."""
         return value >= self.limit - 0.005 if self.at_least else value <= self.limit + 0.005
 
 
@@ -83,7 +83,7 @@ GOALS: Final = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal and what was measured; ``found`` is None if one of the two sides is missing."""
+    """A goal and the measured value; ``found`` is None if one of the two sides is missing."""
 
     goal: Goal
     case: str
@@ -91,12 +91,12 @@ class Verdict:
 
     @property
     def met(self) -> bool | None:
-        """None if it cannot be told."""
+        """Whether the goal is met; None if something is missing."""
         return None if self.found is None else self.goal.is_met(self.found.median)
 
 
 def verdict(results: Results, measure: str, case: str, metric: Metric) -> Verdict | None:
-    """What is to be said of one row, if there is a goal for it."""
+    """The verdict on one row, if there is a goal for it."""
     for goal in GOALS:
         if goal.applies(measure, case, metric):
             return Verdict(goal, case, _found(results, goal, case))
@@ -104,7 +104,7 @@ def verdict(results: Results, measure: str, case: str, metric: Metric) -> Verdic
 
 
 def verdicts(results: Results) -> Iterator[Verdict]:
-    """What is to be said of a whole run."""
+    """All verdicts on a run."""
     for row in results.rows():
         if (found := verdict(results, *row)) is not None:
             yield found

@@ -1,8 +1,8 @@
 """Turns and rounds: how everything is measured here.
 
-The rule: in each round everyone that is compared takes one turn, and every other round goes through
-them backwards, so that nobody always runs first, or always after the same one. What fails is noted
-and left out; it does not stop the rest.
+Invariant: in each round every target takes one turn, and every other round runs backwards, so none
+always runs first, or always after the same one. A turn that fails is noted and left out; the others
+go on.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Turn:
     """What one target does in each round.
 
     Args:
-        cases: what the outcome counts for; a yardstick counts for several.
+        cases: those that the outcome counts for; a yardstick counts for several.
         target: its name.
-        run: does it once.
+        run: takes the turn.
     """
 
     cases: tuple[str, ...]
@@ -42,7 +42,7 @@ class Turn:
 
 @dataclass
 class Bench:
-    """What a measure has to work with."""
+    """Everything that a measure works with."""
 
     targets: Targets
     effort: Effort
@@ -52,13 +52,13 @@ class Bench:
     _has_tables: bool = False
 
     def make_tables(self) -> None:
-        """Makes pgbench's tables, once."""
+        """Creates pgbench's tables, once."""
         if not self._has_tables:
-            pgbench.initialise(self.targets.pgbench, self.targets.direct, self.effort.scale)
+            pgbench.init(self.targets.pgbench, self.targets.direct, self.effort.scale)
             self._has_tables = True
 
     def alternate(self, turns: Sequence[Turn], rounds: int | None = None) -> None:
-        """Takes turns, round by round, until all is measured or the time is over."""
+        """Takes the turns, round by round, until all are done or the time is over."""
         rounds = rounds or self.effort.rounds
         left = list(turns)
         for number in range(rounds):
@@ -80,14 +80,14 @@ class Bench:
                     self.results.add(self.measure, case, turn.target, number, outcome)
 
     def skip(self, why: str) -> None:
-        """Notes that something was not measured."""
+        """Notes why something was not measured."""
         self.results.notes.append(f"{self.measure}: {why}")
         self.progress.note(self.results.notes[-1])
 
 
 @dataclass
 class Progress:
-    """Tells on stderr what runs, for how long already, and for how long at most."""
+    """Shows on stderr what is running, for how long, and for how long at most."""
 
     limit: float
     step: str = ""
@@ -96,11 +96,11 @@ class Progress:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more shall begin."""
+        """Whether the time is over, so that no turn may begin."""
         return time.monotonic() - self._started > self.limit
 
     def show(self, case: str, detail: str) -> None:
-        """On a terminal in one line that changes; else a line for each case."""
+        """On a terminal, one line that changes; else a line for each case."""
         if sys.stderr.isatty():
             line = f"\r\x1b[K{self._clock()} {case} ({detail})"
             print(line[:160], end="", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""How long a launch takes, beside what a program without pg_background would do: open a connection.
+"""How long a launch takes, beside what a program without pg_background does: open a connection.
 
-Each block is a series of the same, back to back (spares run out, and are made while we wait)
-and paced (there is time to make them: what a user at work sees). The yardstick is a fresh
-connection and ``SELECT 1`` on it, to the server directly. Times are the client's, with its side.
+Each block is a series of launches, back to back (spares run out, and are opened while we wait) or
+paced (there is time to open them, as with a user at work). The yardstick is a fresh
+connection and ``SELECT 1`` on it, to the server directly. Times are measured in the client.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(bench: Bench) -> None:
 
 
 def launch(session: Session) -> float:
-    """Only the launch; the result is fetched when the time is taken, to leave nothing behind."""
+    """The launch alone; the result is fetched afterwards, to leave nothing behind."""
     started = time.perf_counter()
     pid = session.value(LAUNCH)
     elapsed = time.perf_counter() - started
@@ -55,14 +55,14 @@ def launch_and_result(session: Session) -> float:
 
 
 def launch_and_detach(session: Session) -> float:
-    """The launch, and then no more interest in it: two statements."""
+    """The launch, and then detaching the job: two statements."""
     started = time.perf_counter()
     session.value(f"SELECT pg_background_detach({session.value(LAUNCH)})")
     return time.perf_counter() - started
 
 
 def result(session: Session, pid: str) -> None:
-    """Fetches what the job has to give: one row."""
+    """Fetches the job's one row."""
     session.value(f"SELECT * FROM pg_background_result({pid}) AS (n int)")
 
 
@@ -74,7 +74,7 @@ KINDS: Final[dict[str, Callable[[Session], float]]] = {
 
 
 def fresh_connection(target: Target) -> float:
-    """What a program can do on any server: connect, and run it there."""
+    """What a program can do on any server: connect, and run the query there."""
     started = time.perf_counter()
     with target.connect() as session:
         session.value("SELECT 1")

@@ -1,10 +1,10 @@
 """Memory of the process in between, for each connection of a client.
 
-Resident memory, which leaves out the kernel's socket buffers. Each figure is from a process of its
-own, as memory that was used once is seldom given back: before and after the connections came (idle:
-each has run ``SELECT 1``), or before and at the most while pgbench was at it (busy). A few
-connections may fit into what the process has already: the large number tells. Behind that are no
-real backends, but a `playback`.
+Resident memory, which leaves out the kernel's socket buffers. Each figure is from a fresh process,
+because used memory is seldom given back: before and after the connections were opened (idle: each
+has run ``SELECT 1``), or before and at the peak of a pgbench run (busy). A few connections may fit
+into memory that the process has already, so the large number counts. It is measured with a
+`playback` in place of real backends.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def run(bench: Bench) -> None:
     _measure(bench, f"{few} connections, idle", partial(_idle, few), server)
     _measure(bench, f"{few} connections, busy", partial(_busy, bench, few), server)
     if not bench.targets.own_server:
-        bench.skip("on a running server: no more connections than these")
+        bench.skip("on a running server: only these connections")
         return
     many = min(bench.effort.idle_connections, _room())
     if many < bench.effort.idle_connections:
-        bench.skip(f"no more open files than for {many} connections")
+        bench.skip(f"the limit of open files allows {many} connections")
     with Playback(server) as playback:
         _measure(bench, f"{many:,} connections, idle", partial(_idle, many), playback.target)
 
@@ -52,7 +52,7 @@ def run(bench: Bench) -> None:
 def _room() -> int:
     """How many connections a process may have, two open files each.
 
-    The proxy has both ends in between, and this process has the two outer ends.
+    The proxy has the two inner ends, and this process has the two outer ends.
     """
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (files - SPARE_FILES) // 2

@@ -1,4 +1,4 @@
-"""Runs PostgreSQL's own load generator, pgbench, and reads what it says."""
+"""Runs PostgreSQL's own load generator, pgbench, and reads its output."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from bench.client import BenchError
 from bench.targets import Target
 
 GRACE: Final = 60.0
-"""Seconds that a run may take longer than it was told to."""
+"""Seconds that a run may take beyond its duration."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run of pgbench gave; ``latencies`` in ms, if they were asked for."""
+    """The result of a run of pgbench; ``latencies`` in ms, if they were asked for."""
 
     tps: float
     transactions: int
     latencies: list[float]
 
 
-def initialise(program: str, target: Target, scale: int) -> None:
-    """Makes pgbench's tables."""
+def init(program: str, target: Target, scale: int) -> None:
+    """Creates pgbench's tables."""
     _run(program, target, GRACE, "-i", "-q", "-s", str(scale))
 
 

@@ -1,4 +1,4 @@
-"""What a run has found, as text: ratios for the terminal, tables for docs/performance.md."""
+"""The results of a run as text: ratios for the terminal, tables for docs/performance.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROXY_OVER: Final = {DIRECT: "÷ direct", PGBOUNCER: "÷ PgBouncer"}
 
 
 def terminal(results: Results) -> str:
-    """Every row that was measured: medians, ratios with their range, goals."""
+    """Every measured row: medians, ratios with their range, goals."""
     blocks = [_about(results)]
     for measure in results.measures():
         head = (f"{measure}{_yardstick(measure)}", "", *TARGETS, *_PROXY_OVER.values(), "goal", "")
@@ -26,10 +26,10 @@ def terminal(results: Results) -> str:
 
 
 def markdown(results: Results, path: Path) -> str:
-    """The goals, and folded away: each measure's picture, and its table, a line for each case.
+    """The goals, and folded away each measure's table, a line for each case, and its picture.
 
-    The pictures are beside ``path``, the JSON file, relative to the top of the repository; the text
-    is for a page in docs/.
+    The text is for a page in docs/. The pictures are beside the JSON file at ``path``, which is
+    relative to the top of the repository.
     """
     lines = [f"{_about(results)}.", "", *_goal_table(results)]
     lines += ["", "<details>", "<summary>All that was measured</summary>"]
@@ -116,7 +116,7 @@ def _ratio(spread: Spread | None) -> str:
 
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Texts to the left, numbers to the right."""
+    """Texts aligned left, numbers right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = []
     for row in (head, ["-" * width for width in widths], *rows):

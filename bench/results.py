@@ -1,8 +1,8 @@
 """The numbers of one run, in memory and as JSON.
 
-A series is what one target gave for one metric of one case, a value for each round. Values of the
-same round were measured right after one another, so a ratio of two targets is taken round by round,
-and the median of these is the ratio: what hits the whole machine for a while hits both sides.
+A series is one target's values for one metric of one case, one for each round. Values of the same
+round were measured right after one another, so a ratio of two targets is the median of its ratios
+round by round: a disturbance of the machine affects both sides.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ YARDSTICKS: Final = {
     "sustained": "direct: a fresh connection and SELECT 1 on it for each job",
     "rows": "direct: the same SELECT without a job",
 }
-"""What the server does without us in a measure, where it is not the same as through us."""
+"""What is measured on the server directly, where it is not the same as through the proxy."""
 
 TPS: Final = Metric("throughput", "transactions/s")
 MEDIAN: Final = Metric("median", "ms")
@@ -71,7 +71,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and the range it is from."""
+    """A median and the range of its values."""
 
     median: float
     low: float
@@ -97,7 +97,7 @@ class Results:
     notes: list[str] = field(default_factory=list)
 
     def add(self, measure: str, case: str, target: str, number: int, outcome: Outcome) -> None:
-        """Adds what one action of one round gave."""
+        """Adds the outcome of a turn in a round."""
         for metric, value in outcome.items():
             found = self.find(measure, case, metric, target)
             if found is None:
@@ -128,16 +128,16 @@ class Results:
         return Spread.of(ratios) if ratios else None
 
     def measures(self) -> list[str]:
-        """The names of what was measured, in order."""
+        """The names of the measures, in order."""
         return list(dict.fromkeys(s.measure for s in self.series))
 
     def rows(self, measure: str | None = None) -> Iterator[tuple[str, str, Metric]]:
-        """Measure, case and metric of what can be laid side by side."""
+        """Measure, case and metric of all values that can be compared."""
         seen = dict.fromkeys((s.measure, s.case, s.metric) for s in self.series)
         return (row for row in seen if measure in (None, row[0]))
 
     def targets(self, measure: str) -> list[str]:
-        """Who took part in a measure."""
+        """The targets in a measure."""
         took_part = {s.target for s in self.series if s.measure == measure}
         return [target for target in TARGETS if target in took_part]
 
@@ -151,7 +151,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads what `save` wrote."""
+        """Reads the file that `save` has written."""
         data = json.loads(path.read_text())
         return cls(data["about"], [_series(s) for s in data["series"]], data["notes"])
 

@@ -1,7 +1,7 @@
 """A large result: rows of a number and its MD5 through pg_background_result.
 
 The yardstick is the same SELECT on the server directly. The same SELECT through the proxy, without
-a job, tells what the way costs, and the rest is the job's.
+a job, shows the cost of the way; the rest is the job's.
 """
 
 from __future__ import annotations

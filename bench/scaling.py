@@ -1,6 +1,6 @@
 """More than one worker process: pgbench -S through a proxy with one, and with two.
 
-Where the machine has two cores, the server and pgbench already want both of them.
+On a machine with two cores the server and pgbench alone keep both busy.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""pgbench -S: the shortest useful transaction, where what stands in between weighs most.
+"""pgbench -S: the shortest useful transaction, in which a process in between weighs most.
 
 In all three protocols (``prepared`` is what drivers do), alone and with many clients. CPU time
 is the operating system's figure for the process in between, divided by the transactions of the run:
-on a machine that is full it says more than the throughput. Latencies are from a sample of pgbench's
-own log, as the log of every transaction costs pgbench, too.
+on a busy machine it says more than the throughput. Latencies are from a sample of pgbench's own
+log, because logging every transaction would slow pgbench down.
 """
 
 from __future__ import annotations

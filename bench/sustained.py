@@ -1,8 +1,8 @@
-"""Launches without pause, by 4 sessions at a time, for as long as it takes to run out of spares.
+"""Launches without pause, by 4 sessions at a time, for long enough to run out of spares.
 
-Each transaction of pgbench's launches a job and fetches its result, so that what is counted is jobs
-done. The yardstick is a fresh connection and ``SELECT 1`` instead, to the server directly: no
-way to start a backend for each job can be faster than the server starts backends.
+Each pgbench transaction launches a job and fetches its result, so the figure is completed jobs. The
+yardstick is a fresh connection to the server and ``SELECT 1`` on it: a backend for each job cannot
+be faster than the server starts backends.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What is measured: ways to the same server, and what their processes use up.
+"""What is measured: ways to the same server, and the resources that their processes use.
 
-The rule: everything listens on loopback, is started here, and is stopped by its pid.
+Invariant: everything listens on loopback, is started here, and is stopped by its pid.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Target:
     pid: int | None = None
 
     def conninfo(self) -> str:
-        """For libpq; without encryption, which would be measured instead."""
+        """For libpq, without encryption, which would dominate the figures."""
         password = {"password": self.password} if self.password else {}
         return make_conninfo(
             "",
@@ -92,7 +92,7 @@ class Target:
         return Session(self.conninfo())
 
     def usage(self) -> Usage | None:
-        """What the process in between has used, if there is one."""
+        """What the process in between has used; None without one."""
         return None if self.pid is None else Usage.of(self.pid)
 
 
@@ -118,11 +118,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about targets.
+    """The options of the command line about targets.
 
     Args:
         server_bin: the folder of the server programs to use; None: the newest that is found.
-        server: a connection string of a running server, instead.
+        server: a connection string of a running server to use instead.
         pgbouncer: the program; None: the one on PATH.
         proxy: further options of ``serve``.
     """
@@ -156,7 +156,7 @@ class Targets:
         return found
 
     def relays(self) -> list[Target]:
-        """What stands between client and server."""
+        """The programs between client and server."""
         return [self.proxy, *([self.pgbouncer] if self.pgbouncer else [])]
 
     def all(self) -> list[Target]:
@@ -180,7 +180,7 @@ def open_targets(options: Options) -> Iterator[Targets]:
     """Starts everything, and stops it at the end.
 
     Raises:
-        BenchError: there is no server to be had.
+        BenchError: no server was found.
     """
     with contextlib.ExitStack() as stack:
         if options.server is not None:
@@ -205,7 +205,7 @@ def proxy(server: Target, *options: str) -> Iterator[Target]:
             passfile.write_text(f"*:*:*:{server.user}:{escaped}\n")
             options = ("--passfile", str(passfile), *options)
         upstream = f"host={server.host} port={server.port} sslmode=disable"
-        # 2 seconds: sessions of a client that we gave up on shall not hold us up.
+        # 2 seconds: sessions that we have given up shall not delay the end.
         process = stack.enter_context(Proxy(upstream, "--shutdown-timeout", "2s", *options))
         yield replace(server, name=PROXY, host="127.0.0.1", port=process.port, pid=process.pid)
 
@@ -225,7 +225,7 @@ def proxy_has_option(name: str) -> bool:
 
 @contextlib.contextmanager
 def pgbouncer(program: str, server: Target) -> Iterator[Target]:
-    """PgBouncer in session mode, as its defaults are, in front of a server."""
+    """PgBouncer in session mode, its default, in front of a server."""
     with tempfile.TemporaryDirectory(prefix="pgbg-bench-") as name:
         folder, port = Path(name), free_port()
         _write_pgbouncer_files(folder, server, port)
@@ -289,7 +289,7 @@ def _secrets(server: Target) -> Mapping[str, str]:
 
 
 def _unprivileged() -> str:
-    """The user that a program is to become that refuses to run as root."""
+    """The user for a program that refuses to run as root."""
     for name in ("postgres", "nobody"):
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name).pw_name
