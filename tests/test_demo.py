@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pwd
@@ -91,8 +92,10 @@ def _check_that_nobody_else_gets_in(pid: int, command: str) -> None:
     """Whoever connects is a superuser, and could have a shell by COPY FROM PROGRAM."""
     demo = psutil.Process(pid)
     for process in (demo, *demo.children(recursive=True)):
-        for socket in process.net_connections("inet"):
-            assert socket.status != psutil.CONN_LISTEN, (process, socket)
+        # A spare's backend may have ended since.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for socket in process.net_connections("inet"):
+                assert socket.status != psutil.CONN_LISTEN, (process, socket)
     if os.geteuid() == 0:
         server = next(p for p in demo.children(recursive=True) if p.name().startswith("postgres"))
         nobody = pwd.getpwnam("nobody")
