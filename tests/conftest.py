@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "server" in metafunc.fixturenames:
-        folders = _server_folders(metafunc.config.getoption("--server") or ["all"])
+        folders = _server_folders(*(metafunc.config.getoption("--server") or ["all"]))
         marks = () if metafunc.definition.get_closest_marker("every_server") else _EXHAUSTIVE
         metafunc.parametrize(
             "server",
@@ -83,7 +83,8 @@ def server_id(folder: Path | str) -> str:
     return f"pg{server_version(folder) // 10000}" if isinstance(folder, Path) else "none"
 
 
-def _server_folders(kinds: list[str]) -> list[Path]:
+@functools.cache  # It asks programs for their version.
+def _server_folders(*kinds: str) -> list[Path]:
     folders: list[Path] = []
     for kind in kinds:
         if kind in ("embedded", "all") and (wheel := find_wheel_bin()):
