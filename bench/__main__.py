@@ -33,7 +33,7 @@ from bench import (
     select_only,
     sustained,
 )
-from bench.effort import FULL, QUICK, Effort
+from bench.effort import FULL, QUICK, TRIAL, Effort
 from bench.harness import FAILURES, Bench, Progress
 from bench.results import Results
 from bench.targets import Options, Targets, open_targets
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # At SIGTERM, stop what we have started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _raise_file_limit()
-    effort = QUICK if arguments.quick else FULL
+    effort = TRIAL if arguments.trial else QUICK if arguments.quick else FULL
     options = Options(
         arguments.server_bin, arguments.server, arguments.pgbouncer, tuple(arguments.proxy_option)
     )
@@ -119,8 +119,9 @@ def save(results: Results, folder: Path) -> None:
     kind = f"{platform.system().lower()}-{os.cpu_count()}cores-{_gibibytes()}gib"
     # A partial run does not replace a full one.
     part = "" if set(results.measures()) >= MEASURES.keys() - MAY_BE_ABSENT else "-part"
-    quick = "-quick" if results.about["effort"] == QUICK.name else ""
-    stem = f"{results.about['date']}-{kind}{part}{quick}"
+    effort = results.about["effort"]
+    shorter = "" if effort == FULL.name else f"-{effort}"
+    stem = f"{results.about['date']}-{kind}{part}{shorter}"
     results.save(folder / f"{stem}.json")
     print(f"written: {folder / stem}.json")
     try:
@@ -152,7 +153,9 @@ def _pgbouncer_version(targets: Targets) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="about a minute instead of a quarter")
+    effort = parser.add_mutually_exclusive_group()
+    effort.add_argument("--quick", action="store_true", help="about a minute instead of a quarter")
+    effort.add_argument("--trial", action="store_true", help="seconds: whether it runs at all")
     server = parser.add_mutually_exclusive_group()
     server.add_argument(
         "--server-bin",

@@ -1,6 +1,6 @@
 """How much is measured.
 
-A full run gives figures to publish; a quick one is for a first look, and for the tests.
+A full run gives figures to publish, a quick one a first look; a trial shows that all of it runs.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ class Effort:
     """The sizes of everything that is measured.
 
     Args:
-        name: ``full`` or ``quick``.
+        name: ``full``, ``quick`` or ``trial``.
         limit: seconds after which no new round begins.
         rounds: of each measure, unless it has its own number.
-        pgbench_seconds: one run of pgbench.
+        pgbench_seconds: one run of pgbench; 0: a few transactions.
         scale: of pgbench's tables, in 100,000 rows.
+        modes: pgbench's protocols.
         clients: numbers of pgbench's clients.
         bulk: the share of the bulk sizes (1 M rows, 200 MB, …) that is moved.
         launches: launches in one block, one block of each kind a round.
@@ -33,6 +34,7 @@ class Effort:
     rounds: int
     pgbench_seconds: int
     scale: int
+    modes: tuple[str, ...]
     clients: tuple[int, ...]
     bulk: float
     launches: int
@@ -48,6 +50,7 @@ FULL: Final = Effort(
     rounds=3,
     pgbench_seconds=2,
     scale=10,
+    modes=("simple", "extended", "prepared"),
     clients=(1, 8, 32, 128),
     bulk=1.0,
     launches=200,
@@ -62,6 +65,7 @@ QUICK: Final = Effort(
     rounds=1,
     pgbench_seconds=1,
     scale=1,
+    modes=("simple", "extended", "prepared"),
     clients=(1, 8),
     bulk=0.2,
     launches=30,
@@ -69,4 +73,19 @@ QUICK: Final = Effort(
     rows=200_000,
     memory_clients=32,
     idle_connections=500,
+)
+TRIAL: Final = Effort(
+    name="trial",
+    limit=80,
+    rounds=1,
+    pgbench_seconds=0,
+    scale=1,
+    modes=("prepared",),
+    clients=(8,),
+    bulk=0.01,
+    launches=5,
+    sustained_seconds=1,
+    rows=5_000,
+    memory_clients=4,
+    idle_connections=20,
 )

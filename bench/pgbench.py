@@ -41,11 +41,14 @@ def run(
 ) -> Run:
     """One run; ``sampling``: the share of the transactions whose latency is recorded.
 
+    ``seconds`` = 0: a few transactions of each client.
+
     Raises:
         BenchError: pgbench failed, or a client of it was aborted.
     """
     threads = min(clients, os.cpu_count() or 1)
-    options = ("-n", "-c", str(clients), "-j", str(threads), "-T", str(seconds), *options)
+    length = ("-T", str(seconds)) if seconds else ("-t", "30")
+    options = ("-n", "-c", str(clients), "-j", str(threads), *length, *options)
     with tempfile.TemporaryDirectory(prefix="pgbg-bench-") as folder:
         if sampling is not None:
             log = ("--log", f"--log-prefix={folder}/log")

@@ -17,14 +17,13 @@ from bench.harness import Bench, Turn, percentile
 from bench.results import CPU_TRANSACTION, MEDIAN, P99, TPS, Outcome
 from bench.targets import Target
 
-MODES: Final = ("simple", "extended", "prepared")
 SAMPLING: Final = 0.2
 
 
 def run(bench: Bench) -> None:
     """Each mode with each number of clients."""
     bench.make_tables()
-    for mode in MODES:
+    for mode in bench.effort.modes:
         for clients in bench.effort.clients:
             case = f"pgbench -S -M {mode} -c {clients}"
             bench.alternate(

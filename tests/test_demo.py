@@ -131,9 +131,14 @@ def test_without_the_extra_the_demo_says_what_to_install() -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_the_benchmark_runs(temporary: Path) -> None:
-    with start(temporary, "bench", "--quick") as process:
+@pytest.mark.parametrize(
+    "effort",
+    ["--trial", pytest.param("--quick", marks=pytest.mark.slow)],
+)
+def test_the_benchmark_runs(temporary: Path, tmp_path: Path, effort: str) -> None:
+    with start(temporary, "bench", effort, "--results", str(tmp_path)) as process:
         said, _ = process.communicate(timeout=100)
     assert process.returncode == 0, said
     assert "launch, then result" in said
     assert "pgbench -S -M prepared -c 8" in said
+    assert "failed" not in said
