@@ -55,7 +55,7 @@ def wait_for(conn: Connection, handle: Handle) -> None:
     conn.execute("SELECT pg_background_wait_v2(%s, %s)", handle)
 
 
-# Between processes (SECURITY.md, H6)
+# Between processes (docs/security.md, H6)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_question_about_many_jobs(both: tuple[Connection, Connection]) -> None
     assert rows[-1][:3] == (*handle, "stopped")
 
 
-# What is kept (SECURITY.md, M1)
+# What is kept (docs/security.md, M1)
 
 
 def raised(conn: Connection, size: int, queue_size: int = 0) -> tuple[Handle, str]:
@@ -207,7 +207,7 @@ def test_memory_is_not_kept(start_proxy: StartProxy, scratch: str, what: str) ->
         wait_until(lambda: footprint.rss - before < 40 * MEGABYTE)
 
 
-# How long it takes (SECURITY.md, H4)
+# How long it takes (docs/security.md, H4)
 
 
 class Still:
@@ -323,7 +323,7 @@ def test_fields_are_cut_where_a_character_ends() -> None:
 
 
 async def test_a_job_that_has_ended_is_not_kept_until_its_timeout() -> None:
-    """RELIABILITY.md, F2: the timer of pg_background_run_query, which may be a day."""
+    """F2 of docs/security.md: the timer of pg_background_run_query, which may be a day."""
     server = ProxyServer(config.load())
     ended = job()
     server.limit(ended, 86_400_000)
@@ -336,7 +336,7 @@ async def test_a_job_that_has_ended_is_not_kept_until_its_timeout() -> None:
     assert gone() is None
 
 
-# Queues together (SECURITY.md, M1)
+# Queues together (docs/security.md, M1)
 
 
 def test_queues_together_hold_no_more_than_their_budget(server: Server, scratch: str) -> None:

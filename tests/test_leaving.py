@@ -49,7 +49,7 @@ CONVERSATIONS: Final[dict[str, list[m.Message | bytes]]] = {
     "calls": [m.Query(CALL), m.Query(RESULT), m.Query(b"SELECT 1")],
     "a batch": [*run(b"SELECT 1"), *run(b"SELECT 2"), SYNC, *run(b"SELECT 3"), SYNC],
     "a batch with calls": [*run(RESULT), *run(CALL), *run(b"SELECT 1"), SYNC, m.Query(b"SELECT 1")],
-    # The attack of SECURITY.md, H5.
+    # The attack H5 of docs/security.md.
     "a query within a batch": [m.Parse(b"", CALL), m.Query(b"SELECT '%b'" % (b"x" * 65_000))],
     "a query behind a batch": [
         m.Parse(b"s", CALL),
@@ -269,7 +269,7 @@ def test_whatever_a_client_has_half_said_its_backend_ends(left: Left, name: str)
 def test_twenty_that_leave_in_the_middle_of_a_query_leave_nothing(
     left: Left, leave: Callable[[socket.socket], None]
 ) -> None:
-    """The attack of SECURITY.md, H5: Parse of a call, then six bytes of a Query."""
+    """The attack H5 of docs/security.md: Parse of a call, then six bytes of a Query."""
     stream = stream_of("a query within a batch")
     parse = m.Parse(b"", CALL).serialize()
     for number in range(20):
@@ -345,7 +345,7 @@ def test_a_client_that_leaves_ends_a_wait_inside_the_database(
 def test_a_proxy_that_ends_leaves_no_function_waiting_for_it(
     server: Server, start_proxy: StartProxy, extended: str
 ) -> None:
-    """RELIABILITY.md, F8: a function that asks goes on asking unless it is told."""
+    """F8 of docs/security.md: a function that asks goes on asking unless it is told."""
     proxy = start_proxy("--shutdown-timeout", "0")
     ask = "PERFORM inside('pg_background_launch(''SELECT 1'')')"
     with contextlib.ExitStack() as stack, server.connect() as conn:
