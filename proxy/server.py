@@ -1,6 +1,6 @@
 """The proxy itself: it listens, makes a session of each client, and ends them all in good order.
 
-The rule: what belongs to no single session is here: the way to the server, the cancel keys, and
+Invariant: what belongs to no single session is here: the way to the server, the cancel keys, and
 the jobs that are running, also those whose session has ended. A `Server` is all that there is of it
 in one process; who takes its clients, and what tells it to stop, is up to those below (`serve`,
 `worker`).

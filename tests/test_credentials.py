@@ -1,6 +1,6 @@
 """How side backends log in: the files, what is learned from a client's login, and real logins.
 
-The rule: what lets a role in is shown on real servers, what keeps somebody out on bytes alone.
+Invariant: what lets a role in is shown on real servers, what keeps somebody out on bytes alone.
 """
 
 from __future__ import annotations

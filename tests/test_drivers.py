@@ -1,6 +1,6 @@
 """Python's drivers, direct and by the proxy: psycopg, asyncpg and SQLAlchemy see the same.
 
-The rule: an action gathers whatever the driver shows (values, types, notices, errors), and the two
+Invariant: an action gathers whatever the driver shows (values, types, notices, errors), and the two
 lists are equal; then the same driver launches jobs through the proxy and fetches them.
 """
 

@@ -1,6 +1,6 @@
 """Drivers of other languages, direct and by the proxy: node-postgres and pgJDBC see the same.
 
-The rule: each is one program that prints what it sees, a line each; it runs twice, and the outputs
+Invariant: each is one program that prints what it sees, a line each; it runs twice, and the outputs
 are equal. Then it runs a second part, with jobs, through the proxy.
 
 node-postgres is fetched by npm and pgJDBC by apt-get (or is taken from /usr/share/java, where the

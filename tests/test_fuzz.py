@@ -1,6 +1,6 @@
 """Fuzzing: whatever bytes come, from clients or from what should be a server, the proxy lives on.
 
-The rule: an attempt ends in time; the proxy writes no traceback, and keeps no descriptor and no
+Invariant: an attempt ends in time; the proxy writes no traceback, and keeps no descriptor and no
 memory; a new session works afterwards; and where a server answers by itself, the proxy's answer is
 the same. ``FUZZ_SECONDS=600 pytest tests/test_fuzz.py`` is the long run.
 

@@ -1,7 +1,7 @@
-"""Clients that leave in every state, and what is left of them in the server: nothing.
+"""Clients that leave in every state leave nothing behind in the server.
 
-The rule: a conversation is recorded as bytes, a client sends the beginning of it, cut anywhere, and
-is gone. Whatever that leaves half said, its backend ends; by TLS too, which cannot be half closed.
+A conversation is recorded as bytes; a client sends the beginning of it, cut anywhere, and is gone.
+Invariant: its backend ends, whatever was left incomplete; by TLS too, which cannot be half closed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every way to log in, with TLS or without on each side, for the session and for its jobs.
 
-The rule: the server decides who gets in. So each way is tried with the right password and with a
+Invariant: the server decides who gets in. So each way is tried with the right password and with a
 wrong one, and it is the server's own error that comes.
 """
 

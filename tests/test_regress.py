@@ -1,8 +1,8 @@
 """Regression files: what psql prints for them is the same direct and through the proxy.
 
-The rule: a file of `tests/regress` runs twice, each time in a fresh database with the same name, as
-PostgreSQL's own regression suite would run it (`psql -a -e < file > output 2>&1`). The two outputs
-must be the same byte for byte; masked is only what two runs against one server have different too.
+A file of `tests/regress` runs twice, each time in a fresh database of the same name, as
+PostgreSQL's own regression suite would run it (`psql -a -e < file > output 2>&1`). Invariant: the
+two outputs are the same byte for byte, but for what differs between two runs on one server too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """SECURITY DEFINER functions that launch: their jobs are their owner's, whoever calls them.
 
-The rule: as with the extension. The application's role is no member of the owner and may execute
+Invariant: as with the extension. The application's role is no member of the owner and may execute
 nothing but the wrapper; the job runs on a login of the owner, if the proxy has his credentials.
 The wrappers are those that ora2pg emits for autonomous transactions, and a warehouse's trigger.
 """

@@ -1,8 +1,7 @@
 """Settings that change how SQL is read, changed within a batch or a Query string.
 
-The rule: data never becomes SQL. What the server reads as a string is none of the proxy's business,
-whatever was set just before; and what it reads as a call gets the arguments that the server sees.
-As in `test_calls_in_protocol` a script is run direct, where functions of our names are plain
+Invariant: data never becomes SQL. Text that the server reads as a string is no call, whatever was
+set just before; and text that it reads as a call gets the arguments that the server sees. As in `test_calls_in_protocol` a script is run direct, where functions of our names are plain
 PL/pgSQL, and through the proxy, where there are none; the proxy may refuse what it cannot serve.
 """
 

@@ -1,6 +1,6 @@
 """TLS from clients: who may come without, both ways to begin it, and what is refused before it.
 
-The rule: a client is a real one (psql, psycopg, asyncpg), or a socket that sends what none would.
+Invariant: a client is a real one (psql, psycopg, asyncpg), or a socket that sends what none would.
 """
 
 from __future__ import annotations

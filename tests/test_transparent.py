@@ -1,8 +1,8 @@
 """Traffic without calls is the same through the proxy, byte for byte, and calls work after it.
 
-The rule: a script is run direct and through the proxy, and the two lists of messages must be equal.
-Then a job is launched and fetched on the proxied connection: a relay that has miscounted waits for
-an answer that never comes, or takes one for another.
+Each script runs direct and through the proxy. Invariant: the two lists of messages are equal. Then
+a job is launched and fetched on the proxied connection: a relay that has miscounted waits for an
+answer that never comes, or takes one for another.
 """
 
 # ruff: noqa: E501 (the tables of scripts are read in rows)

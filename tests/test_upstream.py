@@ -1,6 +1,6 @@
 """The way to the server: TLS in all its modes, several hosts, Unix sockets, cancel requests.
 
-The rule: what a mode means is libpq's to say. The server in these tests is PostgreSQL where it was
+Invariant: what a mode means is libpq's to say. The server in these tests is PostgreSQL where it was
 built with TLS, else another proxy in front of one, which has TLS in any case.
 """
 

@@ -1,6 +1,6 @@
 """Secrets of roles, asked of the server itself: PgBouncer's ``auth_query`` and ``auth_user``.
 
-The invariant: what is found here is one more line of the auth_file, and lets nobody in. It is used
+Invariant: what is found here is one more line of the auth_file, and lets nobody in. It is used
 to check a client, and to log in once more as a role that the server has let in already. It is
 remembered for `LIFETIME`, found or not, so that an old password is of no use for longer than that.
 

@@ -1,6 +1,6 @@
 """A server connection of our own: a side backend.
 
-The rule: it logs in as the client's role with that role's own credentials, and serves one job.
+Invariant: it logs in as the client's role with that role's own credentials, and serves one job.
 This file knows how to connect, log in, ask a query and cancel; what a job does with its
 connection is said in `jobs`.
 """

@@ -1,6 +1,6 @@
 """How an answer gets to a function that runs in the database: through a backend that it can see.
 
-The rule: nothing is written anywhere. An answer stands in what pg_stat_get_activity() shows of a
+Invariant: nothing is written anywhere. An answer stands in what pg_stat_get_activity() shows of a
 channel, an idle backend of ours with the session's login role, and is gone when the next one comes
 or the channel goes. A session has a channel to itself from its first call to the end of the
 statement; then another session of the same role may have it. What is shown is text without quotes

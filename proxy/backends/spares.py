@@ -1,6 +1,6 @@
 """Side backends that are logged in before they are needed.
 
-The rule: a spare is what a fresh login would have been a moment ago, and serves one job like it.
+Invariant: a spare is what a fresh login would have been a moment ago, and serves one job like it.
 Nobody gets one who has not been let in by the server as that role. None is opened for a role and
 database that never launch, none lives longer than `spare_lifetime`, and none takes a connection
 slot that is among the last free ones. Each remembers the `identity` of its login: who takes one

@@ -1,6 +1,6 @@
 """The way to the server: which host, and by which kind of connection.
 
-The rule: every connection to the server is opened here, and so in the same way, be it a session's
+Invariant: every connection to the server is opened here, and so in the same way, be it a session's
 own, a side backend, a cancel request or a look at what is there. A `Route` is what one connection
 found out, for those that must go the same way. Words and meanings are libpq's (manual, "Parameter
 Key Words"). Two things differ because the login is the client's own: which host has the

@@ -1,6 +1,6 @@
 """A job's result on its way into the database: blocks of rows.
 
-The rule: a block is whole rows, and about `SIZE` bytes of them, or one row if that is longer. The
+Invariant: a block is whole rows, and about `SIZE` bytes of them, or one row if that is longer. The
 next one is made when it is asked for, so the job waits for whoever reads its result.
 """
 

@@ -1,6 +1,6 @@
 """The SQL objects behind calls from inside the database: what the functions' bodies say.
 
-The rule: a body trusts nothing of the session that runs it. In what runs with the session's own
+Invariant: a body trusts nothing of the session that runs it. In what runs with the session's own
 search_path all names are schema-qualified, operators too; the others set theirs. What a body and
 the proxy say to each other is written down in `inside`, its other half.
 

@@ -1,6 +1,6 @@
 """The system catalogs as they would be if pg_background were the C extension.
 
-The rule: a query sees more, and nothing is stored. Only in statements that begin as queries, and
+Invariant: a query sees more, and nothing is stored. Only in statements that begin as queries, and
 only where a relation of these stands in FROM, a subquery takes its place, which has the same
 columns: so views and functions that the client defines get nothing of it, and whatever is not
 recognised for certain goes to the server as it came. Four relations are meant:

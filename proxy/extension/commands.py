@@ -1,6 +1,6 @@
 """Commands about the extension pg_background, as the client writes them.
 
-The rule: what is not recognised for certain, to its last token, is None and goes to the server as
+Invariant: what is not recognised for certain, to its last token, is None and goes to the server as
 it came; so a syntax error is the server's, and so is every other extension.
 """
 

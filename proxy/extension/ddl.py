@@ -1,6 +1,6 @@
 """CREATE EXTENSION pg_background and the other commands for it: the blocks that carry them out.
 
-The rule: the objects are ordinary ones, so rollbacks, privileges, dependencies and dumps are the
+Invariant: the objects are ordinary ones, so rollbacks, privileges, dependencies and dumps are the
 server's own. Each command is one DO block, in the client's transaction, whose errors and notices
 are in the words of the server's own command. In which schema is decided when it runs.
 """

@@ -1,7 +1,7 @@
 """Whether a database has the extension that CREATE EXTENSION made through the proxy, and which
 objects are its.
 
-The rule: the server is asked, each time; nothing but its catalogs says so. One function, the
+Invariant: the server is asked, each time; nothing but its catalogs says so. One function, the
 `MARKER`, says that the extension is here: its schema is the extension's, its body has the version,
 its comment is the extension's. So it goes with transactions, dumps and SET SCHEMA as all objects
 do.

@@ -1,6 +1,6 @@
 """A job whose SQL calls the functions itself: by a trigger of the table that it writes to, say.
 
-The rule: to what it calls, a job is a session of its own, with jobs of its own, which run on when
+Invariant: to what it calls, a job is a session of its own, with jobs of its own, which run on when
 it ends. Only it has no client: messages of its jobs are among its own.
 """
 

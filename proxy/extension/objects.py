@@ -1,6 +1,6 @@
 """The SQL objects that CREATE EXTENSION pg_background makes: types, functions, views.
 
-The rule: what there is to create is said in the table of functions, and nowhere else; what the
+Invariant: what there is to create is said in the table of functions, and nowhere else; what the
 functions do, in `bodies` and `privileges`. The texts are made without knowing the schema: `OWN`
 stands for it, and is to be replaced.
 """

@@ -1,6 +1,6 @@
 """Letting roles call the functions, and no longer: the helpers, and what they do.
 
-The rule: where the extension's objects are there, a role may call what it has EXECUTE on, and
+Invariant: where the extension's objects are there, a role may call what it has EXECUTE on, and
 granting is GRANT on each of them. Where they are not, whoever is a member of `EXECUTOR_ROLE` may
 call the functions, and granting is membership. Called directly or from inside the database, a
 helper does the same. It never fails: what went wrong is a NOTICE, undone, and the result is false.

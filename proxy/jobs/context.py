@@ -1,6 +1,6 @@
 """What a call needs to know of the session that makes it, and how a side backend takes it over.
 
-The rule: it is asked of the primary backend, in the transaction of the call, in the same round
+Invariant: it is asked of the primary backend, in the transaction of the call, in the same round
 trip. Nothing about roles and settings is remembered from earlier, because functions, SET LOCAL,
 rollbacks and other sessions' GRANTs change them where a proxy cannot see it. All names in this SQL
 are schema-qualified, operators too: the client chooses search_path.

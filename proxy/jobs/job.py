@@ -1,6 +1,6 @@
 """Background jobs: SQL strings that run in side backends.
 
-The rule: a job is one Query message in a backend of its own. PostgreSQL runs such a message as one
+Invariant: a job is one Query message in a backend of its own. PostgreSQL runs such a message as one
 transaction, so the string commits or fails as a whole, and a single statement may be one that
 refuses transaction blocks. (Behind a connection pooler it may not: there the transaction is open
 already, and is committed after the message.) Only the last statement's rows are results; what comes

@@ -1,6 +1,6 @@
 """How a job is launched: in a spare or a fresh backend, made into one of the session that launches.
 
-The rule: the backend logs in as the client did, with the same startup packet, and takes over what
+Invariant: the backend logs in as the client did, with the same startup packet, and takes over what
 the session has changed since. If any of that fails the launch fails; a job never runs with another
 role or other settings than its session had, not behind a connection pooler either.
 """

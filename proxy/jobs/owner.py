@@ -1,6 +1,6 @@
 """Whose jobs they are: a session; or a job, whose SQL launches others.
 
-The rule: to the functions and to the launcher both are the same. What differs is where an owner's
+Invariant: to the functions and to the launcher both are the same. What differs is where an owner's
 messages go, and what is known of its settings.
 """
 

@@ -1,6 +1,6 @@
 """The output of a job that nobody has taken yet.
 
-The rule: it is bounded. When as much as `limit` bytes is held, the job's backend is not read any
+Invariant: it is bounded. When as much as `limit` bytes is held, the job's backend is not read any
 more, and the server makes the job wait; and also when all queues of the process, or of the role,
 hold as much as they may together. Nothing is lost by that, and none waits for ever: a queue that
 is empty is always read.

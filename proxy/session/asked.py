@@ -1,6 +1,6 @@
 """What the client has asked and the server has not answered yet.
 
-The rule: this is the server's own reading of the client's messages, in their order. After an error
+Invariant: this is the server's own reading of the client's messages, in their order. After an error
 in the extended protocol it skips everything up to a Sync; while it reads COPY data it skips Sync.
 What it skips is never answered, so it must not be waited for (manual, "Extended Query", "COPY
 Operations").

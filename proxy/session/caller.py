@@ -1,6 +1,6 @@
 """The session as the functions see it: who calls, from which session, and what they may ask for.
 
-The rule: a call is made with the context that was read in its own transaction (`context`), and
+Invariant: a call is made with the context that was read in its own transaction (`context`), and
 whatever it asks of the primary backend goes there within the client's batch.
 """
 

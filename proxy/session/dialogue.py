@@ -1,6 +1,6 @@
 """The primary backend, while a batch is served message by message.
 
-The rule: what is sent to it is queued with what is to be done with the answer, and goes out
+Invariant: what is sent to it is queued with what is to be done with the answer, and goes out
 together, so a batch costs as few round trips as its calls allow. Its errors are passed on in the
 words of the client's own text; ours are raised in it too, so its transaction fails as well.
 """

@@ -1,6 +1,6 @@
 """Handing over a job's result: its shape is checked, its rows are passed on.
 
-The rule: rows go from the job to the client as the bytes that they are. They are taken apart only
+Invariant: rows go from the job to the client as the bytes that they are. They are taken apart only
 when the client wants some of the columns, binary format, or a limited number of rows.
 """
 

@@ -1,6 +1,6 @@
 """Passing bytes between a client and its primary backend, and noticing calls as they go by.
 
-The rule: what holds no call goes out as the bytes that came in, at once. Of each message the relay
+Invariant: what holds no call goes out as the bytes that came in, at once. Of each message the relay
 reads the type and the length. Three things make it look closer: a Query or Parse that mentions
 pg_background or a catalog that shows it, a message about a statement or portal that holds a call,
 and a server's error, which may be the complaint that such a function does not exist. A message that

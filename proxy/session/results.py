@@ -1,6 +1,6 @@
 """From Python values to what goes over the wire.
 
-The rule: a value has a declared type (`functions.Type`), and its text form is the one that
+Invariant: a value has a declared type (`functions.Type`), and its text form is the one that
 PostgreSQL prints; the binary form is made from that.
 """
 

@@ -1,6 +1,6 @@
 """One client: its connection, its primary backend, its jobs.
 
-The rule: the session decides who handles the two connections. First itself, for the startup
+Invariant: the session decides who handles the two connections. First itself, for the startup
 packets; then the relay; and for the length of a batch that holds a call, an interception. Whatever
 ends one connection ends the other, and lets the jobs run on.
 """

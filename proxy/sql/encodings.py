@@ -1,6 +1,6 @@
 """Client encodings: PostgreSQL's names and Python's codecs.
 
-The rule: SQL and results are never re-coded, they pass as bytes. A codec is needed only to count
+Invariant: SQL and results are never re-coded, they pass as bytes. A codec is needed only to count
 characters (an error's position) and for the words of our own errors.
 """
 

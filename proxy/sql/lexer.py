@@ -1,6 +1,6 @@
 """PostgreSQL's SQL cut into tokens: the manual's chapter "Lexical Structure", over bytes.
 
-The rule: this module reads exactly what the server's own scanner reads, and where it cannot it
+Invariant: this module reads exactly what the server's own scanner reads, and where it cannot it
 raises LexError. It knows words, quotes and brackets, no grammar; its offsets are byte offsets
 into the text as the client sent it.
 

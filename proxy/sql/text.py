@@ -1,6 +1,6 @@
 """SQL that the proxy writes itself, beside its queries.
 
-The rule: it is right in any session. Names are schema-qualified, and constants are written so that
+Invariant: it is right in any session. Names are schema-qualified, and constants are written so that
 neither standard_conforming_strings nor the client encoding changes what they say.
 """
 

@@ -1,6 +1,6 @@
 """The tokens of one statement, by their numbers: words, names, brackets and lists.
 
-The rule: what is not read for certain raises NotRecognizedError; time is linear in the text.
+Invariant: what is not read for certain raises NotRecognizedError; time is linear in the text.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The server never sees our functions. Where a call stands it gets a stand-in: an 
 evaluates and type-checks the call's arguments and returns them as one text[] literal. So errors
 in arguments, parameter types, Describe, portals and failed transactions are the server's own.
 
-The rule: **a statement is served only if its stand-in does what the statement would have done**.
+Invariant: **a statement is served only if its stand-in does what the statement would have done**.
 Whatever is not recognised for certain gives None, and passes through as it came. SQL is edited by
 source span, between tokens of our exact lexer; nothing is ever printed from a syntax tree.
 

@@ -1,7 +1,7 @@
 """A call as the last item of FROM, made for each row of the others:
 ``SELECT …, l.field, call(l.field), … FROM …, LATERAL call AS l``.
 
-The rule: the stand-in is evaluated as often as the call would be, and each row has its own.
+Invariant: the stand-in is evaluated as often as the call would be, and each row has its own.
 """
 
 from __future__ import annotations

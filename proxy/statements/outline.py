@@ -1,7 +1,7 @@
 """Where the calls of a statement stand, and which functions they call.
 
-The rule: `Outline` knows tokens, brackets and calls, and nothing of what a statement may look like;
-that is for those who recognise one shape each.
+Invariant: `Outline` knows tokens, brackets and calls, but not the shapes of statements. Each shape
+has a reader of its own.
 """
 
 from __future__ import annotations

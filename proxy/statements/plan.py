@@ -1,7 +1,7 @@
 """How a statement is served: its stand-in, the calls that are made of the stand-in's rows, and the
 client's columns.
 
-The rule: a plan says all that the interception needs to know of a statement, in terms of the
+Invariant: a plan says all that the interception needs to know of a statement, in terms of the
 stand-in's columns; where it stood in the text only `Rewrite` knows.
 """
 

@@ -1,6 +1,6 @@
 """The settings that decide how the server reads SQL.
 
-The rule: whoever reads a text in the server's stead knows these settings as the server has them
+Invariant: whoever reads a text in the server's stead knows these settings as the server has them
 when it reads it, or has a text that they make no difference to.
 
 The server reads a whole Query string, or the text of a Parse, when the message comes. Two settings

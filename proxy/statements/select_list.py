@@ -1,6 +1,6 @@
 """Calls as items of the select list: ``SELECT …, call, (call).field, … FROM …``.
 
-The rule: what else stands in the statement is free. Only the words that begin its clauses count,
+Invariant: what else stands in the statement is free. Only the words that begin its clauses count,
 and the commas between them, at its outermost level.
 """
 

@@ -1,7 +1,7 @@
 """The stand-in of a call: an expression that evaluates and type-checks the call's arguments, and
 returns them as the text of one text[].
 
-The rule: SQL is edited by source span, between tokens; nothing is ever printed from a syntax tree.
+Invariant: SQL is edited by source span, between tokens; nothing is ever printed from a syntax tree.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Calls that the proxy has not served: the server's complaint about them, in our words.
 
-The rule: such a statement goes to the server as it is. Functions of ours do not exist there, so
+Invariant: such a statement goes to the server as it is. Functions of ours do not exist there, so
 the server stops at the call, wherever it stands (a DO block, a view, a function's body), with
 undefined_function, and at our views with undefined_table. Only these errors are replaced; whatever
 else is wrong with a statement, the server says it first, and says it as it does without us.

@@ -1,6 +1,6 @@
 """The other worker processes, as one of them sees them: what they know, and what it tells them.
 
-The rule: who needs to know something asks when it needs it, all the others at once, and believes
+Invariant: who needs to know something asks when it needs it, all the others at once, and believes
 the answers; nothing that changes is kept in two places. Two exceptions are pushed, because they
 must be there before anybody asks: the end of a job that a peer has seen running, and the roles
 whose jobs a process knows, which a launch of a new role waits for (`context` reads the rights of

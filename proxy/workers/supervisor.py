@@ -1,6 +1,6 @@
 """Several processes that serve clients together, and the one that keeps them: this.
 
-The rule: the supervisor serves nobody and knows nothing of PostgreSQL. It listens, gives each
+Invariant: the supervisor serves nobody and knows nothing of PostgreSQL. It listens, gives each
 connection to the worker that has the fewest, hands on what the workers have to say to each other
 (`peers`), starts a worker anew when one dies, and ends when it is told to and all of them have
 ended. It is the only one that signals are meant for.

@@ -1,6 +1,6 @@
 """One of several processes that serve the clients; the supervisor starts it.
 
-The rule: a worker is a `Server` whose clients come through a socket, already accepted, and whose
+Invariant: a worker is a `Server` whose clients come through a socket, already accepted, and whose
 orders come through the bus. No more clients means: end when those that are here have. The bus gone
 means: the supervisor is gone, end at once, since nobody would notice otherwise. Signals are the
 supervisor's; SIGTERM alone asks to be drained and replaced.

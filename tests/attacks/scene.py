@@ -1,8 +1,8 @@
 """Where the attacks take place: two databases, an attacker, three victims; and the hostile code.
 
-The rule: an attack is judged by what the attacker has afterwards, never by how he was refused. Each
-job that he gets notes who it runs as, and as whom the code that launched it could have run itself.
-A job of a role that the code could not have become is a breach.
+Invariant: an attack is judged by what the attacker has afterwards, never by how it was refused.
+Each job of the attacker's notes who it runs as, and as whom its launching code could have run. A
+job of a role that the code could not have become is a breach.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The attacks that got somebody the rights of another, each as it was found.
 
-The rule: what is asserted is what the attacker has afterwards.
+Invariant: what is asserted is what the attacker has afterwards.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every place where code of others runs in a victim's session, with every means to get a job.
 
-The rule: hostile code notes as whom it could have run something itself, by RESET ROLE and RESET
+Invariant: hostile code notes as whom it could have run something itself, by RESET ROLE and RESET
 SESSION AUTHORIZATION, and no job that it gets may have run as anybody else. And the code has run,
 or the attempt says nothing.
 """

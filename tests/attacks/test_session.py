@@ -1,6 +1,6 @@
 """What hostile code can do with all that it may read and set in the session of a victim.
 
-The rule: the token, the messages, the settings, the channels and the locks are no secrets, and are
+Invariant: the token, the messages, the settings, the channels and the locks are no secrets, and are
 worth nothing to whoever has them.
 """
 

@@ -1,6 +1,6 @@
 """What the tests of real clients share: the same thing done direct and by the proxy, and programs.
 
-The rule: both sides begin alike (a fresh database of the same name), and nothing that a program or
+Invariant: both sides begin alike (a fresh database of the same name), and nothing that a program or
 a driver shows is left out of the comparison but what a direct repetition would change too.
 """
 

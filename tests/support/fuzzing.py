@@ -1,8 +1,8 @@
 """What the fuzzers share: hostile bytes for each phase, and the two ends that send them.
 
-The rule: an attempt says what it sends before it sends it, never looks at what comes back to decide
-how to go on, and ends within `LIMIT` seconds whatever the other side does. So an attempt that
-failed can be sent again, and the same bytes can be sent direct and through the proxy.
+Invariant: an attempt says what it sends before it sends it, does not depend on what comes back,
+and ends within `LIMIT` seconds whatever the other side does. So a failed attempt can be sent again,
+and the same bytes can be sent direct and through the proxy.
 
 `FUZZ_SECONDS` in the environment is how long all fuzzers together take on one server.
 """

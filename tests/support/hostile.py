@@ -1,6 +1,6 @@
 """What a client does who wants to harm the others: each of `DEEDS`, on a connection of its own.
 
-The rule: a deed ends within some seconds, whatever the other side does, and looks at no answer to
+Invariant: a deed ends within some seconds, whatever the other side does, and looks at no answer to
 learn whether it has worked. All of it is done as one role without rights, which the server gives
 `CONNECTIONS` at most.
 """

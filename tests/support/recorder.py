@@ -1,6 +1,6 @@
 """A frontend on a raw socket, message by message, and a recorder of what servers answer to it.
 
-The rule: what is sent goes out as it is, valid or not, cut where the test says; what comes in is
+Invariant: what is sent goes out as it is, valid or not, cut where the test says; what comes in is
 kept message by message, so two servers can be compared byte for byte. No read waits longer than
 its timeout.
 """
