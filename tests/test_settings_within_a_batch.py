@@ -1,8 +1,9 @@
 """Settings that change how SQL is read, changed within a batch or a Query string.
 
 Invariant: data never becomes SQL. Text that the server reads as a string is no call, whatever was
-set just before; and text that it reads as a call gets the arguments that the server sees. As in `test_calls_in_protocol` a script is run direct, where functions of our names are plain
-PL/pgSQL, and through the proxy, where there are none; the proxy may refuse what it cannot serve.
+set just before; and text that it reads as a call gets the arguments that the server sees.
+As in `test_calls_in_protocol`, a script runs direct, where functions of our names are PL/pgSQL,
+and through the proxy, where there are none; the proxy may refuse what it cannot serve.
 """
 
 from __future__ import annotations
