@@ -24,7 +24,6 @@ from proxy.api.like import like
 from proxy.extension import catalogs, commands
 from proxy.jobs.progress import progress_statement
 from proxy.session.caller import decode_argument
-from proxy.session.prepared import is_harmless
 from proxy.session.relay import mentions
 from proxy.session.session import Session
 from proxy.sql import encodings, lexer
@@ -58,7 +57,6 @@ def notes_settings() -> Any:
 def analyze(sql: bytes, **options: object) -> None:
     plan = analysis.analyze(sql, **options)  # type: ignore[arg-type]
     if plan is not None:
-        is_harmless(plan)
         plan.rewrite.original_position(len(plan.rewrite.sql), "utf-8")
         complaint(plan, b"function pg_catalog.textcat(integer, unknown)", len(sql))
 
@@ -90,7 +88,6 @@ READERS: Final[dict[str, tuple[int, Reader]]] = {
     "catalogs": (SHORT, lambda sql: catalogs.analyze(sql, server_version=180000)),
     "commands": (SHORT, commands.parse),
     "job": (LONG, job),
-    "is_harmless": (LONG, lambda sql: is_harmless(plan_of(sql))),
     "complaint": (LONG, lambda sql: complaint(plan_of(b""), sql, 1)),
     "unserved function": (LONG, lambda sql: unserved(error(b"42883", sql))),
     "unserved view": (LONG, lambda sql: unserved(error(b"42P01", sql))),
@@ -314,7 +311,7 @@ def names(size: int) -> bytes:
 @pytest.mark.parametrize(
     ("reader", "make", "size"),
     [
-        (READERS["is_harmless"][1], tags, LONG),
+        (analyze, tags, LONG),
         (analyze, names, SHORT),
         (analyze, lambda size: b"SELECT pg_background_launch('x') ORDER BY " + b"(" * size + b"1"
          + b")" * size, 4_000),

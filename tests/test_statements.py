@@ -826,6 +826,27 @@ def test_encodings_with_ascii_second_bytes() -> None:
     assert analyze(sql, standard_conforming_strings=False) is None
 
 
+@pytest.mark.parametrize(
+    ("sql", "expected"),
+    [
+        ("SELECT pg_background_launch('SELECT now() FROM t')", True),
+        ('SELECT pg_background_launch($1, 65536) AS "the (pid)" -- from here', True),
+        ("SELECT pg_background_launch(E'\\'' || $1), 1 - 2", True),
+        ("SELECT * FROM pg_background_result(pg_background_launch('x')) AS (n varchar(9))", True),
+        ("SELECT * FROM pg_background_result(1) AS (n int)", True),
+        ("SELECT pg_background_launch('x'), set_config('a.b', 'c', false)", False),
+        ("SELECT pg_background_launch((SELECT f()))", False),
+        ("SELECT pg_background_launch('x') FROM t", False),
+        ("SELECT pg_background_launch('x'), 1 === 2", False),
+        ("SELECT * FROM pg_background_result(f()) AS (n int)", False),
+    ],
+)
+def test_side_effects(sql: str, expected: bool) -> None:
+    plan = analyze(sql.encode())
+    assert plan is not None
+    assert plan.has_no_side_effects == expected
+
+
 def test_positions_map_back() -> None:
     sql = "SELECT 'é', pg_background_launch(nosuch) FROM t WHERE nothing"
     rewrite = scalar(sql).rewrite

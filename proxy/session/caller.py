@@ -35,7 +35,7 @@ from proxy.jobs.context import Context, activity_query, context_query, parse_con
 from proxy.jobs.interrupts import Waits
 from proxy.jobs.registry import Handle, KnownJob
 from proxy.session.dialogue import PrimaryDialogue
-from proxy.session.prepared import functions_of, is_harmless, misread, needs_of
+from proxy.session.prepared import functions_of, misread, needs_of
 from proxy.sql import encodings
 from proxy.statements.plan import Call, FieldOf, Plan
 
@@ -91,7 +91,7 @@ class SessionCaller:
                 relay.unreported[b"TimeZone"] = self._context.time_zone
                 if wanted and known:
                     self._context = replace(self._context, settings=session.settings)
-                elif wanted and lasting and is_harmless(plan):
+                elif wanted and lasting and plan.has_no_side_effects:
                     session.settings = self._context.settings
                     relay.untouched = True
                 timeout = self._context.statement_timeout.decode()

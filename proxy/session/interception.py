@@ -75,7 +75,6 @@ from proxy.session.prepared import (
     check_stand_in,
     client_fields,
     format_of,
-    is_harmless,
     misread,
     needs_of,
     outputs_of,
@@ -323,7 +322,7 @@ class Interception:
         along with a call: then the server's transaction, and its snapshot, do not wait with us."""
         if self._executed or self._relay.status != TransactionStatus.IDLE:
             return False
-        return Needs.PRIMARY not in needs_of(plan) and is_harmless(plan)
+        return Needs.PRIMARY not in needs_of(plan) and plan.has_no_side_effects
 
     async def _pass_rows_only(self, kind: int, body: bytes) -> None:
         """For the answer to Describe in a Query, where NoData is not said."""
@@ -693,7 +692,7 @@ class Interception:
     ) -> None:
         self._executed = True
         self._settings_known = False
-        if plan is None or isinstance(plan, Substitute) or not is_harmless(plan):
+        if plan is None or isinstance(plan, Substitute) or not plan.has_no_side_effects:
             self._relay.untouched = False
         self._primary.send(
             Execute(portal, max_rows).serialize(),
@@ -721,7 +720,7 @@ class Interception:
         assert isinstance(plan, ScalarPlan)
         needs = needs_of(plan)
         kept: list[tuple[int, bytes]] = []
-        may_set = not is_harmless(plan)
+        may_set = not plan.has_no_side_effects
 
         async def take(kind: int, body: bytes) -> None:
             if kept or Needs.PRIMARY in needs or (may_set and _has_other_letters(plan, kind, body)):
@@ -858,7 +857,7 @@ class Interception:
                 if portal.result is None:
                     if [len(row) for row in rows] != [len(portal.statement.fields)]:
                         raise misread()
-                    if not is_harmless(plan) and not (rows[0][-1] or b"").isascii():
+                    if not plan.has_no_side_effects and not (rows[0][-1] or b"").isascii():
                         await self._check_encoding()
                     portal.result = await self._open(portal, rows[0][-1])
                 await portal.result.describe()

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from protocol.errors import DATATYPE_MISMATCH, INTERNAL_ERROR, SQLError
 from protocol.messages import Field
@@ -20,9 +18,6 @@ from proxy.api.functions import Column, Function, Needs, Type
 from proxy.session.fetch import Fetch
 from proxy.session.results import Table, choose, fields_of
 from proxy.statements.plan import Call, ItemOutput, Plan, ResultPlan, ScalarPlan, Substitute
-
-# Where a constant begins: '…', or $…$, whose quote is no part of a name.
-_CONSTANT: Final = re.compile(rb"'|(?<![\w$\x80-\xff])\$[A-Za-z_\x80-\xff]?[\w\x80-\xff]*+\$")
 
 
 @dataclass(slots=True)
@@ -65,42 +60,6 @@ def functions_of(plan: Plan) -> list[Function]:
 def needs_of(plan: Plan) -> Needs:
     """What all calls of a plan need together."""
     return functools.reduce(operator.or_, (function.needs for function in functions_of(plan)))
-
-
-def is_harmless(plan: Plan) -> bool:
-    """Whether the stand-in can have no effect: it holds but the calls, constants and parameters.
-
-    For what is not certain at a glance the answer is no, which costs a round trip.
-    """
-    text = plan.rewrite.original
-    if any(mark in text for mark in (b"\\", b"--", b"/*", b'"')):
-        return False
-    code = _without_constants(text)
-    if code is None:
-        return False
-    code = code.lower()
-    if isinstance(plan, ScalarPlan):
-        made = sum(map(_calls_in, (column.call for column in plan.columns)))
-        return b"from" not in code and code.count(b"(") == made
-    before, _, _ = code.partition(b")")
-    return before.count(b"(") == _calls_in(plan.call) and code.count(b"from") <= 1
-
-
-def _without_constants(sql: bytes) -> bytes | None:
-    parts: list[bytes] = []
-    end = 0
-    while (opening := _CONSTANT.search(sql, end)) is not None:
-        parts.append(sql[end : opening.start()])
-        closing = sql.find(opening[0], opening.end())
-        if closing < 0:
-            return None
-        end = closing + len(opening[0])
-    return b"".join([*parts, sql[end:]])
-
-
-def _calls_in(call: Call) -> int:
-    inner = (argument.value for argument in call.arguments)
-    return 1 + sum(_calls_in(value) for value in inner if isinstance(value, Call))
 
 
 def shape_unknown(plan: Plan | Substitute) -> bool:

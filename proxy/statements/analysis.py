@@ -27,15 +27,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from proxy.api.functions import FUNCTIONS, VIEWS, Function
-from proxy.sql.lexer import LexError, split
+from proxy.sql.lexer import Kind, LexError, split
 from proxy.sql.tokens import NotRecognizedError
 from proxy.statements.from_item import from_item, from_subquery, lone_item, subquery, view
 from proxy.statements.lateral import last_in_from, with_lateral
 from proxy.statements.outline import TRIGGER, Outline
-from proxy.statements.plan import Plan
+from proxy.statements.plan import Plan, ResultPlan
 from proxy.statements.select_list import select_items
 
 
@@ -66,7 +67,9 @@ def analyze(
         )
         if len(statements) != 1:
             return None
-        return _plan(Outline(sql, statements[0].tokens, encoding, functions))
+        outline = Outline(sql, statements[0].tokens, encoding, functions)
+        plan = _plan(outline)
+        return replace(plan, has_no_side_effects=_has_no_side_effects(outline, plan))
     except (LexError, NotRecognizedError):
         return None
 
@@ -78,12 +81,12 @@ _CALL: Final = re.compile(
 _QUERY: Final = re.compile(rb"[\s;]*+(?:select|with|table|--|/\*)", re.IGNORECASE)
 
 
-def _plan(outline: Outline) -> Plan | None:
+def _plan(outline: Outline) -> Plan:
     sites = outline.sites()
     if not sites:
         return view(outline)
     if outline.keyword(0) not in ("select", "with"):
-        return None
+        raise NotRecognizedError("not a query")
     if (lateral := last_in_from(outline, sites[-1])) is not None:
         return with_lateral(outline, lateral)
     if len(sites) == 1:
@@ -95,3 +98,26 @@ def _plan(outline: Outline) -> Plan | None:
         if (opening := subquery(outline, site)) is not None:
             return from_subquery(outline, site, opening)
     return select_items(outline, sites)
+
+
+# Operators that are found in pg_catalog, and have no side effects there; ``*`` is no operator here.
+_OPERATORS: Final = frozenset((b"*", b"||", b"+", b"-"))
+
+
+def _has_no_side_effects(outline: Outline, plan: Plan) -> bool:
+    """Whether the server evaluates constants and parameters only: in the whole statement, or in a
+    function's arguments if that stands in FROM, where nothing else is evaluated.
+
+    For what is not certain at a glance the answer is no, which costs a round trip.
+    """
+    texts = outline.texts
+    if isinstance(plan, ResultPlan):
+        texts = texts[: texts.index(b")")] if b")" in texts else texts
+    elif any(text.lower() == b"from" for text in texts):
+        return False
+    operators = (
+        text
+        for token, text in zip(outline.tokens, texts, strict=False)
+        if token.kind is Kind.OPERATOR
+    )
+    return texts.count(b"(") == len(outline.ours) and _OPERATORS.issuperset(operators)

@@ -161,6 +161,7 @@ class ScalarPlan:
     Without ``outputs`` the client's columns are the stand-in's, with their names.
     ``in_from``: the first of the calls stands in FROM, behind the others.
     ``width``: how many columns the stand-in has, None if a ``*`` hides that.
+    ``has_no_side_effects``: whether the server executes nothing that has any; a no may be wrong.
     """
 
     rewrite: Rewrite
@@ -168,6 +169,7 @@ class ScalarPlan:
     outputs: tuple[ItemOutput, ...] | None = None
     in_from: bool = False
     width: int | None = None
+    has_no_side_effects: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +197,15 @@ class ResultPlan:
     ``defined_columns + 1`` are for the proxy alone. All but the last are NULL; their types count,
     and nothing has yet compared them with the function's. Without one its only column is the call's
     arguments.
+
+    ``has_no_side_effects``: as in `ScalarPlan`.
     """
 
     rewrite: Rewrite
     call: Call
     outputs: tuple[Output, ...]
     defined_columns: int
+    has_no_side_effects: bool = False
 
 
 Plan = ScalarPlan | ResultPlan
