@@ -839,6 +839,10 @@ def test_encodings_with_ascii_second_bytes() -> None:
         ("SELECT pg_background_launch('x') FROM t", False),
         ("SELECT pg_background_launch('x'), 1 === 2", False),
         ("SELECT * FROM pg_background_result(f()) AS (n int)", False),
+        (
+            "SELECT * FROM pg_background_result_v2(pg_background_launch('x'), f()) AS (n int)",
+            False,
+        ),
     ],
 )
 def test_side_effects(sql: str, expected: bool) -> None:

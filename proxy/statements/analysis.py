@@ -110,14 +110,16 @@ def _has_no_side_effects(outline: Outline, plan: Plan) -> bool:
 
     For what is not certain at a glance the answer is no, which costs a round trip.
     """
-    texts = outline.texts
+    tokens = range(len(outline.texts))
     if isinstance(plan, ResultPlan):
-        texts = texts[: texts.index(b")")] if b")" in texts else texts
-    elif any(text.lower() == b"from" for text in texts):
+        if sites := outline.sites():
+            tokens = range(sites[0].first, sites[0].last + 1)
+    elif any(text.lower() == b"from" for text in outline.texts):
         return False
-    operators = (
-        text
-        for token, text in zip(outline.tokens, texts, strict=False)
-        if token.kind is Kind.OPERATOR
-    )
-    return texts.count(b"(") == len(outline.ours) and _OPERATORS.issuperset(operators)
+    opened = 0
+    for index in tokens:
+        text = outline.texts[index]
+        opened += text == b"("
+        if outline.tokens[index].kind is Kind.OPERATOR and text not in _OPERATORS:
+            return False
+    return opened == len(outline.ours)
