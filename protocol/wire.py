@@ -88,7 +88,7 @@ class Reader:
         return self._body[start:end]
 
     def value(self) -> bytes | None:
-        """An Int32 length and so many bytes; length -1 is NULL, which gives None."""
+        """An Int32 length and that many bytes; length -1 is NULL, which gives None."""
         length = self.int32()
         return None if length == -1 else self.take(length)
 

@@ -58,8 +58,8 @@ SIGTERM or SIGINT: no new clients; running sessions and jobs have --shutdown-tim
 second signal ends them at once. SIGHUP: the configuration and its files are read again. Exit codes:
 0 clean stop, 1 failure at run time, 2 wrong option or configuration.
 
-With --workers the clients are shared out over so many processes, to whichever has the fewest; a
-supervisor, the process that was started, listens, restarts one that dies and passes signals on.
+With --workers, that many processes serve the clients; a new client goes to the one with the fewest.
+A supervisor, the process that was started, listens, restarts one that dies and passes signals on.
 
 examples:
   {PROGRAM} serve --upstream "host=127.0.0.1 port=5432"

@@ -70,7 +70,7 @@ class Setup:
         return route
 
     def _warn_of_strangers(self) -> None:
-        """Say it if whoever answers in the server's place is given what the proxy keeps secret."""
+        """Warn if an unverified server can be sent the proxy's secrets."""
         config = self.config
         names = ("passfile", "auth_file", "auth_user")
         secrets = [name for name in names if getattr(config, name)]

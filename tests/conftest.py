@@ -39,12 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         help="embedded, debian, all (the default: what is at hand), or a folder of server programs",
     )
-    parser.addoption("--workers", help="run every proxy with so many processes: N or auto")
+    parser.addoption("--workers", help="run every proxy with this many processes: N or auto")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # An example's time depends on what else the machine does; the test's own limit is enough.
-    # CI judges a change by the same examples as the one before; whoever works on it gets new ones.
+    # CI judges a change by the same examples as the one before; developers get new ones.
     settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
     settings.load_profile("ours")
     if workers := config.getoption("--workers"):

@@ -124,7 +124,7 @@ def test_a_question_about_many_jobs(both: tuple[Connection, Connection]) -> None
 
 
 def raised(conn: Connection, size: int, queue_size: int = 0) -> tuple[Handle, str]:
-    """A job whose error has so many characters; its message as it is fetched."""
+    """A job whose error has this many characters; its message as it is fetched."""
     sql = f"DO $$ BEGIN RAISE EXCEPTION '%', repeat('é', {size}) || 'e'; END $$"
     row = conn.execute(
         "SELECT (pg_background_launch_v2(%s, %s)).*", [sql, queue_size], binary=True
@@ -340,7 +340,7 @@ async def test_a_job_that_has_ended_is_not_kept_until_its_timeout() -> None:
 
 
 def test_queues_together_hold_no_more_than_their_budget(server: Server, scratch: str) -> None:
-    """Ten of 5 MB that nobody reads; then all are read, and nothing is missing."""
+    """Ten of 5 MB without a reader; then all are read, and nothing is missing."""
     options = ("--queue-memory", "4MB", "--role-queue-memory", "2MB")
     with Proxy(upstream_of(server), *options) as proxy, proxy.connect(dbname=scratch) as conn:
         assert len(run(conn, "SELECT n, repeat('x', 1000) FROM generate_series(1, 999) n")) == 999

@@ -1,8 +1,8 @@
-"""What another session waits for an answer while somebody sends the proxy what is hard to read.
+"""How long a session waits for an answer while another sends texts that are hard to read.
 
-Compared with its wait beside a statement of the same length that says nothing of pg_background, in
-its own time: so many of its round trips on an idle proxy. Each is the least of several tries, since
-a busy machine makes everybody wait at times; an event loop that is held makes him wait every time.
+It is compared with the wait beside a statement of the same length without pg_background, in
+the session's own unit: round trips on an idle proxy. Each is the least of several tries, since
+a busy machine makes everybody wait at times; a blocked event loop does so every time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRIES: Final = 3
 TIMES: Final = 20
 """How many times as long the wait may be."""
 ROUND_TRIPS: Final = 100
-"""A wait that is no longer than so many round trips is none."""
+"""A wait of fewer round trips does not count."""
 
 
 class Bystander:

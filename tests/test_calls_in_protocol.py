@@ -2,7 +2,7 @@
 
 Invariant: there is a database with functions of our names in plain PL/pgSQL, which answer as ours
 do. A script is run there direct, and through the proxy where no such functions are; the messages
-must be equal, but for pids. What PL/pgSQL cannot do is asserted in so many words.
+must be equal, but for pids. What PL/pgSQL cannot do is asserted explicitly.
 """
 
 # ruff: noqa: E501 (the tables of scripts are read in rows)
@@ -320,7 +320,7 @@ SCRIPTS: dict[str, Script] = {
         q("SELECT 'ü', pg_background_launch(1)"), READY,
         p("SELECT * FROM pg_background_result('x'::text) AS (n int)"), S, READY,
         p("SELECT * FROM pg_background_result(1) AS (n none)"), S, READY],
-    "functions that are none": [
+    "functions that do not exist": [
         q("SELECT pg_background_launch()"), READY, q("SELECT pg_background_launch('x', 1, 'l', 2)"), READY,
         q("SELECT pg_background_launch(nope => 'x')"), READY],
     "named arguments": [

@@ -187,9 +187,7 @@ def check_own_session_still_knows(conn: Connection, handle: Handle) -> None:
     assert conn.execute(query).fetchone() == (5,)
 
 
-@pytest.mark.xfail(
-    reason="texts of a job go out in its launcher's client_encoding, whoever asks", strict=True
-)
+@pytest.mark.xfail(reason="texts of a job go out in its launcher's client_encoding", strict=True)
 def test_label_and_error_in_the_encoding_of_whoever_asks(proxy: Proxy, scratch: str) -> None:
     with proxy.connect(dbname=scratch) as first, proxy.connect(dbname=scratch) as second:
         first.execute("SET client_encoding = 'LATIN1'")

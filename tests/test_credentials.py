@@ -596,7 +596,7 @@ def test_server_that_does_not_know_the_secret_is_refused() -> None:
 
 @pytest.mark.parametrize("step", [AuthenticationSASLContinue, AuthenticationSASLFinal])
 def test_server_cannot_leave_out_its_proof(step: type[Message]) -> None:
-    """Whatever comes in place of the next SCRAM message: nobody is logged in, nothing is sent."""
+    """Whatever comes in place of the next SCRAM message: no login, nothing is sent."""
     for request in (OK, SASL, CLEARTEXT, MD5, AuthenticationSASLFinal(b"v=AA==")):
         found = credentials(login=observed(CLEARTEXT, PasswordMessage(PASSWORD), OK))
         authenticator = Authenticator(found)

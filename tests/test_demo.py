@@ -89,7 +89,7 @@ def _check_that_the_command_works(command: str) -> None:
 
 
 def _check_that_nobody_else_gets_in(pid: int, command: str) -> None:
-    """Whoever connects is a superuser, and could have a shell by COPY FROM PROGRAM."""
+    """Each client is a superuser, and could have a shell by COPY FROM PROGRAM."""
     demo = psutil.Process(pid)
     for process in (demo, *demo.children(recursive=True)):
         # A spare's backend may have ended since.

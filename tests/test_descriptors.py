@@ -39,7 +39,7 @@ def processes(proxy: Proxy) -> list[psutil.Process]:
 
 
 def leave(process: psutil.Process, room: int) -> None:
-    """Let it have so many descriptors more."""
+    """Let it have this many descriptors more."""
     limit = max(int(name) for name in _open(process)) + 1 + room
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
 

@@ -1,4 +1,4 @@
-"""What waits in a database for the next job keeps nobody from dropping it."""
+"""Spares and idle channels in a database do not prevent dropping it."""
 
 from __future__ import annotations
 

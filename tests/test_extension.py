@@ -348,7 +348,7 @@ def test_rollback_undoes_it(conn: Connection, observer: Connection) -> None:
     with conn.transaction(force_rollback=True):
         create(conn)
         assert version(conn) == "1.10"
-        assert one(observer, OURS) == before[0]  # nobody else sees it
+        assert one(observer, OURS) == before[0]  # no other session sees it
     assert (one(observer, OURS), one(observer, TYPES)) == before
     create(conn)
     there = one(observer, OURS), one(observer, TYPES)
@@ -449,7 +449,7 @@ def test_position_of_an_error_behind_it(conn: Connection, observer: Connection) 
 
 
 def test_call_behind_it_in_the_same_query(conn: Connection) -> None:
-    """What is not committed is nobody's yet, as far as the proxy can see."""
+    """The proxy cannot see what is not committed yet."""
     create = "CREATE EXTENSION pg_background VERSION '2.0'"
     error = failure(conn, f"{create}; SELECT (pg_background_launch('SELECT 1')).*")
     assert message(error) == ("42501", "calls from inside the database are not served here")
@@ -836,7 +836,7 @@ def test_role_that_is_no_superuser(
 def test_role_that_may_only_create(
     proxy: Proxy, scratch: str, conn: Connection, observer: Connection, role: str
 ) -> None:
-    """It has an extension of its own, and nobody else has anything to do with it."""
+    """It has an extension of its own, which affects no other role."""
     observer.execute(f"GRANT CREATE ON DATABASE {scratch} TO {role}")
     observer.execute(f"CREATE SCHEMA of_{role} AUTHORIZATION {role}")
     with proxy.connect(dbname=scratch, user=role) as plain:
@@ -869,7 +869,7 @@ def test_marker_of_another_role(
     schema: str,
     says: str,
 ) -> None:
-    """It makes no call of others fail, and keeps nobody from creating the extension."""
+    """It makes no other role's call fail, and does not prevent creating the extension."""
     observer.execute(f"GRANT CREATE ON DATABASE {scratch} TO {role}")
     schema = schema.replace("of_role", f"of_{role}")
     observer.execute(f"CREATE SCHEMA of_{role} AUTHORIZATION {role}")
@@ -921,7 +921,7 @@ def test_nobody_else_makes_others_believe_in_an_extension(
 
 
 def test_operators_of_the_search_path_are_not_used(conn: Connection, role: str) -> None:
-    """Whoever creates it may have another's operators before the server's."""
+    """The creating role may have another's operators before the server's."""
     conn.execute("CREATE SCHEMA trap")
     conn.execute(
         "CREATE FUNCTION trap.sprung(name, name) RETURNS bool LANGUAGE plpgsql AS"

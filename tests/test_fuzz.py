@@ -240,7 +240,7 @@ def test_a_startup_packet_of_the_greatest_length_is_taken(
 
 
 def test_an_error_of_60_mb_is_not_gathered_in_quadratic_time(watched: Watched) -> None:
-    """It took 16 seconds, and nobody else was served meanwhile."""
+    """It took 16 seconds, and no other client was served meanwhile."""
     sql = "DO $$BEGIN RAISE EXCEPTION '%', repeat('x', 60000000); END$$"
     with Frontend(watched.proxy, timeout=LIMIT) as client, Frontend(watched.proxy) as other:
         client.send(q(sql))
@@ -267,7 +267,7 @@ def _has_answer(client: Frontend) -> bool:
 
 
 def test_sessions_cut_off_as_their_call_arrives_leave_no_warning(watched: Watched) -> None:
-    """A task that was cancelled before it began left a coroutine that nobody awaited."""
+    """A task that was cancelled before it began left a coroutine that was never awaited."""
     for _ in range(30):
         exchange(watched.proxy, [STARTUP, CALL.serialize()], reset=True)
     watched.check()

@@ -282,7 +282,7 @@ def text_of(beginning: bytes, fragment: bytes, ending: bytes) -> Callable[[int],
 )
 @pytest.mark.parametrize("name", READERS)
 def test_time_is_linear_in_what_is_repeated(name: str, step: int, quick: int) -> None:
-    """Each fragment after every so many of the beginnings."""
+    """Each fragment after some of the beginnings."""
     size, reader = READERS[name]
     slow = {}
     for at, fragment in enumerate(FRAGMENTS):

@@ -434,7 +434,7 @@ def test_a_roles_name_does_nothing_to_who_reads_the_log(
 def test_strangers_cannot_make_the_proxy_log_in_without_end(
     tls_roles: Server, start_proxy: StartProxy, certificates: Certificates, lookup_file: str
 ) -> None:
-    """A lookup is a login as auth_user; so many are made for one address, and the log says so."""
+    """Lookups log in as auth_user. Those for one address are limited, and the log says so."""
     with tls_roles.connect() as conn:
         conn.execute("ALTER SYSTEM SET log_connections = on")
     tls_roles.set_hba([*TLS_HBA, "host all all 127.0.0.1/32 scram-sha-256"])

@@ -66,7 +66,7 @@ def test_names_are_the_same_as_for_the_server(
         Frontend(proxy, database="ours_names", client_encoding=encoding) as proxied,
     ):
         for size in SIZES:
-            # So many bytes for the client; and so many for the server, which may differ.
+            # That many bytes for the client, and for the server; the two may differ.
             for count in {size // len(one), size // len(letter.encode())}:
                 pairs = itertools.product([b"", b"x"], ends)
                 for begin, (end, other) in itertools.product((b"", b"_"), pairs):

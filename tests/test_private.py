@@ -131,7 +131,7 @@ def test_a_socket_that_somebody_listens_at_is_not_removed(
     with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as waiting:
         listening.bind(str(path))
         listening.listen(backlog)
-        waiting.connect(str(path))  # with a backlog of 0 nobody else gets in
+        waiting.connect(str(path))  # with a backlog of 0 no other client gets in
         done = serve(
             *("--listen", f"{tmp_path}:7777", "--upstream"),
             f"host={server.host} port={server.port}",

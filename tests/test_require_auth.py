@@ -1,7 +1,7 @@
-"""Whoever answers in the server's place gets no password, and no memory.
+"""A false server gets no password, and cannot use up memory.
 
-The false servers are on this machine; ``127.1`` is a name of it that does not say so, and stands
-for a host on a network.
+The false servers are on this machine; ``127.1`` is a name of it that does not look local, and
+stands for a host on a network.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ def test_a_job_sends_no_password_of_ours_to_a_host_that_nothing_proves(
 )
 def test_the_word_is_read_as_libpq_reads_it(value: str) -> None:
     try:
-        # Nobody listens at this port: what it says tells whether it was read.
+        # Nothing listens at this port: the error tells whether the setting was read.
         psycopg.connect(make_conninfo("host=127.0.0.1 port=1", require_auth=value))
     except psycopg.OperationalError as error:
         fine = "require_auth" not in str(error)

@@ -1,5 +1,5 @@
-"""Nobody learns by a failed login which roles the proxy knows: TLS on both sides, as it is there
-that the proxy checks clients itself."""
+"""A failed login does not tell which roles the proxy knows. With TLS on both sides, where the proxy
+checks clients itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SECURITY DEFINER functions that launch: their jobs are their owner's, whoever calls them.
+"""SECURITY DEFINER functions that launch: their jobs are the owner's, not the caller's.
 
 Invariant: as with the extension. The application's role is no member of the owner and may execute
 nothing but the wrapper; the job runs on a login of the owner, if the proxy has his credentials.

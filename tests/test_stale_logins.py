@@ -215,7 +215,7 @@ INSIDE = "WITH l AS (SELECT pg_background_launch(%s) AS pid) SELECT pid FROM l"
 def test_channels_are_retired_with_their_role(
     stale: Proxy, server: Server, admin: Connection, db: str
 ) -> None:
-    """Calls from inside the database: a new role of an old name, and a superuser that is none."""
+    """Calls from inside the database: a new role of an old name, and a former superuser."""
     with stale.connect(dbname=db) as conn:
         conn.execute("CREATE EXTENSION pg_background")
     channels = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background channel'"

@@ -452,7 +452,7 @@ def test_wal_is_streamed(server: Server, start_proxy: StartProxy, tmp_path: Path
     proxy = start_proxy()
     with server.connect() as conn:
         conn.execute("SELECT pg_switch_wal()")
-        # There is WAL behind the end asked for, so nobody waits for the server to write some.
+        # There is WAL behind the end asked for, so there is no wait for the server to write some.
         row = conn.execute("SELECT pg_logical_emit_message(false, 'test', 'here')").fetchone()
         conn.execute("SELECT pg_logical_emit_message(false, 'test', 'and beyond')")
         conn.execute("CHECKPOINT")

@@ -258,7 +258,7 @@ def test_one_that_dies_again_and_again(server: Server, start_proxy: StartProxy) 
     for turn in range(3):
         wait_until(lambda turn=turn: proxy.log.count("is ready") == 2 + turn)  # type: ignore[misc]
         os.kill(workers(proxy)[0].pid, signal.SIGKILL)
-        with proxy.connect() as conn:  # whoever is there
+        with proxy.connect() as conn:  # any worker
             assert one(conn, "SELECT 1") == 1
     assert proxy.stop() == 0
 
@@ -399,7 +399,7 @@ def test_a_worker_that_cannot_start_again_is_tried_while_others_serve(
         file.unlink()
         wait_until(lambda: proxy.log.count("is ready") == 3)
         assert one(kept, "SELECT 1") == 1
-        # Nobody is left, and nobody can come.
+        # No worker is left, and none can start.
         file.touch()
         for worker in workers(proxy):
             worker.kill()

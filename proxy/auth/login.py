@@ -1,6 +1,6 @@
 """A client's login: everything between the startup packet and AuthenticationOk.
 
-Invariant: who is let in is the server's decision, always. Three ways lead to it:
+Invariant: the server decides who is let in, always. There are three ways to ask it:
 
 - The messages pass through. Only SCRAM-SHA-256-PLUS is taken out of what the server offers: it
   binds the login to one TLS connection, and here there are two.

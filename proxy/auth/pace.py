@@ -20,7 +20,7 @@ _OTHERS: Final = object()
 class Pace:
     """Buckets of `burst` tokens, each of which gains `rate` tokens a second.
 
-    A bucket may go `patience` tokens into debt: so many callers may have to wait.
+    A bucket may go `patience` tokens into debt: that many callers may have to wait.
     """
 
     burst: float

@@ -1,12 +1,12 @@
 """Secrets of roles, asked of the server itself: PgBouncer's ``auth_query`` and ``auth_user``.
 
-Invariant: what is found here is one more line of the auth_file, and lets nobody in. It is used
-to check a client, and to log in once more as a role that the server has let in already. It is
-remembered for `LIFETIME`, found or not, so that an old password is of no use for longer than that.
+Invariant: the result is like one more line of the auth_file; it does not let a client in. It serves
+to check a client, and to log in again as a role that the server has let in already. It is
+remembered for `LIFETIME`, found or not, so that an old password stops working after that.
 
-Who has a lookup made may be nobody yet: anybody who can connect names a role. So nothing of a
-client decides where the query runs (`Config.lookup_database`), and how often clients of one address
-may have one made is limited, as is what the log says of it.
+A lookup may be for a client that has not logged in: anybody who can connect names a role. So a
+client does not decide where the query runs (`Config.lookup_database`), and lookups for the clients
+of one address are limited, as are the log lines about them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LIFETIME: Final = 10.0
 
 _MAX_REMEMBERED: Final = 1000
 _AT_A_TIME: Final = 4
-"""Lookups at the same time: who may ask is anybody who has a role's name."""
+"""Lookups at the same time; any client may cause one."""
 
 BURST: Final = 20.0
 RATE: Final = 5.0
 PATIENCE: Final = 20.0
-"""Lookups for clients of one address that have not logged in: so many at once, so many a second,
-and so many that wait for their turn. A role whose answer is remembered needs none."""
+"""Lookups for clients of one address that have not logged in: at once, each second, and waiting for
+their turn. A role whose answer is remembered needs none."""
 
 _SILENCE: Final = 60.0
 """Seconds in which the log does not say the same again."""

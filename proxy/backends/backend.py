@@ -89,7 +89,7 @@ class Backend(asyncio.BufferedProtocol):
         is_pooled: whether there is a pooler in between; then a transaction is open for the job.
         ready: whether it has logged in.
         parameters: of its ParameterStatus messages.
-        system_id: of its database cluster (`identity`); None if nobody has asked.
+        system_id: of its database cluster (`identity`); None if not asked for.
         own_settings: of a side backend, made up for it when it logged in.
         identity: what its login was based on (`identity`); None if nobody has asked.
     """
@@ -172,8 +172,10 @@ class Backend(asyncio.BufferedProtocol):
         return rows[-1] if rows else ()
 
     async def row(self, sql: bytes, columns: int = 1) -> Row:
-        """The same for a query that has a row, of at least so many columns; another answer is a
-        ProtocolViolation."""
+        """The same for a query that must return a row of at least `columns` columns.
+
+        Raises ProtocolViolation if it does not.
+        """
         return _last(await self.rows(sql), columns)
 
     async def rows(self, sql: bytes, *parameters: bytes) -> list[Row]:

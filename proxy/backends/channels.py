@@ -56,7 +56,7 @@ class Channel:
         room: how many characters of a query can be seen; 0 if none.
         system_id: of the database cluster (`identity`).
         identity: of its login, if that was for another session.
-        timer: closes it when nobody needs it.
+        timer: closes it when it is no longer needed.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Channel:
         self._tasks: set[asyncio.Task[Rows]] = set()
 
     async def query(self, sql: bytes) -> Rows:
-        """The rows of a query. It is run to its end also if nobody waits for that any more.
+        """The rows of a query, which runs to its end even if the caller is cancelled.
 
         Raises ServerError, ConnectionError, ProtocolViolation.
         """
@@ -198,7 +198,7 @@ class Channels:
             self._idle.pop(channel.login, None)
 
     def give_way(self) -> bool:
-        """Close those that nobody has; whether there were any."""
+        """Close those that are idle; whether there were any."""
         return self.retire(lambda login: True)
 
     def retire(self, matches: Callable[[Login], bool]) -> bool:

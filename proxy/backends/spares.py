@@ -1,7 +1,7 @@
 """Side backends that are logged in before they are needed.
 
-Invariant: a spare is what a fresh login would have been a moment ago, and serves one job like it.
-Nobody gets one who has not been let in by the server as that role. None is opened for a role and
+Invariant: a spare is what a new login would have been a moment ago, and serves one job like it. A
+session gets one only if the server has let it in as that role. None is opened for a role and
 database that never launch, none lives longer than `spare_lifetime`, and none takes a connection
 slot that is among the last free ones. Each remembers the `identity` of its login: who takes one
 compares that with what is true now, and retires all of that login if it has changed. What SQL
@@ -98,8 +98,8 @@ class Spares:
         """
         Args:
             count: how many to keep for each login; 0 for none at all.
-            lifetime: seconds after which one that nobody needed is closed, and not replaced.
-            channels: those that nobody uses give way as spares do.
+            lifetime: seconds after which an unused one is closed, and not replaced.
+            channels: idle ones give way as spares do.
             others_give_way: has the other processes close theirs; whether there were any.
         """
         self.count = count
@@ -135,8 +135,8 @@ class Spares:
         return None
 
     async def _opening(self, pool: _Pool) -> Backend | None:
-        """One that is being opened, if nobody else waits for it: it is there sooner than another
-        that would be begun now. None if that fails."""
+        """One that is being opened and has no taker yet: it is ready sooner than a new one. None if
+        that fails."""
         if pool.opening <= len(pool.waiting):
             return None
         waiter: asyncio.Future[Backend | None] = asyncio.get_running_loop().create_future()

@@ -358,7 +358,7 @@ class _Greeting(asyncio.Protocol):
         self.transport.write(SSLRequest().serialize())
 
     def data_received(self, data: bytes) -> None:
-        # What comes behind the answer belongs to whoever takes over; nothing may before it does.
+        # Bytes behind the answer are for the next protocol: they must not arrive before it is set.
         self.transport.pause_reading()
         if self.answer.done():
             return
@@ -375,7 +375,7 @@ class _Greeting(asyncio.Protocol):
     def _fail(self, reason: str) -> None:
         if not self.answer.done():
             self.answer.set_exception(ConnectionError(reason))
-            self.answer.exception()  # it is no news if nobody waits
+            self.answer.exception()  # no warning if the caller is gone
 
 
 def _address(host: Host) -> tuple[str, int]:

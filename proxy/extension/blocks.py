@@ -1,7 +1,7 @@
 """A job's result on its way into the database: blocks of rows.
 
 Invariant: a block is whole rows, and about `SIZE` bytes of them, or one row if that is longer. The
-next one is made when it is asked for, so the job waits for whoever reads its result.
+next one is made when it is asked for, so the job waits for its reader.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Blocks:
         if job.fetched_error is not None:
             raise ServerError(job.fetched_error)
         if job.canceled:
-            # Too late, or in vain; but what it has sent since was dropped.
+            # The cancel came too late or had no effect, but later rows were dropped.
             raise SQLError(
                 QUERY_CANCELED, f"results for PID {job.pid} were dropped when it was canceled"
             )
@@ -120,6 +120,6 @@ class Blocks:
         return [date_style, interval_style]
 
     def abandon(self) -> None:
-        """Nobody wants the rest: the job must not wait for us."""
+        """The rest is not wanted: the job must not wait for us."""
         if not self.finished:
             self.job.forget_output()

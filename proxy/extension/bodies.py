@@ -5,8 +5,8 @@ search_path all names are schema-qualified, operators too; the others set theirs
 the proxy say to each other is written down in `inside`, its other half.
 
 A role that was granted one function of the API must be able to run its body, so the helpers are for
-PUBLIC. That gives nobody anything: the proxy believes nobody but `_pg_background_say`, which says
-who the current role is, and asks the server whether that may execute the function in question.
+PUBLIC. That grants nothing: the proxy believes only `_pg_background_say`, which says what the
+current role is, and asks the server whether that may execute the function in question.
 """
 
 from __future__ import annotations
@@ -209,9 +209,9 @@ BEGIN
 END
 $body$"""
 
-# Who speaks: the proxy accepts only messages that this function raises. It says of its own accord
-# as which roles the code that calls it can run. Whoever may see all queries can read the word to be
-# proven with, but is not the role for that.
+# The proxy accepts only messages that this function raises. The function adds the roles that its
+# caller can run as: a role that may see all queries can read the word of a proof without being able
+# to run as the channel's role.
 _SAY: Final = """
 CREATE FUNCTION @._pg_background_say() RETURNS pg_catalog.void LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp AS $body$
@@ -507,8 +507,8 @@ CREATE FUNCTION @._pg_background_setting(name pg_catalog.text) RETURNS pg_catalo
 LANGUAGE @lang AS $body$@setting$body$"""
 
 
-# Rows whose types only the job and the caller's column definition list know. What the list says,
-# nobody tells a function: a query without rows is tried, first with the job's own types, then with
+# Rows whose types only the job and the caller's column definition list know. A function cannot see
+# the list: a query without rows is tried, first with the job's own types, then with
 # text where a type has no binary form.
 _ROWS: Final = """
 DECLARE

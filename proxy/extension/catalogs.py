@@ -197,7 +197,7 @@ class _Query:
         return self.word(index) == "as" or self.word(index) not in RESERVED
 
 
-# A subquery has kilobytes, and no query of anybody looks into a catalog so many times.
+# A subquery has kilobytes; no sensible query looks into a catalog this often.
 _MAX_REPLACED: Final = 64
 
 # A comma behind ON is one of FROM.

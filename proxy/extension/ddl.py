@@ -315,7 +315,7 @@ def _install(scripts: dict[int, str]) -> str:
         + f"FOR item IN {privileges.commands('GRANT', 'namespace')} LOOP"
         " EXECUTE pg_catalog.concat(item, ' TO ', pg_catalog.array_to_string(granted, ', '));"
         " END LOOP; END IF; "
-        # Whoever had created one of them before would own it still.
+        # CREATE OR REPLACE leaves an object with the role that created it.
          + f"IF EXISTS(SELECT 1 {installed.functions('namespace')}"
         f" AND p.proowner OPERATOR(pg_catalog.<>) {_OWNER})"
         f" OR EXISTS(SELECT 1 {installed.views('namespace')}"

@@ -51,9 +51,9 @@ result, or the rows as a text[][]; ``n`` for no composite; ``c`` and names of cu
 values the function tells with a question of its own, ``custom``; or a block of a result (`blocks`),
 after which the next piece is that of the next block.
 
-A member of pg_read_all_stats can read every word, and whoever inherits a role can, without becoming
-it. Therefore only messages count that the extension's own function `_pg_background_say` raises, and
-it adds the roles itself: the server names PL/pgSQL's RAISE and the function in the message, and the
+A member of pg_read_all_stats can read every word, and so can a role that inherits another, without
+becoming it. So only messages count that the extension's function `_pg_background_say` raises. It
+adds the roles itself: the server names PL/pgSQL's RAISE and the function in the message, and the
 channel is asked whether the function is the extension's.
 """
 
@@ -241,7 +241,7 @@ class Secrets:
         self.token, self._secret = self.setting[:32], self.setting[32:]
 
     def hash(self, nonce: bytes, *, server_version: int) -> bytes:
-        """64 hexadecimal digits that nobody else can guess, for one question."""
+        """64 hexadecimal digits that cannot be guessed, for one question."""
         return _hash(self._secret + nonce, server_version)
 
     def key(self, word: bytes, nonce: bytes) -> bytes:
@@ -344,7 +344,7 @@ class Inside:
         return self._task is not None or self._channel is not None
 
     def statement_ended(self) -> None:
-        """The server has sent an error, or is ready for the next query: nobody waits any more."""
+        """The server has sent an error, or is ready for the next query: no function waits."""
         self._drop()
         self._give_back()
 
@@ -355,7 +355,7 @@ class Inside:
         if self._login is None or self._is_proven:
             self._session.give_back(channel)
         else:
-            # Whoever names a role that he is not shall not have us keep connections of it.
+            # Code that is not this role must not make us keep connections of it.
             channel.terminate()
 
     def end_client(self) -> None:
@@ -384,7 +384,7 @@ class Inside:
         return ErrorResponse(fields).serialize()
 
     def _drop(self) -> None:
-        """Nobody waits for what is being done."""
+        """The function no longer waits: stop what is being done."""
         for task in (self._task, self._next_task, self._coming):
             if task is not None:
                 task.cancel()
@@ -462,7 +462,7 @@ class Inside:
         except ConnectionError as error:
             return [b"e", CONNECTION_FAILURE.encode(), str(error).encode(), *[None] * 7]
         except asyncio.CancelledError:
-            # Nobody gets to know of the job.
+            # The function never learns of the job.
             for job in call.launched:
                 self._session.drop(job)
             raise
@@ -589,7 +589,7 @@ class Inside:
             self._is_locked = self._is_proven = False
 
     async def _refuse(self, question: Message, call: _Call, error: SQLError) -> None:
-        """Answer with an error what nobody has proven: it has nothing in it that is secret."""
+        """Answer an unproven question with an error, which contains nothing secret."""
 
         async def answer() -> Answer:
             raise error

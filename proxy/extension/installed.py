@@ -51,8 +51,8 @@ IS_HELPER: Final = (
     f"(pg_catalog.left(CAST(p.proname AS pg_catalog.text), {len(HELPER)})"
     f" OPERATOR(pg_catalog.=) '{HELPER}')"
 )
-"""Whether ``p`` is such a function. PUBLIC may execute them: they do nothing that one could not say
-oneself, and whoever is granted one function of the API needs them."""
+"""Whether ``p`` is such a function. PUBLIC may execute them: they grant nothing, and each role that
+may call a function of the API needs them."""
 
 VERSIONS: Final = (*(f"1.{minor}" for minor in range(11)), "2.0")
 """In order. All have all functions; those of 2.0 are of the second version of the API."""
@@ -65,7 +65,7 @@ _BOOTSTRAP_SUPERUSER: Final = "CAST(10 AS pg_catalog.oid)"
 
 def is_trusted(owner: str) -> str:
     """Whether what a role owns may pass for the extension in this session: a superuser's, the
-    database owner's, or the session's own. Nobody else can make others believe in one.
+    database owner's, or the session's own. No other role can make others believe in one.
 
     Args:
         owner: an SQL expression, the OID of the role.
@@ -95,7 +95,7 @@ the session trusts; a superuser's comes first."""
 
 
 def _is_settled(row: str) -> str:
-    """Whether nobody has dropped or replaced a catalog's row without having committed that yet."""
+    """Whether no open transaction has dropped or replaced a catalog's row."""
     return (
         f"({row}.xmax OPERATOR(pg_catalog.=) 0 OR NOT EXISTS(SELECT 1 FROM pg_catalog.pg_locks k"
         f" WHERE k.transactionid OPERATOR(pg_catalog.=) {row}.xmax AND k.granted))"
@@ -237,8 +237,8 @@ def parse_installed(values: Sequence[bytes | None]) -> Installed:
 
 
 def _may_execute(role: str) -> str:
-    """Whether a role may execute ``f``. What nobody has granted or revoked, as after the restore of
-    a dump without privileges, is not for PUBLIC: CREATE EXTENSION has revoked that."""
+    """Whether a role may execute ``f``. A function without an ACL, as after the restore of a
+    dump without privileges, is not for PUBLIC: CREATE EXTENSION has revoked that."""
     return (
         f"(pg_catalog.has_function_privilege({role}, f.oid, 'EXECUTE') AND (f.proacl IS NOT NULL"
         f" OR pg_catalog.pg_has_role({role}, f.proowner, 'USAGE')"

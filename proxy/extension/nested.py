@@ -48,7 +48,7 @@ class Nested(Owner):
         return self.inside.is_talkative
 
     def statement_ended(self) -> None:
-        """Nobody waits for an answer any more."""
+        """The function no longer waits for an answer."""
         self.inside.statement_ended()
 
     def close(self) -> None:

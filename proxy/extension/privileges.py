@@ -1,9 +1,9 @@
-"""Letting roles call the functions, and no longer: the helpers, and what they do.
+"""GRANT and REVOKE: the privilege helper functions.
 
-Invariant: where the extension's objects are there, a role may call what it has EXECUTE on, and
-granting is GRANT on each of them. Where they are not, whoever is a member of `EXECUTOR_ROLE` may
-call the functions, and granting is membership. Called directly or from inside the database, a
-helper does the same. It never fails: what went wrong is a NOTICE, undone, and the result is false.
+Invariant: in a database with the extension's objects, a role may call the functions that it has
+EXECUTE on, and granting is GRANT on each of them. Elsewhere the members of `EXECUTOR_ROLE` may call
+them, and granting is membership. A helper does the same called directly or from inside the
+database. It never fails: an error is undone and becomes a NOTICE, and the result is false.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _REVOKE: Final = ("revoke_pg_background_privileges", "pg_background_revoke_privi
 _DROP: Final = "pg_background_drop_executor_role"
 
 HELPERS: Final = (*_GRANT, *_REVOKE, _DROP)
-"""The functions that are for administrators alone: EXECUTE on them is granted to nobody."""
+"""The functions for administrators: no role is granted EXECUTE on them."""
 
 
 def body(function: Function) -> str:

@@ -182,7 +182,7 @@ def parse_context(
     )
 
 
-# Before 16 whoever is a member may SET ROLE.
+# Before 16 every member may SET ROLE.
 ROLE_STATEMENT: Final = (
     b"PREPARE pg_background_role(pg_catalog.name, pg_catalog.name, pg_catalog.name,"
     b" pg_catalog.int4, pg_catalog.oid[], pg_catalog.name, pg_catalog.text) AS SELECT r.oid,"

@@ -118,7 +118,7 @@ class Waits:
             self.fail(error)
 
     def end_client(self, *, reads: bool) -> None:
-        """The client will send no more: no job is waited for, since most probably nobody is
+        """The client will send no more: no job is waited for, since most probably no client is
         there to read the result. `reads`: whether it reads what is sent."""
         self.client_ended = True
         if reads and self._waits_for_jobs:

@@ -3,10 +3,10 @@
 Invariant: a job is one Query message in a backend of its own. PostgreSQL runs such a message as one
 transaction, so the string commits or fails as a whole, and a single statement may be one that
 refuses transaction blocks. (Behind a connection pooler it may not: there the transaction is open
-already, and is committed after the message.) Only the last statement's rows are results; what comes
-before is dropped as it arrives, and what nobody fetches stays in the server (`rows`). A message
-that is longer than the queue (or `LONGEST`) is cut as it arrives, and when the session is done with
-a job, no more is kept of it than others may ask for (`known`).
+already, and is committed after the message.) Only the last statement's rows are results; earlier
+ones are dropped as they arrive, and output that is not fetched stays in the server (`rows`). A
+message longer than the queue (or `LONGEST`) is cut as it arrives, and when the session is done with
+a job, only what others may ask for is kept (`registry`).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Nested(Protocol):
         """Whether others should have their turn before more is read."""
 
     def statement_ended(self) -> None:
-        """Nobody waits for an answer any more."""
+        """No function waits for an answer any more."""
 
     def close(self) -> None:
         """The job has ended."""
@@ -94,7 +94,7 @@ class Job(KnownJob):
 
     Attributes:
         route: to its server.
-        output: rows and notices that nobody has taken yet.
+        output: rows and notices that have not been fetched yet.
         keeps_rows: whether its rows are kept for somebody to fetch.
         columns: of the result; None as long as they are not known, and if there are none.
         parameters: what its backend has reported (ParameterStatus).
@@ -268,7 +268,7 @@ class Job(KnownJob):
         assert self._backend is not None
         return self._backend.cancel_request()
 
-    # When nobody reads it
+    # Without a reader
 
     def leave(self) -> None:
         """Its session is done with it: of what it holds only the outcome is of use, to others."""
@@ -280,12 +280,12 @@ class Job(KnownJob):
         self.tags = self.tags[-1:]
 
     def forget_output(self) -> None:
-        """Nobody will fetch it: from now on it is read and dropped, so the job never waits."""
+        """It will not be fetched: from now on it is read and dropped, so the job never waits."""
         self.output.drop()
 
     @property
     def fetched_error(self) -> ErrorResponse | None:
-        """Its error for whoever fetches the result: all of it, as long as the session has it."""
+        """Its error for a fetch of the result: all of it, as long as the session has the job."""
         return self._whole_error or self.error
 
     # What its backend sends
@@ -296,7 +296,7 @@ class Job(KnownJob):
         return READ_SIZE if room is None else max(room, self._missing)
 
     def feed(self, data: memoryview) -> None:
-        """Sort what came in. A stream that is none ends the job."""
+        """Sort the input. A malformed stream ends the job."""
         try:
             if self._long is not None:
                 data = data[self._long.feed(data) :]
@@ -534,7 +534,7 @@ class Jobs:
 
     MOST: Final = 2_000
     """How many it has at the most, as long as some have ended: the oldest of those is detached, as
-    nobody seems to fetch them."""
+    they do not seem to be fetched."""
 
     def __init__(self) -> None:
         self._jobs: dict[int, Job] = {}

@@ -207,7 +207,7 @@ class Launcher:
                 return backend
             if not is_spare:
                 raise no_backend(reason)
-            # It was lost while nobody looked: that is no reason to fail.
+            # The spare had died unnoticed; try the next one.
 
     async def _take_over(
         self, backend: Backend, context: Context, overrides: dict[bytes, bytes], *, is_spare: bool

@@ -32,7 +32,7 @@ class Owner(ABC):
         jobs: those that it launched and has not fetched or detached.
         custom_settings: names with a dot that it may have set.
         system_id: the system identifier of its database cluster; empty if that cannot be known,
-            None as long as nobody has asked.
+            None if not asked for yet.
     """
 
     custom_settings: dict[bytes, None]
@@ -85,7 +85,7 @@ class Owner(ABC):
         return await self._server.jobs_of(roles)
 
     def drop(self, job: Job) -> None:
-        """A job that nobody knows of: it shall stop."""
+        """Stop a job whose launch was interrupted: its caller never learned of it."""
         self.jobs.remove(job)
         if not job.finished:
             self.cancel_job(job)

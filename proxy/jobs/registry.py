@@ -253,7 +253,7 @@ def _bytes(text: str | None) -> bytes | None:
 
 
 def shortened(text: bytes, size: int) -> bytes:
-    """At most about so many bytes of a text, and a mark if that is not all."""
+    """At most about that many bytes of a text, and a mark if it is cut."""
     return text if len(text) <= size else _beginning(text, size) + CUT
 
 

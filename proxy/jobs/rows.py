@@ -1,4 +1,4 @@
-"""The output of a job that nobody has taken yet.
+"""The output of a job that has not been fetched yet.
 
 Invariant: it is bounded. When as much as `limit` bytes is held, the job's backend is not read any
 more, and the server makes the job wait; and also when all queues of the process, or of the role,

@@ -31,7 +31,7 @@ _BACKLOG: Final = 1024
 _HANDSHAKE: Final = b"\x16"
 """The first byte of a TLS connection."""
 _NOBODY: Final = (BlockingIOError, InterruptedError, ConnectionAbortedError)
-"""What accept() raises when nobody waits any more."""
+"""What accept() raises when no connection waits."""
 _RETRY: Final = 1.0
 """Seconds without new clients after accept() failed, mostly for lack of file descriptors."""
 
@@ -215,7 +215,7 @@ class Listeners:
                 return
 
     def _turn_away(self, listening: socket.socket) -> bool:
-        """There is no descriptor for whoever is next: spend the reserve on the answer; whether that
+        """There is no descriptor for the next client: spend the reserve on the answer; whether that
         could be done."""
         if not self._reserve.keep():
             return False

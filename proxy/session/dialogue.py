@@ -83,7 +83,7 @@ class BatchFailedError(Exception):
 
 
 async def drop(kind: int, body: bytes) -> None:
-    """Takes a message that nobody needs."""
+    """Drops a message."""
 
 
 class PrimaryDialogue:
@@ -232,7 +232,7 @@ class PrimaryDialogue:
     def listen(self) -> asyncio.Task[tuple[int, bytes]]:
         """Wait for its next message while something else is waited for too."""
         self._early = asyncio.ensure_future(self._next_message())
-        # If the client ends first nobody asks for it.
+        # If the client ends first, its result is not used.
         self._early.add_done_callback(lambda task: task.cancelled() or task.exception())
         return self._early
 

@@ -180,7 +180,7 @@ class Fetch:
             elif self.job.fetched_error is not None:
                 raise self._failed(self.job.fetched_error)
             elif self.job.canceled:
-                # Too late, or in vain; but what it has sent since was dropped.
+                # The cancel came too late or had no effect, but later rows were dropped.
                 self.finished = True
                 raise SQLError(
                     QUERY_CANCELED,
@@ -191,7 +191,7 @@ class Fetch:
                 return sent
 
     async def _pause(self, size: int) -> None:
-        """After so many bytes let others have their turn: a client that reads as fast as we write
+        """Every `_TURN` bytes, let others have their turn: a client that reads as fast as we write
         gives no other occasion."""
         self._since_pause += size
         if self._since_pause >= _TURN:
@@ -236,7 +236,7 @@ class Fetch:
         ).serialize()
 
     def abandon(self) -> None:
-        """Nobody wants the rest: the job must not wait for us."""
+        """The rest is not wanted: the job must not wait for us."""
         if not self.finished:
             self.job.forget_output()
 

@@ -292,7 +292,7 @@ class Interception:
         return True
 
     async def _client_message(self) -> tuple[int, bytes]:
-        """The client's next message. Whoever waits for it must not keep the server waiting."""
+        """The client's next message. The server must not be kept waiting meanwhile."""
         if self._ahead:
             return self._ahead.popleft()
         message = self._from_client.next_nowait()

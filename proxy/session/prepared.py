@@ -39,7 +39,7 @@ class Portal:
     result: Fetch | Table | None = None
 
     def close(self) -> None:
-        """Nobody wants the rest."""
+        """The rest is not wanted."""
         if self.result is not None:
             self.result.abandon()
 
@@ -143,7 +143,7 @@ def stand_in_formats(statement: PreparedCall, formats: tuple[int, ...]) -> tuple
     if isinstance(plan, Substitute) or plan.outputs is None or len(formats) != len(plan.outputs):
         return formats
     if not any(formats):
-        return ()  # all of them, however many: nobody may have asked for a description yet
+        return ()  # all of them: their number may not be known yet
     wanted = [0] * len(statement.fields)
     for output, format in zip(plan.outputs, formats, strict=True):
         wanted[output.column] = format

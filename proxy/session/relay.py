@@ -50,8 +50,8 @@ names are longer."""
 
 TURN: Final = 64 * 1024
 TEXT_COST: Final = 2048
-"""So many bytes of SQL are read for calls in one turn of the event loop, and each text counts for
-so many more."""
+"""The bytes of SQL that are read for calls in one turn of the event loop, and the bytes that each
+text counts for besides."""
 
 _NOTICE_SIZE: Final = 512
 """In how much of a notice the watchword would be."""

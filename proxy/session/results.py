@@ -139,7 +139,7 @@ class Table:
         ).serialize()
 
     def abandon(self) -> None:
-        """Nobody wants the rest."""
+        """The rest is not wanted."""
         self.finished = True
 
 

@@ -245,7 +245,7 @@ class Session(Owner):
         return bool(family == socket.AF_UNIX)
 
     def _may_send_password(self) -> bool:
-        """Whether nobody can listen to what the client sends."""
+        """Whether the client's messages cannot be overheard."""
         if self.client.is_encrypted or self._peer_is_local():
             return True
         peer = self.client.transport.get_extra_info("peername")
@@ -667,7 +667,7 @@ class Session(Owner):
 
     async def inject(self, message: bytes) -> None:
         if self.interception is None and not self.relay.at_boundary:
-            return  # whoever called did not wait for the answer
+            return  # the caller did not wait for the answer
         self.client.write(message)
         if self.client.full is not None:
             await asyncio.wait([self.client.full])
@@ -712,7 +712,7 @@ class Session(Owner):
             self.close()
 
     def _hung_up(self) -> None:
-        """The client has left behind messages that nobody has read yet."""
+        """The client has left behind messages that are not read yet."""
         if self.interception is not None:
             self.interception.client_hung_up()
         else:
@@ -764,7 +764,7 @@ class Session(Owner):
         self._stop_timer()
         if self._key is not None:
             self._server.keys.pop(self._key, None)
-        # A cancel request is passed on also if whoever has sent it does not wait.
+        # A cancel request is passed on even if its sender has already left.
         if self._task is not None and not self._is_cancel_request:
             self._task.cancel()
         if self._leaving is not None:
@@ -778,7 +778,7 @@ class Session(Owner):
         if self.primary is None:
             return
         if self.primary.is_stopped_by_opposite:
-            # It may wait for us to read, and we for it: nobody wants what it writes.
+            # It may wait for us to read, and we for it; its output is not wanted.
             self.primary.abort()
         else:
             self.primary.close()

@@ -304,7 +304,7 @@ def split_in_turns(
 ) -> Iterator[Statement | None]:
     """The same for a text of any length, one by one: None where others may have their turn.
 
-    Of a statement with more tokens than MAX_TOKENS so many are kept, and the last one.
+    Of a statement with more tokens than MAX_TOKENS, the first MAX_TOKENS and the last are kept.
     """
     turns = _turns(sql, standard_conforming_strings=standard_conforming_strings, encoding=encoding)
     for part in _statements(sql, turns, cut=True):
@@ -456,7 +456,7 @@ _ALL_OF_TWO_BYTES: Final = frozenset(("SJIS", "SHIFT_JIS_2004", "BIG5", "GBK", "
 
 
 def mask(sql: bytes, encoding: str | None) -> bytes:
-    """``sql`` with every multi-byte character as so many bytes that look like nothing else."""
+    """``sql`` with every multi-byte character as that many bytes that look like nothing else."""
     characters = _MULTI_BYTE.get(encoding or "")
     if characters is None or sql.isascii():
         return sql

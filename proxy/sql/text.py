@@ -33,7 +33,7 @@ def _ascii(text: str) -> bytes:
 
 
 def do_block(body: bytes) -> bytes:
-    """A DO statement; the quote cannot be in the body, because nobody can guess it."""
+    """A DO statement; the quote cannot be in the body, because it cannot be guessed."""
     quote = b"$pg_background_%b$" % secrets.token_hex(8).encode()
     return b"DO LANGUAGE plpgsql " + quote + body + quote
 

@@ -133,8 +133,8 @@ def last_in_from(outline: Outline, site: Site) -> Lateral | None:
     words = [outline.keyword(at) for at in clauses]
     if words[:1] == ["where"]:
         del words[0]
-    # What is behind: OFFSET and DISTINCT need calls whose rows nobody sees, and a sort makes
-    # them in an order that is not known.
+    # Clauses that follow: OFFSET and DISTINCT make calls whose rows are dropped, and a sort makes
+    # calls in an unknown order.
     if words not in ([], ["limit"], ["fetch"]) or (clauses[:1] or [outline.count])[0] != rest:
         raise NotRecognizedError("not a call for each row")
     name = outline.name(alias) or b""

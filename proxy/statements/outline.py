@@ -24,7 +24,7 @@ _TRIGGER: Final = re.compile(re.escape(TRIGGER), re.IGNORECASE)
 _token_start: Final = operator.attrgetter("start")
 
 MAX_NAME: Final = 63
-"""The server cuts names at so many bytes."""
+"""The server cuts names to this many bytes."""
 
 # The alias of the arguments, and their column's name.
 ARGUMENTS: Final = b"pg_background_arguments"

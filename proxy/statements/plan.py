@@ -216,7 +216,7 @@ class Substitute:
     """A statement that goes to the server in other words, and makes no call.
 
     ``tag``: what CommandComplete is to say instead. Then it is a command that a block of ours
-    carries out, and nobody wants to know where in the block something was said. Without a tag it
+    carries out, and errors and notices lose their CONTEXT within the block. Without a tag it
     is the client's own statement, changed in places.
     """
 

@@ -1,7 +1,7 @@
 """The settings that decide how the server reads SQL.
 
-Invariant: whoever reads a text in the server's stead knows these settings as the server has them
-when it reads it, or has a text that they make no difference to.
+Invariant: a text is read with the settings that the server will have when it reads the text, or the
+settings make no difference to that text.
 
 The server reads a whole Query string, or the text of a Parse, when the message comes. Two settings
 decide what it reads: client_encoding, where characters end, and standard_conforming_strings, what a

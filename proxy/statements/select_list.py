@@ -229,8 +229,8 @@ def check_order(
 
 
 def sort_key(outline: Outline, first: int, last: int) -> tuple[int | None, list[bytes]]:
-    """What an item of ORDER BY may be beside an expression: the number of a column, 0 for a
-    constant that is none; and the names in it that could be a label."""
+    """What an item of ORDER BY may be beside an expression: the number of a column, 0 for any
+    other constant; and the names in it that could be a label."""
     while (
         outline.text(first) == b"("
         and outline.closing(first) == last

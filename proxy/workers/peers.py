@@ -1,7 +1,7 @@
 """The other worker processes, as one of them sees them: what they know, and what it tells them.
 
-Invariant: who needs to know something asks when it needs it, all the others at once, and believes
-the answers; nothing that changes is kept in two places. Two exceptions are pushed, because they
+Invariant: a process asks all the others when it needs to know something, and believes the
+answers; nothing that changes is kept in two places. Two exceptions are pushed, because they
 must be there before anybody asks: the end of a job that a peer has seen running, and the roles
 whose jobs a process knows, which a launch of a new role waits for (`context` reads the rights of
 these roles before the call is made). The supervisor hands questions and answers on, tells who was
@@ -297,7 +297,7 @@ class Peers:
                 job.lose()
 
     def _left_alone(self) -> None:
-        """The supervisor is gone, and so nobody will answer."""
+        """The supervisor is gone, so no answer will come."""
         for question in self._questions.values():
             question.asked(())
 

@@ -1,6 +1,6 @@
 """Several processes that serve clients together, and the one that keeps them: this.
 
-Invariant: the supervisor serves nobody and knows nothing of PostgreSQL. It listens, gives each
+Invariant: the supervisor serves no client and does not know PostgreSQL. It listens, gives each
 connection to the worker that has the fewest, hands on what the workers have to say to each other
 (`peers`), starts a worker anew when one dies, and ends when it is told to and all of them have
 ended. It is the only one that signals are meant for.
@@ -299,7 +299,7 @@ class Supervisor:
             self._take(connection)
 
     def _not_started(self, message: str, failures: int) -> None:
-        """That ends all at the beginning, and later if nobody serves and it fails each time."""
+        """Ends everything at the start, and later if no worker serves and each start fails."""
         if self._open and (self._serving() or failures < _TRIES):
             logger.error("%s; it is tried again", message)
         else:
@@ -333,7 +333,7 @@ class Supervisor:
         return [worker for worker in self._workers.values() if worker.serves]
 
     def _try_later(self) -> None:
-        """If there is nobody at all, whoever gets ready will see to it."""
+        """If no worker serves, the next one that is ready takes the connections."""
         if self._serving():
             asyncio.get_running_loop().call_later(_HAND_OVER_AGAIN, self._hand_over_again)
 

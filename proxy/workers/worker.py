@@ -2,7 +2,7 @@
 
 Invariant: a worker is a `Server` whose clients come through a socket, already accepted, and whose
 orders come through the bus. No more clients means: end when those that are here have. The bus gone
-means: the supervisor is gone, end at once, since nobody would notice otherwise. Signals are the
+means: the supervisor is gone, end at once, since nothing would end us later. Signals are the
 supervisor's; SIGTERM alone asks to be drained and replaced.
 """
 
@@ -42,7 +42,7 @@ class Worker:
         try:
             server = await self._started
         except asyncio.CancelledError:
-            return 1  # there is nobody any more
+            return 1  # the supervisor is gone
         server.on_session_end = lambda: self._send("closed")
         await server.peers.join(self._channel)
         self._clients.setblocking(False)

@@ -66,7 +66,7 @@ TRIGGER: Final = (
     " $$ BEGIN PERFORM {f}(1); RETURN NEW; END $$; "
 )
 
-# What it runs as whoever does something; {f} is SECURITY DEFINER, or not.
+# Code that runs as the role that does something; {f} is SECURITY DEFINER, or not.
 USERS_CODE: Final = {
     "function": ("", "SELECT {f}(1)"),
     "prepared": ("", "PREPARE p AS SELECT {f}(a) FROM {t}", "EXECUTE p"),
@@ -259,7 +259,7 @@ BOTH: Final = [pytest.param(*case.values, "definer", marks=case.marks) for case 
 def attempt(
     scene: Scene, victim: str, prepare: str, *statements: str, function: str, must_run: bool = True
 ) -> None:
-    """The attacker prepares, the victim falls for it; nobody has more afterwards."""
+    """The attacker prepares, the victim falls for it; no role gains anything."""
     n = f"a{next(_number)}"
     words = {"t": f"mallory.{n}", "n": n, "f": f"mallory.{function}", "victim": victim}
     scene.root.execute(f"CREATE SCHEMA {n} AUTHORIZATION {MALLORY}".encode())

@@ -1,7 +1,7 @@
 """What hostile code can do with all that it may read and set in the session of a victim.
 
 Invariant: the token, the messages, the settings, the channels and the locks are no secrets, and are
-worth nothing to whoever has them.
+of no use to an attacker who has them.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def test_games_with_advisory_locks(scene: Scene, kind: str) -> None:
 @pytest.mark.parametrize("role", ["pg_read_all_stats", "pg_monitor"])
 @pytest.mark.parametrize(("scene", "victim"), CASES, indirect=["scene"])
 def test_an_attacker_who_sees_all_queries(scene: Scene, role: str, victim: str) -> None:
-    """He could read what a channel shows, whoever's it is."""
+    """The attacker can read what any role's channel shows."""
     attempt = f"stats{next(_number)}"
     scene.root.execute(f"GRANT {role} TO {MALLORY}".encode())
     try:

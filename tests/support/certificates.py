@@ -31,7 +31,7 @@ class Certificates:
         ca: the authority's certificate.
         server: for localhost and the loopback addresses.
         elsewhere: signed too, but for another host.
-        stranger: for localhost, by an authority that nobody knows.
+        stranger: for localhost, by an unknown authority.
         alice: a client's.
     """
 

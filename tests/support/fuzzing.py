@@ -456,7 +456,7 @@ class Script:
 
 
 def scripts() -> st.SearchStrategy[Script]:
-    """Servers that are none, from the first byte on or once the client is in."""
+    """False servers, from the first byte on or once the client is in."""
     single = st.sampled_from([message.serialize() for message in ANSWERS])
     hostile = st.one_of(
         mutated(single),

@@ -236,7 +236,7 @@ S = m.Sync()
 
 @dataclass(frozen=True)
 class Wait:
-    """In a script: wait for so many messages of a type before going on."""
+    """In a script: wait for this many messages of a type before going on."""
 
     type: type[m.BackendMessage]
     count: int = 1
