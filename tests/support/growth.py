@@ -1,0 +1,65 @@
+"""How the time of something grows with its input.
+
+Invariant: it is this thread's CPU time, the least of several runs, without the garbage collector:
+a busy machine makes none of them smaller. Quadratic work takes 16 times as long for four times the
+input, on any machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from protocol.errors import SQLError
+
+T = TypeVar("T")
+
+NO_TIME: Final = 0.004
+"""Seconds: what is faster than that is fast enough, even if it could not be measured."""
+LINEAR: Final = 6.0
+"""What is below has grown linearly."""
+
+
+def cpu_time(work: Callable[[T], object], given: T, times: int, runs: int) -> float:
+    """The least CPU time of ``runs`` in which it is done so many times.
+
+    What it raises of errors in the input is ignored.
+    """
+    least = float("inf")
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(runs):
+            started = time.thread_time()
+            for _ in range(times):
+                with contextlib.suppress(ValueError, SQLError):  # LexError, ProtocolViolation
+                    work(given)
+            least = min(least, time.thread_time() - started)
+    finally:
+        if collects:
+            gc.enable()
+    return least
+
+
+def growth(work: Callable[[T], object], make: Callable[[int], T], size: int) -> float:
+    """How many times as long four times the input takes, 0 if that is no time at all.
+
+    The small input is read four times in a row, so that both take as long to measure, and suffer
+    alike. It measures again, and longer, as long as the answer is not below LINEAR.
+    """
+    large = make(size)
+    long = cpu_time(work, large, 1, 1)
+    if long < NO_TIME:
+        return 0
+    small = make(size // 4)
+    short = grown = float("inf")
+    for runs in (1, 2, 4, 8, 16, 32):
+        short = min(short, cpu_time(work, small, 4, runs))
+        grown = 4 * long / max(short, NO_TIME / 2)
+        if grown < LINEAR:
+            break
+        long = min(long, cpu_time(work, large, 1, runs))
+    return grown
