@@ -205,7 +205,7 @@ def proxy(server: Target, *options: str) -> Iterator[Target]:
             passfile.write_text(f"*:*:*:{server.user}:{escaped}\n")
             options = ("--passfile", str(passfile), *options)
         upstream = f"host={server.host} port={server.port} sslmode=disable"
-        # 2 seconds: sessions that we have given up shall not delay the end.
+        # 2 seconds: sessions that we have given up must not delay the end.
         process = stack.enter_context(Proxy(upstream, "--shutdown-timeout", "2s", *options))
         yield replace(server, name=PROXY, host="127.0.0.1", port=process.port, pid=process.pid)
 

@@ -1,9 +1,8 @@
 """The proxy itself: it listens, makes a session of each client, and ends them all in good order.
 
-Invariant: what belongs to no single session is here: the way to the server, the cancel keys, and
-the jobs that are running, also those whose session has ended. A `Server` is all that there is of it
-in one process; who takes its clients, and what tells it to stop, is up to those below (`serve`,
-`worker`).
+Invariant: this holds what does not belong to a single session: the way to the server, the cancel
+keys, and the running jobs, also those whose session has ended. There is one `Server` in a process;
+`serve` and `worker` decide where its clients come from and when it stops.
 """
 
 from __future__ import annotations

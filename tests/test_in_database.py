@@ -555,7 +555,7 @@ def test_forged_messages(
         # Nothing that others say is a call.
         assert len(heard) == 12
         heard.clear()
-        # What no function of the extension would say is no call.
+        # A message that no function of the extension would send is not a call.
         said = ("next x", "narrow 1234567890", "call AA==", "call =", "custom", "", "other")
         for words in said:
             conn.execute(

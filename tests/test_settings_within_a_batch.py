@@ -65,7 +65,7 @@ def compared(message: m.BackendMessage) -> Compared:
         case m.ErrorResponse():
             return ("E", *words(message))
         case m.DataRow(values):
-            # A pid, by how it looks: what the scripts select is no number.
+            # A pid, by its form: the scripts select no numbers.
             return ("D", *[b"pid" if v is not None and v.isdigit() else v for v in values])
         case m.RowDescription(fields):
             return ("T", *[(field.name, field.type_oid) for field in fields])

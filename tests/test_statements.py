@@ -282,7 +282,7 @@ def test_served(sql: str) -> None:
 @pytest.mark.parametrize(
     "sql",
     [
-        # Mentions that are no call.
+        # Mentions that are not calls.
         "SELECT 'pg_background_launch(1)'",
         "SELECT 1 -- pg_background_launch('a')",
         "SELECT pg_background_launch FROM t",

@@ -887,7 +887,7 @@ def test_each_single_cut_gives_the_same(stream: bytes) -> None:
 
 @given(st.lists(st.binary(max_size=40), max_size=6), st.booleans())
 def test_garbage_is_passed_on_and_ends_nothing(chunks: list[bytes], from_client: bool) -> None:
-    """What is no protocol is for the other side to judge."""
+    """The other side judges bytes that are not the protocol."""
     client, server = Side(), Side()
     relay = Relay(client, server, Told())  # type: ignore[arg-type]
     source = Garbage(relay.from_client if from_client else relay.from_server)

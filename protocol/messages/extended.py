@@ -97,7 +97,7 @@ class Describe(_Named):
 
 @dataclass(frozen=True, slots=True)
 class Close(_Named):
-    """Drops a prepared statement or a portal; an unknown name is no error."""
+    """Drops a prepared statement or a portal; an unknown name is not an error."""
 
     type: ClassVar[int] = ord("C")
 

@@ -54,8 +54,8 @@ class ScramLogin:
 class LoginObserver:
     """Watches a client's login as it passes through the proxy, and keeps what can be used again.
 
-    The server judges the login. A message that is malformed or out of order is no error here; it
-    only makes the observer forget what it has seen.
+    The server judges the login. A malformed or misplaced message is not an error here; it only
+    makes the observer forget what it has seen.
 
     Attributes:
         accepted: AuthenticationOk was seen.

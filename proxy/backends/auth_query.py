@@ -110,7 +110,7 @@ class AuthQuery:
         return None
 
     async def _ask(self, host: Host, user: bytes) -> Secret | None:
-        """Raises SQLError, OSError, ServerError; ValueError for an answer that is no secret."""
+        """Raises SQLError, OSError, ServerError; ValueError for a malformed secret."""
         backend = await self._dialer.login_as_auth_user(host)
         try:
             row = await backend.query(self._config.auth_query.encode(), user)

@@ -1,8 +1,8 @@
 """The way to the server: which host, and by which kind of connection.
 
-Invariant: every connection to the server is opened here, and so in the same way, be it a session's
-own, a side backend, a cancel request or a look at what is there. A `Route` is what one connection
-found out, for those that must go the same way. Words and meanings are libpq's (manual, "Parameter
+Invariant: every connection to the server is opened here, and so in the same way: a session's own, a
+side backend, a cancel request, a look at the hosts. A `Route` is what one connection found out, for
+those that must go the same way. Words and meanings are libpq's (manual, "Parameter
 Key Words"). Two things differ because the login is the client's own: which host has the
 target_session_attrs is looked up as ``auth_user`` and remembered for `STATE_LIFETIME`; and what
 ``sslmode`` says about a second try is up to the session, which alone sees the server refuse.
@@ -163,7 +163,7 @@ class Dialer:
             async with asyncio.timeout(self._config.connect_timeout or None):
                 await send_cancel(connect, request)
         except OSError as error:
-            # Anybody can send such a request, as often as he likes.
+            # Anybody can send such a request, any number of times.
             if self._complaints.take(None, asyncio.get_running_loop().time()) is not None:
                 reason = _reason(error) or "no answer in time"
                 logger.warning("could not pass on a cancel request: %s", reason)

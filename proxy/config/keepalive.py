@@ -38,7 +38,7 @@ class Keepalive:
         for name, value in options.items():
             option: int | None = getattr(socket, name, None)
             if value and option is not None:
-                # A value that the system finds too large shall not cost the connection.
+                # A value that is too large for the system must not cost the connection.
                 with contextlib.suppress(OSError):
                     sock.setsockopt(socket.IPPROTO_TCP, option, value)
 

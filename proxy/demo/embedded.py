@@ -258,7 +258,7 @@ class Cluster:
     def _init_db(self) -> None:
         if self._user is not None and not self._runs(self.bin / "postgres"):
             # A virtual environment in a closed home directory: PostgreSQL's user cannot read
-            # it, and we shall not open it.
+            # it, and we must not open it.
             self.bin = _copy_programs(self.bin, self.directory / "install")
         done = subprocess.run(
             [

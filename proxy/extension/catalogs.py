@@ -1,16 +1,16 @@
 """The system catalogs as they would be if pg_background were the C extension.
 
-Invariant: a query sees more, and nothing is stored. Only in statements that begin as queries, and
-only where a relation of these stands in FROM, a subquery takes its place, which has the same
-columns: so views and functions that the client defines get nothing of it, and whatever is not
-recognised for certain goes to the server as it came. Four relations are meant:
+Invariant: a query sees more, and nothing is stored. In statements that begin as queries, a subquery
+with the same columns takes the place of these relations in FROM. So views and functions that the
+client defines are not affected, and what is not recognised for certain goes to the server as it
+came. Four relations are replaced:
 
 - ``pg_extension`` lists the extension; in a query that mentions it, ``pg_depend`` has the
   extension's objects, and ``pg_description`` its comment (psql's ``\\dx`` and ``\\dx+``);
 - ``pg_stat_activity`` says ``pg_background`` as the ``backend_type`` of jobs.
 
-Dumps must see what is really there; pg_dump is known by its application_name, and asks for
-``tableoid``, which makes this step back.
+Dumps must see what is really there: pg_dump is known by its application_name, and queries that use
+system columns (pg_dump's do) are left alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NEWEST: Final = 190000
 _QUERY: Final = re.compile(rb"[\s;(]*+(?:select|with|--|/\*)", re.IGNORECASE)
 # A subquery has none of these.
 _SYSTEM_COLUMNS: Final = frozenset((b"tableoid", b"ctid", b"xmin", b"xmax", b"cmin", b"cmax"))
-# FROM in these is no clause.
+# FROM in these is not a clause.
 _FROM_IN: Final = frozenset(("extract", "trim", "substring", "overlay", "position"))
 
 

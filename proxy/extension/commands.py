@@ -1,7 +1,7 @@
 """Commands about the extension pg_background, as the client writes them.
 
-Invariant: what is not recognised for certain, to its last token, is None and goes to the server as
-it came; so a syntax error is the server's, and so is every other extension.
+Invariant: a statement that is not recognised for certain, to its last token, gives None and goes to
+the server as it came. So the server reports syntax errors and handles every other extension.
 """
 
 from __future__ import annotations

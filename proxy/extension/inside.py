@@ -638,7 +638,7 @@ class Inside:
         )
 
     def _session_role(self, call: _Call) -> bytes:
-        """The session_user of the job: an owner's is a session of his own."""
+        """The session_user of the job; a job of an owner has a session of that owner."""
         return call.session_role if self._login is None else call.role
 
     def _lock(self, hash: bytes) -> bytes:

@@ -1,13 +1,12 @@
 """Whether a database has the extension that CREATE EXTENSION made through the proxy, and which
-objects are its.
+objects belong to it.
 
 Invariant: the server is asked, each time; nothing but its catalogs says so. One function, the
 `MARKER`, says that the extension is here: its schema is the extension's, its body has the version,
 its comment is the extension's. So it goes with transactions, dumps and SET SCHEMA as all objects
 do.
 
-What is here are pieces of SQL that trust nothing of the session: all names and operators are
-qualified.
+These pieces of SQL trust nothing of the session: all names and operators are qualified.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A job whose SQL calls the functions itself: by a trigger of the table that it writes to, say.
 
-Invariant: to what it calls, a job is a session of its own, with jobs of its own, which run on when
-it ends. Only it has no client: messages of its jobs are among its own.
+Invariant: for the functions that it calls, a job is a session of its own, with jobs of its own,
+which run on when it ends. It has no client: messages of its jobs are among its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The SQL objects that CREATE EXTENSION pg_background makes: types, functions, views.
 
-Invariant: what there is to create is said in the table of functions, and nowhere else; what the
-functions do, in `bodies` and `privileges`. The texts are made without knowing the schema: `OWN`
-stands for it, and is to be replaced.
+Invariant: only the table of functions says what there is to create; `bodies` and `privileges` say
+what the functions do. The texts are made without knowing the schema: `OWN` stands for it, and must
+be replaced.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a call waits for in the proxy, and what ends the wait.
 
-Invariant: whatever would end such a wait in the server ends it here: a cancel request, the
-session's statement_timeout, the loss of the server, the client's leaving. The call then fails
-with the error that the server would have given, at the next point where it can: never in the middle
-of a row that the client has got a part of.
+Invariant: what would end such a wait in the server ends it here: a cancel request, the session's
+statement_timeout, the loss of the server, the client's leaving. The call then fails with the error
+that the server would have given, at the next point where it can: never in the middle of a row of
+which the client already has a part.
 """
 
 from __future__ import annotations

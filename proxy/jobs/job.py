@@ -247,7 +247,7 @@ class Job(KnownJob):
             then()
         self._afterwards.clear()
         if self._on_finish is not None:
-            # Nothing of its session is kept by what is kept of the job.
+            # Drop the callback: a finished job must not keep its session alive.
             on_finish, self._on_finish = self._on_finish, None
             on_finish(self)
 

@@ -1,8 +1,8 @@
-"""How a job is launched: in a spare or a fresh backend, made into one of the session that launches.
+"""Launching a job on a spare or a new backend, with the launching session's role and settings.
 
 Invariant: the backend logs in as the client did, with the same startup packet, and takes over what
 the session has changed since. If any of that fails the launch fails; a job never runs with another
-role or other settings than its session had, not behind a connection pooler either.
+role or other settings than its session had, even behind a connection pooler.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class Launcher:
                     raise StaleLoginError("another server has the address now")
                 await self._take_over(backend, context, overrides, is_spare=is_spare)
             except StaleLoginError as error:
-                # The server shall say what a new login gets. The others are no better.
+                # Let the server judge a new login. The other spares are no better.
                 logger.debug("the spares of %s are retired: %s", self._login, error)
                 backend.terminate()
                 spares.retire(lambda login: login == self._login)

@@ -1,7 +1,7 @@
 """A job's report of its progress: ``SELECT pg_background_progress(pct, msg)``.
 
-Invariant: the server gets a DO block that evaluates and type-checks the arguments, and says them in
-an INFO message, which it sends at once. A statement that is more than one such call stays as it is.
+Invariant: the server gets a DO block that evaluates and type-checks the arguments, and sends them
+at once in an INFO message. A statement that is more than one such call stays as it is.
 """
 
 from __future__ import annotations

@@ -299,7 +299,7 @@ class KnownJobs(Generic[JobT]):
         """
         Args:
             retention: seconds for which a job that has ended is known.
-            role_gone: told the OID of a role that none of the jobs is of any more.
+            role_gone: called with a role's OID when its last job has been forgotten.
         """
         self.retention = retention
         self._role_gone = role_gone

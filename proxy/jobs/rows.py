@@ -1,9 +1,8 @@
 """The output of a job that has not been fetched yet.
 
-Invariant: it is bounded. When as much as `limit` bytes is held, the job's backend is not read any
-more, and the server makes the job wait; and also when all queues of the process, or of the role,
-hold as much as they may together. Nothing is lost by that, and none waits for ever: a queue that
-is empty is always read.
+Invariant: it is bounded. When `limit` bytes are held, or when all queues of the process or of the
+role together hold what they may, the job's backend is not read, and the server makes the job wait.
+Nothing is lost by that, and no job waits for ever: an empty queue is always filled.
 """
 
 from __future__ import annotations

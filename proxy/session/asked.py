@@ -84,6 +84,6 @@ class Asked:
         return kind
 
     def _drop_strays(self) -> None:
-        """The end of a COPY that was none, or has failed, is ignored."""
+        """Forget the ends of COPYs that never began or have failed: the server ignores them."""
         while self._queue and self._queue[0] in ENDS_COPY_IN:
             self._queue.popleft()

@@ -61,16 +61,17 @@ class SessionCaller:
         self._context: Context | None = None
 
     def ask_context(self, plan: Plan, *, first: bool) -> None:
-        """Have the context of the next call sent along; `first`: of what its batch executes.
+        """Queue the query that reads the context of the next call.
 
-        The settings, the expensive part, are those read before if nothing can have changed them:
-        between calls that follow each other directly, outside a transaction block.
+        The settings, the expensive part, are reused if nothing can have changed them: between
+        calls that follow each other directly, outside a transaction block. `first`: nothing in
+        this batch has executed yet.
         """
         session, relay = self._session, self._session.relay
         wanted = Needs.SETTINGS in needs_of(plan)
         lasting = first and relay.status == TransactionStatus.IDLE
         known = relay.untouched and lasting
-        # What was taken for a name may be none, or come from before a change of client_encoding.
+        # A supposed name may be invalid, or be older than a change of client_encoding.
         custom = tuple(
             name for name in session.custom_settings if encodings.is_valid(name, session.codec)
         )

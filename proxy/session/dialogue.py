@@ -1,8 +1,8 @@
 """The primary backend, while a batch is served message by message.
 
-Invariant: what is sent to it is queued with what is to be done with the answer, and goes out
-together, so a batch costs as few round trips as its calls allow. Its errors are passed on in the
-words of the client's own text; ours are raised in it too, so its transaction fails as well.
+Invariant: each request is queued with the handler of its answer, and requests go out together, so a
+batch costs as few round trips as its calls allow. The server's errors are passed on in terms of the
+client's own text; ours are raised in the server too, so its transaction fails as well.
 """
 
 from __future__ import annotations

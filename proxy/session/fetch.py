@@ -1,7 +1,7 @@
 """Handing over a job's result: its shape is checked, its rows are passed on.
 
-Invariant: rows go from the job to the client as the bytes that they are. They are taken apart only
-when the client wants some of the columns, binary format, or a limited number of rows.
+Invariant: rows go from the job to the client as the bytes that came. They are taken apart only when
+the client wants some of the columns, binary format, or a limited number of rows.
 """
 
 from __future__ import annotations

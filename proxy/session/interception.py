@@ -341,7 +341,7 @@ class Interception:
                 return
             kind, body = message
             if kind not in (F.FLUSH, F.SYNC):
-                # What is no COPY data is for the server to refuse.
+                # Other messages are for the server to refuse.
                 self._server.write(frame(kind, body))
                 if self._server.full is not None:
                     await asyncio.wait([self._server.full])
@@ -872,7 +872,7 @@ class Interception:
                     self._session.jobs.remove(portal.result.job)
 
     def _interrupted(self, job: Job) -> None:
-        """Its reader waits no longer. If that was its only way out, it shall stop."""
+        """The fetch was interrupted. Cancel the job if no other way leads to it."""
         if not (job.has_handle or job.finished):
             self._session.jobs.remove(job)
             self._session.cancel_job(job)
@@ -939,5 +939,5 @@ def _has_other_letters(plan: ScalarPlan, kind: int, body: bytes) -> bool:
 
 
 def _is_interrupt(error: BaseException) -> bool:
-    """Not an error in what was asked for, but that it is no longer wanted."""
+    """Whether this is an interrupt (cancel, timeout, disconnect) and not an error of the call."""
     return not isinstance(error, SQLError) or error.sqlstate == QUERY_CANCELED

@@ -1,7 +1,7 @@
 """Passing bytes between a client and its primary backend, and noticing calls as they go by.
 
-Invariant: what holds no call goes out as the bytes that came in, at once. Of each message the relay
-reads the type and the length. Three things make it look closer: a Query or Parse that mentions
+Invariant: traffic without a call goes out as the bytes that came in, at once. Of each message the
+relay reads type and length. Three things make it look closer: a Query or Parse that mentions
 pg_background or a catalog that shows it, a message about a statement or portal that holds a call,
 and a server's error, which may be the complaint that such a function does not exist. A message that
 may have to be changed is held until it is whole; all others are passed on in the pieces that they
@@ -11,8 +11,8 @@ It also keeps account of what the server has not answered yet (`Asked`). So a ca
 a pipeline can wait until everything before it is answered (`settle`).
 
 Most of the traffic of most clients is one batch, then its whole answer, with nothing of interest in
-either. For these two chunks there is a short way, which reads the same headers and skips the
-bookkeeping; all else goes the long ways, `_follow_client` and `_follow_server`.
+either. For these two chunks there is a fast path, which reads the same headers and skips the
+bookkeeping; all else takes the slow path, `_follow_client` and `_follow_server`.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ class Relay:
         status: of the last ReadyForQuery.
         batch: types of the extended-query messages that the client sent since its last Sync.
         asked: what the server has not answered yet.
-        is_behind: what the client has sent goes on when others had their turn.
-        untouched: nothing was passed on to the server since an interception has set this.
+        is_behind: the client's input is held until others have had their turn.
+        untouched: nothing has been sent to the server since an interception set this.
     """
 
     WATCHED: Final = (
@@ -191,7 +191,7 @@ class Relay:
         self._client_skip = 0
         self._held: bytearray | None = None
         self._held_size = 0
-        # It is no stream of messages: what it is the server tells.
+        # It is not a stream of messages; the server will say so.
         self._client_astray = False
         # The server's stream: the same.
         self._server_skip = 0

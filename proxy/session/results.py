@@ -1,4 +1,4 @@
-"""From Python values to what goes over the wire.
+"""From Python values to bytes on the wire.
 
 Invariant: a value has a declared type (`functions.Type`), and its text form is the one that
 PostgreSQL prints; the binary form is made from that.

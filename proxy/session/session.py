@@ -1,8 +1,8 @@
 """One client: its connection, its primary backend, its jobs.
 
-Invariant: the session decides who handles the two connections. First itself, for the startup
-packets; then the relay; and for the length of a batch that holds a call, an interception. Whatever
-ends one connection ends the other, and lets the jobs run on.
+Invariant: the session decides who handles the two connections: first itself, for the startup
+packets; then the relay; and for the length of a batch with a call, an interception. The end of one
+connection ends the other, and lets the jobs run on.
 """
 
 from __future__ import annotations

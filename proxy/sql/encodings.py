@@ -76,7 +76,7 @@ def name_key(name: bytes, client_encoding: bytes, server_encoding: bytes) -> byt
         or client_encoding in _NO_CONVERSION
         or server_encoding in _NO_CONVERSION
     ):
-        # What cannot be converted is no name: the server will say so.
+        # A name that cannot be converted is invalid: the server will say so.
         text = name.decode(codec(client_encoding), "replace")
         name = text.encode(codec(server_encoding), "replace")
     return name[:_NAME_SIZE]

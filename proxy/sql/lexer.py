@@ -88,7 +88,7 @@ def _scanner(*, standard_conforming_strings: bool, vertical_tab: bool = True) ->
         rb"|(?P<STRING>[eE]" + _continued(_ESCAPED) + rb"|(?:[bBxX]|[uU]&)" + _continued(_PLAIN)
         + rb"|[nN]?" + _continued(plain) + rb")"
         rb'|(?P<QUOTED_IDENTIFIER>(?:[uU]&)?"[^"]*+(?:""[^"]*+)*+")'
-        # An unterminated E'\' is no identifier E with a string behind it.
+        # An unterminated E'\' is not an identifier E with a string behind it.
         rb"|(?P<IDENTIFIER>(?![eEbBxX]'|[uU]&['\"])[A-Za-z_\x80-\xff][A-Za-z_0-9$\x80-\xff]*+)"
         rb"|(?P<NUMBER>0[xX](?:_?[0-9A-Fa-f])++|0[oO](?:_?[0-7])++|0[bB](?:_?[01])++"
         # "1..2" is 1, .., 2
@@ -111,7 +111,7 @@ _BEFORE_16: Final = {
     setting: _scanner(standard_conforming_strings=setting, vertical_tab=False)
     for setting in (True, False)
 }
-# The kind of token for each group of the scanners, None for those that are no token.
+# The kind of token for each group of the scanners, None for those that are not tokens.
 _KINDS: Final = {kind.name: kind for kind in Kind}
 _GROUPS: Final = [None, *map(_KINDS.get, _SCANNERS[True].groupindex)]
 _COMMENT_EDGE: Final = re.compile(rb"/\*|\*/")
@@ -247,8 +247,8 @@ def identifier(sql: bytes, token: Token, encoding: str | None = None) -> bytes |
     return None
 
 
-# Key words that are no name of a table, column or label without AS: PostgreSQL's reserved words
-# of all versions, those "(can be function or type)" included; ISNULL and the like are among them.
+# Key words that cannot name a table, column or label without AS: PostgreSQL's reserved words of all
+# versions, those "(can be function or type)" included; ISNULL and the like are among them.
 RESERVED: Final = frozenset(
     re.findall(
         r"\w+",

@@ -44,7 +44,7 @@ class Tokens:
         return keyword(self.sql, self.tokens[index]) if 0 <= index < self.count else ""
 
     def name(self, index: int) -> bytes | None:
-        """The name that a token is, None for what is no identifier."""
+        """The name that a token is; None if it is not an identifier."""
         if not 0 <= index < self.count:
             return None
         token = self.tokens[index]

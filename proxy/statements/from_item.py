@@ -184,7 +184,7 @@ def columns_result(
     outputs: list[Output] = []
     for item in items:
         if item.field is not None and (item.table, item.column) == (None, source.name):
-            # (t).c is t.c, if t is no column.
+            # (t).c is t.c, if t is not a column.
             if item.column in names:
                 raise NotRecognizedError("a field of something else")
             column = item.field or None

@@ -59,11 +59,11 @@ _BEHIND_OPERANDS: Final = frozenset(
 )
 # Beside these a constant can make an operand superfluous, and the planner leaves it out.
 _DROPS: Final = frozenset(("case", "and", "or", "is", "isnull", "notnull", "null"))
-# Before a subquery that is no item of FROM.
 # Clauses that keep a subquery as it is.
 _KEEPS: Final = frozenset(("group", "having", "order", "limit", "offset", "fetch"))
 # Before a subquery of a condition, that is joined as a table is.
 _JOINED: Final = frozenset(("exists", "in", "any", "some"))
+# Before a subquery that is not an item of FROM.
 _IN_CONDITIONS: Final = frozenset(("exists", "in", "any", "some", "all", "array", "not"))
 
 
@@ -441,7 +441,7 @@ def items_in_from(outline: Outline, first: int, end: int) -> int:
     if any(
         outline.text(at) == b")" and outline.keyword(at + 1) == "as" for at in range(first, end)
     ):
-        # USING (…) AS x: a name that is no table's.
+        # USING (…) AS x: not the name of a table.
         joins += joins
     return 1 + commas + len(joins)
 

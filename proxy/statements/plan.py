@@ -2,7 +2,7 @@
 client's columns.
 
 Invariant: a plan says all that the interception needs to know of a statement, in terms of the
-stand-in's columns; where it stood in the text only `Rewrite` knows.
+stand-in's columns; only `Rewrite` knows positions in the text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Calls as items of the select list: ``SELECT …, call, (call).field, … FROM …``.
 
-Invariant: what else stands in the statement is free. Only the words that begin its clauses count,
-and the commas between them, at its outermost level.
+Invariant: the rest of the statement is free. Only the words that begin its clauses count, and the
+commas between them, at its outermost level.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Invariant: such a statement goes to the server as it is. Functions of ours do not exist there, so
 the server stops at the call, wherever it stands (a DO block, a view, a function's body), with
-undefined_function, and at our views with undefined_table. Only these errors are replaced; whatever
-else is wrong with a statement, the server says it first, and says it as it does without us.
+undefined_function, and at our views with undefined_table. Only these errors are replaced; any other
+error of the statement comes from the server, as without the proxy.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Invariant: a channel is a socket pair that no other process has, so what comes in is believed;
 and nothing grows without limit. Users decide how large an answer is, so it comes in pieces, and one
 that the other side does not get round to reading is left out. What must not be missed is small: if
-that cannot be sent, the other side reads nothing, and the channel ends. A lost
-channel is a lost process.
+that cannot be sent, the other side reads nothing, and the channel ends. A lost channel is a lost
+process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The other worker processes, as one of them sees them: what they know, and what it tells them.
 
-Invariant: a process asks all the others when it needs to know something, and believes the
-answers; nothing that changes is kept in two places. Two exceptions are pushed, because they
-must be there before anybody asks: the end of a job that a peer has seen running, and the roles
+Invariant: a process asks all the others when it needs to know something, and believes the answers;
+nothing that changes is kept in two places. Two exceptions are pushed, because they must be there
+before the question: the end of a job that a peer has seen running, and the roles
 whose jobs a process knows, which a launch of a new role waits for (`context` reads the rights of
 these roles before the call is made). The supervisor hands questions and answers on, tells who was
 asked, and who is gone; a question is over when all have answered or are gone, or after a time.
@@ -49,12 +49,12 @@ class _Question:
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def asked(self, peers: Iterable[int]) -> None:
-        """These will answer."""
+        """Wait for these peers."""
         self._missing = set(peers)
         self._check(enough=False)
 
     def answer(self, peer: int, answer: Any, *, more: bool) -> None:
-        """One has; `more`: in part. None is no answer: the peer could not tell."""
+        """An answer has come; `more`: a part of one. None: the peer could not tell."""
         enough = answer is not None and not self.over.done() and self._take(peer, answer)
         if enough or not more:
             self.gone(peer, enough=enough)
@@ -168,7 +168,7 @@ class Peers:
         await self._ask("cancel job", job.handle, to=job.owner, patience=self._canceling)
 
     async def cancel(self, request: CancelRequest) -> bool:
-        """Have one of them do what a cancel request asks for, if it is for a session of its."""
+        """Forward a cancel request to the worker that owns the session."""
         known: list[bool] = []
 
         def take(peer: int, is_known: bool) -> bool:

@@ -1,12 +1,12 @@
-"""Several processes that serve clients together, and the one that keeps them: this.
+"""The supervisor of several processes that serve clients together.
 
 Invariant: the supervisor serves no client and does not know PostgreSQL. It listens, gives each
-connection to the worker that has the fewest, hands on what the workers have to say to each other
-(`peers`), starts a worker anew when one dies, and ends when it is told to and all of them have
-ended. It is the only one that signals are meant for.
+connection to the worker that has the fewest, forwards the workers' messages to each other
+(`peers`), restarts a worker that dies, and ends when it is told to and all of them have ended.
+Signals go to the supervisor alone.
 
 Why connections are handed over, and the workers do not accept them themselves: sessions are few and
-long, so who gets how many is what counts. Measured with 2 workers, 32 connections at once, share of
+long, so their even distribution counts. Measured with 2 workers, 32 connections at once, share of
 the busier one, median and worst of 30 tries: SO_REUSEPORT, which hashes, 56 and 66 %; one listening
 socket for all 56 and 100 %; handed over 50 and 50 % (8 connections: 62 and 88, 100 and 100, 50 and
 50 %). It costs nothing that could be measured beside the server's work for a new connection. And a

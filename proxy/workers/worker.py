@@ -1,7 +1,7 @@
 """One of several processes that serve the clients; the supervisor starts it.
 
 Invariant: a worker is a `Server` whose clients come through a socket, already accepted, and whose
-orders come through the bus. No more clients means: end when those that are here have. The bus gone
+orders come through the bus. No more clients means: end when the present ones have. A lost bus
 means: the supervisor is gone, end at once, since nothing would end us later. Signals are the
 supervisor's; SIGTERM alone asks to be drained and replaced.
 """

@@ -122,7 +122,7 @@ def read_all(sock: socket.socket, limit: float = LIMIT) -> bytes:
 
 
 def messages_of(data: bytes) -> list[tuple[str, bytes]]:
-    """The messages in an answer by type and body; what is no whole message has the type "?".
+    """The messages in an answer by type and body; an incomplete message has the type "?".
 
     The one-byte answers to SSLRequest and GSSENCRequest, which come first, have the type "N?".
     """

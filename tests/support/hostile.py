@@ -45,7 +45,7 @@ class Villain:
         self.deeds = 0
 
     def do(self, deed: Callable[[Villain], None]) -> None:
-        """One of DEEDS; what comes of it for the villain is his own affair."""
+        """One of DEEDS; its result for the hostile client does not matter."""
         with contextlib.suppress(OSError, EOFError):
             deed(self)
         self.deeds += 1
