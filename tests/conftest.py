@@ -25,7 +25,7 @@ import pytest
 from hypothesis import settings
 
 from proxy.demo.embedded import find_system_bin, find_wheel_bin, server_version
-from tests.support import api_clients
+from tests.support import api_clients, examples
 from tests.support.certificates import Certificates
 from tests.support.servers import Connection, Proxy, Server, database
 
@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # CI judges a change by the same examples as the one before; developers get new ones.
     settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
     settings.load_profile("ours")
+    examples.configure(config)
     if workers := config.getoption("--workers"):
         Proxy.every += ["--workers", workers]
     # A terminated session must still take down its servers.

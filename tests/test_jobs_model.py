@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.conftest import StartProxy
 from tests.support.api_clients import Gate, Handle
 from tests.support.background import wait_until
+from tests.support.examples import examples
 from tests.support.servers import Connection, Proxy, Server
 from tests.support.wire import Footprint
 
@@ -265,7 +266,7 @@ def test_jobs_are_as_in_the_model(start_proxy: StartProxy, server: Server, db: s
                 wait_until(lambda: footprint.fds <= before)
 
         Machine.TestCase.settings = settings(
-            max_examples=25,
+            max_examples=examples(25),
             stateful_step_count=25,
             deadline=None,
             # Shrinking takes minutes, and hypothesis prints the steps anyway.

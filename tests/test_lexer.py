@@ -23,6 +23,7 @@ from proxy.sql.lexer import (
     split_in_turns,
     tokenize,
 )
+from tests.support.examples import examples
 from tests.support.servers import Connection, Server
 
 pytestmark = pytest.mark.every_server
@@ -316,7 +317,9 @@ SELECT = st.lists(st.tuples(GAP, LITERAL, GAP).map("".join), min_size=1, max_siz
     lambda items: "SELECT " + ",".join(items) + " FROM (SELECT 1 AS b) a"
 )
 LENIENT = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(300),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
@@ -353,7 +356,7 @@ SOUP = st.lists(
 ).map("".join)
 
 
-@settings(LENIENT, max_examples=1500)
+@settings(LENIENT, max_examples=examples(1500))
 @given(SOUP)
 def test_the_server_agrees_on_any_soup(connection: Connection, soup: str) -> None:
     sql = ("SELECT " + soup).encode()

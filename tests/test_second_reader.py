@@ -17,6 +17,7 @@ from sqlglot import exp
 
 from proxy.statements.analysis import analyze
 from proxy.statements.plan import ScalarPlan
+from tests.support.examples import examples
 
 # It warns of statements that it does not know.
 logging.getLogger("sqlglot").setLevel(logging.CRITICAL)
@@ -114,7 +115,7 @@ def test_items(other: str) -> None:
             check(sql)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(
     st.sampled_from(HEADS),
     st.lists(st.tuples(st.sampled_from(CALLS + OTHERS), st.sampled_from(LABELS)), min_size=1),

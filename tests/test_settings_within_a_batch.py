@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from protocol import messages as m
 from tests.conftest import StartProxy
+from tests.support.examples import examples
 from tests.support.recorder import READY, Frontend, H, S, Sent, b, d, e, errors, p, q, record, rows
 from tests.support.servers import Proxy, Server, database
 from tests.test_calls_in_protocol import NATIVE
@@ -275,7 +276,7 @@ ITEMS = st.one_of(
 SCRIPTS = st.lists(ITEMS, min_size=1, max_size=8).map(lambda items: [x for i in items for x in i])
 REFUSED = ("0A000", "42883")
 
-EXAMPLES = int(os.environ.get("BATCHES", "150"))
+EXAMPLES = int(os.environ.get("BATCHES") or examples(150))
 
 
 @pytest.mark.timeout(120 + EXAMPLES)

@@ -52,6 +52,7 @@ from proxy.statements.plan import (
     ScalarPlan,
 )
 from proxy.statements.standin import complaint
+from tests.support.examples import examples
 from tests.support.servers import Connection, Server, database
 
 pytestmark = pytest.mark.every_server
@@ -909,7 +910,7 @@ SOUP = st.lists(
 ).map(" ".join)
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=examples(3000), deadline=None)
 @given(SOUP, st.booleans())
 @example("SELECT pg_background_launch(", True)
 def test_never_raises(soup: str, conforming: bool) -> None:
@@ -937,7 +938,7 @@ def test_never_raises(soup: str, conforming: bool) -> None:
             progress_statement(sql, statement, b"marker")
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(st.binary(max_size=40))
 def test_never_raises_on_bytes(data: bytes) -> None:
     for encoding in (None, "SJIS", "GB18030", "BIG5", "JOHAB"):
@@ -1499,7 +1500,7 @@ REST = st.sampled_from(
 
 
 @settings(
-    max_examples=1500,
+    max_examples=examples(1500),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -1557,7 +1558,7 @@ SOURCE = st.sampled_from(
 
 
 @settings(
-    max_examples=1500,
+    max_examples=examples(1500),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -1625,7 +1626,7 @@ LATERAL_REST = st.sampled_from(
 
 
 @settings(
-    max_examples=1000,
+    max_examples=examples(1000),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
