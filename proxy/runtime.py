@@ -1,6 +1,6 @@
 """What a configuration is made into: all that is read from files, and all that is derived from it.
 
-The rule: a `Setup` is whole or an error. It is made before anything is served, and anew with each
+The rule: a `Runtime` is whole or an error. It is made before anything is served, and anew with each
 reload; whoever serves replaces the old one by the new one at once, or stays with the old one.
 """
 
@@ -13,7 +13,8 @@ from typing import Final, TypeVar
 from proxy.auth.checks import Checks
 from proxy.auth.credentials import CredentialStore
 from proxy.backends.auth_query import AuthQuery
-from proxy.backends.upstream import Dialer, Route
+from proxy.backends.route import Route
+from proxy.backends.upstream import Dialer
 from proxy.config import Config, ConfigError, check_together
 from proxy.config.gucs import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT
 from proxy.config.keepalive import Keepalive
@@ -33,7 +34,7 @@ _FIXED: Final = (
 """Settings that belong to the listening sockets, or to who serves them."""
 
 
-class Setup:
+class Runtime:
     """A configuration that can be used.
 
     Raises:

@@ -19,16 +19,17 @@ from proxy.auth.checks import Check
 from proxy.auth.credentials import Credentials
 from proxy.auth.observer import LoginObserver
 from proxy.backends.channels import Channels
+from proxy.backends.route import Route
 from proxy.backends.spares import DATABASE_COMMANDS, LONGEST_COMMAND, Spares
-from proxy.backends.upstream import Route
 from proxy.config import Config
+from proxy.jobs.context import ROLE_STATEMENT
 from proxy.jobs.job import Job
-from proxy.jobs.registry import Handle, KnownJob, KnownJobs, RemoteJob
+from proxy.jobs.registry import Handle, JobRecord, JobRegistry, RemoteJob
 from proxy.jobs.rows import Budgets
 from proxy.log import logger
 from proxy.memory import keep_trimmed
-from proxy.net.listeners import Listeners, Reception
-from proxy.runtime import LAST_WORDS, Setup, client_keepalive, reload, reloaded
+from proxy.net.listeners import Acceptor, Listeners
+from proxy.runtime import LAST_WORDS, Runtime, client_keepalive, reload, reloaded
 from proxy.session.session import Session, analyze
 from proxy.sql import lexer
 from proxy.workers.peers import Peers
@@ -52,11 +53,11 @@ class Server:
     """
 
     def __init__(self, config: Config) -> None:
-        self._use(Setup(config))
+        self._use(Runtime(config))
         self.sessions: set[Session] = set()
         self.peers = Peers(self)
-        self.jobs: KnownJobs[Job] = KnownJobs(config.outcome_retention, self.peers.role_gone)
-        self.channels = Channels(config.spare_lifetime)
+        self.jobs: JobRegistry[Job] = JobRegistry(config.outcome_retention, self.peers.role_gone)
+        self.channels = Channels(config.spare_lifetime, ROLE_STATEMENT)
         self.spares = Spares(
             config.spares, config.spare_lifetime, self.channels, self.peers.give_way
         )
@@ -64,7 +65,7 @@ class Server:
         self.keys: dict[CancelRequest, Session] = {}
         self.extension_changes = 0
         self.on_session_end: Callable[[], None] | None = None
-        self.reception = Reception(
+        self.acceptor = Acceptor(
             lambda: Session(self), lambda: self.tls, lambda: self.config.client_login_timeout
         )
         self._idle = asyncio.Event()
@@ -72,14 +73,14 @@ class Server:
         # Cancel requests for statements whose session has ended.
         self._cancels: set[asyncio.Task[None]] = set()
 
-    def _use(self, setup: Setup) -> None:
-        self.setup = setup
-        self.config = setup.config
-        self.credentials = setup.credentials
-        self.tls = setup.tls
-        self.dialer = setup.dialer
-        self.auth_query = setup.auth_query
-        self.own_settings = setup.own_settings
+    def _use(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.config = runtime.config
+        self.credentials = runtime.credentials
+        self.tls = runtime.tls
+        self.dialer = runtime.dialer
+        self.auth_query = runtime.auth_query
+        self.own_settings = runtime.own_settings
         # Both are asked several times about each statement, and clients repeat themselves.
         self.split = functools.lru_cache(_REMEMBERED)(lexer.split)
         self.analyze = functools.lru_cache(_REMEMBERED)(analyze)
@@ -93,7 +94,7 @@ class Server:
         """
         config, fixed = reloaded(self.config, config)
         moved = config.upstream != self.config.upstream
-        self._use(Setup(config))
+        self._use(Runtime(config))
         if moved:
             self.spares.give_way()
         self.jobs.retention = config.outcome_retention
@@ -112,14 +113,14 @@ class Server:
             logger.debug("a cancel request was for a session of another worker")
             return
         interception = session.interception if session is not None else None
-        waits = interception.waits if interception is not None else None
-        if waits is not None and waits.is_waiting:
-            waits.cancel()
+        interrupts = interception.interrupts if interception is not None else None
+        if interrupts is not None and interrupts.is_waiting:
+            interrupts.cancel()
             return
         await self.dialer.cancel(session.route if session is not None else None, request)
         # The server may have done its part of the call before it heard of this.
-        if waits is not None and waits.is_calling:
-            waits.cancel()
+        if interrupts is not None and interrupts.is_calling:
+            interrupts.cancel()
 
     async def credentials_of(
         self, route: Route, database: bytes, user: bytes, login: LoginObserver
@@ -153,7 +154,7 @@ class Server:
         host = route.host
         found = self.credentials.secret(host.name, host.port, database, user)
         found = found or await self.auth_query.secret(host, user, stranger)
-        return self.setup.checks.check(user, found)
+        return self.runtime.checks.check(user, found)
 
     # Its life
 
@@ -162,7 +163,7 @@ class Server:
     ) -> None:
         """Let sessions and jobs end; after shutdown_timeout, or `now`, end them. `others_done`
         waits until there is no need any more to be there for others."""
-        self.reception.close()
+        self.acceptor.close()
         logger.info("shutting down: %s", self._what_runs())
         ways_out = [
             asyncio.ensure_future(self._all_done(others_done)),
@@ -208,10 +209,10 @@ class Server:
 
     # What calls ask for
 
-    async def find(self, own: Iterable[Job], handles: Sequence[Handle]) -> list[KnownJob | None]:
+    async def find(self, own: Iterable[Job], handles: Sequence[Handle]) -> list[JobRecord | None]:
         """Jobs by their handles: the caller's own, those of this process, those of the others."""
         here = {job.handle: job for job in own}
-        found: dict[Handle, KnownJob | None] = {
+        found: dict[Handle, JobRecord | None] = {
             handle: here.get(handle) or self.jobs.get(*handle) for handle in handles
         }
         missing = [handle for handle, job in found.items() if job is None]
@@ -219,7 +220,7 @@ class Server:
             found |= await self.peers.find(missing)
         return [found[handle] for handle in handles]
 
-    async def jobs_of(self, roles: Collection[int]) -> list[KnownJob]:
+    async def jobs_of(self, roles: Collection[int]) -> list[JobRecord]:
         """What is known of the jobs of these roles; and of all others of this process."""
         return [*self.jobs, *(await self.peers.jobs_of(roles) if self.peers.exist else ())]
 
@@ -248,7 +249,7 @@ class Server:
         self.peers.job_ended(job)
         self._idle.set()
 
-    def cancel_job(self, job: KnownJob) -> asyncio.Task[None]:
+    def cancel_job(self, job: JobRecord) -> asyncio.Task[None]:
         """Tell the server to stop a job. The task ends when it was told once; it is told again
         until the job ends, since a backend that has only just got its query does not listen."""
         if isinstance(job, RemoteJob):
@@ -303,7 +304,7 @@ async def serve(config: Config, read_again: Callable[[], Config] | None = None) 
     or an address is taken; ConfigError for a file that is not what it should be.
     """
     server = Server(config)
-    await server.setup.check()
+    await server.runtime.check()
     keep_trimmed()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -316,8 +317,8 @@ async def serve(config: Config, read_again: Callable[[], Config] | None = None) 
         loop.add_signal_handler(signum, signalled)
     if read_again is not None:
         loop.add_signal_handler(signal.SIGHUP, reload, read_again, server.reload)
-    reception = server.reception
-    listeners = Listeners(reception.take, client_keepalive(config))
+    acceptor = server.acceptor
+    listeners = Listeners(acceptor.take, client_keepalive(config))
     with contextlib.closing(listeners):
         for address in config.listen:
             await listeners.listen(address)

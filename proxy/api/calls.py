@@ -27,7 +27,7 @@ from proxy.sql.text import EXECUTOR_ROLE
 if TYPE_CHECKING:
     from proxy.jobs.context import Context
     from proxy.jobs.job import Job, Jobs
-    from proxy.jobs.registry import Handle, KnownJob
+    from proxy.jobs.registry import Handle, JobRecord
 
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 24 * HOUR_MS
@@ -58,11 +58,11 @@ class Caller(Protocol):
     def codec(self) -> str:
         """Python's name of the encoding of what is given to the functions."""
 
-    async def known_jobs(self) -> Sequence[KnownJob]:
+    async def known_jobs(self) -> Sequence[JobRecord]:
         """Of all sessions of the proxy, those that ended a while ago included; at least those that
         the current role may touch."""
 
-    async def find(self, handles: Sequence[Handle]) -> list[KnownJob | None]:
+    async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
         """Those of them, or of this session's, that have these handles; as they are now."""
 
     async def launch(
@@ -70,10 +70,10 @@ class Caller(Protocol):
     ) -> Job:
         """Start a job with the context's role and settings."""
 
-    async def cancel_job(self, job: KnownJob) -> None:
+    async def cancel_job(self, job: JobRecord) -> None:
         """Have the server told to stop it."""
 
-    async def wait(self, jobs: Sequence[KnownJob], until: float | None = None) -> None:
+    async def wait(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
         """Wait until something happens to one of them, or until that time of the loop."""
 
     @property
@@ -135,15 +135,15 @@ async def result(caller: Caller, pid: int, cookie: int | None = None) -> Job:
     return job
 
 
-async def _with_cookie(caller: Caller, pid: int, cookie: int) -> KnownJob:
+async def _with_cookie(caller: Caller, pid: int, cookie: int) -> JobRecord:
     """A job of this session, or of another one of the same role. Raises SQLError."""
     [job] = await _with_cookies(caller, [(pid, cookie)])
     return job
 
 
-async def _with_cookies(caller: Caller, handles: Sequence[Handle]) -> list[KnownJob]:
+async def _with_cookies(caller: Caller, handles: Sequence[Handle]) -> list[JobRecord]:
     """Several of them. Raises SQLError."""
-    jobs: list[KnownJob] = []
+    jobs: list[JobRecord] = []
     for handle, job in zip(handles, await caller.find(handles), strict=True):
         if job is None:
             jobs.append(_own_with_cookie(caller, *handle))
@@ -165,11 +165,11 @@ def _own_with_cookie(caller: Caller, pid: int, cookie: int) -> Job:
     return job
 
 
-def _may_touch(caller: Caller, job: KnownJob) -> bool:
+def _may_touch(caller: Caller, job: JobRecord) -> bool:
     return job.cluster == caller.cluster and job.role_id in caller.context.roles
 
 
-def _check_role(caller: Caller, job: KnownJob) -> None:
+def _check_role(caller: Caller, job: JobRecord) -> None:
     if not _may_touch(caller, job):
         raise SQLError(
             INSUFFICIENT_PRIVILEGE, f'permission denied for background worker with PID "{job.pid}"'
@@ -250,7 +250,7 @@ async def purge(caller: Caller) -> int:
     return _detach(caller, [job for job in _own(caller) if job.finished])
 
 
-def _detach(caller: Caller, jobs: Sequence[KnownJob]) -> int:
+def _detach(caller: Caller, jobs: Sequence[JobRecord]) -> int:
     for job in jobs:
         caller.jobs.remove(job)
     return len(jobs)
@@ -259,7 +259,7 @@ def _detach(caller: Caller, jobs: Sequence[KnownJob]) -> int:
 # Waiting
 
 
-async def _wait_for(jobs: Sequence[KnownJob], caller: Caller, timeout_ms: int | None) -> bool:
+async def _wait_for(jobs: Sequence[JobRecord], caller: Caller, timeout_ms: int | None) -> bool:
     """Wait until all have ended, at most that long (None: for ever); whether they have."""
     loop = asyncio.get_running_loop()
     until = None if timeout_ms is None else loop.time() + timeout_ms / 1000
@@ -327,7 +327,7 @@ async def list_all(caller: Caller) -> list[Row]:
     return [_list_row(job) for job in await caller.known_jobs() if _may_touch(caller, job)]
 
 
-def _list_row(job: KnownJob) -> Row:
+def _list_row(job: JobRecord) -> Row:
     return (
         job.pid,
         job.cookie,
@@ -392,13 +392,13 @@ async def error_info(caller: Caller, pid: int, cookie: int) -> Row | None:
     return tuple(job.error_field(code) for code in "CMDHWstcn")
 
 
-def _outcome(caller: Caller, handle: Handle, job: KnownJob | None) -> Row:
+def _outcome(caller: Caller, handle: Handle, job: JobRecord | None) -> Row:
     if job is None or not _may_touch(caller, job):
         return (*handle, None, False, False, False, None, None, None, None, None, None)
     return outcome_of(job)
 
 
-def outcome_of(job: KnownJob) -> Row:
+def outcome_of(job: JobRecord) -> Row:
     return (
         job.pid,
         job.cookie,

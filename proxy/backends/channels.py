@@ -16,7 +16,6 @@ from typing import Final
 from protocol.errors import ProtocolViolation, SQLError
 from proxy.backends.backend import Backend, number
 from proxy.backends.identity import IDENTITY, SYSTEM_ID_QUERY, Login
-from proxy.jobs.context import ROLE_STATEMENT
 from proxy.log import logger
 
 Open = Callable[[], Awaitable[Backend]]
@@ -25,7 +24,7 @@ Rows = list[tuple[bytes | None, ...]]
 APPLICATION_NAME: Final = b"pg_background channel"
 
 _SET_UP: Final = (
-    ROLE_STATEMENT + b"; SELECT CASE WHEN pg_catalog.current_setting('track_activities')"
+    b"SELECT CASE WHEN pg_catalog.current_setting('track_activities')"
     b" OPERATOR(pg_catalog.=) 'on' THEN s.setting END,"
     b" CASE WHEN CAST(pg_catalog.current_setting('server_version_num') AS pg_catalog.int4)"
     b" OPERATOR(pg_catalog.>=) 120000 THEN"
@@ -116,8 +115,13 @@ class Channel:
 class Channels:
     """The channels of all sessions."""
 
-    def __init__(self, lifetime: float) -> None:
-        """`lifetime`: seconds after which one that nobody needed is closed."""
+    def __init__(self, lifetime: float, prepare: bytes) -> None:
+        """
+        Args:
+            lifetime: seconds after which one that nobody needed is closed.
+            prepare: SQL that each runs first.
+        """
+        self._prepare = prepare
         self.lifetime = lifetime
         self._idle: dict[Login, list[Channel]] = {}
         self._waiting: dict[Login, list[asyncio.Future[Channel]]] = {}
@@ -146,7 +150,7 @@ class Channels:
                 raise
             return await self._returned(login)
         try:
-            row = await backend.row(_SET_UP)
+            row = await backend.row(self._prepare + b"; " + _SET_UP)
             system_id, *_ = await backend.row(SYSTEM_ID_QUERY)
         except BaseException:
             backend.terminate()

@@ -9,10 +9,9 @@ now, tell whether the login still holds. What it does not show: a new password, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
-if TYPE_CHECKING:
-    from proxy.backends.upstream import Route
+from proxy.backends.route import Route
 
 
 class Login(NamedTuple):

@@ -28,6 +28,7 @@ from protocol.startup import CancelRequest, SSLRequest, StartupMessage
 from proxy.auth.credentials import CredentialStore
 from proxy.auth.pace import Pace
 from proxy.backends.backend import Backend, open_backend, send_cancel
+from proxy.backends.route import Route
 from proxy.config import Config, Host
 from proxy.log import logger
 from proxy.net import tls
@@ -44,17 +45,6 @@ APPLICATION_NAME: Final = b"pg-background-proxy"
 _STATE_QUERY: Final = (
     b"SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('transaction_read_only')"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """How a server was reached: the host, and whether by TLS."""
-
-    host: Host
-    encrypted: bool = False
-
-    def __str__(self) -> str:
-        return str(self.host)
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,3 +127,10 @@ WORKER_TIMEOUT: Final = Guc("pg_background.worker_timeout", "0", 0, 2_147_483_64
 GUCS: Final[Mapping[str, Guc]] = {
     guc.name: guc for guc in (MAX_WORKERS, DEFAULT_QUEUE_SIZE, WORKER_TIMEOUT)
 }
+
+SESSION_SETTING: Final = "pg_background_proxy.session"
+"""The setting that the proxy gives a session in its startup packet: 32 hexadecimal digits that its
+messages begin with, and 32 that nobody else knows."""
+
+JOB_SETTING: Final = "pg_background_proxy.job"
+"""The setting of a job's backend: the word that its reports of progress begin with."""

@@ -31,13 +31,6 @@ from proxy.api.functions import (
 )
 from proxy.config.gucs import GUCS
 
-SESSION_SETTING: Final = "pg_background_proxy.session"
-"""The setting that the proxy gives a session in its startup packet: 32 hexadecimal digits that its
-messages begin with, and 32 that nobody else knows."""
-
-JOB_SETTING: Final = "pg_background_proxy.job"
-"""The setting of a job's backend: the word that its reports of progress begin with."""
-
 SPEAKER: Final = "_pg_background_say"
 """The function without arguments that raises all messages of the others."""
 

@@ -89,9 +89,9 @@ from proxy.config.gucs import GUCS, MAX_WORKERS
 from proxy.extension.blocks import Answer, Blocks
 from proxy.extension.bodies import identity
 from proxy.jobs.context import NOT_CARRIED_OVER, Context, role_query
-from proxy.jobs.interrupts import Waits
+from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
-from proxy.jobs.registry import Handle, KnownJob
+from proxy.jobs.registry import Handle, JobRecord
 from proxy.log import logger
 from proxy.session.caller import decode_argument
 from proxy.session.results import text_form
@@ -273,7 +273,7 @@ class Inside:
     def __init__(self, session: Owner, secrets: Secrets) -> None:
         self._session = session
         self.secrets = secrets
-        self._waits = Waits()
+        self._interrupts = Interrupts()
         # From the first call in a statement to its end; as which role it has logged in, None for
         # the session's; whether code has proven that role; whether it holds the lock that the
         # function waits for next.
@@ -361,7 +361,7 @@ class Inside:
     def end_client(self) -> None:
         """The client is gone, or will send no more: no job is waited for. A function would not
         notice that by itself."""
-        self._waits.end_client(reads=True)
+        self._interrupts.end_client(reads=True)
 
     def complaint(self, error: bytes) -> bytes | None:
         """What replaces an ErrorResponse with this body: one that a function of ours has raised is
@@ -486,7 +486,7 @@ class Inside:
         if not context.may_call:
             raise permission_denied(call.function.name)
         launcher = self._session.launcher_for(self._login)
-        caller = InsideCaller(self._session, launcher, self._waits, context, call)
+        caller = InsideCaller(self._session, launcher, self._interrupts, context, call)
         value = await call.function.run(caller, **await call.arguments())
         if isinstance(value, Job):
             self._blocks = Blocks(
@@ -904,11 +904,16 @@ class InsideCaller:
     """Makes calls from inside the database (`calls.Caller`)."""
 
     def __init__(
-        self, session: Owner, launcher: Launcher, waits: Waits, context: Context, call: _Call
+        self,
+        session: Owner,
+        launcher: Launcher,
+        interrupts: Interrupts,
+        context: Context,
+        call: _Call,
     ) -> None:
         self._session = session
         self._launcher = launcher
-        self._waits = waits
+        self._interrupts = interrupts
         self._context = context
         self._call = call
 
@@ -932,10 +937,10 @@ class InsideCaller:
     def codec(self) -> str:
         return encodings.codec(self._call.encoding)
 
-    async def known_jobs(self) -> Sequence[KnownJob]:
+    async def known_jobs(self) -> Sequence[JobRecord]:
         return await self._session.jobs_of(self.context.roles)
 
-    async def find(self, handles: Sequence[Handle]) -> list[KnownJob | None]:
+    async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
         return await self._session.find(handles)
 
     async def launch(
@@ -948,20 +953,20 @@ class InsideCaller:
             self.context,
             client_encoding=self._call.encoding,
             label=label,
-            keeps_rows=keep_rows,
+            keep_rows=keep_rows,
         )
         self._call.launched.append(job)
         return job
 
-    async def cancel_job(self, job: KnownJob) -> None:
+    async def cancel_job(self, job: JobRecord) -> None:
         if not job.finished:
             await self._session.cancel_job(job)
 
     def limit(self, job: Job, timeout_ms: int) -> None:
         self._session.limit(job, timeout_ms)
 
-    async def wait(self, jobs: Sequence[KnownJob], until: float | None = None) -> None:
-        await self._waits.for_jobs(jobs, until)
+    async def wait(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
+        await self._interrupts.for_jobs(jobs, until)
 
     async def wait_for(self, job: Job) -> None:
         """Wait until something happens to it."""

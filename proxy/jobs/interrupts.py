@@ -14,25 +14,25 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from protocol.errors import QUERY_CANCELED, SQLError
-from proxy.jobs.registry import KnownJob
+from proxy.jobs.registry import JobRecord
 
 T = TypeVar("T")
 
 
-class Waits:
+class Interrupts:
     """The waits of one batch; there is at most one at a time.
 
     Attributes:
         is_calling: whether a call is being made, which cancel() would end.
         is_waiting: whether the server has done its part of it, so that nothing else would.
-        in_row: the client has got a part of a row: all else would be taken for the rest of it.
+        held: the client has got a part of a row: all else would be taken for the rest of it.
         client_ended: the client will send no more.
     """
 
     def __init__(self) -> None:
         self.is_calling = False
         self.is_waiting = False
-        self.in_row = False
+        self.held = False
         self.client_ended = False
         self._waiter: asyncio.Future[None] | None = None
         self._waits_for_jobs = False
@@ -62,14 +62,14 @@ class Waits:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(timeout_ms / 1000, self._time_out)
 
-    def check(self) -> None:
+    def check_for_interrupts(self) -> None:
         """Raises the SQLError with which the call was ended meanwhile."""
-        if self._interrupt is not None and not self.in_row:
+        if self._interrupt is not None and not self.held:
             raise self._interrupt
 
     # What is waited for
 
-    async def for_jobs(self, jobs: Sequence[KnownJob], until: float | None = None) -> None:
+    async def for_jobs(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
         """Wait until something happens to one of the jobs, or until that time of the loop."""
         if self.client_ended:
             raise _client_gone()
@@ -96,7 +96,7 @@ class Waits:
         return future.result()
 
     async def _wait(self, waiter: asyncio.Future[None]) -> None:
-        self.check()
+        self.check_for_interrupts()
         self._waiter = waiter
         try:
             await waiter
@@ -114,7 +114,7 @@ class Waits:
 
     def _end(self, error: SQLError) -> None:
         self._interrupt = error
-        if not self.in_row:
+        if not self.held:
             self.fail(error)
 
     def end_client(self, *, reads: bool) -> None:

@@ -42,14 +42,14 @@ from protocol.messages import (
 )
 from protocol.startup import CancelRequest
 from proxy.backends.backend import READ_SIZE, Backend
-from proxy.backends.upstream import Route
+from proxy.backends.route import Route
 from proxy.config.gucs import MAX_WORKERS
 from proxy.jobs.progress import parse_progress, progress_statement
 from proxy.jobs.registry import (
     FULL_SQL_SIZE,
     LISTED_SQL_SIZE,
     TEXT_SIZE,
-    KnownJob,
+    JobRecord,
     cut_fields,
     kept_error,
     shortened,
@@ -89,7 +89,7 @@ class Nested(Protocol):
         """The job has ended."""
 
 
-class Job(KnownJob):
+class Job(JobRecord):
     """One job: its backend while it runs, its output until somebody takes it, how it went.
 
     Attributes:
@@ -112,7 +112,7 @@ class Job(KnownJob):
         route: Route,
         label: bytes | None = None,
         marker: bytes,
-        keeps_rows: bool = True,
+        keep_rows: bool = True,
         budgets: Sequence[Budget] = (),
         nested: Nested,
         on_finish: Callable[[Job], None],
@@ -127,7 +127,7 @@ class Job(KnownJob):
             label=label,
         )
         self.route = route
-        self.keeps_rows = keeps_rows
+        self.keeps_rows = keep_rows
         self.columns: tuple[Field, ...] | None = None
         self.has_handle = True
         self.parameters = backend.parameters
@@ -135,7 +135,7 @@ class Job(KnownJob):
         self._backend: Backend | None = backend
         self._on_finish: Callable[[Job], None] | None = on_finish
         self.output = OutputQueue(queue_size, backend, budgets)
-        if not keeps_rows:
+        if not keep_rows:
             self.output.drop()
         self._statements = 0
         self._statements_done = 0
@@ -543,7 +543,7 @@ class Jobs:
     def __iter__(self) -> Iterator[Job]:
         return iter(tuple(self._jobs.values()))
 
-    def __contains__(self, job: KnownJob) -> bool:
+    def __contains__(self, job: JobRecord) -> bool:
         return self._jobs.get(job.pid) is job
 
     def check_limit(self, max_workers: int, most: int) -> None:
@@ -586,7 +586,7 @@ class Jobs:
         except KeyError:
             raise SQLError(UNDEFINED_OBJECT, f"PID {pid} is not attached to this session") from None
 
-    def remove(self, job: KnownJob) -> None:
+    def remove(self, job: JobRecord) -> None:
         """The session is done with it. If it runs, it runs on to its end. Those of other sessions
         are not touched."""
         if job in self:

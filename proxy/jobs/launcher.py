@@ -18,10 +18,16 @@ from proxy.auth.observer import LoginObserver
 from proxy.backends.backend import Backend, no_backend, number, open_backend
 from proxy.backends.channels import APPLICATION_NAME, Channel
 from proxy.backends.identity import Login, StaleLoginError
+from proxy.backends.route import Route
 from proxy.backends.spares import LONGEST_COMMAND
-from proxy.backends.upstream import Route
-from proxy.config.gucs import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, Guc
-from proxy.extension.bodies import JOB_SETTING, SESSION_SETTING
+from proxy.config.gucs import (
+    DEFAULT_QUEUE_SIZE,
+    JOB_SETTING,
+    MAX_WORKERS,
+    SESSION_SETTING,
+    WORKER_TIMEOUT,
+    Guc,
+)
 from proxy.extension.inside import Secrets
 from proxy.extension.nested import Nested
 from proxy.jobs.context import Context, takeover_block, takeover_query
@@ -72,7 +78,7 @@ class Launcher:
         *,
         client_encoding: bytes,
         label: bytes | None,
-        keeps_rows: bool,
+        keep_rows: bool,
     ) -> Job:
         """Start a job in a new backend.
 
@@ -83,7 +89,7 @@ class Launcher:
             context: of the call.
             client_encoding: of the SQL, and of the results.
             label: of the job.
-            keeps_rows: whether its rows are kept for somebody to fetch.
+            keep_rows: whether its rows are kept for somebody to fetch.
 
         Raises SQLError.
         """
@@ -116,7 +122,7 @@ class Launcher:
             route=self._route,
             label=label,
             marker=backend.own_settings[_JOB_SETTING],
-            keeps_rows=keeps_rows,
+            keep_rows=keep_rows,
             budgets=self._server.budgets.of_role(self._user),
             nested=nested,
             on_finish=ended,

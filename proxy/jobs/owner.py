@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from proxy.config.gucs import Guc
     from proxy.jobs.context import Context
     from proxy.jobs.launcher import Launcher
-    from proxy.jobs.registry import Handle, KnownJob, KnownJobs
+    from proxy.jobs.registry import Handle, JobRecord, JobRegistry
     from proxy.server import Server
     from proxy.workers.peers import Peers
 
@@ -67,7 +67,7 @@ class Owner(ABC):
         return self.system_id or self.launcher.address
 
     @property
-    def known_jobs(self) -> KnownJobs[Job]:
+    def known_jobs(self) -> JobRegistry[Job]:
         """The jobs of all sessions of this process."""
         return self._server.jobs
 
@@ -76,11 +76,11 @@ class Owner(ABC):
         """The other processes."""
         return self._server.peers
 
-    async def find(self, handles: Sequence[Handle]) -> list[KnownJob | None]:
+    async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
         """Jobs that it may know of. Its own are known to it until it detaches them."""
         return await self._server.find(self.jobs, handles)
 
-    async def jobs_of(self, roles: Collection[int]) -> list[KnownJob]:
+    async def jobs_of(self, roles: Collection[int]) -> list[JobRecord]:
         """What is known of the jobs of these roles, at least."""
         return await self._server.jobs_of(roles)
 
@@ -90,7 +90,7 @@ class Owner(ABC):
         if not job.finished:
             self.cancel_job(job)
 
-    def cancel_job(self, job: KnownJob) -> asyncio.Task[None]:
+    def cancel_job(self, job: JobRecord) -> asyncio.Task[None]:
         """Have the server told to stop a job."""
         return self._server.cancel_job(job)
 
@@ -106,7 +106,7 @@ class Owner(ABC):
         *,
         client_encoding: bytes | None = None,
         label: bytes | None = None,
-        keeps_rows: bool = True,
+        keep_rows: bool = True,
     ) -> Job:
         """Start a job in a new backend, with the owner's role and settings. Raises SQLError.
 
@@ -119,7 +119,7 @@ class Owner(ABC):
             context,
             client_encoding=client_encoding or self.client_encoding,
             label=label,
-            keeps_rows=keeps_rows,
+            keep_rows=keep_rows,
         )
 
     def setting(self, setting: Guc, context: Context) -> int:

@@ -1,6 +1,6 @@
 """What is known of a job, wherever it runs: by which its sessions and others follow it.
 
-The rule: what is known never includes rows. A job is a `KnownJob` in the process that runs it, and
+The rule: what is known never includes rows. A job is a `JobRecord` in the process that runs it, and
 a `RemoteJob` in those that have asked for it: what its own process said last. What that is does not
 change by itself, but for the end, which every process that has seen the job running is told.
 """
@@ -36,13 +36,13 @@ _LISTED_FIELDS: Final = "CM"
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
 
-JobT = TypeVar("JobT", bound="KnownJob")
+JobT = TypeVar("JobT", bound="JobRecord")
 
 Handle = tuple[int, int]
 """Pid and cookie."""
 
 
-class KnownJob:
+class JobRecord:
     """One job, as those see it who do not read its rows.
 
     Attributes:
@@ -186,7 +186,7 @@ class KnownJob:
         }
 
 
-class RemoteJob(KnownJob):
+class RemoteJob(JobRecord):
     """The stand-in for a job that another process runs.
 
     Attributes:
@@ -282,7 +282,7 @@ def _beginning(text: bytes, size: int) -> bytes:
     return text[:size].decode("utf-8", "ignore").encode() or text[:size]
 
 
-class KnownJobs(Generic[JobT]):
+class JobRegistry(Generic[JobT]):
     """The jobs of all sessions of this process: those that run, and for a while those that have
     ended.
 

@@ -1,11 +1,11 @@
 """The sockets that clients connect to.
 
 The rule: what listens decides nothing about the connections that come in. With one process, each
-goes to the `Reception` there, which makes a session of it and decides from the first byte alone how
+goes to the `Acceptor` there, which makes a session of it and decides from the first byte alone how
 it begins: with TLS that may be with the handshake (``sslnegotiation=direct``). So we accept
 connections ourselves, look at that byte without taking it, and hand the socket to the loop (which
 would close without a word what it has no descriptor for). With several processes the supervisor
-listens, and its workers have the receptions.
+listens, and its workers have the acceptors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class NewSession(Protocol):
         """The connection has come to nothing."""
 
 
-class Reception:
+class Acceptor:
     """Makes sessions of connections.
 
     Args:

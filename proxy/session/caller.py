@@ -32,8 +32,8 @@ from proxy.config.gucs import MAX_WORKERS, parse_time_ms
 from proxy.extension import installed
 from proxy.extension.privileges import drop_role_block, privileges_block
 from proxy.jobs.context import Context, activity_query, context_query, parse_context
-from proxy.jobs.interrupts import Waits
-from proxy.jobs.registry import Handle, KnownJob
+from proxy.jobs.interrupts import Interrupts
+from proxy.jobs.registry import Handle, JobRecord
 from proxy.session.dialogue import PrimaryDialogue
 from proxy.session.prepared import functions_of, misread, needs_of
 from proxy.sql import encodings
@@ -41,7 +41,7 @@ from proxy.statements.plan import Call, FieldOf, Plan
 
 if TYPE_CHECKING:
     from proxy.jobs.job import Job, Jobs
-    from proxy.jobs.registry import KnownJob
+    from proxy.jobs.registry import JobRecord
     from proxy.session.session import Session
 
 T = TypeVar("T")
@@ -54,10 +54,10 @@ _MAX_HANDLES_SIZE: Final = 256 * 1024
 class SessionCaller:
     """Makes calls for a session (`calls.Caller`)."""
 
-    def __init__(self, session: Session, primary: PrimaryDialogue, waits: Waits) -> None:
+    def __init__(self, session: Session, primary: PrimaryDialogue, interrupts: Interrupts) -> None:
         self._session = session
         self._primary = primary
-        self._waits = waits
+        self._interrupts = interrupts
         self._context: Context | None = None
 
     def ask_context(self, plan: Plan, *, first: bool) -> None:
@@ -96,7 +96,7 @@ class SessionCaller:
                     session.settings = self._context.settings
                     relay.untouched = True
                 timeout = self._context.statement_timeout.decode()
-                self._waits.start_timer(parse_time_ms(timeout))
+                self._interrupts.start_timer(parse_time_ms(timeout))
 
         self._primary.ask(sql, take)
         if session.system_id is None:
@@ -196,36 +196,36 @@ class SessionCaller:
     def codec(self) -> str:
         return self._session.codec
 
-    async def known_jobs(self) -> Sequence[KnownJob]:
+    async def known_jobs(self) -> Sequence[JobRecord]:
         return await self._for(self._session.jobs_of(self.context.roles))
 
-    async def find(self, handles: Sequence[Handle]) -> list[KnownJob | None]:
+    async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
         return await self._for(self._session.find(handles))
 
     async def launch(
         self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
     ) -> Job:
         return await self._for(
-            self._session.launch(sql, queue_size, self.context, label=label, keeps_rows=keep_rows)
+            self._session.launch(sql, queue_size, self.context, label=label, keep_rows=keep_rows)
         )
 
     async def _for(self, work: Coroutine[Any, Any, T]) -> T:
         """Its result; if the wait for it is ended, so is the work."""
         working = asyncio.ensure_future(work)
         try:
-            return await self._waits.for_future(working)
+            return await self._interrupts.for_future(working)
         finally:
             working.cancel()
 
-    async def cancel_job(self, job: KnownJob) -> None:
+    async def cancel_job(self, job: JobRecord) -> None:
         if not job.finished:
-            await self._waits.for_future(self._session.cancel_job(job))
+            await self._interrupts.for_future(self._session.cancel_job(job))
 
     def limit(self, job: Job, timeout_ms: int) -> None:
         self._session.limit(job, timeout_ms)
 
-    async def wait(self, jobs: Sequence[KnownJob], until: float | None = None) -> None:
-        await self._waits.for_jobs(jobs, until)
+    async def wait(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
+        await self._interrupts.for_jobs(jobs, until)
 
     async def activity(self, jobs: Sequence[Job]) -> dict[int, tuple[bytes | None, ...]]:
         rows: dict[int, tuple[bytes | None, ...]] = {}

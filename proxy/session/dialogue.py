@@ -34,7 +34,7 @@ from protocol.messages import (
     Parse,
     Sync,
 )
-from proxy.jobs.interrupts import Waits
+from proxy.jobs.interrupts import Interrupts
 from proxy.net.inbox import Inbox
 from proxy.sql.text import raise_block
 from proxy.statements.plan import Plan, Substitute
@@ -97,13 +97,13 @@ class PrimaryDialogue:
     """
 
     def __init__(
-        self, session: Session, client: Connection, server: Connection, waits: Waits
+        self, session: Session, client: Connection, server: Connection, interrupts: Interrupts
     ) -> None:
         self._session = session
         self._relay = session.relay
         self._client = client
         self._server = server
-        self._waits = waits
+        self._interrupts = interrupts
         self.inbox = Inbox(server)
         self.failed = False
         self.synced = False
@@ -290,7 +290,7 @@ class PrimaryDialogue:
 
         Raises ConnectionError if the client cannot be told, because the rest of a row is lost.
         """
-        if self._waits.in_row:
+        if self._interrupts.held:
             raise ConnectionError(f"in the middle of a row: {error}")
         while self._replies:
             kind, _ = await self.next_message()
@@ -342,14 +342,14 @@ class PrimaryDialogue:
 
     async def write(self, data: bytes, *, cut: bool = False) -> None:
         """Send to the client, and wait while it is slow. `cut`: the last message goes on."""
-        self._waits.check()
+        self._interrupts.check_for_interrupts()
         self._client.write(data)
-        self._waits.in_row = cut
+        self._interrupts.held = cut
         await self._drained()
 
     async def _drained(self) -> None:
         if self._client.full is not None:
-            await self._waits.for_future(self._client.full)
+            await self._interrupts.for_future(self._client.full)
 
 
 def _without_context(fields: Mapping[str, bytes]) -> dict[str, bytes]:

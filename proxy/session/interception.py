@@ -7,7 +7,7 @@ takes the stand-in's rows off the stream and puts the call's in.
 
 An interception begins when everything before its first message is answered, and ends with the
 ReadyForQuery of its batch. How it talks to the server is in `dialogue`, who calls in `caller`, what
-ends a wait in `waits`.
+ends a wait in `interrupts`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from protocol.messages import (
 )
 from protocol.values import NoBinaryForm
 from proxy.api.functions import TEXT, Column, Needs, Type
-from proxy.jobs.interrupts import Waits
+from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
 from proxy.net.inbox import Inbox
 from proxy.session.caller import SessionCaller
@@ -110,9 +110,9 @@ class Interception:
         self._relay = session.relay
         self._client = session.client
         self._server = session.primary
-        self.waits = Waits()
-        self._primary = PrimaryDialogue(session, self._client, self._server, self.waits)
-        self._caller = SessionCaller(session, self._primary, self.waits)
+        self.interrupts = Interrupts()
+        self._primary = PrimaryDialogue(session, self._client, self._server, self.interrupts)
+        self._caller = SessionCaller(session, self._primary, self.interrupts)
         self._from_client = Inbox(self._client)
         self._from_client.feed(data)
         self._client.receive = self._from_client.feed
@@ -158,17 +158,17 @@ class Interception:
         """The client will send no more. It gets the answers to what it has sent, except that no
         job is waited for."""
         self._from_client.close(ConnectionError("the client has closed the connection"))
-        self.waits.end_client(reads=self._client.full is None)
+        self.interrupts.end_client(reads=self._client.full is None)
 
     def client_hung_up(self) -> None:
         """The client has left behind messages that were not read. No job is waited for; otherwise
         they are served in their turn."""
-        self.waits.client_hung_up()
+        self.interrupts.client_hung_up()
 
     def server_lost(self, error: Exception) -> None:
         """The primary backend is gone."""
         self._primary.inbox.close(error)
-        self.waits.fail(error)
+        self.interrupts.fail(error)
 
     def last_words(self) -> bytes:
         """Messages that the server sent before it went, and that were not read."""
@@ -184,7 +184,7 @@ class Interception:
         try:
             kind, body = await self._client_message()
         except ConnectionError:
-            if self.waits.client_ended:
+            if self.interrupts.client_ended:
                 await self._end_server()
             raise
         except ProtocolViolation:
@@ -734,7 +734,7 @@ class Interception:
         if is_query:
             self._close_unnamed()
         self._primary.synced = alone and (is_query or self._next_is_sync())
-        with self.waits.calling(limited=Needs.TIME in needs):
+        with self.interrupts.calling(limited=Needs.TIME in needs):
             await self._primary.settle(SYNC_AHEAD if self._primary.synced else FLUSH)
             if kept and may_set:
                 await self._check_encoding()
@@ -759,7 +759,7 @@ class Interception:
         if kind != B.DATA_ROW:
             await self._primary.pass_on(kind, body)
             return
-        self.waits.check()
+        self.interrupts.check_for_interrupts()
         values = list(DataRow.parse(body).values)
         if len(values) != len(portal.statement.fields):
             raise misread()
@@ -850,9 +850,9 @@ class Interception:
         if is_query:
             self._close_unnamed()
         self._primary.synced = sync
-        with self.waits.calling(limited=Needs.TIME in needs_of(plan)):
+        with self.interrupts.calling(limited=Needs.TIME in needs_of(plan)):
             await self._primary.settle(SYNC_AHEAD if sync else FLUSH)
-            self.waits.is_waiting = True
+            self.interrupts.is_waiting = True
             try:
                 if portal.result is None:
                     if [len(row) for row in rows] != [len(portal.statement.fields)]:
@@ -914,7 +914,7 @@ class Interception:
         )
 
     async def _wait_for(self, job: Job) -> None:
-        await self.waits.for_jobs([job])
+        await self.interrupts.for_jobs([job])
 
 
 def _rest_as_comment(sql: bytes, first: tuple[int, bytes]) -> bytes:

@@ -44,10 +44,10 @@ from proxy.api.functions import CATALOGS
 from proxy.auth import pace
 from proxy.auth.login import Login, RefusedError
 from proxy.auth.observer import LoginObserver
-from proxy.backends.upstream import Route
+from proxy.backends.route import Route
 from proxy.config import Host
+from proxy.config.gucs import SESSION_SETTING
 from proxy.extension import catalogs, commands, ddl
-from proxy.extension.bodies import SESSION_SETTING
 from proxy.extension.inside import Inside, Secrets
 from proxy.extension.installed import Installed, api_version
 from proxy.jobs.launcher import Launcher
@@ -501,7 +501,7 @@ class Session(Owner):
         self.interception = self._task = None
         self._readings.clear()
         interception.hand_back()
-        if interception.waits.client_ended:
+        if interception.interrupts.client_ended:
             self._ended(self.client)
 
     # What an interception asks for

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator,
 from typing import TYPE_CHECKING, Any, Final
 
 from protocol.startup import CancelRequest
-from proxy.jobs.registry import Handle, KnownJob, RemoteJob
+from proxy.jobs.registry import Handle, JobRecord, RemoteJob
 from proxy.log import logger
 from proxy.workers.bus import PIECE, Channel, Message
 
@@ -127,10 +127,10 @@ class Peers:
         """OIDs of the roles whose jobs they know."""
         return set().union(*self._roles_of.values()) if self._roles_of else set()
 
-    async def find(self, handles: Sequence[Handle]) -> dict[Handle, KnownJob]:
+    async def find(self, handles: Sequence[Handle]) -> dict[Handle, JobRecord]:
         """Those of these jobs that they know."""
         missing = set(handles)
-        found: dict[Handle, KnownJob] = {}
+        found: dict[Handle, JobRecord] = {}
 
         def take(peer: int, snapshots: list[dict[str, Any]]) -> bool:
             for job in self._stand_ins_for(peer, snapshots):
@@ -142,9 +142,9 @@ class Peers:
             await self._ask("find", handles[start : start + _AT_ONCE], take)
         return found
 
-    async def jobs_of(self, roles: Collection[int]) -> list[KnownJob]:
+    async def jobs_of(self, roles: Collection[int]) -> list[JobRecord]:
         """All that they know of jobs of these roles."""
-        found: list[KnownJob] = []
+        found: list[JobRecord] = []
 
         def take(peer: int, snapshots: list[dict[str, Any]]) -> bool:
             found.extend(self._stand_ins_for(peer, snapshots))

@@ -32,7 +32,7 @@ from proxy.config import Given
 from proxy.log import logger
 from proxy.net.descriptors import turn_away
 from proxy.net.listeners import Listeners
-from proxy.runtime import LAST_WORDS, Setup, client_keepalive, reload, reloaded
+from proxy.runtime import LAST_WORDS, Runtime, client_keepalive, reload, reloaded
 from proxy.workers.bus import Channel, Message
 
 _START_TIMEOUT: Final = 30.0
@@ -208,7 +208,7 @@ class Supervisor:
         Raises OSError if it cannot start, because the server cannot be reached, an address is taken
         or a worker cannot be started; ConfigError for a file that is not what it should be.
         """
-        await Setup(self._config).check()
+        await Runtime(self._config).check()
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._signalled)
@@ -400,7 +400,7 @@ class Supervisor:
     def _take_over(self, given: Given) -> list[str]:
         """Make another configuration hold, here and in all workers. Raises ConfigError."""
         settings, fixed = reloaded(self._config, config.build(given, os.environ))
-        Setup(settings)
+        Runtime(settings)
         # A worker that is started later is to have what the others have.
         for name in fixed:
             given.pop(name, None)

@@ -112,7 +112,7 @@ class Worker:
             self._send("taken")
             connection = socket.socket(fileno=fds[0])
             connection.setblocking(False)
-            server.reception.take(connection)
+            server.acceptor.take(connection)
 
     async def _others_done(self) -> None:
         """Ours are done; the supervisor knows when all are, and says so by `now`."""

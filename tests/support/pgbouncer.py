@@ -15,9 +15,8 @@ from typing import Final
 import psycopg
 import pytest
 
-from proxy.config.gucs import GUCS
+from proxy.config.gucs import GUCS, JOB_SETTING, SESSION_SETTING
 from proxy.demo.embedded import free_port
-from proxy.extension.bodies import JOB_SETTING, SESSION_SETTING
 from tests.support.servers import START_TIMEOUT, STOP_TIMEOUT, Server, _Endpoint, clean_environment
 
 OURS: Final = (*GUCS, SESSION_SETTING, JOB_SETTING)
