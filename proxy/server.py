@@ -30,16 +30,12 @@ from proxy.log import logger
 from proxy.memory import keep_trimmed
 from proxy.net.listeners import Acceptor, Listeners
 from proxy.runtime import LAST_WORDS, Runtime, client_keepalive, reload, reloaded
-from proxy.session.session import Session, analyze
-from proxy.sql import lexer
+from proxy.session.session import Session
 from proxy.workers.peers import Peers
 
 _CANCEL_AGAIN = 0.02
 _CANCEL_SELDOM = 1.0
 """Seconds between cancel requests to a job that goes on: the first time, and at most."""
-
-_REMEMBERED = 256
-"""SQL texts whose reading is remembered, for all sessions."""
 
 
 class Server:
@@ -81,9 +77,6 @@ class Server:
         self.dialer = runtime.dialer
         self.auth_query = runtime.auth_query
         self.own_settings = runtime.own_settings
-        # Both are asked several times about each statement, and clients repeat themselves.
-        self.split = functools.lru_cache(_REMEMBERED)(lexer.split)
-        self.analyze = functools.lru_cache(_REMEMBERED)(analyze)
 
     def reload(self, config: Config) -> list[str]:
         """Take over another configuration; the settings that cannot be changed any more.

@@ -17,6 +17,17 @@ from proxy.extension.ddl import (
     UpdateExtension,
 )
 from proxy.statements.plan import Substitute, joined, substitute
+from tests.support.sql import statement
+
+
+def parse(sql: bytes, encoding: str | None = None) -> Command | None:
+    one = statement(sql, encoding=encoding)
+    return None if one is None else commands.parse(one)
+
+
+def replaced(sql: bytes, version: int) -> Substitute | None:
+    one = statement(sql)
+    return None if one is None else catalogs.analyze(one, server_version=version)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +55,7 @@ from proxy.statements.plan import Substitute, joined, substitute
     ],
 )
 def test_commands(sql: str, command: Command) -> None:
-    assert commands.parse(sql.encode()) == command
+    assert parse(sql.encode()) == command
 
 
 @pytest.mark.parametrize(
@@ -70,13 +81,13 @@ def test_commands(sql: str, command: Command) -> None:
     ],
 )
 def test_others_are_for_the_server(sql: str) -> None:
-    assert commands.parse(sql.encode()) is None
+    assert parse(sql.encode()) is None
 
 
 def test_name_in_an_encoding_that_hides_quotes() -> None:
     # The second byte of the character is a backslash, in the schema's name.
     sql = 'CREATE EXTENSION pg_background SCHEMA "ソ"'.encode("shift_jis")
-    command = commands.parse(sql, encoding="SJIS")
+    command = parse(sql, encoding="SJIS")
     assert command == CreateExtension(False, "ソ".encode("shift_jis"), None)
 
 
@@ -90,7 +101,7 @@ FRAGMENTS = (
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=14), st.sampled_from([100000, 150000, 180000]))
 def test_what_is_replaced_in_a_query_is_all_that_changes(words: list[str], version: int) -> None:
     sql = f"SELECT {' '.join(words)}".encode()
-    found = catalogs.analyze(sql, server_version=version)
+    found = replaced(sql, version)
     if found is None:
         return
     done = 0
@@ -109,7 +120,7 @@ def test_what_is_replaced_in_a_query_is_all_that_changes(words: list[str], versi
 @pytest.mark.parametrize("version", [90500, 90600, 190000])
 def test_servers_whose_columns_are_not_known(version: int) -> None:
     sql = b"SELECT * FROM pg_extension"
-    assert catalogs.analyze(sql, server_version=version) is None
+    assert replaced(sql, version) is None
 
 
 def test_positions_in_a_query_of_several_statements() -> None:
@@ -117,7 +128,7 @@ def test_positions_in_a_query_of_several_statements() -> None:
     first = sql.index(b"CREATE")
     second = sql.index(b"SELECT *")
     block = substitute(sql[first : sql.index(b";", first)], b"DO 'something longer'", b"TAG")
-    query = catalogs.analyze(sql[second:], server_version=150000)
+    query = replaced(sql[second:], 150000)
     assert query is not None
     whole = joined(sql, [(first, block), (second, query)])
     assert isinstance(whole, Substitute)

@@ -18,21 +18,23 @@ from proxy.api.like import like
 from proxy.extension import catalogs, commands
 from proxy.jobs.progress import progress_statement
 from proxy.session.caller import decode_argument
-from proxy.session.relay import mentions
 from proxy.session.session import Session
 from proxy.sql import encodings, lexer
-from proxy.statements import analysis
+from proxy.sql.tokens import Tokens
 from proxy.statements.plan import Piece, Rewrite, ScalarPlan
 from proxy.statements.standin import complaint
+from proxy.statements.triggers import may_be_ours
 from proxy.statements.unserved import unavailable, unserved
 from tests.support.growth import LINEAR, growth
+from tests.support.sql import analyze as plan_in
+from tests.support.sql import statement as read_one
 
 Reader = Callable[[bytes], object]
 
 
 def plan_of(sql: bytes) -> ScalarPlan:
     """A plan whose statement this is, though it may be none."""
-    plan = analysis.analyze(b"SELECT pg_background_launch('x'), 1")
+    plan = plan_in(b"SELECT pg_background_launch('x'), 1")
     assert isinstance(plan, ScalarPlan)
     rewrite = Rewrite(sql, (Piece(0, len(sql)),))
     return ScalarPlan(rewrite, plan.columns)
@@ -50,10 +52,18 @@ def notes_settings() -> Any:
 
 
 def analyze(sql: bytes, **options: object) -> None:
-    plan = analysis.analyze(sql, **options)  # type: ignore[arg-type]
+    plan = plan_in(sql, **options)  # type: ignore[arg-type]
     if plan is not None:
         plan.rewrite.original_position(len(plan.rewrite.sql), "utf-8")
         complaint(plan, b"function pg_catalog.textcat(integer, unknown)", len(sql))
+
+
+def of_statement(read: Callable[[Tokens], object]) -> Reader:
+    def read_text(sql: bytes) -> None:
+        if (one := read_one(sql)) is not None:
+            read(one)
+
+    return read_text
 
 
 def job(sql: bytes) -> None:
@@ -80,8 +90,8 @@ READERS: Final[dict[str, tuple[int, Reader]]] = {
     "split in GB18030": (LONG, lambda sql: lexer.split(sql, encoding="GB18030")),
     "analyze": (SHORT, analyze),
     "analyze over the budget": (LONG, analyze),
-    "catalogs": (SHORT, lambda sql: catalogs.analyze(sql, server_version=180000)),
-    "commands": (SHORT, commands.parse),
+    "catalogs": (SHORT, of_statement(lambda one: catalogs.analyze(one, server_version=180000))),
+    "commands": (SHORT, of_statement(commands.parse)),
     # A quarter of a quick sweep's, too, is more than split_in_turns reads in a turn.
     "job": (3 * LONG, job),
     "complaint": (LONG, lambda sql: complaint(plan_of(b""), sql, 1)),
@@ -90,7 +100,7 @@ READERS: Final[dict[str, tuple[int, Reader]]] = {
     "unavailable": (LONG, lambda sql: unavailable(error(b"0A000", sql))),
     "settings": (LONG, lambda sql: Session.settings_mentioned(notes_settings(), sql.lower())),
     "settings of Bind": (LONG, lambda sql: Session.setting_bound(notes_settings(), sql)),
-    "mentions": (LONG, mentions),
+    "triggers": (LONG, may_be_ours),
     "array": (LONG, parse_array),
     "array in SJIS": (LONG, lambda sql: encodings.parse_array(sql + b"\x81\x5c", b"SJIS")),
     "array made": (LONG, lambda sql: encodings.array_text([sql, sql], b"SJIS")),
@@ -303,7 +313,7 @@ def test_time_is_linear(reader: Reader, make: Callable[[int], bytes], size: int)
 def test_a_long_constant_is_one_token() -> None:
     for quote in (b"'", b"$$"):
         sql = b"SELECT pg_background_launch(" + quote + b"x" * 1_000_000 + quote + b")"
-        assert analysis.analyze(sql) is not None
+        assert plan_in(sql) is not None
 
 
 @pytest.mark.parametrize(
@@ -319,7 +329,7 @@ def test_a_long_constant_is_one_token() -> None:
 )
 def test_what_is_over_the_budget_is_not_read(rest: bytes) -> None:
     sql = b"SELECT pg_background_launch('x')" + rest
-    assert analysis.analyze(sql) is None
+    assert plan_in(sql) is None
     with pytest.raises(lexer.BudgetError):
         lexer.split(sql, bounded=True)
     assert len(lexer.split(sql)) == 1

@@ -15,9 +15,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sqlglot import exp
 
-from proxy.statements.analysis import analyze
 from proxy.statements.plan import ScalarPlan
 from tests.support.examples import examples
+from tests.support.sql import analyze
 
 # It warns of statements that it does not know.
 logging.getLogger("sqlglot").setLevel(logging.CRITICAL)

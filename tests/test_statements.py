@@ -41,7 +41,6 @@ from proxy.api.functions import (
 )
 from proxy.jobs.progress import parse_progress, progress_statement
 from proxy.sql.lexer import LexError, split
-from proxy.statements.analysis import analyze
 from proxy.statements.plan import (
     Call,
     FieldOf,
@@ -54,6 +53,7 @@ from proxy.statements.plan import (
 from proxy.statements.standin import complaint
 from tests.support.examples import examples
 from tests.support.servers import Connection, Server, database
+from tests.support.sql import analyze
 
 pytestmark = pytest.mark.every_server
 

@@ -29,6 +29,7 @@ from protocol.framing import MessageBuffer, frame
 from protocol.startup import StartupMessage
 from protocol.values import oids
 from proxy.session.relay import Relay
+from proxy.statements.statement import Statement
 from tests.conftest import StartProxy
 from tests.support.recorder import (
     END,
@@ -775,8 +776,8 @@ class Told:
     def backend_key(self, body: bytes) -> None:
         self.events.append(("key", body))
 
-    def has_call(self, kind: int, body: bytes) -> bool:
-        return b"CALL" in body
+    def calls(self, kind: int, body: bytes) -> list[Statement] | None:
+        return [Statement(body)] if b"CALL" in body else None
 
     def unread(self) -> None:
         self.events.append(("unread",))
@@ -794,7 +795,7 @@ class Told:
     def complaint(self, error: bytes) -> bytes | None:
         return b"E\0\0\0\5\0" if b"REPLACE" in error else None
 
-    def take_over(self, data: bytes) -> None:
+    def take_over(self, data: bytes, statements: list[Statement]) -> None:
         self.taken = data
 
 

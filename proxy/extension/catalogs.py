@@ -16,16 +16,14 @@ system columns (pg_dump's do) are left alone.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping
 from typing import Final
 
 from proxy.extension import installed
-from proxy.sql.lexer import RESERVED, Kind, LexError, Token, identifier, keyword, split
+from proxy.sql.lexer import RESERVED, Kind, identifier
+from proxy.sql.tokens import NESTING, Tokens
 from proxy.statements.plan import Piece, Rewrite, Substitute
-
-WORDS: Final = (b"pg_extension", b"pg_stat_activity")
-"""A statement that mentions neither is of no interest."""
+from proxy.statements.triggers import PG_EXTENSION, PG_STAT_ACTIVITY
 
 TOOLS: Final = frozenset((b"pg_dump", b"pg_dumpall", b"pg_restore", b"pg_upgrade"))
 """The application_name of clients that see what is there."""
@@ -33,62 +31,41 @@ TOOLS: Final = frozenset((b"pg_dump", b"pg_dumpall", b"pg_restore", b"pg_upgrade
 _NEWEST: Final = 190000
 """Of later servers the columns are not known."""
 
-_QUERY: Final = re.compile(rb"[\s;(]*+(?:select|with|--|/\*)", re.IGNORECASE)
 # A subquery has none of these.
 _SYSTEM_COLUMNS: Final = frozenset((b"tableoid", b"ctid", b"xmin", b"xmax", b"cmin", b"cmax"))
 # FROM in these is not a clause.
 _FROM_IN: Final = frozenset(("extract", "trim", "substring", "overlay", "position"))
 
 
-def analyze(
-    sql: bytes,
-    *,
-    server_version: int,
-    standard_conforming_strings: bool = True,
-    encoding: str | None = None,
-) -> Substitute | None:
+def analyze(statement: Tokens, *, server_version: int) -> Substitute | None:
     """A query with the catalogs replaced, None if it is to go as it is.
 
     Args:
-        sql: the text of one statement, in the client's encoding.
+        statement: one, as the session's server reads it.
         server_version: as server_version_num, e.g. 150004.
-        standard_conforming_strings: the session's setting.
-        encoding: client_encoding, as PostgreSQL names it.
     """
-    lower = sql.lower()
-    if not any(word in lower for word in WORDS) or not _QUERY.match(sql):
+    lower = statement.sql.lower()
+    if PG_EXTENSION not in lower and PG_STAT_ACTIVITY not in lower:
         return None
     if not 100000 <= server_version < _NEWEST:
         return None
-    try:
-        statements = split(
-            sql,
-            standard_conforming_strings=standard_conforming_strings,
-            encoding=encoding,
-            bounded=True,
-        )
-    except LexError:
-        return None
-    if len(statements) != 1:
-        return None
     relations = _relations(server_version // 10000)
-    if b"pg_extension" not in lower:
-        relations = {b"pg_stat_activity": relations[b"pg_stat_activity"]}
-    return _Query(sql, statements[0].tokens, encoding).replaced(relations)
+    if PG_EXTENSION not in lower:
+        relations = {PG_STAT_ACTIVITY: relations[PG_STAT_ACTIVITY]}
+    return _Query(statement).replaced(relations)
 
 
-class _Query:
+class _Query(Tokens):
     """The tokens of a statement; indices count them."""
 
-    def __init__(self, sql: bytes, tokens: list[Token], encoding: str | None) -> None:
-        self.sql = sql
-        self.tokens = tokens
-        self.names = [identifier(sql, token, encoding) for token in tokens]
-        self.keywords = [keyword(sql, token) for token in tokens]
+    def __init__(self, statement: Tokens) -> None:
+        super().__init__(statement.sql, statement.tokens, statement.encoding)
+        # U&"…" is no name here.
+        self.names = [identifier(self.sql, token, self.encoding) for token in self.tokens]
         self.openings, self.clauses = self.surroundings()
 
     def replaced(self, relations: Mapping[bytes, bytes]) -> Substitute | None:
-        if self.keywords[0] not in ("select", "with", "") or self.locks_rows():
+        if not self.is_query() or self.locks_rows():
             return None
         if not _SYSTEM_COLUMNS.isdisjoint(name for name in self.names if name is not None):
             return None
@@ -98,8 +75,8 @@ class _Query:
             subquery = relations.get(name or b"")
             if subquery is None:
                 continue
-            first = self.qualified(at)
-            if first is None or (first < at and self.sign(at + 1) == b"."):
+            first = self.first_of_relation(at)
+            if first is None or (first < at and self.text(at + 1) == b"."):
                 return None
             if self.is_common_table_expression(at):
                 return None
@@ -108,66 +85,58 @@ class _Query:
             count += 1
             if count > _MAX_REPLACED:
                 return None
-            start = self.tokens[first].start
+            start = self.start(first)
             alias = b"" if self.has_alias(at + 1) else b" AS " + (name or b"")
             pieces += [Piece(done, start), Piece(start, start, b"(%b)%b" % (subquery, alias))]
-            done = self.tokens[at].end
+            done = self.end(at)
         if not pieces:
             return None
         pieces.append(Piece(done, len(self.sql)))
         return Substitute(Rewrite(self.sql, tuple(pieces)))
 
-    def sign(self, index: int) -> bytes:
-        """Punctuation or an operator; empty for all else."""
-        if not 0 <= index < len(self.tokens):
-            return b""
-        token = self.tokens[index]
-        if token.kind not in (Kind.PUNCTUATION, Kind.OPERATOR):
-            return b""
-        return self.sql[token.start : token.end]
-
-    def word(self, index: int) -> str:
-        return self.keywords[index] if 0 <= index < len(self.tokens) else ""
+    def is_query(self) -> bool:
+        first = next((at for at, text in enumerate(self.texts) if text != b"("), 0)
+        return self.keyword(first) in ("select", "with")
 
     def locks_rows(self) -> bool:
         """FOR UPDATE and its kin, which want a table."""
         return any(
-            word == "for" and self.word(at + 1) in ("update", "share", "no", "key")
-            for at, word in enumerate(self.keywords)
+            self.keyword(at) == "for" and self.keyword(at + 1) in ("update", "share", "no", "key")
+            for at in range(self.count)
         )
 
-    def qualified(self, index: int) -> int | None:
+    def first_of_relation(self, index: int) -> int | None:
         """Where the relation's name begins, None if it is of another schema."""
-        if self.sign(index - 1) != b".":
+        if self.text(index - 1) != b".":
             return index
-        if self.names[index - 2] == b"pg_catalog" and self.sign(index - 3) != b".":
+        if self.names[index - 2] == b"pg_catalog" and self.text(index - 3) != b".":
             return index - 2
         return None
 
     def is_common_table_expression(self, index: int) -> bool:
-        return self.word(index + 1) == "as" and (
-            self.sign(index + 2) == b"(" or self.word(index + 2) in ("materialized", "not")
+        return self.keyword(index + 1) == "as" and (
+            self.text(index + 2) == b"(" or self.keyword(index + 2) in ("materialized", "not")
         )
 
     def is_relation(self, first: int, last: int) -> bool:
         """Whether what these tokens name is an item of FROM, and a plain one."""
-        if self.sign(last + 1) in (b"(", b".", b"*") or self.word(last + 1) == "tablesample":
+        if self.text(last + 1) in (b"(", b".", b"*") or self.keyword(last + 1) == "tablesample":
             return False
-        before = self.word(first - 1)
+        before = self.keyword(first - 1)
         if before == "join":
             return True
         if before == "from":
             return self.begins_from(first - 1)
-        if self.sign(first - 1) == b",":
+        if self.text(first - 1) == b",":
             clause = self.clauses[first - 1]
-            return self.word(clause) == "from" and self.begins_from(clause)
+            return self.keyword(clause) == "from" and self.begins_from(clause)
         return False
 
     def begins_from(self, index: int) -> bool:
         """Whether this FROM is that of a query."""
-        if self.word(index - 1) in ("distinct", "delete"):
+        if self.keyword(index - 1) in ("distinct", "delete"):
             return False
-        return self.word(self.openings[index] - 1) not in _FROM_IN
+        return self.keyword(self.openings[index] - 1) not in _FROM_IN
 
     def surroundings(self) -> tuple[list[int], list[int]]:
         """Of each token the bracket around it, and the word that begins the clause that it is in,
@@ -175,27 +144,26 @@ class _Query:
         openings: list[int] = []
         clauses: list[int] = []
         around = [(-1, -1)]
-        for at, token in enumerate(self.tokens):
-            sign = self.sign(at) if token.kind is Kind.PUNCTUATION else b""
-            if sign in (b")", b"]") and len(around) > 1:
+        for at, text in enumerate(self.texts):
+            nesting = NESTING.get(text, 0)
+            if nesting < 0 and len(around) > 1:
                 around.pop()
             opening, clause = around[-1]
             openings.append(opening)
             clauses.append(clause)
-            if sign in (b"(", b"["):
+            if nesting > 0:
                 around.append((at, -1))
-            elif self.keywords[at] in _CLAUSES:
+            elif self.keyword(at) in _CLAUSES:
                 around[-1] = (opening, at)
         return openings, clauses
 
     def has_alias(self, index: int) -> bool:
-        if index >= len(self.tokens) or self.tokens[index].kind not in (
-            Kind.IDENTIFIER,
-            Kind.QUOTED_IDENTIFIER,
-        ):
+        if self.text(index) == b"" or self.tokens[index].kind not in _NAMES:
             return False
-        return self.word(index) == "as" or self.word(index) not in RESERVED
+        return self.keyword(index) == "as" or self.keyword(index) not in RESERVED
 
+
+_NAMES: Final = (Kind.IDENTIFIER, Kind.QUOTED_IDENTIFIER)
 
 # A subquery has kilobytes; no sensible query looks into a catalog this often.
 _MAX_REPLACED: Final = 64

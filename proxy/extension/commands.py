@@ -6,7 +6,6 @@ the server as it came. So the server reports syntax errors and handles every oth
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 from proxy.extension.ddl import (
@@ -18,55 +17,31 @@ from proxy.extension.ddl import (
     UpdateExtension,
 )
 from proxy.extension.installed import NAME
-from proxy.sql.lexer import Kind, LexError, Token, identifier, keyword, mask, split
+from proxy.sql.lexer import Kind, mask
+from proxy.sql.tokens import NotRecognizedError, Tokens
 
-_HINT: Final = re.compile(rb"[\s;]*+(?:create|drop|alter|comment|--|/\*)", re.IGNORECASE)
 _NAME: Final = NAME.encode()
 
 
-def parse(
-    sql: bytes, *, standard_conforming_strings: bool = True, encoding: str | None = None
-) -> Command | None:
-    """The command about our extension that a statement is, None if it is another.
-
-    Args:
-        sql: the text of one statement, in the client's encoding.
-        standard_conforming_strings: the session's setting.
-        encoding: client_encoding, as PostgreSQL names it.
-    """
-    if not _HINT.match(sql) or b"extension" not in sql.lower():
-        return None
+def parse(statement: Tokens) -> Command | None:
+    """The command about our extension that a statement is, None if it is another."""
     try:
-        statements = split(
-            sql,
-            standard_conforming_strings=standard_conforming_strings,
-            encoding=encoding,
-            bounded=True,
-        )
-        if len(statements) != 1:
-            return None
-        return _Parser(sql, statements[0].tokens, encoding).command()
-    except (LexError, _OtherError):
+        return _Parser(statement).command()
+    except NotRecognizedError:
         return None
-
-
-class _OtherError(Exception):
-    """It is none of our commands."""
 
 
 class _Parser:
     """Reads the tokens of one statement, from the first to the last."""
 
-    def __init__(self, sql: bytes, tokens: list[Token], encoding: str | None) -> None:
-        self.sql = sql
-        self.tokens = tokens
-        self.encoding = encoding
+    def __init__(self, statement: Tokens) -> None:
+        self.statement = statement
         self.at = 0
 
     def command(self) -> Command:
         parsed = self.any_command()
-        if self.at != len(self.tokens):
-            raise _OtherError
+        if not self.is_at_end():
+            raise NotRecognizedError("another command")
         return parsed
 
     def any_command(self) -> Command:
@@ -78,7 +53,7 @@ class _Parser:
             return self.alter()
         if self.takes("comment", "on", "extension"):
             return self.comment()
-        raise _OtherError
+        raise NotRecognizedError("another command")
 
     def create(self) -> CreateExtension:
         if_not_exists = self.takes("if", "not", "exists")
@@ -87,7 +62,7 @@ class _Parser:
         schema: bytes | None = None
         version: str | None = None
         cascade = False
-        while self.at < len(self.tokens):
+        while not self.is_at_end():
             if schema is None and self.takes("schema"):
                 schema = self.name()
             elif version is None and self.takes("version"):
@@ -95,7 +70,7 @@ class _Parser:
             elif not cascade and self.takes("cascade"):
                 cascade = True  # it needs no other extension
             else:
-                raise _OtherError
+                raise NotRecognizedError("another command")
         return CreateExtension(if_not_exists, schema, version)
 
     def drop(self) -> DropExtension:
@@ -103,15 +78,14 @@ class _Parser:
         others: list[bytes] = []
         count = 0
         while True:
-            begin = self.at
             if self.name() != _NAME:
-                others.append(self.text(begin))
+                others.append(self.statement.text(self.at - 1))
             count += 1
-            if not self.is_sign(b","):
+            if self.statement.text(self.at) != b",":
                 break
             self.at += 1
         if len(others) == count:
-            raise _OtherError
+            raise NotRecognizedError("another command")
         cascade = self.takes("cascade")
         if not cascade:
             self.takes("restrict")
@@ -128,60 +102,56 @@ class _Parser:
             return UpdateExtension(self.version() if self.takes("to") else None)
         if self.takes("set", "schema"):
             return MoveExtension(self.name())
-        raise _OtherError
+        raise NotRecognizedError("another command")
 
     def comment(self) -> CommentOnExtension:
         self.our_name()
         if not self.takes("is"):
-            raise _OtherError
+            raise NotRecognizedError("another command")
         if self.takes("null"):
             return CommentOnExtension(b"NULL")
-        if self.kind() is not Kind.STRING:
-            raise _OtherError
-        self.at += 1
-        return CommentOnExtension(self.text(self.at - 1))
+        if not self.is_string():
+            raise NotRecognizedError("not a string")
+        return CommentOnExtension(self.take())
 
     # Tokens
 
-    def kind(self) -> Kind | None:
-        return self.tokens[self.at].kind if self.at < len(self.tokens) else None
+    def is_at_end(self) -> bool:
+        return self.at == self.statement.count
 
-    def text(self, index: int) -> bytes:
-        token = self.tokens[index]
-        return self.sql[token.start : token.end]
+    def is_string(self) -> bool:
+        return not self.is_at_end() and self.statement.tokens[self.at].kind is Kind.STRING
 
     def takes(self, *words: str) -> bool:
         """Whether these key words come next; if so they are taken."""
-        tokens = self.tokens[self.at : self.at + len(words)]
-        if tuple(keyword(self.sql, token) for token in tokens) != words:
+        if any(self.statement.keyword(self.at + n) != word for n, word in enumerate(words)):
             return False
         self.at += len(words)
         return True
 
-    def is_sign(self, sign: bytes) -> bool:
-        return self.at < len(self.tokens) and self.text(self.at) == sign
+    def take(self) -> bytes:
+        """The next token as it stands."""
+        self.at += 1
+        return self.statement.text(self.at - 1)
 
     def name(self) -> bytes:
-        if self.at == len(self.tokens):
-            raise _OtherError
-        name = identifier(self.sql, self.tokens[self.at], self.encoding)
+        name = self.statement.name(self.at)
         if name is None:
-            raise _OtherError
+            raise NotRecognizedError("not a name")
         self.at += 1
         return name
 
     def our_name(self) -> None:
         if self.name() != _NAME:
-            raise _OtherError
+            raise NotRecognizedError("another command")
 
     def version(self) -> str:
         """A name, or a string constant."""
-        if self.kind() is not Kind.STRING:
+        if not self.is_string():
             return self.name().decode("utf-8", "replace")
-        text = self.text(self.at)
-        self.at += 1
+        text = self.take()
         if text[:1] == b"'" and b"\\" not in text and b"'" not in text[1:-1]:
-            return mask(text[1:-1], self.encoding).decode("utf-8", "replace")
+            return mask(text[1:-1], self.statement.encoding).decode("utf-8", "replace")
         if text[:2] == b"$$":
             return text[2:-2].decode("utf-8", "replace")
-        raise _OtherError
+        raise NotRecognizedError("another command")

@@ -140,7 +140,7 @@ class SessionCaller:
     def _check(self, call: Call) -> None:
         """Raises SQLError if the call is not to be made, as the server would for its own."""
         function, extension = call.function, self.context.extension
-        if function.api and function.api != self._session.learn_api(extension):
+        if function.api and function.api != self._session.extension_state.learn_api(extension):
             raise SQLError(FEATURE_NOT_SUPPORTED, "cached plan must not change result type")
         if extension is not None:
             extension.check(function, call.schema)
@@ -155,7 +155,7 @@ class SessionCaller:
         async def take(kind: int, body: bytes) -> None:
             if kind == B.DATA_ROW:
                 version, real = DataRow.parse(body).values
-                self._session.learn_version(version, has_real=real == b"t")
+                self._session.extension_state.learn(version, has_real=real == b"t")
 
         if apart:
             await self._primary.ask_apart(installed.VERSION_QUERY, take)

@@ -1,6 +1,6 @@
 """A batch of the client's messages with a call in it, served message by message.
 
-The rule: the primary backend does everything that it can do. It parses, describes, binds and
+Invariant: the primary backend does everything that it can do. It parses, describes, binds and
 executes a stand-in in the place of each statement with a call (see `statements`), so it is the
 server that infers parameters, evaluates arguments and keeps the transaction. The interception
 takes the stand-in's rows off the stream and puts the call's in.
@@ -81,11 +81,13 @@ from proxy.session.prepared import (
     shape_unknown,
     stand_in_formats,
 )
-from proxy.session.relay import TEXT_COST, TURN, may_be_ours
+from proxy.session.relay import TEXT_COST, TURN
 from proxy.session.results import Table, encode, with_formats
 from proxy.sql import encodings
 from proxy.statements.plan import Plan, ResultPlan, ScalarPlan, Substitute, joined
 from proxy.statements.reading import READING, Reading, depends_on_settings
+from proxy.statements.statement import Statement
+from proxy.statements.triggers import may_be_ours
 
 if TYPE_CHECKING:
     from proxy.session.session import Session
@@ -99,11 +101,12 @@ to do. Then the connection is closed, which to it is a client that has vanished.
 class Interception:
     """Serves one batch, then hands both connections back to the relay."""
 
-    def __init__(self, session: Session, data: bytes) -> None:
+    def __init__(self, session: Session, data: bytes, statements: list[Statement]) -> None:
         """
         Args:
             session: whose client and primary backend these are.
             data: of the client, from the message with the call on.
+            statements: of the first message, if they were read.
         """
         assert session.primary is not None
         self._session = session
@@ -118,6 +121,7 @@ class Interception:
         self._client.receive = self._from_client.feed
         # The client's messages that were looked at ahead of their turn.
         self._ahead: deque[tuple[int, bytes]] = deque()
+        self._first_statements = statements
         # Something was executed in this batch, which an error would have to undo.
         self._executed = F.EXECUTE in self._relay.batch
         # The relay knows the settings that SQL is read with: nothing was executed in this batch
@@ -192,6 +196,7 @@ class Interception:
             with contextlib.suppress(BatchFailedError):
                 await self._primary.settle()
             return True
+        statements, self._first_statements = self._first_statements, []
         if kind not in AFTER_LOGIN:
             # The server ends the session for it, whatever it is doing.
             with contextlib.suppress(BatchFailedError):
@@ -209,17 +214,19 @@ class Interception:
                 case "Q":
                     await self._know_settings(body)
                     await self._take_turns(body)
-                    if not self._session.holds_call(F.QUERY, body):
+                    statements = statements or self._session.reader.read(kind, body)
+                    if not self._session.reader.has_call(statements):
                         return self._end_at(kind, body)
                     self._session.settings_mentioned(body.lower())
-                    await self._query(body)
+                    await self._query(body, statements)
                 case "P":
                     await self._take_turns(body)
                     self._session.settings_mentioned(body.lower())
                     await self._know_settings(body)
                     if b"set_config" in body.lower():
                         self._relay.setters.add(self._relay.key(body.partition(b"\0")[0]))
-                    await self._parse(body)
+                    [statement] = statements or self._session.reader.read(kind, body)
+                    await self._parse(body, statement)
                 case "B":
                     self._settings_known = False  # a parameter's type has functions of its own
                     await self._bind(body)
@@ -360,28 +367,27 @@ class Interception:
 
     # A Query
 
-    async def _query(self, body: bytes) -> None:
+    async def _query(self, body: bytes, statements: Sequence[Statement]) -> None:
         sql = body.removesuffix(b"\0")
         self._relay.statements.pop(b"", None)
         self._relay.forget_portal(b"")
-        parts = self._session.split(sql)
-        for _, text in parts[:1]:
-            await self._know_api(text, apart=not self._relay.batch)
-        plans = [self._session.analyze(text) for _, text in parts]
+        for statement in statements[:1]:
+            await self._know_api(statement, apart=not self._relay.batch)
+        plans = [self._session.reader.plan(statement) for statement in statements]
         if all(plan is None or isinstance(plan, Substitute) for plan in plans):
-            await self._substitutes(sql, parts, plans)
+            await self._substitutes(sql, statements, plans)
             return
         reading = self._session.reading
-        texts = [text for _, text in parts]
+        texts = [statement.text for statement in statements]
         offset = end = 0
-        for number, (start, text) in enumerate(parts):
+        for number, statement in enumerate(statements):
             if number:
                 await self._check_settings(reading, texts[number:])
-            offset += len(sql[end:start].decode(self._session.codec, "replace"))
-            end = start
-            comment = _rest_as_comment(sql, parts[0]) if number == 0 else b""
-            is_last = number == len(parts) - 1
-            await self._statement(text, offset, is_last=is_last, comment=comment)
+            offset += len(sql[end : statement.offset].decode(self._session.codec, "replace"))
+            end = statement.offset
+            comment = _rest_as_comment(sql, statement) if number == 0 else b""
+            is_last = number == len(statements) - 1
+            await self._statement(statement, offset, is_last=is_last, comment=comment)
         if b"" in self._primary.unclosed:
             self._close_unnamed()
             self._primary.synced = True
@@ -412,13 +418,17 @@ class Interception:
     async def _substitutes(
         self,
         sql: bytes,
-        parts: Sequence[tuple[int, bytes]],
+        statements: Sequence[Statement],
         plans: Sequence[Plan | Substitute | None],
     ) -> None:
         """A Query without calls, as it is but for what some of its statements are replaced by."""
         self._relay.untouched = False
-        starts = [start for start, _ in parts]
-        whole = joined(sql, [(s, p) for s, p in zip(starts, plans, strict=True) if p is not None])
+        replaced = [
+            (statement.offset, plan)
+            for statement, plan in zip(statements, plans, strict=True)
+            if plan is not None
+        ]
+        whole = joined(sql, replaced)
         message = Query(whole.rewrite.sql).serialize()
         for plan in plans:
             tag = plan.tag if isinstance(plan, Substitute) else None
@@ -434,7 +444,7 @@ class Interception:
 
         async def take(kind: int, body: bytes) -> None:
             if kind == B.COMMAND_COMPLETE and tag is not None:
-                self._session.extension_changed()
+                self._session.extension_state.change()
                 await self._primary.write(CommandComplete(tag).serialize())
             else:
                 await self._pass_execution(kind, body)
@@ -442,12 +452,12 @@ class Interception:
         return take
 
     async def _statement(
-        self, text: bytes, offset: int, *, is_last: bool, comment: bytes = b""
+        self, read: Statement, offset: int, *, is_last: bool, comment: bytes = b""
     ) -> None:
         """One statement of a Query, through the extended protocol, so that it can be stopped
         before the next one and the transaction stays one. `comment`: sent behind it."""
-        await self._know_api(text)
-        plan = self._session.analyze(text)
+        await self._know_api(read)
+        text, plan = read.text, self._session.reader.plan(read)
         if plan is not None:
             text = plan.rewrite.sql
             text += _as_comment(plan.rewrite.unsent)
@@ -492,14 +502,14 @@ class Interception:
         await self._primary.ask_settings(*READING)
         self._settings_known = True
 
-    async def _know_api(self, sql: bytes, *, apart: bool = False) -> None:
+    async def _know_api(self, statement: Statement, *, apart: bool = False) -> None:
         """Ask the server what a function returns, if that is not known yet and this may be a call
         of one where it makes a difference. `apart`: the batch has not begun."""
         session = self._session
         if (
-            not session.knows_api
+            not session.extension_state.is_known
             and self._relay.status != TransactionStatus.FAILED
-            and session.depends_on_api(sql)
+            and session.reader.depends_on_api(statement)
         ):
             await self._caller.ask_api(apart=apart)
 
@@ -514,10 +524,10 @@ class Interception:
 
     # The extended protocol
 
-    async def _parse(self, body: bytes) -> None:
+    async def _parse(self, body: bytes, read: Statement) -> None:
         message = Parse.parse(body)
-        await self._know_api(message.query)
-        plan = self._session.analyze(message.query)
+        await self._know_api(read)
+        plan = self._session.reader.plan(read)
         statements = self._relay.statements
         key = self._relay.key(message.statement)
         old = statements.get(key)
@@ -917,11 +927,10 @@ class Interception:
         await self.interrupts.for_jobs([job])
 
 
-def _rest_as_comment(sql: bytes, first: tuple[int, bytes]) -> bytes:
+def _rest_as_comment(sql: bytes, first: Statement) -> bytes:
     """What else there is in a Query than its first statement, as a comment, for the server to check
     its encoding as that of the whole; none if it is ASCII."""
-    start, text = first
-    rest = sql[:start] + b" " + sql[start + len(text) :]
+    rest = sql[: first.offset] + b" " + sql[first.offset + len(first.text) :]
     return _as_comment(rest)
 
 

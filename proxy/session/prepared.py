@@ -1,6 +1,6 @@
 """Statements and portals with calls, and what the client is told of their columns.
 
-The rule: the server describes the stand-in, and the client sees the description of its own
+Invariant: the server describes the stand-in, and the client sees the description of its own
 statement. What is between the two is worked out here, from the plan alone.
 """
 

@@ -36,9 +36,11 @@ from proxy.net.connection import Connection
 from proxy.session.asked import Asked
 from proxy.sql import encodings
 from proxy.sql.lexer import MAX_TEXT
+from proxy.statements.triggers import may_be_ours
 
 if TYPE_CHECKING:
     from proxy.session.prepared import Portal, PreparedCall
+    from proxy.statements.statement import Statement
 
 
 _LONGEST: Final = 1 << 30
@@ -112,9 +114,9 @@ class Hooks(Protocol):
     def backend_key(self, body: bytes) -> None:
         """The server's BackendKeyData."""
 
-    def has_call(self, kind: int, body: bytes) -> bool:
-        """Tell whether this Query or Parse, which mentions what may be ours, holds a call to serve
-        or is to be changed."""
+    def calls(self, kind: int, body: bytes) -> list[Statement] | None:
+        """The statements of a Query or Parse that mentions what may be ours, if one of them is to
+        be served or changed, or may be; none if they cannot be read yet."""
 
     def unread(self) -> None:
         """A Query or Parse goes to the server that is too long to be looked at."""
@@ -137,8 +139,9 @@ class Hooks(Protocol):
     def complaint(self, error: bytes) -> bytes | None:
         """The message that replaces this ErrorResponse (given its body), if it is about us."""
 
-    def take_over(self, data: bytes) -> None:
-        """A call: the bytes from its message on are the session's, and so are both connections."""
+    def take_over(self, data: bytes, statements: list[Statement]) -> None:
+        """A call: the bytes from its message on are the session's, and so are both connections.
+        `statements`: of that message, if they were read."""
 
 
 class Relay:
@@ -254,8 +257,9 @@ class Relay:
                         self._yield(data, position)
                         return
                     read += end - position + TEXT_COST
-                    if self._hooks.has_call(kind, data[position + HEADER_SIZE : end]):
-                        self._hand_over(data, position)
+                    calls = self._hooks.calls(kind, data[position + HEADER_SIZE : end])
+                    if calls is not None:
+                        self._hand_over(data, position, calls)
                         return
                 if b"database" in text:
                     self._hooks.database_mentioned(text)
@@ -333,10 +337,12 @@ class Relay:
         if self._held is not None:
             self._follow_client(b"")
 
-    def _hand_over(self, data: bytes, position: int) -> None:
+    def _hand_over(
+        self, data: bytes, position: int, statements: list[Statement] | None = None
+    ) -> None:
         if position:
             self._pass_on(data[:position])
-        self._hooks.take_over(data[position:])
+        self._hooks.take_over(data[position:], statements or [])
 
     def forget_portal(self, name: bytes) -> None:
         """A portal is closed, or its name is taken by another."""
@@ -559,17 +565,6 @@ class Relay:
         """Not our protocol: the other side may judge the rest of the stream."""
         sink.write(data)
         source.receive = lambda rest: sink.write(rest)  # which changes when it is gone
-
-
-def mentions(text: bytes) -> bool:
-    """As below, in any case."""
-    return may_be_ours(text.lower())
-
-
-def may_be_ours(text: bytes) -> bool:
-    """Whether a Query or Parse, in lower case, mentions the functions, or a catalog that is to show
-    them."""
-    return b"pg_background" in text or b"pg_extension" in text or b"pg_stat_activity" in text
 
 
 def _has_names(data: bytes, position: int, known: int) -> bool:

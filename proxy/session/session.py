@@ -29,7 +29,7 @@ from protocol.errors import (
     ProtocolViolation,
     SQLError,
 )
-from protocol.kinds import F, TransactionStatus
+from protocol.kinds import TransactionStatus
 from protocol.messages import BackendKeyData, Terminate
 from protocol.startup import (
     MAX_STARTUP_PACKET_LENGTH,
@@ -40,29 +40,26 @@ from protocol.startup import (
     parse_startup_packet,
     startup_packet_length,
 )
-from proxy.api.functions import CATALOGS
 from proxy.auth import pace
 from proxy.auth.login import Login, RefusedError
 from proxy.auth.observer import LoginObserver
 from proxy.backends.route import Route
 from proxy.config import Host
 from proxy.config.gucs import SESSION_SETTING
-from proxy.extension import catalogs, commands, ddl
 from proxy.extension.inside import Inside, Secrets
-from proxy.extension.installed import Installed, api_version
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.owner import Owner
 from proxy.log import logger
 from proxy.net import tls
 from proxy.net.connection import Connection
 from proxy.net.descriptors import OutOfDescriptorsError, no_room
+from proxy.session.extension_state import ExtensionState
 from proxy.session.interception import TO_LEAVE, Interception
-from proxy.session.relay import NAMES_SIZE, Relay, mentions
-from proxy.sql import encodings, lexer
-from proxy.sql.lexer import BudgetError, LexError
-from proxy.statements import analysis
-from proxy.statements.plan import Plan, Substitute, substitute
-from proxy.statements.reading import READING, Reading, depends_on_settings
+from proxy.session.reader import SqlReader
+from proxy.session.relay import NAMES_SIZE, Relay
+from proxy.sql import encodings
+from proxy.statements.reading import READING, Reading
+from proxy.statements.statement import Statement
 from proxy.statements.unserved import unavailable, unserved
 
 if TYPE_CHECKING:
@@ -87,10 +84,6 @@ _MAX_SETTING_NAME: Final = 256
 """Bytes; what is longer is not carried over to jobs."""
 _OUR_SETTINGS: Final = b"pg_background_proxy."
 
-_SHORT: Final = 4096
-"""Bytes of an SQL text whose reading is remembered."""
-
-
 # The SQLSTATE of a connection that pg_hba.conf has no line for.
 _NOT_LIKE_THIS: Final = INVALID_AUTHORIZATION_SPECIFICATION
 
@@ -107,8 +100,7 @@ class Session(Owner):
         custom_settings: names with a dot that it may have set.
         settings: what was set in it, as last read; good as long as `relay.untouched` is.
         watchword: what a message from inside the database begins with.
-        api: the version of the API that its database has, as far as it is known.
-        has_real_extension: whether calls are left to the C extension.
+        extension_state: which pg_background its database has.
         interception: what serves a batch with a call, as long as that lasts.
     """
 
@@ -118,17 +110,12 @@ class Session(Owner):
         self.primary: Connection | None = None
         self.custom_settings: dict[bytes, None] = {}
         self.settings: tuple[tuple[bytes, bytes], ...] = ()
-        self.api: int | None = None
-        self.has_real_extension = False
-        self._changes_extension = False
-        self._api_known_at = -1
+        self.extension_state = ExtensionState(server)
         self.route = Route(server.config.upstream.hosts[0])
         self._startup: StartupMessage | None = None
         self._is_cancel_request = False
         self._is_replication = False
         self._client_ended = False
-        self._readings = _Readings()
-        self._unread = False
         self._tls_asked = False
         self._gss_asked = False
         self._observer = LoginObserver()
@@ -303,6 +290,7 @@ class Session(Owner):
         self._stop_timer()
         self._login = self._task = None
         self.relay = Relay(self.client, self.primary, self)
+        self.reader = SqlReader(self.relay, self.extension_state, lambda: self._server.config)
         self.primary.receive = self.relay.from_server
         self.client.receive = (
             self._to_replication if self._is_replication else self.relay.from_client
@@ -407,40 +395,12 @@ class Session(Owner):
         self._key = CancelRequest(key.pid, key.secret_key)
         self._server.keys[self._key] = self
 
-    def has_call(self, kind: int, body: bytes) -> bool:
-        sql = _text(kind, body)
-        if self.relay.settings_may_differ and depends_on_settings(sql):
-            return True  # the interception will know the settings
-        return self._holds_call(sql)
-
-    def holds_call(self, kind: int, body: bytes) -> bool:
-        """The same, for who knows that the settings are those that it is read with."""
-        return self._holds_call(_text(kind, body))
-
-    def _holds_call(self, sql: bytes) -> bool:
-        self._unread = False
-        try:
-            texts = [sql[part.start : part.end] for part in self._split(sql)]
-        except BudgetError:
-            self.unread()
-            return False
-        except LexError:
-            return False
-        # Without knowing the version one cannot tell whether it is a call; then it is seen later.
-        versions = (self.api,) if self.api is not None and self.knows_api else CATALOGS
-        found = any(
-            self._analyze(text, version) is not None
-            for text in texts
-            if mentions(text)
-            for version in versions
-        )
-        if not found:
-            self._readings.clear()
-        return found
+    def calls(self, kind: int, body: bytes) -> list[Statement] | None:
+        return self.reader.calls(kind, body)
 
     def unread(self) -> None:
         """A statement goes to the server that is too long to be looked at."""
-        self._unread = True
+        self.reader.too_long = True
 
     def database_mentioned(self, sql: bytes) -> None:
         self._server.leave_databases(sql)
@@ -478,28 +438,24 @@ class Session(Owner):
         return is_call
 
     def statement_ended(self) -> None:
-        if self._changes_extension and self.relay.status == TransactionStatus.IDLE:
-            self._changes_extension = False
-            self._server.extension_changed()
+        if self.relay.status == TransactionStatus.IDLE:
+            self.extension_state.transaction_ended()
         self._inside.statement_ended()
 
     def complaint(self, error: bytes) -> bytes | None:
-        if self._is_replication:
-            return None
-        if self.has_real_extension:
+        if self._is_replication or self.extension_state.is_real:
             return None
         if self._server.config.extension == "proxy" and (said := unavailable(error)) is not None:
             return said
-        return unserved(error, too_long=self._unread) or self._inside.complaint(error)
+        return unserved(error, too_long=self.reader.too_long) or self._inside.complaint(error)
 
-    def take_over(self, data: bytes) -> None:
-        self.interception = Interception(self, data)
+    def take_over(self, data: bytes, statements: list[Statement]) -> None:
+        self.interception = Interception(self, data, statements)
         self._task = self._spawn(self._intercept(self.interception))
 
     async def _intercept(self, interception: Interception) -> None:
         await interception.run()
         self.interception = self._task = None
-        self._readings.clear()
         interception.hand_back()
         if interception.interrupts.client_ended:
             self._ended(self.client)
@@ -522,139 +478,7 @@ class Session(Owner):
 
     @property
     def server_version(self) -> int:
-        match = re.match(rb"(\d+)(?:\.(\d+))?", self.relay.parameters.get(b"server_version", b""))
-        if match is None:
-            return 0
-        major = int(match[1])
-        return major * 10000 + (int(match[2] or 0) * 100 if major < 10 else 0)
-
-    def split(self, sql: bytes) -> list[tuple[int, bytes]]:
-        """The statements of a Query string and where they begin; all as one if it is no SQL, or
-        more than is read."""
-        try:
-            parts = self._split(sql)
-        except LexError:
-            return [(0, sql)]
-        if self._has_vertical_tab(sql):
-            return [(0, sql)]
-        return [(part.start, sql[part.start : part.end]) for part in parts]
-
-    def _split(self, sql: bytes) -> list[lexer.Statement]:
-        """Raises LexError, BudgetError."""
-        if len(sql) > lexer.MAX_TEXT:
-            raise BudgetError("the text is too long")
-        split = self._server.split if len(sql) <= _SHORT else self._readings.split
-        return split(
-            sql,
-            standard_conforming_strings=self._standard_conforming_strings,
-            encoding=self._encoding,
-            bounded=True,
-        )
-
-    def analyze(self, sql: bytes) -> Plan | Substitute | None:
-        """How to serve a statement; None if it passes as it is."""
-        return self._analyze(sql, self.api or self._server.config.api_version)
-
-    def _analyze(self, sql: bytes, api_version: int) -> Plan | Substitute | None:
-        if self._has_vertical_tab(sql):
-            return None
-        if self.has_real_extension:
-            return self._with_catalogs(sql)
-        plan = (self._server.analyze if len(sql) <= _SHORT else self._readings.analyze)(
-            sql,
-            api_version,
-            standard_conforming_strings=self._standard_conforming_strings,
-            encoding=self._encoding,
-        )
-        return plan or self._command(sql) or self._with_catalogs(sql)
-
-    def _has_vertical_tab(self, sql: bytes) -> bool:
-        """Whether there is one that is no white space to this server."""
-        if b"\v" not in sql or self.server_version >= 160000:
-            return False
-        try:
-            lexer.tokenize(
-                sql,
-                standard_conforming_strings=self._standard_conforming_strings,
-                encoding=self._encoding,
-                vertical_tab=False,
-                bounded=True,
-            )
-        except LexError:
-            return True
-        return False
-
-    def _with_catalogs(self, sql: bytes) -> Substitute | None:
-        """A query that looks into the catalogs, which are to show our extension and jobs."""
-        if not self._server.config.catalogs:
-            return None
-        if self.relay.parameters.get(b"application_name") in catalogs.TOOLS:
-            return None
-        return (catalogs.analyze if len(sql) <= _SHORT else self._readings.catalogs)(
-            sql,
-            server_version=self.server_version,
-            standard_conforming_strings=self._standard_conforming_strings,
-            encoding=self._encoding,
-        )
-
-    def extension_changed(self) -> None:
-        """A command about it was carried out; up to the end of the transaction it may be undone."""
-        self._changes_extension = True
-
-    @property
-    def knows_api(self) -> bool:
-        """Whether `api` is what the next call will find."""
-        since = self._server.extension_changes
-        return self._api_known_at == since and not self._changes_extension
-
-    def depends_on_api(self, sql: bytes) -> bool:
-        """Whether this may be a call that is another with each version of the API, or one that may
-        be the C extension's to serve."""
-        plans = [self._analyze(sql, version) for version in CATALOGS]
-        if isinstance(plans[0], Substitute):
-            return False
-        if self._server.config.extension == "server":
-            return any(plans)
-        return plans[0] != plans[1]
-
-    def learn_version(self, version: bytes | None, *, has_real: bool) -> None:
-        """What the database has: the version of our extension, and whether it has the C extension,
-        which counts if the server's is wanted."""
-        self._api_known_at = self._server.extension_changes
-        self.has_real_extension = has_real and self._server.config.extension == "server"
-        self.api = self._server.config.api_version
-        if version is not None:
-            self.api = api_version(version.decode("ascii", "replace"))
-
-    def learn_api(self, extension: Installed | None) -> int:
-        """The version of the API, now that a call has seen what the database has."""
-        self._api_known_at = self._server.extension_changes
-        self.api = self._server.config.api_version if extension is None else extension.api
-        return self.api
-
-    def _command(self, sql: bytes) -> Substitute | None:
-        """What does a command about the extension."""
-        if self._server.config.extension != "proxy":
-            return None
-        command = commands.parse(
-            sql,
-            standard_conforming_strings=self._standard_conforming_strings,
-            encoding=self._encoding,
-        )
-        if command is None:
-            return None
-        block = ddl.block(
-            command, sql, api=self._server.config.api_version, server_version=self.server_version
-        )
-        return substitute(sql, block, command.tag)
-
-    @property
-    def _standard_conforming_strings(self) -> bool:
-        return self.relay.setting(b"standard_conforming_strings") != b"off"
-
-    @property
-    def _encoding(self) -> str:
-        return self.relay.setting(b"client_encoding").decode("ascii", "replace")
+        return self.reader.server_version
 
     @property
     def zone(self) -> tzinfo:
@@ -782,41 +606,6 @@ class Session(Owner):
             self.primary.abort()
         else:
             self.primary.close()
-
-
-def _text(kind: int, body: bytes) -> bytes:
-    """The SQL of a Query or Parse; none if it is malformed, as the server will say."""
-    sql, end, rest = (body.partition(b"\0")[2] if kind == F.PARSE else body).partition(b"\0")
-    return b"" if not end or (kind == F.QUERY and rest) else sql
-
-
-class _Readings:
-    """What was read of the long texts of one batch, each of which is asked for several times. For
-    short ones the server remembers it."""
-
-    __slots__ = ("analyze", "catalogs", "split")
-
-    def __init__(self) -> None:
-        self.split = functools.lru_cache(2)(lexer.split)
-        self.analyze = functools.lru_cache(2 * len(CATALOGS))(analyze)
-        self.catalogs = functools.lru_cache(2)(catalogs.analyze)
-
-    def clear(self) -> None:
-        self.split.cache_clear()
-        self.analyze.cache_clear()
-        self.catalogs.cache_clear()
-
-
-def analyze(
-    sql: bytes, api_version: int, *, standard_conforming_strings: bool, encoding: str
-) -> Plan | None:
-    """What is to be done about a statement in a version of the API."""
-    return analysis.analyze(
-        sql,
-        standard_conforming_strings=standard_conforming_strings,
-        encoding=encoding,
-        functions=CATALOGS[api_version],
-    )
 
 
 def _unsupported(raw: bytes) -> SQLError:

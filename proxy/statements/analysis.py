@@ -25,60 +25,37 @@ where an item ends. What the grammar forbids, the server says of the stand-in to
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from proxy.api.functions import FUNCTIONS, VIEWS, Function
-from proxy.sql.lexer import Kind, LexError, split
-from proxy.sql.tokens import NotRecognizedError
+from proxy.api.functions import FUNCTIONS, Function
+from proxy.sql.lexer import Kind
+from proxy.sql.tokens import NotRecognizedError, Tokens
 from proxy.statements.from_item import from_item, from_subquery, lone_item, subquery, view
 from proxy.statements.lateral import last_in_from, with_lateral
-from proxy.statements.outline import TRIGGER, Outline
+from proxy.statements.outline import Outline
 from proxy.statements.plan import Plan, ResultPlan
 from proxy.statements.select_list import select_items
 
 
 def analyze(
-    sql: bytes,
-    *,
-    standard_conforming_strings: bool = True,
-    encoding: str | None = None,
-    functions: Mapping[str, tuple[Function, ...]] = FUNCTIONS,
+    statement: Tokens, functions: Mapping[str, tuple[Function, ...]] = FUNCTIONS
 ) -> Plan | None:
     """How to serve a statement; None: it makes no call that we serve, and passes as it is.
 
     Args:
-        sql: the text of one statement, in the client's encoding.
-        standard_conforming_strings: the session's setting.
-        encoding: client_encoding, as PostgreSQL names it.
-        functions: what there is to call in the session's version of the API.
+        statement: one, as the session's server reads it.
+        functions: what there is to call in the database's version of the API.
     """
-    # Before reading all of it: a dump may have megabytes.
-    if not (_CALL.search(sql) and _QUERY.match(sql)):
+    outline = Outline(statement, functions)
+    if outline.keyword(0) not in ("select", "with", "table"):
         return None
     try:
-        statements = split(
-            sql,
-            standard_conforming_strings=standard_conforming_strings,
-            encoding=encoding,
-            bounded=True,
-        )
-        if len(statements) != 1:
-            return None
-        outline = Outline(sql, statements[0].tokens, encoding, functions)
         plan = _plan(outline)
-        return replace(plan, has_no_side_effects=_has_no_side_effects(outline, plan))
-    except (LexError, NotRecognizedError):
+    except NotRecognizedError:
         return None
-
-
-# No more than hints: every call that we serve has both, much else has too. A name is short.
-_CALL: Final = re.compile(
-    TRIGGER + rb'\w{0,50}+"?\s*+(?:\(|--|/\*)|' + "|".join(VIEWS).encode(), re.IGNORECASE
-)
-_QUERY: Final = re.compile(rb"[\s;]*+(?:select|with|table|--|/\*)", re.IGNORECASE)
+    return replace(plan, has_no_side_effects=_has_no_side_effects(outline, plan))
 
 
 def _plan(outline: Outline) -> Plan:

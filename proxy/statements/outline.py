@@ -14,13 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 from proxy.api.functions import Function, Parameter, Type
-from proxy.sql.lexer import Token
 from proxy.sql.tokens import NotRecognizedError, Tokens
+from proxy.statements import triggers
 from proxy.statements.plan import Argument, Call, FieldOf
 
-TRIGGER: Final = b"pg_background"
-
-_TRIGGER: Final = re.compile(re.escape(TRIGGER), re.IGNORECASE)
+_OURS: Final = re.compile(re.escape(triggers.FUNCTIONS), re.IGNORECASE)
 _token_start: Final = operator.attrgetter("start")
 
 MAX_NAME: Final = 63
@@ -66,14 +64,8 @@ class Site(NamedTuple):
 class Outline(Tokens):
     """One statement and its calls. Indices count tokens unless they are called offsets."""
 
-    def __init__(
-        self,
-        sql: bytes,
-        tokens: list[Token],
-        encoding: str | None,
-        functions: Mapping[str, tuple[Function, ...]],
-    ) -> None:
-        super().__init__(sql, tokens, encoding)
+    def __init__(self, statement: Tokens, functions: Mapping[str, tuple[Function, ...]]) -> None:
+        super().__init__(statement.sql, statement.tokens, statement.encoding)
         self.functions = functions
         self.column_of_call: ColumnOfCall = lambda first, last: None
 
@@ -83,7 +75,7 @@ class Outline(Tokens):
         indices: list[int] = []
         seen = -1  # a long constant may mention it thousands of times
         # The statement may be one of thousands of a text.
-        for found in _TRIGGER.finditer(self.sql, self.tokens[0].start, self.tokens[-1].end):
+        for found in _OURS.finditer(self.sql, self.tokens[0].start, self.tokens[-1].end):
             at = bisect.bisect(self.tokens, found.start(), key=_token_start) - 1
             if at != seen and self.name_of_ours(at):
                 indices.append(at)
