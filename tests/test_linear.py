@@ -1,5 +1,5 @@
-"""Whoever may send a statement may send one that was made to be slow: no reader of text takes more
-than linear time, whatever is repeated in it.
+"""No reader of text takes more than linear time, whatever is repeated in the text: clients may send
+statements that are made to be slow.
 """
 
 from __future__ import annotations

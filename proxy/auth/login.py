@@ -333,7 +333,7 @@ class Login:
             )
         self._ask(AuthenticationCleartextPassword())
         password = PasswordMessage.parse(await self._client_answer()).password
-        self._be(password=password)
+        self._authenticate_with(password=password)
 
     async def _scram_on_both_sides(self, client_first: bytes, request: AuthenticationSASL) -> bool:
         """Check the client, then log in for it; false if there is nothing to check it with."""
@@ -347,18 +347,18 @@ class Login:
         client_final = SASLResponse.parse(await self._client_answer()).response
         if not conversation.verify(client_final) or known is None:
             self._doomed = True
-            self._be(client_key=secrets.token_bytes(32))
+            self._authenticate_with(client_key=secrets.token_bytes(32))
         else:
             if isinstance(known, Cleartext):
-                self._be(password=known.password, is_ours=True)
+                self._authenticate_with(password=known.password, is_ours=True)
             else:
-                self._be(client_key=conversation.client_key, secret=known)
+                self._authenticate_with(client_key=conversation.client_key, secret=known)
             self._last_word = AuthenticationSASLFinal(conversation.final_message()).serialize()
         assert self._authenticator is not None
         self._answer_server(self._authenticator, request)
         return True
 
-    def _be(
+    def _authenticate_with(
         self,
         *,
         password: bytes | None = None,
@@ -366,7 +366,7 @@ class Login:
         secret: Secret | None = None,
         is_ours: bool = False,
     ) -> None:
-        """From now on the proxy answers the server, with this."""
+        """From now on the proxy answers the server, with these credentials."""
         credentials = Credentials(
             *(self._user, password, secret, self._observer),
             client_key=client_key,

@@ -144,7 +144,7 @@ class Job(JobRecord):
         self._commits = False
         self._left = False
         self._afterwards: list[Callable[[], object]] = []
-        # What whoever fetches the result gets; `error` is what is kept of it.
+        # The whole error, for a fetch of the result; `error` is what is kept of it.
         self._whole_error: ErrorResponse | None = None
         # Statements, by their place, that stand for a call of pg_background_progress, and the word
         # by which its messages are known.
