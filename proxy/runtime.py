@@ -1,7 +1,7 @@
-"""What a configuration is made into: all that is read from files, and all that is derived from it.
+"""The objects made of a configuration: what is read from files, and what is derived from it.
 
-The rule: a `Runtime` is whole or an error. It is made before anything is served, and anew with each
-reload: the server replaces the old one by the new one at once, or keeps the old one.
+Invariant: a `Runtime` is whole or an error. It is made before anything is served, and again with
+each reload: the server replaces the old one by the new one at once, or keeps the old one.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Backend(asyncio.BufferedProtocol):
         parameters: of its ParameterStatus messages.
         system_id: of its database cluster (`identity`); None if not asked for.
         own_settings: of a side backend, made up for it when it logged in.
-        identity: what its login was based on (`identity`); None if nobody has asked.
+        identity: what its login was based on (`identity`); None if not asked for.
     """
 
     def __init__(self) -> None:

@@ -118,7 +118,7 @@ class Channels:
     def __init__(self, lifetime: float, prepare: bytes) -> None:
         """
         Args:
-            lifetime: seconds after which one that nobody needed is closed.
+            lifetime: seconds after which an unused one is closed.
             prepare: SQL that each runs first.
         """
         self._prepare = prepare

@@ -3,10 +3,10 @@
 Invariant: a spare is what a new login would have been a moment ago, and serves one job like it. A
 session gets one only if the server has let it in as that role. None is opened for a role and
 database that never launch, none lives longer than `spare_lifetime`, and none takes a connection
-slot that is among the last free ones. Each remembers the `identity` of its login: who takes one
-compares that with what is true now, and retires all of that login if it has changed. What SQL
-cannot see, a new password or pg_hba.conf, is obeyed by launches after `spare_lifetime` at the
-latest.
+slot that is among the last free ones. Each remembers the `identity` of its login: the launch
+that takes one compares it with the present one, and retires all spares of that login if it has
+changed. What SQL cannot see, a new password or pg_hba.conf, takes effect after `spare_lifetime` at
+the latest.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ GUCS: Final[Mapping[str, Guc]] = {
 
 SESSION_SETTING: Final = "pg_background_proxy.session"
 """The setting that the proxy gives a session in its startup packet: 32 hexadecimal digits that its
-messages begin with, and 32 that nobody else knows."""
+messages begin with, and 32 that are secret."""
 
 JOB_SETTING: Final = "pg_background_proxy.job"
 """The setting of a job's backend: the word that its reports of progress begin with."""

@@ -1,7 +1,7 @@
 """Whose jobs they are: a session; or a job, whose SQL launches others.
 
-Invariant: to the functions and to the launcher both are the same. What differs is where an owner's
-messages go, and what is known of its settings.
+Invariant: for the functions and the launcher both are the same. They differ in where an owner's
+messages go, and in how its settings are known.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What is known of a job, wherever it runs: by which its sessions and others follow it.
+"""Job metadata, shared with other sessions and worker processes.
 
-The rule: what is known never includes rows. A job is a `JobRecord` in the process that runs it, and
-a `RemoteJob` in those that have asked for it: what its own process said last. What that is does not
-change by itself, but for the end, which every process that has seen the job running is told.
+Invariant: a record never includes rows. A job is a `JobRecord` in the process that runs it, and a
+`RemoteJob` in those that have asked for it: the last answer of its own process. That does not
+change by itself, except for the end, which every process that has seen the job running is told.
 """
 
 from __future__ import annotations

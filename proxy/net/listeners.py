@@ -1,11 +1,11 @@
 """The sockets that clients connect to.
 
-The rule: what listens decides nothing about the connections that come in. With one process, each
-goes to the `Acceptor` there, which makes a session of it and decides from the first byte alone how
-it begins: with TLS it may begin with the handshake (``sslnegotiation=direct``). So we accept
-connections ourselves, look at that byte without taking it, and hand the socket to the loop (which
-would close without a word what it has no descriptor for). With several processes the supervisor
-listens, and its workers have the acceptors.
+Invariant: a listener decides nothing about the connections that come in. With one process, each
+goes to the `Acceptor`, which makes a session of it and tells from the first byte how it begins:
+with TLS it may begin with the handshake (``sslnegotiation=direct``). So we accept connections
+ourselves, look at that byte without taking it, and hand the socket to the loop (which would close
+it without notice for lack of a descriptor). With several processes the supervisor listens, and its
+workers have the acceptors.
 """
 
 from __future__ import annotations
