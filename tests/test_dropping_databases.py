@@ -18,16 +18,36 @@ OPTIONS = ("--spare-lifetime", "60s", "--spares", "2")
 _numbers = itertools.count(1)
 
 
-@pytest.fixture(params=["1", "2"])
-def proxy(request: pytest.FixtureRequest, start_proxy: StartProxy) -> Proxy:
+@pytest.fixture(
+    params=[
+        pytest.param((workers, name), marks=() if usual else pytest.mark.slow)
+        for workers, name, usual in (
+            ("1", "plain", True),
+            ("1", 'Odd "name"', False),
+            ("1", "with-dash", False),
+            ("2", "plain", False),
+            ("2", 'Odd "name"', True),
+            ("2", "with-dash", False),
+        )
+    ],
+    ids=lambda param: "-".join(param),
+)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """How many workers, and a name."""
+    workers, name = request.param
+    return workers, name
+
+
+@pytest.fixture
+def proxy(case: tuple[str, str], start_proxy: StartProxy) -> Proxy:
     """As one process, and as two: what waits may be another's than the command's."""
-    return start_proxy(*OPTIONS, "--workers", request.param)
+    return start_proxy(*OPTIONS, "--workers", case[0])
 
 
-@pytest.fixture(params=["plain", 'Odd "name"', "with-dash"])
-def name(request: pytest.FixtureRequest, server: Server, proxy: Proxy) -> Iterator[str]:
+@pytest.fixture
+def name(case: tuple[str, str], server: Server, proxy: Proxy) -> Iterator[str]:
     """A database in which spares wait, and a channel."""
-    name = f"{request.param} {next(_numbers)}".replace("plain ", "plain_")
+    name = f"{case[1]} {next(_numbers)}".replace("plain ", "plain_")
     with server.connect() as admin:
         had = admin.execute("SELECT 1 FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone()
         admin.execute(f"CREATE DATABASE {_quoted(name)} TEMPLATE template0".encode())
