@@ -96,12 +96,24 @@ def programs() -> dict[str, str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "program" in metafunc.fixturenames:
+        # By default each file with one psql, in turn.
         found = programs()
-        metafunc.parametrize("program", found.values(), ids=[f"psql{name}" for name in found])
+        metafunc.parametrize(
+            ("file", "program"),
+            [
+                pytest.param(
+                    file,
+                    program,
+                    marks=() if number % len(found) == at else pytest.mark.slow,
+                    id=f"psql{name}-{file.stem}",
+                )
+                for number, file in enumerate(FILES)
+                for at, (name, program) in enumerate(found.items())
+            ],
+        )
 
 
 @pytest.mark.usefixtures("nothing_shared")
-@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 def test_the_output_is_the_same(
     server: Server, proxy: Proxy, file: Path, program: str, tmp_path: Path
 ) -> None:
@@ -115,6 +127,7 @@ def test_the_output_is_the_same(
     assert direct.statements > 10
 
 
+@pytest.mark.slow
 def test_there_are_several_hundred_statements(server: Server, tmp_path: Path) -> None:
     """Counted where psql sends them."""
     total = 0
