@@ -52,18 +52,17 @@ class Caller(Protocol):
 
     @property
     def cluster(self) -> bytes:
-        """Of the session; roles of others are other roles, whatever their OIDs."""
+        """The database cluster of the session. In another cluster the same OID is another role."""
 
     @property
     def codec(self) -> str:
-        """Python's name of the encoding of what is given to the functions."""
+        """Python's name of the encoding of the functions' arguments."""
 
     async def known_jobs(self) -> Sequence[JobRecord]:
-        """Of all sessions of the proxy, those that ended a while ago included; at least those that
-        the current role may touch."""
+        """Jobs of all sessions, at least those that the current role may touch, also ended ones."""
 
     async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
-        """Those of them, or of this session's, that have these handles; as they are now."""
+        """The jobs with these handles, as they are now: of this session or of `known_jobs`."""
 
     async def launch(
         self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
@@ -71,7 +70,7 @@ class Caller(Protocol):
         """Start a job with the context's role and settings."""
 
     async def cancel_job(self, job: JobRecord) -> None:
-        """Have the server told to stop it."""
+        """Tell the server to stop it."""
 
     async def wait(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
         """Wait until something happens to one of them, or until that time of the loop."""

@@ -6,15 +6,15 @@ Invariant: the server decides who is let in, always. There are three ways to ask
   binds the login to one TLS connection, and here there are two.
 - ``auth_type = plain``: whatever the server asks for, the proxy asks the client for the password in
   clear text, and answers the server with it.
-- SCRAM on both sides, where it could not pass through: a client that has TLS, and so could bind,
-  says that the server does not offer it; a server that has TLS takes that for an attack. With the
-  role's secret the proxy can check the client itself, and recovers from its proof the key to log in
-  with. A client with a wrong password is let fail at the server, with a key that is wrong too; and
-  so is, if the proxy knows secrets at all, one whose role it does not know.
+- SCRAM on both sides, where it cannot pass through: a client with TLS, which could use channel
+  binding, says that the server does not offer it, and a server with TLS takes that for an attack.
+  With the role's secret the proxy checks the client itself, and recovers from its proof the key to
+  log in with. A client with a wrong password fails at the server, with a random key; so does, if
+  the proxy knows any secrets, a client whose role it does not know.
 
-Until the login is over, messages are read whole, and none is larger than `_LIMIT`, or than libpq
-takes them of a server (`limit_before_login`). The client's are taken only when the server has asked
-for something; what it sends ahead waits for the relay.
+Until the login is over, messages are read whole. None is longer than `_LIMIT`, and the server's are
+no longer than libpq allows (`limit_before_login`). The client's messages are read only when the
+server has asked for something; the relay gets what the client sends ahead.
 """
 
 from __future__ import annotations
@@ -131,11 +131,11 @@ class Login:
     """One login. `run` it once.
 
     Args:
-        client, server: their connections; what comes in is the login's while it runs.
+        client, server: their connections; the login receives their data while it runs.
         user: the role in the startup packet.
         observer: is shown the client's side of it.
-        find_check: what to check the client with, if SCRAM cannot pass through; None if the proxy
-            knows nothing of any role.
+        find_check: finds what to check the client with, if SCRAM cannot pass through; None if the
+            proxy knows no secrets at all.
         asks_password: auth_type is plain. None if it is not; else whether this client's connection
             is fit for a password in clear text.
         policy: what the server may ask for.
@@ -163,14 +163,14 @@ class Login:
         self._news = asyncio.Event()
         self._from_client = _Mailbox(client, self._news)
         self._from_server = _Mailbox(server, self._news)
-        # What the server said before the login began: for the client, if it comes to one.
+        # What the server said before the login began; the client gets it once the login begins.
         self._preface: bytes | None = b""
         # The client has been asked for something, and the answer is the server's.
         self._asked = False
         # The server has offered SCRAM-SHA-256-PLUS, in this request.
         self._binding_offered: AuthenticationSASL | None = None
         self._binding_lost = False
-        # The client has failed the proxy's check, and is to hear it from the server.
+        # The client has failed the proxy's check; the server will tell it so.
         self._doomed = False
         # The proxy itself answers the server; then it has a last word for the client.
         self._authenticator: Authenticator | None = None
@@ -192,12 +192,12 @@ class Login:
         return self._from_client.take_rest()
 
     async def run(self) -> tuple[bytes, bytes]:
-        """Until the server has let the client in; what came of client and server after that.
+        """Run until the server lets the client in; return what client and server sent after that.
 
         Raises:
-            RefusedError: nothing of it has reached the client; another connection may do better.
-            ConnectionError: the server has closed the connection, and said what it had to say.
-            SQLError: it cannot go on, and the proxy knows why.
+            RefusedError: the server refused before the client got anything; it can be tried again.
+            ConnectionError: the server has closed the connection, after its error if any.
+            SQLError: the login cannot go on, and the proxy knows why.
             ProtocolViolation: one side does not speak the protocol.
         """
         while not await self._step():
@@ -205,7 +205,7 @@ class Login:
         return self._from_client.take_rest(), self._from_server.take_rest()
 
     async def _step(self) -> bool:
-        """Serve the next message, whose ever it is; true if the client is in."""
+        """Serve the next message of either side; true if the client is in."""
         self._news.clear()
         try:
             if (message := self._from_server.next()) is not None:
@@ -269,7 +269,7 @@ class Login:
         self._client.write(message)
 
     def _offer(self, request: AuthenticationSASL) -> None:
-        """SASL mechanisms, but for those that cannot work across the proxy."""
+        """Offer the SASL mechanisms that work across the proxy."""
         mechanisms = tuple(name for name in request.mechanisms if not name.endswith(b"-PLUS"))
         if not mechanisms:
             offered = b", ".join(request.mechanisms).decode("ascii", "replace")
@@ -319,7 +319,7 @@ class Login:
         return body
 
     async def _ask_for_password(self) -> None:
-        """Once; then the server is answered with it."""
+        """Ask the client, once; then the proxy answers the server with the password."""
         if self._authenticator is not None:
             return
         if not self._asks_password:
