@@ -1,7 +1,7 @@
-"""Runs pip-audit and judges what it says: a known vulnerability is a failure, silence is none.
+"""Runs pip-audit and judges its report: a known vulnerability is a failure, a missing one is not.
 
-Where the service that knows cannot be asked, or does not know a package (a mirror that has packages
-alone), that is said, and the check goes on: it must work without a network.
+If the service cannot be reached, or does not know a package (as a mirror without advisories), this
+is reported and the check goes on: it must work without a network.
 
     python3 .ci/audit.py pip-audit --path .venv/lib/python3.13/site-packages
 """

@@ -45,7 +45,7 @@ _HBA: Final = (f"host all {SCRAM_ROLE} 127.0.0.1/32 scram-sha-256", *TRUST_LOCAL
 
 @dataclass(frozen=True)
 class Target:
-    """Where clients connect, and as whom.
+    """Where clients connect, and as which role.
 
     ``pid`` is the process in between, if there is one.
     """

@@ -163,7 +163,7 @@ class CredentialStore:
         has_auth_query: bool = False,
         policy: Policy = ANYTHING,
     ) -> Credentials:
-        """What the role of a session can log in with once more, with the files as they are now.
+        """What the role of a session can log in with again, with the files as they are now.
 
         Args:
             host: of the server, as in the passfile.

@@ -1,4 +1,4 @@
-"""A client's login as the proxy sees it pass: what of it can be used to log in once more.
+"""A client's login as the proxy sees it pass, and what can be used to log in again.
 
 Invariant: nothing is known before the server has accepted the login, and a secret is in no repr.
 """

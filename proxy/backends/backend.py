@@ -132,7 +132,7 @@ class Backend(asyncio.BufferedProtocol):
         """Send the startup packet, answer what the server asks for, wait until it is ready.
 
         Raises SQLError: the server's own error, or 28000 if we have nothing to log in with;
-        ProtocolViolation: it says more than a server has to say until then.
+        ProtocolViolation: it sends more than a server does until then.
         """
         self.transport.write(startup.serialize())
         authenticator = Authenticator(credentials)

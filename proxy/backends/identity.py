@@ -1,10 +1,10 @@
-"""Whose a login is, and whether the server would accept it once more.
+"""Which role a login is, and whether the server would still accept it.
 
-Invariant: a backend that logged in earlier is used only while a new login would come to the same.
-PostgreSQL decides some things at login alone: which role it is, by OID, whatever its name means by
-now; whether that one may log in; up to 15, whether it is a superuser; its ALTER ROLE … SET.
-`IDENTITY` is all of that, as far as every role can see it, so two values of it, of the login and of
-now, tell whether the login still holds. What it does not show: a new password, and pg_hba.conf.
+Invariant: a backend that logged in earlier is used only while a new login would give the same.
+PostgreSQL decides some things only at login: which role it is (by OID, whatever the name means by
+now), whether the role may log in, its ALTER ROLE … SET, and up to 15 whether it is a superuser.
+`IDENTITY` is all of that, as far as every role can see it. So its values at the login and now tell
+whether the login still holds. It does not show a new password, nor pg_hba.conf.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ SYSTEM_ID_QUERY: Final = b"SELECT" + SYSTEM_ID
 
 
 class StaleLoginError(Exception):
-    """A new login would not come to the same."""
+    """A new login would give something else."""
 
 
 def still_holds(at_login: bytes | None, now: bytes | None) -> bool:
-    """Whether a new login would come to the same as the one of that identity did."""
+    """Whether a new login would give the same identity."""
     return at_login is not None and at_login == now

@@ -118,7 +118,7 @@ class Dialer:
         raise ConnectionError("; ".join(failures))
 
     async def connect_by(self, route: Route, factory: Callable[[], P]) -> P:
-        """A connection the same way once more. Raises OSError."""
+        """Another connection the same way. Raises OSError."""
         async with self._in_time(route.host):
             if route.encrypted:
                 return (await self._encrypted(route.host, factory, optional=False))[1]

@@ -81,7 +81,7 @@ def block(command: Command, sql: bytes, *, api: int, server_version: int) -> byt
     ours, that is meant by all but CREATE EXTENSION.
 
     Args:
-        command: what it is.
+        command: the command, as parsed.
         sql: its text.
         api: the version of the API whose extension is made if the command names no version.
         server_version: as server_version_num, e.g. 150004.

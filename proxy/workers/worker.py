@@ -68,7 +68,7 @@ class Worker:
                 self._started.result().peers.receive(message)
 
     def _configure(self, message: Message) -> None:
-        """The first time, or once more."""
+        """The first time, or again."""
         try:
             settings = config.build(message["given"], os.environ)
             if self._started.done():
