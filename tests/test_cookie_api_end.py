@@ -336,7 +336,7 @@ def test_cancel_leaves_the_state_of_a_job_that_ran_out_of_time(conn: Connection)
     assert row.fetchone() == (1, 0)
 
 
-def test_cancel_of_a_job_that_catches_it_goes_on_to_the_next_statement_in_vain(
+def test_cancel_of_a_job_that_catches_it_stops_the_next_statement(
     conn: Connection, observer: Connection, table: str, monitor: Monitor, gate: Gate
 ) -> None:
     """The job is told again and again until it has ended."""
@@ -352,7 +352,7 @@ def test_cancel_of_a_job_that_catches_it_goes_on_to_the_next_statement_in_vain(
     assert committed(observer) == []
 
 
-def test_rows_that_were_dropped_by_a_cancel_in_vain_are_not_passed_over(
+def test_rows_dropped_after_a_cancel_that_the_job_caught_are_not_passed_over(
     conn: Connection, monitor: Monitor
 ) -> None:
     job = (

@@ -211,7 +211,7 @@ def test_a_call_amid_copy_data_is_answered_by_the_server(
     assert [error.type for error in answers[0]] == [ord("E")] * 2
 
 
-def test_a_call_after_a_flush_that_is_none_is_skipped_as_by_the_server(
+def test_a_call_after_a_malformed_flush_is_skipped_as_by_the_server(
     server: Server, watched: Watched
 ) -> None:
     """The session hung, and outlived its client: the server skips all up to a Sync."""

@@ -153,7 +153,7 @@ def test_a_false_server_does_not_choose_how_fast_it_may_guess(
         ("host=127.1 hostaddr=127.0.0.1", False),
     ],
 )
-def test_secrets_for_whoever_answers_are_warned_of(
+def test_secrets_for_an_unverified_server_are_warned_of(
     server: Server, start_proxy: StartProxy, tmp_path: Path, given: str, *, warns: bool
 ) -> None:
     proxy = start_proxy(

@@ -410,7 +410,7 @@ def test_a_query_in_the_middle_of_a_copy_is_answered_the_same(
     assert_same(*answers)
 
 
-def test_a_message_that_is_none_ends_the_session_in_the_servers_words(
+def test_a_malformed_message_ends_the_session_in_the_servers_words(
     server: Server, proxy: Proxy
 ) -> None:
     for bad in (b"!\0\0\0\4", b"Q\0\0\0\3", b"Q\xff\xff\xff\xff", b"Q\0\0\0\6ab", b"B\0\0\0\5x"):

@@ -149,7 +149,7 @@ def test_each_has_as_many_clients(server: Server, pair: Proxy) -> None:
         wait_until(lambda: not server.clients())
 
 
-def test_whoever_has_the_fewest_gets_the_next(server: Server, pair: Proxy) -> None:
+def test_the_worker_with_the_fewest_clients_gets_the_next(server: Server, pair: Proxy) -> None:
     with contextlib.ExitStack() as stack:
         conns = [stack.enter_context(pair.connect()) for _ in range(8)]
         emptied = worker_of(pair, conns[0])

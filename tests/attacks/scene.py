@@ -27,8 +27,8 @@ PASSWORD: Final = "mallory's own"
 OWNERS: Final = ("postgres", "dba")
 """Whose the extension is, and the database."""
 VICTIMS: Final = ("postgres", "dba", "bob")
-"""A superuser, an administrator who is none, an ordinary role. The last two are members of the
-attacker's role, so that they may look after his tables."""
+"""A superuser, an administrator without its rights, an ordinary role. The last two belong to the
+attacker's role, so that they may look after its tables."""
 CASES: Final = [
     pytest.param(owner, victim, marks=[] if usual else pytest.mark.slow)
     for owner, victim, usual in (

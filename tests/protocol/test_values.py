@@ -113,7 +113,7 @@ def test_known_answers(type_name: str, text: bytes, binary: str) -> None:
         ("void", b"x"),
     ],
 )
-def test_text_that_is_none_of_the_types_is_a_violation(type_name: str, text: bytes) -> None:
+def test_text_that_the_type_does_not_write_is_a_violation(type_name: str, text: bytes) -> None:
     with pytest.raises(ProtocolViolation, match=type_name):
         to_binary(OIDS[type_name], text)
 
