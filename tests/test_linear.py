@@ -5,8 +5,7 @@ statements that are made to be slow.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
@@ -18,7 +17,7 @@ from proxy.api.like import like
 from proxy.extension import catalogs, commands
 from proxy.jobs.progress import progress_statement
 from proxy.session.caller import decode_argument
-from proxy.session.session import Session
+from proxy.session.custom_settings import CustomSettings
 from proxy.sql import encodings, lexer
 from proxy.sql.tokens import Tokens
 from proxy.statements.plan import Piece, Rewrite, ScalarPlan
@@ -43,12 +42,6 @@ def plan_of(sql: bytes) -> ScalarPlan:
 def error(sqlstate: bytes, message: bytes) -> bytes:
     fields = {"S": b"ERROR", "V": b"ERROR", "C": sqlstate, "M": message, "W": message}
     return ErrorResponse({k: v.replace(b"\0", b"") for k, v in fields.items()}).serialize()[5:]
-
-
-def notes_settings() -> Any:
-    noted: Any = SimpleNamespace(custom_settings={})
-    noted._note_settings = lambda names: Session._note_settings(noted, names)
-    return noted
 
 
 def analyze(sql: bytes, **options: object) -> None:
@@ -98,8 +91,8 @@ READERS: Final[dict[str, tuple[int, Reader]]] = {
     "unserved function": (LONG, lambda sql: unserved(error(b"42883", sql))),
     "unserved view": (LONG, lambda sql: unserved(error(b"42P01", sql))),
     "unavailable": (LONG, lambda sql: unavailable(error(b"0A000", sql))),
-    "settings": (LONG, lambda sql: Session.settings_mentioned(notes_settings(), sql.lower())),
-    "settings of Bind": (LONG, lambda sql: Session.setting_bound(notes_settings(), sql)),
+    "settings": (LONG, lambda sql: CustomSettings().mentioned(sql.lower())),
+    "settings of Bind": (LONG, lambda sql: CustomSettings().bound(sql)),
     "triggers": (LONG, may_be_ours),
     "array": (LONG, parse_array),
     "array in SJIS": (LONG, lambda sql: encodings.parse_array(sql + b"\x81\x5c", b"SJIS")),

@@ -766,6 +766,10 @@ class Told:
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.taken: bytes | None = None
+        self.custom_settings = self
+
+    def mentioned(self, sql: bytes) -> None:
+        self.events.append(("settings", sql))
 
     def login_request(self, body: bytes) -> None:
         self.events.append(("request", body))
@@ -781,9 +785,6 @@ class Told:
 
     def unread(self) -> None:
         self.events.append(("unread",))
-
-    def settings_mentioned(self, sql: bytes) -> None:
-        self.events.append(("settings", sql))
 
     def notice(self, body: bytes) -> bool:
         self.events.append(("notice", body))

@@ -32,7 +32,7 @@ class Nested(Owner):
         self._server_version = owner.server_version
         self.system_id = owner.system_id
         # Those that its session had.
-        self.custom_settings = dict(owner.custom_settings)
+        self.custom_settings = tuple(owner.custom_settings)
         self.output: OutputQueue | None = None
         self.inside = Inside(self, secrets)
 

@@ -13,7 +13,7 @@ from proxy.jobs.job import Job, Jobs
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from proxy.backends.channels import Channel
     from proxy.backends.identity import Login
@@ -35,7 +35,7 @@ class Owner(ABC):
             None if not asked for yet.
     """
 
-    custom_settings: dict[bytes, None]
+    custom_settings: Iterable[bytes]
 
     def __init__(self, server: Server) -> None:
         self._server = server

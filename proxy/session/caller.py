@@ -35,7 +35,7 @@ from proxy.jobs.context import Context, activity_query, context_query, parse_con
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.registry import Handle, JobRecord
 from proxy.session.dialogue import PrimaryDialogue
-from proxy.session.prepared import functions_of, misread, needs_of
+from proxy.session.prepared import misread
 from proxy.sql import encodings
 from proxy.statements.plan import Call, FieldOf, Plan
 
@@ -68,20 +68,20 @@ class SessionCaller:
         this batch has executed yet.
         """
         session, relay = self._session, self._session.relay
-        wanted = Needs.SETTINGS in needs_of(plan)
+        wanted = Needs.SETTINGS in plan.needs
         lasting = first and relay.status == TransactionStatus.IDLE
-        known = relay.untouched and lasting
+        known = relay.known_settings if lasting else None
         # A supposed name may be invalid, or be older than a change of client_encoding.
         custom = tuple(
             name for name in session.custom_settings if encodings.is_valid(name, session.codec)
         )
         sql = context_query(
-            functions=functions_of(plan),
+            functions=plan.functions,
             server_version=session.server_version,
             roles=session.known_jobs.roles.union(
                 session.peers.roles, (job.role_id for job in self.jobs)
             ),
-            settings=wanted and not known,
+            settings=wanted and known is None,
             custom_settings=custom,
         )
 
@@ -90,11 +90,10 @@ class SessionCaller:
                 self._context = parse_context(DataRow.parse(body).values, custom_settings=custom)
                 relay.unreported[b"client_encoding"] = self._context.client_encoding
                 relay.unreported[b"TimeZone"] = self._context.time_zone
-                if wanted and known:
-                    self._context = replace(self._context, settings=session.settings)
+                if wanted and known is not None:
+                    self._context = replace(self._context, settings=known)
                 elif wanted and lasting and plan.has_no_side_effects:
-                    session.settings = self._context.settings
-                    relay.untouched = True
+                    relay.known_settings = self._context.settings
                 timeout = self._context.statement_timeout.decode()
                 self._interrupts.start_timer(parse_time_ms(timeout))
 

@@ -91,7 +91,6 @@ class PrimaryDialogue:
 
     Attributes:
         inbox: its messages that were not read yet.
-        failed: whether the server skips everything up to the next Sync.
         synced: whether Sync has been sent, ahead of the client's own.
         unclosed: statements that an error has kept us from closing.
     """
@@ -105,7 +104,6 @@ class PrimaryDialogue:
         self._server = server
         self._interrupts = interrupts
         self.inbox = Inbox(server)
-        self.failed = False
         self.synced = False
         self.unclosed: set[bytes] = set()
         self._out: list[bytes] = []
@@ -274,7 +272,7 @@ class PrimaryDialogue:
         if position:
             error = error.with_fields(P=b"%d" % (position + reply.offset))
         self._client.write(error.serialize())
-        self.failed = True
+        self._relay.outstanding.skip()
         self._forget_replies()
         raise BatchFailedError
 
@@ -296,10 +294,10 @@ class PrimaryDialogue:
             kind, _ = await self.next_message()
             if kind == B.ERROR_RESPONSE:
                 self._forget_replies()
-                self.failed = True
+                self._relay.outstanding.skip()
             elif kind in self._replies[0].ends:
                 self._replies.popleft()
-        if not self.synced and not self.failed:
+        if not self.synced and not self._relay.outstanding.skipping:
             self.unclosed.add(OWN_NAME)
             self._server.write(
                 Parse(OWN_NAME, raise_block(error), ()).serialize()
@@ -309,7 +307,7 @@ class PrimaryDialogue:
             )
             while (await self.next_message())[0] != B.ERROR_RESPONSE:
                 pass
-        self.failed = True
+        self._relay.outstanding.skip()
         self._client.write(error.response(self._session.codec).serialize())
 
     async def ready(self) -> None:

@@ -50,12 +50,7 @@ class Write(Protocol):
 
 
 class Fetch:
-    """One result on its way to the client.
-
-    Attributes:
-        fields: of the client's result; known once described.
-        finished: whether all of it was handed over.
-    """
+    """The result of a job (a `results.Result`)."""
 
     def __init__(
         self,

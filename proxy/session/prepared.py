@@ -6,96 +6,181 @@ statement. What is between the two is worked out here, from the plan alone.
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from protocol.errors import DATATYPE_MISMATCH, INTERNAL_ERROR, SQLError
 from protocol.messages import Field
 from protocol.values import oids
-from proxy.api.functions import Column, Function, Needs, Type
-from proxy.session.fetch import Fetch
-from proxy.session.results import Table, choose, fields_of
-from proxy.statements.plan import Call, ItemOutput, Plan, ResultPlan, ScalarPlan, Substitute
+from proxy.api.functions import Column, Type
+from proxy.session.results import Result, choose, fields_of
+from proxy.statements.plan import ItemOutput, Plan, ResultPlan, ScalarPlan, Substitute
+
+if TYPE_CHECKING:
+    from proxy.jobs.job import Job
 
 
 @dataclass(slots=True)
-class PreparedCall:
-    """A prepared statement with a call, or a command that a block of ours carries out. `fields` are
-    the server's, of the stand-in."""
+class Command:
+    """A command that a block of ours carries out, prepared."""
 
-    plan: Plan | Substitute
+    plan: Substitute
+
+    def stand_in_formats(self, formats: tuple[int, ...]) -> tuple[int, ...]:
+        """The result formats for the stand-in, from those of the client's Bind."""
+        return formats
+
+
+@dataclass(slots=True)
+class RowCalls:
+    """A prepared statement whose stand-in makes calls with each of its rows.
+
+    `fields`: the server's, of the stand-in.
+    """
+
+    plan: ScalarPlan
     fields: tuple[Field, ...] = ()
-    has_parameters: bool = False
+
+    has_columns = True
+
+    def described(self, fields: tuple[Field, ...]) -> None:
+        """Note the server's description. Raises SQLError XX000 if it is not that of the plan."""
+        self.fields = fields
+        _check(fields, [column.index for column in self.plan.columns], self.plan.width)
+
+    @property
+    def outputs(self) -> Sequence[ItemOutput]:
+        """The client's columns."""
+        if self.plan.outputs is not None:
+            return self.plan.outputs
+        return [ItemOutput(column) for column in range(len(self.fields))]
+
+    @property
+    def types(self) -> dict[int, Type]:
+        """The types of the calls, by their columns in the stand-in."""
+        count = len(self.fields)
+        return {
+            column.index % count: column.call.function.result_type for column in self.plan.columns
+        }
+
+    def client_fields(self) -> tuple[Field, ...]:
+        """The columns of the client's statement."""
+        types = self.types
+        fields: list[Field] = []
+        for output in self.outputs:
+            field = self.fields[output.column]
+            type = types.get(output.column)
+            if type is not None:
+                if output.field is not None:
+                    type = type.columns[output.field].type
+                field = replace(field, type_oid=type.oid, type_size=type.size, type_modifier=-1)
+            fields.append(replace(field, name=output.label or field.name))
+        return tuple(fields)
+
+    def stand_in_formats(self, formats: tuple[int, ...]) -> tuple[int, ...]:
+        """As in `Command`."""
+        outputs = self.plan.outputs
+        if outputs is None or len(formats) != len(outputs):
+            return formats
+        if not any(formats):
+            return ()  # all of them: their number may not be known yet
+        wanted = [0] * len(self.fields)
+        for output, format in zip(outputs, formats, strict=True):
+            wanted[output.column] = format
+        return tuple(wanted)
+
+
+@dataclass(slots=True)
+class FunctionResult:
+    """A prepared statement whose rows a function in FROM returns: its own, or a job's.
+
+    `fields`: the server's, of the stand-in.
+    """
+
+    plan: ResultPlan
+    fields: tuple[Field, ...] = ()
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether its columns are known before it is executed; otherwise only its job knows."""
+        return bool(self.plan.defined_columns or self.plan.call.function.columns)
+
+    def described(self, fields: tuple[Field, ...]) -> None:
+        """As in `RowCalls`."""
+        self.fields = fields
+        width = 1
+        if defined := self.plan.defined_columns:
+            shown = sum(1 if item.column is not None else defined for item in self.plan.outputs)
+            width = shown + defined + 1
+        _check(fields, [-1], width)
+
+    @property
+    def defined(self) -> tuple[Field, ...]:
+        """The column definition list; empty if there is none."""
+        return self.fields[-1 - self.plan.defined_columns : -1]
+
+    def client_fields(self) -> tuple[Field, ...]:
+        """The columns of the client's statement, if they are known."""
+        if self.plan.defined_columns:
+            return self.fields[: -1 - self.plan.defined_columns]
+        return choose(self.plan.outputs, fields_of(self.plan.call.function.columns))[1]
+
+    def stand_in_formats(self, formats: tuple[int, ...]) -> tuple[int, ...]:
+        """As in `Command`."""
+        defined = self.plan.defined_columns
+        if not defined:
+            return ()
+        return (*formats, *[0] * (defined + 1)) if len(formats) > 1 else formats
+
+
+WithCalls = RowCalls | FunctionResult
+Prepared = Command | WithCalls
+
+
+def prepare(plan: Plan) -> WithCalls:
+    """A statement with calls that is being prepared."""
+    return RowCalls(plan) if isinstance(plan, ScalarPlan) else FunctionResult(plan)
 
 
 @dataclass(slots=True)
 class Portal:
-    """A portal of such a statement, and its result, once somebody has asked for it."""
+    """A portal of such a statement.
 
-    statement: PreparedCall
-    formats: tuple[int, ...]
-    result: Fetch | Table | None = None
+    Attributes:
+        formats: the result formats of the client's Bind.
+        offset: where the statement begins in the client's text, in characters.
+        in_query: whether a Query has it, and not the extended protocol.
+        result: of a function in FROM, once it has been called.
+    """
+
+    statement: Prepared
+    formats: tuple[int, ...] = ()
+    offset: int = 0
+    in_query: bool = False
+    result: Result | None = None
+
+    @property
+    def job(self) -> Job | None:
+        """Whose result it is, if it is a job's, and begun."""
+        return None if self.result is None else self.result.job
 
     def close(self) -> None:
-        """The rest is not wanted."""
+        """The rest of its result is not wanted."""
         if self.result is not None:
             self.result.abandon()
 
 
-def functions_of(plan: Plan) -> list[Function]:
-    """What a plan calls."""
+def _check(fields: Sequence[Field], calls: Sequence[int], width: int | None) -> None:
+    """Raises SQLError XX000 if a stand-in has not these columns: the server and the proxy have read
+    the statement differently, and no call in it is to be made.
 
-    def of(call: Call) -> Iterator[Function]:
-        yield call.function
-        for argument in call.arguments:
-            if isinstance(argument.value, Call):
-                yield from of(argument.value)
-
-    calls = [plan.call] if isinstance(plan, ResultPlan) else [c.call for c in plan.columns]
-    return [function for call in calls for function in of(call)]
-
-
-def needs_of(plan: Plan) -> Needs:
-    """What all calls of a plan need together."""
-    return functools.reduce(operator.or_, (function.needs for function in functions_of(plan)))
-
-
-def shape_unknown(plan: Plan | Substitute) -> bool:
-    """A result whose columns only its job knows."""
-    return (
-        isinstance(plan, ResultPlan) and not plan.defined_columns and not plan.call.function.columns
-    )
-
-
-def outputs_of(plan: ScalarPlan, count: int) -> Sequence[ItemOutput]:
-    """What the client's columns are, of the stand-in's so many."""
-    if plan.outputs is not None:
-        return plan.outputs
-    return [ItemOutput(column, None, b"") for column in range(count)]
-
-
-def call_types(plan: ScalarPlan, count: int) -> dict[int, Type]:
-    """The types of the calls, by their columns in a stand-in of so many."""
-    return {column.index % count: column.call.function.result_type for column in plan.columns}
-
-
-def check_stand_in(plan: Plan, fields: Sequence[Field]) -> None:
-    """Raises SQLError XX000 if the server describes a stand-in otherwise than the plan has it: one
-    of the two has read something else, and nothing in it is ours to run."""
+    Args:
+        fields: the server's description.
+        calls: the columns with a call's arguments, a text each.
+        width: how many columns there are, None if a ``*`` hides that.
+    """
     count = len(fields)
-    if isinstance(plan, ResultPlan):
-        calls = [-1]
-        width: int | None = 1
-        if plan.defined_columns:
-            shown = [
-                1 if item.column is not None else plan.defined_columns for item in plan.outputs
-            ]
-            width = sum(shown) + plan.defined_columns + 1
-    else:
-        calls = [column.index for column in plan.columns]
-        width = plan.width
     if width not in (None, count) or not all(
         -count <= call < count and fields[call].type_oid == oids.TEXT for call in calls
     ):
@@ -109,45 +194,6 @@ def misread() -> SQLError:
         "the server has read a statement with a pg_background call in another way than the proxy",
         detail="No call was made.",
     )
-
-
-def client_fields(statement: PreparedCall) -> tuple[Field, ...]:
-    """The columns of the client's statement, from those of its stand-in."""
-    plan = statement.plan
-    if isinstance(plan, ResultPlan):
-        if plan.defined_columns:
-            return statement.fields[: -1 - plan.defined_columns]
-        return choose(plan.outputs, fields_of(plan.call.function.columns))[1]
-    assert isinstance(plan, ScalarPlan)
-    given = statement.fields
-    types = {column.index % len(given): column.call.function.result_type for column in plan.columns}
-    fields: list[Field] = []
-    for output in outputs_of(plan, len(given)):
-        field = given[output.column]
-        type = types.get(output.column)
-        if type is not None:
-            if output.field is not None:
-                type = type.columns[output.field].type
-            field = replace(field, type_oid=type.oid, type_size=type.size, type_modifier=-1)
-        fields.append(replace(field, name=output.label or field.name))
-    return tuple(fields)
-
-
-def stand_in_formats(statement: PreparedCall, formats: tuple[int, ...]) -> tuple[int, ...]:
-    """The result formats for the stand-in, where the client has said them for each column."""
-    plan = statement.plan
-    if isinstance(plan, ResultPlan):
-        if not plan.defined_columns:
-            return ()
-        return (*formats, *[0] * (plan.defined_columns + 1)) if len(formats) > 1 else formats
-    if isinstance(plan, Substitute) or plan.outputs is None or len(formats) != len(plan.outputs):
-        return formats
-    if not any(formats):
-        return ()  # all of them: their number may not be known yet
-    wanted = [0] * len(statement.fields)
-    for output, format in zip(plan.outputs, formats, strict=True):
-        wanted[output.column] = format
-    return tuple(wanted)
 
 
 def as_defined(columns: Sequence[Column], defined: Sequence[Field]) -> Sequence[Column]:

@@ -7,8 +7,8 @@ and a server's error, which may be the complaint that such a function does not e
 may have to be changed is held until it is whole; all others are passed on in the pieces that they
 come in.
 
-It also keeps account of what the server has not answered yet (`Asked`). So a call in the middle of
-a pipeline can wait until everything before it is answered (`settle`).
+It also keeps account of what the server has not answered yet (`OutstandingRequests`). So a call in
+the middle of a pipeline can wait until everything before it is answered (`settle`).
 
 Most of the traffic of most clients is one batch, then its whole answer, with nothing of interest in
 either. For these two chunks there is a fast path, which reads the same headers and skips the
@@ -33,13 +33,14 @@ from protocol.kinds import (
 )
 from protocol.messages import Flush, Sync
 from proxy.net.connection import Connection
-from proxy.session.asked import Asked
+from proxy.session.custom_settings import CustomSettings
+from proxy.session.outstanding import OutstandingRequests
 from proxy.sql import encodings
 from proxy.sql.lexer import MAX_TEXT
 from proxy.statements.triggers import may_be_ours
 
 if TYPE_CHECKING:
-    from proxy.session.prepared import Portal, PreparedCall
+    from proxy.session.prepared import Portal, Prepared
     from proxy.statements.statement import Statement
 
 
@@ -84,9 +85,9 @@ _ACTION: Final = {
 }
 _ACTIONS: Final = bytes(_ACTION.get(kind, _NOTHING) for kind in range(256))
 
-# The short ways: which types they pass over.
-_SHORT: Final = 4096
-"""The longest batch that takes the short way, in bytes, since it is kept until it is answered."""
+# The fast path: which types it passes over.
+_MAX_FAST_BATCH: Final = 4096
+"""The longest batch that takes it, in bytes, since it is kept until it is answered."""
 _QUERY: Final = F.QUERY  # an attribute costs more
 _WITH_TEXT: Final = frozenset((F.QUERY, F.PARSE))
 # How CREATE, ALTER and DROP DATABASE may begin. Most statements do not, and are not searched.
@@ -107,9 +108,11 @@ class Hooks(Protocol):
 
     Attributes:
         watchword: what a NoticeResponse has near its beginning if it is for us.
+        custom_settings: names of settings that go by are noted there.
     """
 
     watchword: bytes
+    custom_settings: CustomSettings
 
     def backend_key(self, body: bytes) -> None:
         """The server's BackendKeyData."""
@@ -121,14 +124,8 @@ class Hooks(Protocol):
     def unread(self) -> None:
         """A Query or Parse goes to the server that is too long to be looked at."""
 
-    def settings_mentioned(self, sql: bytes) -> None:
-        """A Query or Parse that has "set" in it, in lower case."""
-
     def database_mentioned(self, sql: bytes) -> None:
         """A Query or Parse that has "database" in it, in lower case."""
-
-    def setting_bound(self, body: bytes) -> None:
-        """The beginning of a Bind whose statement calls set_config."""
 
     def notice(self, body: bytes) -> bool:
         """A NoticeResponse that mentions the watchword; true if the client is not to get it."""
@@ -155,9 +152,10 @@ class Relay:
             it reports changes at the end of the batch only, and what was undone by then not at all.
         status: of the last ReadyForQuery.
         batch: types of the extended-query messages that the client sent since its last Sync.
-        asked: what the server has not answered yet.
+        outstanding: requests that the server has not answered yet.
         is_behind: the client's input is held until others have had their turn.
-        untouched: nothing has been sent to the server since an interception set this.
+        known_settings: what a call has read of the session's settings; None once anything that may
+            change them was sent to the server.
     """
 
     WATCHED: Final = (
@@ -173,27 +171,28 @@ class Relay:
         self._client = client
         self._server = server
         self._hooks = hooks
-        self.statements: dict[bytes, PreparedCall] = {}
+        self.statements: dict[bytes, Prepared] = {}
         self.portals: dict[bytes, Portal] = {}
         self.setters: set[bytes] = set()
         self.parameters: dict[bytes, bytes] = {}
         self.unreported: dict[bytes, bytes] = {}
         self.status = TransactionStatus.IDLE
         self.batch = bytearray()
-        self.asked = Asked()
+        self.outstanding = OutstandingRequests()
         self.is_behind = False
-        self.untouched = False
+        self.known_settings: tuple[tuple[bytes, bytes], ...] | None = None
         self._settling: asyncio.Future[None] | None = None
-        # Nothing is unanswered or partly here, and no later message can be about a call unless it
-        # says so: the next batch may take the short way.
-        self._at_rest = False
-        # The batch that took it, until it is answered.
-        self._sent = b""
+        # The next batch may take the fast path (`_may_take_fast_path`).
+        self._idle = False
+        # The batch that took it, until it is answered; empty if there is none.
+        self._fast_batch = b""
         # The client's stream: bytes to pass on before the next message begins; or a message that
         # is held, until that many bytes of it are here.
         self._client_skip = 0
         self._held: bytearray | None = None
         self._held_size = 0
+        # Bytes of SQL that were read in this turn.
+        self._read = 0
         # It is not a stream of messages; the server will say so.
         self._client_astray = False
         # The server's stream: the same.
@@ -205,16 +204,16 @@ class Relay:
 
     def from_client(self, data: bytes) -> None:
         """Pass on what came in, up to a call."""
-        if self._at_rest and _is_plain_batch(data):
-            self._at_rest = False
-            self._sent = data
+        if self._idle and _is_plain_batch(data):
+            self._idle = False
+            self._fast_batch = data
             self._server.write(data)
             return
         self._follow_client(data)
 
     def _follow_client(self, data: bytes) -> None:
-        self._at_rest = False
-        self._note_sent()
+        self._idle = False
+        self._count_fast_batch()
         if self._held is not None:
             self._held += data
             if len(self._held) < self._held_size:
@@ -228,7 +227,7 @@ class Relay:
             self._pass_on(data)
             return
         self._client_skip = 0
-        read = 0
+        self._read = 0
         while size - position >= HEADER_SIZE:
             kind = data[position]
             end = position + 1 + unpack_length(data, position + 1)[0]
@@ -236,67 +235,22 @@ class Relay:
                 self._client_astray = True
                 self._give_up(self._client, self._server, data)
                 return
-            if kind in (F.QUERY, F.PARSE) and end - position > MAX_TEXT:
-                if size - position < NAMES_SIZE:
-                    self._hold(data, position, NAMES_SIZE)
+            if kind in _WITH_TEXT:
+                if self._stops_at_text(kind, data, position, end):
                     return
-                if kind == F.PARSE and self._concerns_call(
-                    kind, data[position + HEADER_SIZE : position + NAMES_SIZE]
-                ):
-                    self._hand_over(data, position)
-                    return
-                self._hooks.unread()
-                self._note_text(kind)
-            elif kind in (F.QUERY, F.PARSE):
-                if end > size:
-                    self._hold(data, position, end - position)
-                    return
-                text = data[position:end].lower()
-                if may_be_ours(text) and not self.asked.copying:
-                    if read > TURN:
-                        self._yield(data, position)
-                        return
-                    read += end - position + TEXT_COST
-                    calls = self._hooks.calls(kind, data[position + HEADER_SIZE : end])
-                    if calls is not None:
-                        self._hand_over(data, position, calls)
-                        return
-                if b"database" in text:
-                    self._hooks.database_mentioned(text)
-                if b"set" in text:
-                    self._hooks.settings_mentioned(text)
-                    if kind == F.PARSE and b"set_config" in text:
-                        name = data[position + HEADER_SIZE : end].split(b"\0", 1)[0]
-                        self.setters.add(self.key(name))
-                if (
-                    kind == F.PARSE
-                    and self.statements
-                    and self._concerns_call(kind, data[position + HEADER_SIZE :])
-                ):
-                    self._hand_over(data, position)
-                    return
-                self._note_text(kind)
-            elif kind in (F.SYNC, F.FUNCTION_CALL):
-                self.asked.add(kind)
-                self.batch.clear()
             elif kind in EXTENDED:
-                if self.statements or self.portals or self.setters:
-                    known = min(end - position, NAMES_SIZE)
-                    if known < end - position and not _has_names(data, position, known):
-                        known = end - position
-                    if size - position < known:
-                        self._hold(data, position, known)
-                        return
-                    if self._concerns_call(kind, data[position + HEADER_SIZE : position + known]):
-                        self._hand_over(data, position)
-                        return
+                if self._stops_at_name(kind, data, position, end):
+                    return
                 self.batch.append(kind)
-                self.asked.add(kind)
-            elif kind == F.FLUSH and end - position > HEADER_SIZE and not self.asked.copying:
+                self.outstanding.add(kind)
+            elif kind in (F.SYNC, F.FUNCTION_CALL):
+                self.outstanding.add(kind)
+                self.batch.clear()
+            elif kind == F.FLUSH and end - position > HEADER_SIZE and not self.outstanding.copying:
                 # It should be empty. The server fails as at a Describe, and skips up to a Sync.
-                self.asked.add(F.DESCRIBE)
+                self.outstanding.add(F.DESCRIBE)
             elif kind in ENDS_COPY_IN:
-                self.asked.add(kind)
+                self.outstanding.add(kind)
             elif kind == F.COPY_DATA and end < size:
                 end, _ = skip_run(data, position)
             position = end
@@ -306,15 +260,64 @@ class Relay:
             self._client_skip = position - size
             self._pass_on(data)
 
-    def _pass_on(self, data: bytes) -> None:
-        self.untouched = False
-        self._server.write(data)
+    def _stops_at_text(self, kind: int, data: bytes, position: int, end: int) -> bool:
+        """Look at a Query or Parse. True if the relay passes on what is before it, and has held it
+        or handed it over."""
+        if end - position > MAX_TEXT:
+            return self._stops_at_long_text(kind, data, position)
+        if end > len(data):
+            return self._hold(data, position, end - position)
+        text = data[position:end].lower()
+        if may_be_ours(text) and not self.outstanding.copying:
+            if self._read > TURN:
+                return self._yield(data, position)
+            self._read += end - position + TEXT_COST
+            calls = self._hooks.calls(kind, data[position + HEADER_SIZE : end])
+            if calls is not None:
+                return self._hand_over(data, position, calls)
+        if b"database" in text:
+            self._hooks.database_mentioned(text)
+        if b"set" in text:
+            self._hooks.custom_settings.mentioned(text)
+            if kind == F.PARSE and b"set_config" in text:
+                name = data[position + HEADER_SIZE : end].split(b"\0", 1)[0]
+                self.setters.add(self.key(name))
+        if (
+            kind == F.PARSE
+            and self.statements
+            and self._concerns_call(kind, data[position + HEADER_SIZE :])
+        ):
+            return self._hand_over(data, position)
+        self._note_text(kind)
+        return False
 
-    def _hold(self, data: bytes, position: int, size: int) -> None:
-        if position:
-            self._pass_on(data[:position])
-        self._held = bytearray(memoryview(data)[position:])
-        self._held_size = size
+    def _stops_at_long_text(self, kind: int, data: bytes, position: int) -> bool:
+        """The same, for one that is too long to be looked at."""
+        if len(data) - position < NAMES_SIZE:
+            return self._hold(data, position, NAMES_SIZE)
+        head = data[position + HEADER_SIZE : position + NAMES_SIZE]
+        if kind == F.PARSE and self._concerns_call(kind, head):
+            return self._hand_over(data, position)
+        self._hooks.unread()
+        self._note_text(kind)
+        return False
+
+    def _stops_at_name(self, kind: int, data: bytes, position: int, end: int) -> bool:
+        """The same, for a Bind, Describe, Execute or Close, by the names in it."""
+        if not (self.statements or self.portals or self.setters):
+            return False
+        known = min(end - position, NAMES_SIZE)
+        if known < end - position and not _has_names(data, position, known):
+            known = end - position
+        if len(data) - position < known:
+            return self._hold(data, position, known)
+        if self._concerns_call(kind, data[position + HEADER_SIZE : position + known]):
+            return self._hand_over(data, position)
+        return False
+
+    def _pass_on(self, data: bytes) -> None:
+        self.known_settings = None
+        self._server.write(data)
 
     def _note_text(self, kind: int) -> None:
         """A Query or Parse is passed on."""
@@ -322,14 +325,25 @@ class Relay:
             self.batch.clear()
         else:
             self.batch.append(F.PARSE)
-        self.asked.add(kind)
+        self.outstanding.add(kind)
 
-    def _yield(self, data: bytes, position: int) -> None:
+    # What stops the relay (each returns True)
+
+    def _hold(self, data: bytes, position: int, size: int) -> bool:
+        """Hold what comes from there on, until so many bytes of it are here."""
+        if position:
+            self._pass_on(data[:position])
+        self._held = bytearray(memoryview(data)[position:])
+        self._held_size = size
+        return True
+
+    def _yield(self, data: bytes, position: int) -> bool:
         """Pass on what was read, and go on with the rest when others had their turn."""
         self._hold(data, position, 0)
         self.is_behind = True
         self._client.take_a_break()
         asyncio.get_running_loop().call_soon(self._go_on)
+        return True
 
     def _go_on(self) -> None:
         self.is_behind = False
@@ -339,10 +353,12 @@ class Relay:
 
     def _hand_over(
         self, data: bytes, position: int, statements: list[Statement] | None = None
-    ) -> None:
+    ) -> bool:
+        """Leave what comes from there on to an interception."""
         if position:
             self._pass_on(data[:position])
         self._hooks.take_over(data[position:], statements or [])
+        return True
 
     def forget_portal(self, name: bytes) -> None:
         """A portal is closed, or its name is taken by another."""
@@ -363,7 +379,7 @@ class Relay:
     @property
     def settings_may_differ(self) -> bool:
         """Whether the server may have settings that it has not reported yet."""
-        return bool(self.asked) or F.BIND in self.batch or F.EXECUTE in self.batch
+        return bool(self.outstanding) or F.BIND in self.batch or F.EXECUTE in self.batch
 
     def _concerns_call(self, kind: int, body: bytes) -> bool:
         """Tell whether this message is about a statement or portal with a call.
@@ -376,7 +392,7 @@ class Relay:
             portal, _, rest = body.partition(b"\0")
             statement = self.key(rest.partition(b"\0")[0])
             if statement in self.setters:
-                self._hooks.setting_bound(body)
+                self._hooks.custom_settings.bound(body)
             if statement in self.statements:
                 return True
             if not portal:
@@ -393,26 +409,26 @@ class Relay:
 
     def from_server(self, data: bytes) -> None:
         """Pass on what came in, and count the answers in it."""
-        if self._sent and _is_plain_answer(data):
+        if self._fast_batch and _is_plain_answer(data):
             self.status = data[-1]
-            self._sent = b""
-            self._at_rest = True
+            self._fast_batch = b""
+            self._idle = True
             self._hooks.statement_ended()
             self._client.write(data)
         else:
             self._follow_server(data)
 
-    def _note_sent(self) -> None:
-        """What took the short way will be answered on the long one."""
-        if self._sent:
+    def _count_fast_batch(self) -> None:
+        """What took the fast path will be answered on the slow one."""
+        if self._fast_batch:
             position = 0
-            while position < len(self._sent):
-                self.asked.add(self._sent[position])
-                position += unpack_length(self._sent, position + 1)[0] + 1
-            self._sent = b""
+            while position < len(self._fast_batch):
+                self.outstanding.add(self._fast_batch[position])
+                position += unpack_length(self._fast_batch, position + 1)[0] + 1
+            self._fast_batch = b""
 
     def _follow_server(self, data: bytes) -> None:
-        self._note_sent()
+        self._count_fast_batch()
         if self._tail:
             self._tail += data
             if len(self._tail) < self._tail_size:
@@ -428,6 +444,7 @@ class Relay:
         self._server_skip = 0
         passed_on = 0
         needed = HEADER_SIZE
+        # Over a screen long, since all rows of all results go through this loop.
         while size - position >= HEADER_SIZE:
             kind = data[position]
             end = position + 1 + unpack_length(data, position + 1)[0]
@@ -435,24 +452,20 @@ class Relay:
                 self._give_up(self._server, self._client, data[passed_on:])
                 return
             action = _ACTIONS[kind]
-            if action:
-                if action == _SKIP:
-                    if end < size:
-                        end, _ = skip_run(data, position)
-                elif action == _COUNT:
-                    self.asked.answered()
-                elif kind == B.NOTICE_RESPONSE and self._passes(data, position, end):
-                    pass
-                elif end > size:
-                    needed = min(end - position, _NOTICE_SIZE)
-                    if kind != B.NOTICE_RESPONSE or size - position >= needed:
-                        needed = end - position
+            if action == _SKIP and end < size:
+                end, _ = skip_run(data, position)
+            elif action == _COUNT:
+                self.outstanding.answered()
+            elif action == _HANDLE and not (
+                kind == B.NOTICE_RESPONSE and self._passes(data, position, end)
+            ):
+                if end > size:
+                    needed = _needed(kind, size - position, end - position)
                     break
-                else:
-                    replacement = self._handle(kind, data[position + HEADER_SIZE : end])
-                    if replacement is not None:
-                        self._client.write(data[passed_on:position] + replacement)
-                        passed_on = end
+                replacement = self._handle(kind, data[position + HEADER_SIZE : end])
+                if replacement is not None:
+                    self._client.write(data[passed_on:position] + replacement)
+                    passed_on = end
             position = end
         if position < size:
             self._tail = bytearray(memoryview(data)[position:])
@@ -463,23 +476,27 @@ class Relay:
             data = data[passed_on:position]
         if data:
             self._client.write(data)
-        if self._settling is not None:
-            if self._is_settled() and not self._settling.done():
-                self._settling.set_result(None)
-        else:
-            self._at_rest = not (
-                self.untouched
-                or self.asked
-                or self.asked.skipping
-                or self._server_skip
-                or self._tail
-                or self._client_skip
-                or self._held is not None
-                or self.batch
-                or self.statements
-                or self.portals
-                or self.setters
-            )
+        if self._settling is None:
+            self._idle = self._may_take_fast_path()
+        elif self._is_settled() and not self._settling.done():
+            self._settling.set_result(None)
+
+    def _may_take_fast_path(self) -> bool:
+        """Whether all is answered, no message is partly here, and no later one can be about a call,
+        or change settings that are known, without saying so."""
+        return not (
+            self.outstanding
+            or self.outstanding.skipping
+            or self._server_skip
+            or self._tail
+            or self._client_skip
+            or self._held is not None
+            or self.batch
+            or self.statements
+            or self.portals
+            or self.setters
+            or self.known_settings is not None
+        )
 
     def _passes(self, data: bytes, position: int, end: int) -> bool:
         """Whether this notice is not for us, as its beginning tells. All of it is held if it is, or
@@ -498,11 +515,11 @@ class Relay:
         elif kind == B.NOTICE_RESPONSE:
             return b"" if self._hooks.notice(body) else None
         elif kind == B.ERROR_RESPONSE:
-            self.asked.failed()
+            self.outstanding.failed()
             self._hooks.statement_ended()
             return self._hooks.complaint(body)
         elif kind == B.COPY_IN_RESPONSE:
-            self.asked.copy_in()
+            self.outstanding.copy_in()
         elif kind == B.PARAMETER_STATUS:
             self.parameter_status(body)
         else:
@@ -521,7 +538,7 @@ class Relay:
         self.status = status
         self.unreported.clear()
         self._hooks.statement_ended()
-        if self.asked.ready() == F.QUERY:
+        if self.outstanding.ready() == F.QUERY:
             # It has ended the unnamed statement and portal.
             self.statements.pop(b"", None)
             self.forget_portal(b"")
@@ -542,7 +559,7 @@ class Relay:
     @property
     def is_busy(self) -> bool:
         """Whether the server does what it was given, and does not wait for more."""
-        return self.asked.owes_ready and not self.asked.copying
+        return self.outstanding.owes_ready and not self.outstanding.copying
 
     # Taking turns with an interception
 
@@ -559,12 +576,19 @@ class Relay:
 
     def _is_settled(self) -> bool:
         # Who copies gets no answer until the client goes on.
-        return self.asked.copying or not (self.asked or self._server_skip or self._tail)
+        return self.outstanding.copying or not (self.outstanding or self._server_skip or self._tail)
 
     def _give_up(self, source: Connection, sink: Connection, data: bytes) -> None:
         """Not our protocol: the other side may judge the rest of the stream."""
         sink.write(data)
         source.receive = lambda rest: sink.write(rest)  # which changes when it is gone
+
+
+def _needed(kind: int, here: int, size: int) -> int:
+    """How much of a message must be here, to see what it is or to handle it."""
+    if kind == B.NOTICE_RESPONSE and here < _NOTICE_SIZE:
+        return min(size, _NOTICE_SIZE)
+    return size
 
 
 def _has_names(data: bytes, position: int, known: int) -> bool:
@@ -575,13 +599,13 @@ def _has_names(data: bytes, position: int, known: int) -> bool:
 def _is_plain_batch(data: bytes) -> bool:
     """Whether this is one whole batch, a short one, that says nothing of calls or settings."""
     size = len(data)
-    if not HEADER_SIZE <= size <= _SHORT:
+    if not HEADER_SIZE <= size <= _MAX_FAST_BATCH:
         return False
     end = 0
     kind = data[0]
     if kind in _WITH_TEXT:
         text = data.lower()
-        if b"pg_" in text or b"set" in text:  # and more than these: that takes the long way
+        if b"pg_" in text or b"set" in text:  # and more than these: that takes the slow path
             return False
         start = HEADER_SIZE if kind == _QUERY else text.find(0, HEADER_SIZE) + 1
         if text[start : start + 1] in _COMMANDS and b"database" in text:

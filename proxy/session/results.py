@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, tzinfo
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from protocol.errors import PROTOCOL_VIOLATION, UNDEFINED_COLUMN, SQLError
 from protocol.messages import DataRow, Field
@@ -18,6 +18,9 @@ from protocol.values import to_binary
 from protocol.values.records import record_binary, record_text
 from proxy.api.functions import Column, Type
 from proxy.statements.plan import Output
+
+if TYPE_CHECKING:
+    from proxy.jobs.job import Job
 
 _AT_ONCE: Final = 500
 """Rows that are converted before others have their turn."""
@@ -77,15 +80,35 @@ def fields_of(columns: Sequence[Column]) -> tuple[Field, ...]:
     )
 
 
+class Result(Protocol):
+    """A result on its way to the client: a job's (`fetch.Fetch`) or a function's (`Table`)."""
+
+    @property
+    def job(self) -> Job | None:
+        """Whose it is, if it is a job's."""
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """The client's columns, once described."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of it was handed over."""
+
+    async def describe(self) -> None:
+        """Wait until the columns are known. Raises SQLError."""
+
+    async def send(self, max_rows: int = 0) -> int:
+        """Hand over rows, all or at most `max_rows`; the number of rows sent. Raises SQLError."""
+
+    def abandon(self) -> None:
+        """The rest is not wanted."""
+
+
 class Table:
-    """Rows that are here already, on their way to the client.
+    """The rows that a function has returned (a `Result`)."""
 
-    It is used as a `fetch.Fetch` is.
-
-    Attributes:
-        fields: of the client's result.
-        finished: whether all of it was handed over.
-    """
+    job: Final = None
 
     def __init__(
         self,
@@ -116,7 +139,7 @@ class Table:
         self._sent = 0
 
     async def describe(self) -> None:
-        """Nothing is left to be found out."""
+        """The columns are known."""
 
     async def send(self, max_rows: int = 0) -> int:
         """Hand over rows, all or at most `max_rows`; the number of rows sent."""

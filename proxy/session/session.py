@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import ipaddress
-import re
 import socket
 import ssl
 from collections.abc import Coroutine
@@ -53,10 +52,11 @@ from proxy.log import logger
 from proxy.net import tls
 from proxy.net.connection import Connection
 from proxy.net.descriptors import OutOfDescriptorsError, no_room
+from proxy.session.custom_settings import CustomSettings
 from proxy.session.extension_state import ExtensionState
 from proxy.session.interception import TO_LEAVE, Interception
 from proxy.session.reader import SqlReader
-from proxy.session.relay import NAMES_SIZE, Relay
+from proxy.session.relay import Relay
 from proxy.sql import encodings
 from proxy.statements.reading import READING, Reading
 from proxy.statements.statement import Statement
@@ -68,21 +68,6 @@ if TYPE_CHECKING:
 # How a client says that it wants no replication.
 _FALSE: Final = (b"false", b"off", b"no", b"0", b"f", b"n")
 
-# What sets a custom setting, in lower-case SQL: SET [SESSION | LOCAL] a.b = …
-_CUSTOM_SETTING: Final = re.compile(
-    rb"""set(?<=\bset)\s++(?:session\s++|local\s++)?+"""
-    rb"""("?[a-z_\x80-\xff][\w$\x80-\xff]*+"?\."?[\w$.\x80-\xff]++"?)"""
-)
-# A constant that may be such a name, in SQL that mentions set_config.
-_NAME_CONSTANT: Final = re.compile(rb"'([a-z_\x80-\xff][\w$\x80-\xff]*+(?:\.[\w$\x80-\xff]++)++)'")
-# The same as a parameter of a Bind: its length in bytes, and the name.
-_NAME_PARAMETER: Final = re.compile(
-    rb"(?=\0\0\0([\x03-\x3f])([A-Za-z_\x80-\xff][\w$\x80-\xff]*+(?:\.[\w$\x80-\xff]++)++))"
-)
-_MAX_CUSTOM_SETTINGS: Final = 1000
-_MAX_SETTING_NAME: Final = 256
-"""Bytes; what is longer is not carried over to jobs."""
-_OUR_SETTINGS: Final = b"pg_background_proxy."
 
 # The SQLSTATE of a connection that pg_hba.conf has no line for.
 _NOT_LIKE_THIS: Final = INVALID_AUTHORIZATION_SPECIFICATION
@@ -98,7 +83,6 @@ class Session(Owner):
         route: to its server, once it is connected.
         jobs: those that it launched and has not fetched or detached.
         custom_settings: names with a dot that it may have set.
-        settings: what was set in it, as last read; good as long as `relay.untouched` is.
         watchword: what a message from inside the database begins with.
         extension_state: which pg_background its database has.
         interception: what serves a batch with a call, as long as that lasts.
@@ -108,8 +92,7 @@ class Session(Owner):
         super().__init__(server)
         self.client = Connection(self._startup_data, self._ended, self._lost, self._hung_up)
         self.primary: Connection | None = None
-        self.custom_settings: dict[bytes, None] = {}
-        self.settings: tuple[tuple[bytes, bytes], ...] = ()
+        self.custom_settings: CustomSettings = CustomSettings()
         self.extension_state = ExtensionState(server)
         self.route = Route(server.config.upstream.hosts[0])
         self._startup: StartupMessage | None = None
@@ -404,30 +387,6 @@ class Session(Owner):
 
     def database_mentioned(self, sql: bytes) -> None:
         self._server.leave_databases(sql)
-
-    def settings_mentioned(self, sql: bytes) -> None:
-        names = [
-            name.replace(b'"', b"")
-            for name in _CUSTOM_SETTING.findall(sql)
-            if len(name) <= _MAX_SETTING_NAME
-        ]
-        if b"set_config" in sql:
-            names += _NAME_CONSTANT.findall(sql)
-        self._note_settings(names)
-
-    def setting_bound(self, body: bytes) -> None:
-        found = _NAME_PARAMETER.findall(body[:NAMES_SIZE])
-        self._note_settings([name[: size[0]].lower() for size, name in found])
-
-    def _note_settings(self, names: list[bytes]) -> None:
-        for name in names:
-            if len(name) > _MAX_SETTING_NAME:
-                continue
-            if b"." in name and not name.startswith(_OUR_SETTINGS):
-                self.custom_settings.pop(name, None)
-                self.custom_settings[name] = None
-        while len(self.custom_settings) > _MAX_CUSTOM_SETTINGS:
-            del self.custom_settings[next(iter(self.custom_settings))]
 
     def notice(self, body: bytes) -> bool:
         """A NoticeResponse of the primary backend; true if it was a call, which is served."""

@@ -7,10 +7,12 @@ stand-in's columns; only `Rewrite` knows positions in the text.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from proxy.api.functions import Function, Parameter
+from proxy.api.functions import Function, Needs, Parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,13 @@ class Call:
     arguments: tuple[Argument, ...]
     schema: bytes | None = None
 
+    def functions(self) -> Iterator[Function]:
+        """What is called, by it and by the calls in its arguments."""
+        yield self.function
+        for argument in self.arguments:
+            if isinstance(argument.value, Call):
+                yield from argument.value.functions()
+
     def leaves(self) -> Iterator[tuple[Call, int]]:
         """The elements of the stand-in's text[]: the call (this or an inner one) that each is an
         argument of, and its place among the arguments."""
@@ -153,8 +162,29 @@ class ItemOutput:
     label: bytes | None = None
 
 
+class _Calling:
+    """A plan that makes calls."""
+
+    __slots__ = ()
+
+    @property
+    def calls(self) -> list[Call]:
+        """The outermost ones."""
+        raise NotImplementedError
+
+    @property
+    def functions(self) -> list[Function]:
+        """All that it calls."""
+        return [function for call in self.calls for function in call.functions()]
+
+    @property
+    def needs(self) -> Needs:
+        """What its calls need together."""
+        return functools.reduce(operator.or_, (function.needs for function in self.functions))
+
+
 @dataclass(frozen=True, slots=True)
-class ScalarPlan:
+class ScalarPlan(_Calling):
     """Each row of the stand-in makes the calls in its columns, each once and in the order of
     ``columns``; the other columns are as they are. A call's column is of type text.
 
@@ -170,6 +200,10 @@ class ScalarPlan:
     in_from: bool = False
     width: int | None = None
     has_no_side_effects: bool = False
+
+    @property
+    def calls(self) -> list[Call]:
+        return [column.call for column in self.columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +222,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class ResultPlan:
+class ResultPlan(_Calling):
     """The rows of a function that has columns: its own, the job's, or those of a definition list.
     The stand-in returns exactly one row.
 
@@ -206,6 +240,10 @@ class ResultPlan:
     outputs: tuple[Output, ...]
     defined_columns: int
     has_no_side_effects: bool = False
+
+    @property
+    def calls(self) -> list[Call]:
+        return [self.call]
 
 
 Plan = ScalarPlan | ResultPlan

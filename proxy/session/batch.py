@@ -1,0 +1,222 @@
+"""What the parts of an interception share: the batch that is served, and what is known of it.
+
+Invariant: what the batch has executed is noted before it is sent (`send_execute`). By that the
+others tell whether an error would have something to undo, and whether settings may have changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING
+
+from protocol.framing import frame
+from protocol.kinds import ENDS_CLOSE, ENDS_COPY_IN, ENDS_EXECUTE, B, F, TransactionStatus
+from protocol.messages import Close, CommandComplete, Execute
+from proxy.api.functions import Needs
+from proxy.jobs.interrupts import Interrupts
+from proxy.net.inbox import Inbox
+from proxy.session.caller import SessionCaller
+from proxy.session.dialogue import FLUSH, PrimaryDialogue, Take, drop
+from proxy.statements.plan import Plan, Substitute
+from proxy.statements.reading import READING, depends_on_settings
+from proxy.statements.statement import Statement
+from proxy.statements.triggers import may_be_ours
+
+if TYPE_CHECKING:
+    from proxy.net.connection import Connection
+    from proxy.session.session import Session
+
+
+class ClientMessages:
+    """The client's messages, some of which may be looked at ahead of their turn."""
+
+    def __init__(self, client: Connection, data: bytes) -> None:
+        self._inbox = Inbox(client)
+        self._inbox.feed(data)
+        self._ahead: deque[tuple[int, bytes]] = deque()
+        client.receive = self._inbox.feed
+
+    def next_nowait(self) -> tuple[int, bytes] | None:
+        """The next message if it is here already."""
+        return self._ahead.popleft() if self._ahead else self._inbox.next_nowait()
+
+    async def next(self) -> tuple[int, bytes]:
+        """The next message; see `Inbox.next`."""
+        return self._ahead.popleft() if self._ahead else await self._inbox.next()
+
+    def put_back(self, kind: int, body: bytes) -> None:
+        """Have it be the next again."""
+        self._ahead.appendleft((kind, body))
+
+    def peek(self, *kinds: int) -> list[bytes] | None:
+        """The bodies of the next messages if they are here and of these types."""
+        while len(self._ahead) < len(kinds):
+            message = self._inbox.next_nowait()
+            if message is None:
+                return None
+            self._ahead.append(message)
+        if any(ahead[0] != kind for ahead, kind in zip(self._ahead, kinds, strict=False)):
+            return None
+        return [self._ahead[number][1] for number in range(len(kinds))]
+
+    def take(self, *kinds: int) -> bool:
+        """Take the next messages if they are here and of these types."""
+        if self.peek(*kinds) is None:
+            return False
+        for _ in kinds:
+            self._ahead.popleft()
+        return True
+
+    def close(self, error: Exception) -> None:
+        """No more will come."""
+        self._inbox.close(error)
+
+    def take_rest(self) -> bytes:
+        """All that was not taken, a part of a message included."""
+        ahead = b"".join(frame(kind, body) for kind, body in self._ahead)
+        self._ahead.clear()
+        return ahead + self._inbox.take_rest()
+
+
+class Batch:
+    """The batch that an interception serves.
+
+    Attributes:
+        client, server: the connections.
+        messages: the client's.
+        primary: what is asked of the server.
+        caller: makes the calls.
+        executed: something was executed in this batch, which an error would have to undo.
+        settings_known: the relay knows the settings that SQL is read with: nothing was executed
+            since they were reported, or asked for.
+        copied: the server has begun to read COPY data: a Sync sent before has no ReadyForQuery.
+    """
+
+    def __init__(self, session: Session, data: bytes) -> None:
+        """`data`: of the client, from the message with the call on."""
+        assert session.primary is not None
+        self.session = session
+        self.relay = session.relay
+        self.client = session.client
+        self.server = session.primary
+        self.interrupts = Interrupts()
+        self.primary = PrimaryDialogue(session, self.client, self.server, self.interrupts)
+        self.caller = SessionCaller(session, self.primary, self.interrupts)
+        self.messages = ClientMessages(self.client, data)
+        self.executed = F.EXECUTE in self.relay.batch
+        self.settings_known = False
+        self.copied = False
+
+    async def next_message(self) -> tuple[int, bytes]:
+        """The client's next message. The server is not kept waiting meanwhile."""
+        message = self.messages.next_nowait()
+        if message is None:
+            self.primary.push()
+            message = await self.messages.next()
+        return message
+
+    def is_alone(self, plan: Plan) -> bool:
+        """Whether there is nothing that an error of ours would have to undo, so that Sync may go
+        along with a call: then the server's transaction, and its snapshot, do not wait with us."""
+        if self.executed or self.relay.status != TransactionStatus.IDLE:
+            return False
+        return Needs.PRIMARY not in plan.needs and plan.has_no_side_effects
+
+    # What is known of the server
+
+    async def know_settings(self, body: bytes) -> None:
+        """Ask the server for the settings that it reads a Query or Parse with, if they make a
+        difference and it has not reported them since it executed something."""
+        if self.settings_known or not may_be_ours(body.lower()) or not depends_on_settings(body):
+            return
+        if self.relay.status == TransactionStatus.FAILED and not self.executed:
+            return  # nothing can have changed them, and SHOW would fail
+        await self.primary.ask_settings(*READING)
+        self.settings_known = True
+
+    async def know_api(self, statement: Statement, *, apart: bool = False) -> None:
+        """Ask the server what a function returns, if that is not known yet and this may be a call
+        of one where it makes a difference. `apart`: the batch has not begun."""
+        if (
+            not self.session.extension_state.is_known
+            and self.relay.status != TransactionStatus.FAILED
+            and self.session.reader.depends_on_api(statement)
+        ):
+            await self.caller.ask_api(apart=apart)
+
+    # Executing
+
+    def send_execute(
+        self,
+        portal: bytes,
+        max_rows: int,
+        take: Take,
+        *,
+        plan: Plan | Substitute | None = None,
+        offset: int = 0,
+    ) -> None:
+        """Queue Execute; see `PrimaryDialogue.send`."""
+        self.executed = True
+        self.settings_known = False
+        if plan is None or isinstance(plan, Substitute) or not plan.has_no_side_effects:
+            self.relay.known_settings = None
+        self.primary.send(
+            Execute(portal, max_rows).serialize(),
+            ENDS_EXECUTE,
+            take,
+            plan=plan,
+            offset=offset,
+            is_block=isinstance(plan, Substitute) and plan.tag is not None,
+        )
+
+    def close_unnamed(self) -> None:
+        """A Query leaves no unnamed statement or portal behind."""
+
+        async def closed(kind: int, body: bytes) -> None:
+            self.primary.unclosed.discard(b"")
+
+        self.primary.send(Close(b"P", b"").serialize(), ENDS_CLOSE, drop)
+        self.primary.send(Close(b"S", b"").serialize(), ENDS_CLOSE, closed)
+
+    def pass_as(self, tag: bytes | None) -> Take:
+        """Passes on the answer to Execute or Query, with this command tag if there is one."""
+
+        async def take(kind: int, body: bytes) -> None:
+            if kind == B.COMMAND_COMPLETE and tag is not None:
+                self.session.extension_state.change()
+                await self.primary.write(CommandComplete(tag).serialize())
+            else:
+                await self.pass_execution(kind, body)
+
+        return take
+
+    async def pass_execution(self, kind: int, body: bytes) -> None:
+        """Passes on the answer to Execute, and the client's COPY data to the server."""
+        await self.primary.pass_on(kind, body)
+        if kind != B.COPY_IN_RESPONSE:
+            return
+        self.copied = True
+        early = self.primary.listen()
+        while kind not in ENDS_COPY_IN:
+            message = await self._unless_server_speaks(early)
+            if message is None:
+                return
+            kind, body = message
+            if kind not in (F.FLUSH, F.SYNC):
+                # Other messages are for the server to refuse.
+                self.server.write(frame(kind, body))
+                if self.server.full is not None:
+                    await asyncio.wait([self.server.full])
+        self.server.write(FLUSH)
+
+    async def _unless_server_speaks(
+        self, early: asyncio.Task[tuple[int, bytes]]
+    ) -> tuple[int, bytes] | None:
+        """The client's next message; None if the server's comes first: its COPY has failed."""
+        waiting = asyncio.ensure_future(self.next_message())
+        try:
+            await asyncio.wait((waiting, early), return_when=asyncio.FIRST_COMPLETED)
+            return waiting.result() if waiting.done() else None
+        finally:
+            waiting.cancel()

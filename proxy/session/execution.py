@@ -1,0 +1,299 @@
+"""Executing a portal with a call: the stand-in in the server, then the calls, with its rows.
+
+Invariant: Sync goes to the server ahead of a call only where an error of the call has nothing to
+undo (`Batch.is_alone`); otherwise the transaction stays open until the call has returned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from protocol.errors import FEATURE_NOT_SUPPORTED, QUERY_CANCELED, ProtocolViolation, SQLError
+from protocol.kinds import ENDS_DESCRIBE, B, F
+from protocol.messages import (
+    CommandComplete,
+    DataRow,
+    Describe,
+    PortalSuspended,
+    RowDescription,
+)
+from protocol.values import NoBinaryForm
+from proxy.api.functions import TEXT, Column, Needs, Type
+from proxy.jobs.job import Job
+from proxy.session.batch import Batch
+from proxy.session.dialogue import FLUSH, SYNC_AHEAD, Take, drop
+from proxy.session.fetch import Fetch, text_field
+from proxy.session.prepared import (
+    FunctionResult,
+    Portal,
+    RowCalls,
+    WithCalls,
+    as_defined,
+    format_of,
+    misread,
+)
+from proxy.session.results import Result, Table, encode, with_formats
+from proxy.statements.plan import ScalarPlan
+
+
+class Execution:
+    """Executes the portals of a batch."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._primary = batch.primary
+
+    async def execute(
+        self, name: bytes, portal: Portal, max_rows: int, *, may_sync: bool = True
+    ) -> None:
+        """Execute a portal, and send its rows with the calls' results.
+
+        `may_sync`: the batch may end with it.
+        """
+        match portal.statement:
+            case RowCalls() as statement:
+                await self._row_calls(name, portal, statement, max_rows, may_sync=may_sync)
+            case FunctionResult() as statement:
+                sync = may_sync and portal.result is None and self._ends_batch(portal, statement)
+                await self.fetch(name, portal, statement, max_rows, sync=sync)
+            case command:
+                plan = command.plan
+                take = self._batch.pass_as(plan.tag)
+                self._batch.send_execute(name, max_rows, take, plan=plan)
+
+    def _ends_batch(self, portal: Portal, statement: WithCalls) -> bool:
+        """Whether Sync may go along with a call, and is due. The client's own is taken if so."""
+        if not self._batch.is_alone(statement.plan):
+            return False
+        return portal.in_query or self._batch.messages.take(F.SYNC)
+
+    def describes(self, statement: WithCalls, formats: Sequence[int] | None = None) -> Take:
+        """Notes how the server describes a stand-in.
+
+        `formats`: of the result, if the client is to see the description of its own statement.
+        """
+
+        async def take(kind: int, body: bytes) -> None:
+            if kind == B.PARAMETER_DESCRIPTION and formats is not None:
+                await self._primary.pass_on(kind, body)
+            elif kind == B.ROW_DESCRIPTION:
+                statement.described(RowDescription.parse(body).fields)
+                if formats is not None and statement.has_columns:
+                    fields = with_formats(statement.client_fields(), formats)
+                    await self._primary.write(RowDescription(fields).serialize())
+
+        return take
+
+    # Calls with each row
+
+    async def _row_calls(
+        self, name: bytes, portal: Portal, statement: RowCalls, max_rows: int, *, may_sync: bool
+    ) -> None:
+        batch, plan = self._batch, statement.plan
+        needs = plan.needs
+        kept: list[tuple[int, bytes]] = []
+        may_set = not plan.has_no_side_effects
+
+        async def take(kind: int, body: bytes) -> None:
+            if kept or Needs.PRIMARY in needs or (may_set and _has_other_letters(plan, kind, body)):
+                kept.append((kind, body))
+            else:
+                await self._row(portal, statement, kind, body)
+
+        sync = may_sync and self._ends_batch(portal, statement)
+        batch.caller.ask_context(plan, first=not batch.executed)
+        batch.send_execute(name, max_rows, take, plan=plan, offset=portal.offset)
+        if portal.in_query:
+            batch.close_unnamed()
+        self._primary.synced = sync
+        with batch.interrupts.calling(limited=Needs.TIME in needs):
+            await self._primary.settle(SYNC_AHEAD if sync else FLUSH)
+            if kept and may_set:
+                await self._check_encoding()
+            for kind, body in kept:
+                await self._row(portal, statement, kind, body)
+
+    async def _check_encoding(self) -> None:
+        """Raises SQLError if a stand-in has changed the encoding of its own rows, perhaps between
+        two of them."""
+        before = self._batch.caller.context.client_encoding
+        await self._primary.ask_settings(b"client_encoding")
+        if self._batch.session.client_encoding != before:
+            raise SQLError(
+                FEATURE_NOT_SUPPORTED,
+                "a statement with a pg_background call must not change client_encoding",
+                hint="Change it in a statement before.",
+            )
+
+    async def _row(self, portal: Portal, statement: RowCalls, kind: int, body: bytes) -> None:
+        """Make the calls of a row, and send it with their results; other messages pass."""
+        if kind != B.DATA_ROW:
+            await self._primary.pass_on(kind, body)
+            return
+        self._batch.interrupts.check_for_interrupts()
+        caller = self._batch.caller
+        values = list(DataRow.parse(body).values)
+        if len(values) != len(statement.fields):
+            raise misread()
+        results: dict[int, Any] = {}
+        for column in statement.plan.columns:
+            place = column.index % len(values)
+            results[place] = await caller.evaluate(
+                column.call, caller.arguments(column.call, values[place]), results
+            )
+        types = statement.types
+        row: list[bytes | None] = []
+        for number, output in enumerate(statement.outputs):
+            if output.column not in results:
+                row.append(values[output.column])
+                continue
+            value, type = results[output.column], types[output.column]
+            if output.field is not None:
+                value = None if value is None else value[output.field]
+                type = type.columns[output.field].type
+            binary = format_of(portal.formats, number) == 1
+            row.append(self._encode(value, type, binary=binary))
+        await self._primary.write(DataRow(tuple(row)).serialize())
+
+    def _encode(self, value: Any, type: Type, *, binary: bool) -> bytes | None:
+        try:
+            return encode(value, type, self._batch.session.zone, binary=binary)
+        except (NoBinaryForm, ProtocolViolation):
+            raise SQLError(
+                FEATURE_NOT_SUPPORTED,
+                f"binary format is not available for type {type.name}",
+                hint="Ask for results in text format.",
+            ) from None
+
+    # The rows of a function
+
+    async def fetch(
+        self,
+        name: bytes,
+        portal: Portal,
+        statement: FunctionResult,
+        max_rows: int,
+        *,
+        describe: bool = False,
+        sync: bool = False,
+    ) -> None:
+        """Execute a portal whose rows a function makes, or a job.
+
+        `describe`: the client has asked for its columns too. `sync`: Sync goes along.
+        """
+        async with self._result(name, portal, statement, sync=sync) as result:
+            if describe or (portal.in_query and not statement.has_columns):
+                await self._primary.write(RowDescription(result.fields).serialize())
+            sent = await result.send(max_rows)
+            if max_rows and sent == max_rows:
+                await self._primary.write(PortalSuspended().serialize())
+            else:
+                await self._primary.write(CommandComplete(b"SELECT %d" % sent).serialize())
+
+    async def describe(self, name: bytes, portal: Portal, statement: FunctionResult) -> None:
+        """Send the columns of a portal, which only its job knows."""
+        async with self._result(name, portal, statement) as result:
+            await self._primary.write(RowDescription(result.fields).serialize())
+
+    @contextlib.asynccontextmanager
+    async def _result(
+        self, name: bytes, portal: Portal, statement: FunctionResult, *, sync: bool = False
+    ) -> AsyncIterator[Result]:
+        """The result of a portal, begun if it was not yet, its columns known and checked."""
+        batch, plan = self._batch, statement.plan
+        batch.caller.ask_context(plan, first=not batch.executed)
+        rows: list[tuple[bytes | None, ...]] = []
+        if portal.result is None:
+
+            async def take(kind: int, body: bytes) -> None:
+                if kind == B.DATA_ROW:
+                    rows.append(DataRow.parse(body).values)
+
+            batch.send_execute(name, 0, take, plan=plan, offset=portal.offset)
+        else:
+            # It may have gone with a savepoint; the server knows.
+            self._primary.send(Describe(b"P", name).serialize(), ENDS_DESCRIBE, drop)
+        if portal.in_query:
+            batch.close_unnamed()
+        self._primary.synced = sync
+        with batch.interrupts.calling(limited=Needs.TIME in plan.needs):
+            await self._primary.settle(SYNC_AHEAD if sync else FLUSH)
+            batch.interrupts.is_waiting = True
+            try:
+                if portal.result is None:
+                    if [len(row) for row in rows] != [len(statement.fields)]:
+                        raise misread()
+                    arguments = rows[0][-1]
+                    if not (plan.has_no_side_effects or (arguments or b"").isascii()):
+                        await self._check_encoding()
+                    portal.result = await self._call(portal, statement, arguments)
+                await portal.result.describe()
+                yield portal.result
+            except BaseException as error:
+                portal.close()
+                if portal.job is not None and _is_interrupt(error):
+                    self._interrupted(portal.job)
+                raise
+            finally:
+                if portal.job is not None and portal.result is not None and portal.result.finished:
+                    batch.session.jobs.remove(portal.job)
+
+    def _interrupted(self, job: Job) -> None:
+        """The fetch was interrupted. Cancel the job if nobody else can reach it."""
+        if not (job.has_handle or job.finished):
+            self._batch.session.jobs.remove(job)
+            self._batch.session.cancel_job(job)
+
+    async def _call(
+        self, portal: Portal, statement: FunctionResult, arguments: bytes | None
+    ) -> Result:
+        """Call the function in FROM; `arguments`: as the stand-in has them."""
+        plan, caller = statement.plan, self._batch.caller
+        function = plan.call.function
+        value = await caller.evaluate(plan.call, caller.arguments(plan.call, arguments))
+        if isinstance(value, Job):
+            return Fetch(
+                value,
+                plan.outputs,
+                defined=statement.defined,
+                formats=portal.formats,
+                write=self._primary.write,
+                wait=self._wait_for,
+            )
+        if function.returns_set:
+            rows = value or []
+        else:
+            rows = [value or (None,) * len(function.columns)]
+        columns: Sequence[Column] = function.columns
+        if not columns:
+            # A job whose pid is NULL has no rows, of whatever columns.
+            fields = statement.defined or (text_field(),)
+            columns = [Column(field.name.decode(), TEXT) for field in fields]
+        elif statement.defined:
+            columns = as_defined(columns, statement.defined)
+        return Table(
+            rows,
+            columns,
+            plan.outputs,
+            portal.formats,
+            zone=self._batch.session.zone,
+            write=self._primary.write,
+        )
+
+    async def _wait_for(self, job: Job) -> None:
+        await self._batch.interrupts.for_jobs([job])
+
+
+def _has_other_letters(plan: ScalarPlan, kind: int, body: bytes) -> bool:
+    """Whether the arguments in a row are not ASCII, so that their encoding matters."""
+    if kind != B.DATA_ROW or body.isascii():
+        return False
+    values = DataRow.parse(body).values
+    return not all((values[column.index % len(values)] or b"").isascii() for column in plan.columns)
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether this is an interrupt (cancel, timeout, disconnect) rather than an error."""
+    return not isinstance(error, SQLError) or error.sqlstate == QUERY_CANCELED
