@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING
 
 from protocol.framing import frame
 from protocol.kinds import ENDS_CLOSE, ENDS_COPY_IN, ENDS_EXECUTE, B, F, TransactionStatus
 from protocol.messages import Close, CommandComplete, Execute
 from proxy.api.functions import Needs
 from proxy.jobs.interrupts import Interrupts
+from proxy.net.connection import Connection
 from proxy.net.inbox import Inbox
 from proxy.session.caller import SessionCaller
+from proxy.session.client_session import ClientSession
 from proxy.session.dialogue import FLUSH, PrimaryDialogue, Take, drop
 from proxy.statements.plan import Plan, Substitute
 from proxy.statements.reading import READING, depends_on_settings
 from proxy.statements.statement import Statement
 from proxy.statements.triggers import may_be_ours
-
-if TYPE_CHECKING:
-    from proxy.net.connection import Connection
-    from proxy.session.session import Session
 
 
 class ClientMessages:
@@ -93,7 +90,7 @@ class Batch:
         copied: the server has begun to read COPY data: a Sync sent before has no ReadyForQuery.
     """
 
-    def __init__(self, session: Session, data: bytes) -> None:
+    def __init__(self, session: ClientSession, data: bytes) -> None:
         """`data`: of the client, from the message with the call on."""
         assert session.primary is not None
         self.session = session

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from protocol.errors import (
     FEATURE_NOT_SUPPORTED,
@@ -33,16 +33,13 @@ from proxy.extension import installed
 from proxy.extension.privileges import drop_role_block, privileges_block
 from proxy.jobs.context import Context, activity_query, context_query, parse_context
 from proxy.jobs.interrupts import Interrupts
+from proxy.jobs.job import Job, Jobs
 from proxy.jobs.registry import Handle, JobRecord
+from proxy.session.client_session import ClientSession
 from proxy.session.dialogue import PrimaryDialogue
 from proxy.session.prepared import misread
 from proxy.sql import encodings
 from proxy.statements.plan import Call, FieldOf, Plan
-
-if TYPE_CHECKING:
-    from proxy.jobs.job import Job, Jobs
-    from proxy.jobs.registry import JobRecord
-    from proxy.session.session import Session
 
 T = TypeVar("T")
 
@@ -54,7 +51,9 @@ _MAX_HANDLES_SIZE: Final = 256 * 1024
 class SessionCaller:
     """Makes calls for a session (`calls.Caller`)."""
 
-    def __init__(self, session: Session, primary: PrimaryDialogue, interrupts: Interrupts) -> None:
+    def __init__(
+        self, session: ClientSession, primary: PrimaryDialogue, interrupts: Interrupts
+    ) -> None:
         self._session = session
         self._primary = primary
         self._interrupts = interrupts

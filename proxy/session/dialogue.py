@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from protocol.errors import SQLError
 from protocol.framing import frame
@@ -35,14 +35,12 @@ from protocol.messages import (
     Sync,
 )
 from proxy.jobs.interrupts import Interrupts
+from proxy.net.connection import Connection
 from proxy.net.inbox import Inbox
+from proxy.session.client_session import ClientSession
 from proxy.sql.text import raise_block
 from proxy.statements.plan import Plan, Substitute
 from proxy.statements.standin import complaint
-
-if TYPE_CHECKING:
-    from proxy.net.connection import Connection
-    from proxy.session.session import Session
 
 OWN_NAME: Final = b"_pg_background_proxy"
 """Of the statement and the portal with which we ask the primary backend; closed after use."""
@@ -96,7 +94,7 @@ class PrimaryDialogue:
     """
 
     def __init__(
-        self, session: Session, client: Connection, server: Connection, interrupts: Interrupts
+        self, session: ClientSession, client: Connection, server: Connection, interrupts: Interrupts
     ) -> None:
         self._session = session
         self._relay = session.relay

@@ -15,23 +15,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from protocol.errors import ProtocolViolation, SQLError
 from protocol.framing import frame
 from protocol.kinds import AFTER_LOGIN, EXTENDED, B, F
 from protocol.messages import Terminate
 from proxy.session.batch import Batch
+from proxy.session.client_session import ClientSession
 from proxy.session.dialogue import BatchFailedError
 from proxy.session.execution import Execution
 from proxy.session.extended_query import ExtendedQuery
 from proxy.session.relay import TEXT_COST, TURN
 from proxy.session.simple_query import SimpleQuery
 from proxy.statements.statement import Statement
-
-if TYPE_CHECKING:
-    from proxy.session.session import Session
-
 
 TO_LEAVE: Final = 10.0
 """Seconds that a server gets to end the session when its client has left, and it has nothing more
@@ -41,7 +38,9 @@ to do. Then the connection is closed, which to it is a client that has vanished.
 class Interception:
     """Serves one batch, then hands both connections back to the relay."""
 
-    def __init__(self, session: Session, data: bytes, statements: Sequence[Statement]) -> None:
+    def __init__(
+        self, session: ClientSession, data: bytes, statements: Sequence[Statement]
+    ) -> None:
         """
         Args:
             session: whose client and primary backend these are.

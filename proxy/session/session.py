@@ -13,9 +13,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Coroutine
-from datetime import UTC, tzinfo
 from typing import TYPE_CHECKING, Final
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from protocol.errors import (
     ADMIN_SHUTDOWN,
@@ -47,18 +45,16 @@ from proxy.config import Host
 from proxy.config.gucs import SESSION_SETTING
 from proxy.extension.inside import Inside, Secrets
 from proxy.jobs.launcher import Launcher
-from proxy.jobs.owner import Owner
 from proxy.log import logger
 from proxy.net import tls
 from proxy.net.connection import Connection
 from proxy.net.descriptors import OutOfDescriptorsError, no_room
+from proxy.session.client_session import ClientSession
 from proxy.session.custom_settings import CustomSettings
 from proxy.session.extension_state import ExtensionState
 from proxy.session.interception import TO_LEAVE, Interception
 from proxy.session.reader import SqlReader
 from proxy.session.relay import Relay
-from proxy.sql import encodings
-from proxy.statements.reading import READING, Reading
 from proxy.statements.statement import Statement
 from proxy.statements.unserved import unavailable, unserved
 
@@ -76,23 +72,21 @@ _NEWEST: Final = "3.2"
 """The newest version of the protocol; a server may know less, and says so itself."""
 
 
-class Session(Owner):
+class Session(ClientSession):
     """A client and what it has.
 
     Attributes:
         route: to its server, once it is connected.
         jobs: those that it launched and has not fetched or detached.
-        custom_settings: names with a dot that it may have set.
         watchword: what a message from inside the database begins with.
-        extension_state: which pg_background its database has.
         interception: what serves a batch with a call, as long as that lasts.
     """
 
     def __init__(self, server: Server) -> None:
         super().__init__(server)
         self.client = Connection(self._startup_data, self._ended, self._lost, self._hung_up)
-        self.primary: Connection | None = None
-        self.custom_settings: CustomSettings = CustomSettings()
+        self.primary = None
+        self.custom_settings = CustomSettings()
         self.extension_state = ExtensionState(server)
         self.route = Route(server.config.upstream.hosts[0])
         self._startup: StartupMessage | None = None
@@ -418,35 +412,6 @@ class Session(Owner):
         interception.hand_back()
         if interception.interrupts.client_ended:
             self._ended(self.client)
-
-    # What an interception asks for
-
-    @property
-    def client_encoding(self) -> bytes:
-        return self.relay.setting(b"client_encoding") or b"UTF8"
-
-    @property
-    def reading(self) -> Reading:
-        """The settings that SQL is read with, as far as they are known."""
-        return Reading(*map(self.relay.setting, READING))
-
-    @property
-    def codec(self) -> str:
-        """The Python codec of the client_encoding."""
-        return encodings.codec(self.relay.setting(b"client_encoding"))
-
-    @property
-    def server_version(self) -> int:
-        return self.reader.server_version
-
-    @property
-    def zone(self) -> tzinfo:
-        """The session's time zone; UTC if Python does not know it."""
-        name = self.relay.setting(b"TimeZone").decode("ascii", "replace") or "UTC"
-        try:
-            return ZoneInfo(name)
-        except (ZoneInfoNotFoundError, ValueError):
-            return UTC
 
     async def inject(self, message: bytes) -> None:
         if self.interception is None and not self.relay.at_boundary:

@@ -1,0 +1,74 @@
+"""A session as its interceptions see it: two connections, and what is known of their server.
+
+Invariant: of `session.Session`, which adds startup and end, the modules that serve a batch know no
+more than this.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from datetime import UTC, tzinfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from proxy.jobs.owner import Owner
+from proxy.net.connection import Connection
+from proxy.session.custom_settings import CustomSettings
+from proxy.session.extension_state import ExtensionState
+from proxy.session.reader import SqlReader
+from proxy.session.relay import Relay
+from proxy.sql import encodings
+from proxy.statements.reading import READING, Reading
+
+
+class ClientSession(Owner):
+    """
+    Attributes:
+        client: its connection.
+        primary: that to its server, once there is one.
+        relay: passes bytes on, once the client has logged in.
+        reader: reads its SQL, from then on too.
+        custom_settings: names with a dot that it may have set.
+        extension_state: which pg_background its database has.
+    """
+
+    client: Connection
+    primary: Connection | None
+    relay: Relay
+    reader: SqlReader
+    custom_settings: CustomSettings
+    extension_state: ExtensionState
+
+    @property
+    def client_encoding(self) -> bytes:
+        return self.relay.setting(b"client_encoding") or b"UTF8"
+
+    @property
+    def codec(self) -> str:
+        """The Python codec of the client_encoding."""
+        return encodings.codec(self.relay.setting(b"client_encoding"))
+
+    @property
+    def reading(self) -> Reading:
+        """The settings that SQL is read with, as far as they are known."""
+        return Reading(*map(self.relay.setting, READING))
+
+    @property
+    def server_version(self) -> int:
+        return self.reader.server_version
+
+    @property
+    def zone(self) -> tzinfo:
+        """The session's time zone; UTC if Python does not know it."""
+        name = self.relay.setting(b"TimeZone").decode("ascii", "replace") or "UTC"
+        try:
+            return ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError):
+            return UTC
+
+    @abstractmethod
+    def notice(self, body: bytes) -> bool:
+        """See `relay.Hooks`."""
+
+    @abstractmethod
+    def complaint(self, error: bytes) -> bytes | None:
+        """See `relay.Hooks`."""
