@@ -241,7 +241,7 @@ class Execution:
                     batch.session.jobs.remove(portal.job)
 
     def _interrupted(self, job: Job) -> None:
-        """The fetch was interrupted. Cancel the job if nobody else can reach it."""
+        """The fetch was interrupted. Cancel the job if no other way leads to it."""
         if not (job.has_handle or job.finished):
             self._batch.session.jobs.remove(job)
             self._batch.session.cancel_job(job)
