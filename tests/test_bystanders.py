@@ -2,7 +2,8 @@
 
 It is compared with the wait beside a statement of the same length without pg_background, in
 the session's own unit: round trips on an idle proxy. Each is the least of several tries, since
-a busy machine makes everybody wait at times; a blocked event loop does so every time.
+a busy machine makes everybody wait at times; a blocked event loop does so every time. The wait
+beside an attack is tried again only if it was too long.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from protocol.messages import Query
 from tests.support.servers import Proxy
 from tests.support.wire import Wire
 
-TRIES: Final = 3
+TRIES: Final = 4
 TIMES: Final = 20
 """How many times as long the wait may be."""
 ROUND_TRIPS: Final = 100
@@ -60,9 +61,14 @@ def bystander(proxy: Proxy) -> Iterator[Bystander]:
         one.close()
 
 
-def longest_wait(proxy: Proxy, statements: list[str], database: str = "postgres") -> float:
-    """The least of several tries of the longest wait beside these statements."""
-    waits: list[float] = []
+def longest_wait(
+    proxy: Proxy, statements: list[str], database: str = "postgres", *, limit: float = 0.0
+) -> float:
+    """The least of several tries of the longest wait beside these statements.
+
+    ``limit``: seconds; a wait that is shorter is not tried again.
+    """
+    least = float("inf")
     for _ in range(TRIES):
         with Wire(("127.0.0.1", proxy.port), database=database) as attacker:
             attacker.socket.settimeout(120)
@@ -73,8 +79,10 @@ def longest_wait(proxy: Proxy, statements: list[str], database: str = "postgres"
                 time.sleep(0.02)
                 attacker.send(data)
                 attacker.until_ready()
-            waits.append(max(other.waits))
-    return min(waits)
+        least = min(least, max(other.waits))
+        if least < limit:
+            break
+    return least
 
 
 def raising(message: str, sqlstate: str = "42883") -> list[str]:
@@ -176,9 +184,10 @@ def judge(proxy: Proxy, attack: str, statements: list[str], database: str = "pos
         time.sleep(0.3)
     round_trip = sorted(alone.waits)[len(alone.waits) // 2]
     innocent = longest_wait(proxy, [f"SELECT '{'x' * len(statements[-1])}'"])
-    beside = longest_wait(proxy, statements, database)
+    limit = TIMES * max(innocent, ROUND_TRIPS * round_trip)
+    beside = longest_wait(proxy, statements, database, limit=limit)
     print(
         f"\n{attack}: {beside * 1000:.1f} ms; beside an innocent one {innocent * 1000:.1f} ms,"
         f" alone {round_trip * 1000:.2f} ms"
     )
-    assert beside < TIMES * max(innocent, ROUND_TRIPS * round_trip)
+    assert beside < limit

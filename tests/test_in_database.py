@@ -288,8 +288,9 @@ def test_a_result_is_read_with_the_styles_that_its_job_had(conn: Connection) -> 
     assert one(conn, "SHOW datestyle") == "ISO, MDY"
 
 
-def test_100000_rows(proxy: Proxy, conn: Connection) -> None:
-    job = "SELECT i, md5(i::text) FROM generate_series(1, 100000) i"
+@pytest.mark.parametrize("rows", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_many_rows(proxy: Proxy, conn: Connection, rows: int) -> None:
+    job = f"SELECT i, md5(i::text) FROM generate_series(1, {rows}) i"
     query = (
         "SELECT count(*), sum(i), md5(string_agg(t, '')) FROM"
         " (SELECT pg_background_launch({}) AS pid OFFSET 0) l,"

@@ -230,7 +230,16 @@ def _say(connection: socket.socket, data: bytes, *, listen: bool) -> None:
             connection.recv(1000)
 
 
-@pytest.fixture(scope="module", params=["plain-plain", "tls-plain", "plain-tls", "tls-tls"])
+# Each half of the cuts, and TLS on either side, are in two of the four.
+@pytest.fixture(
+    scope="module",
+    params=[
+        "plain-plain",
+        pytest.param("tls-plain", marks=pytest.mark.slow),
+        pytest.param("plain-tls", marks=pytest.mark.slow),
+        "tls-tls",
+    ],
+)
 def left(
     request: pytest.FixtureRequest, server: Server, certificates: Certificates
 ) -> Iterator[Left]:

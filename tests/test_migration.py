@@ -151,8 +151,17 @@ OBJECTS = (
 )
 
 
-@pytest.mark.parametrize("through", ["direct", "proxy"])
-@pytest.mark.parametrize("format", ["plain", "custom", "schema-only"])
+@pytest.mark.parametrize(
+    ("format", "through"),
+    [
+        ("plain", "direct"),
+        pytest.param("plain", "proxy", marks=pytest.mark.slow),
+        pytest.param("custom", "direct", marks=pytest.mark.slow),
+        ("custom", "proxy"),
+        pytest.param("schema-only", "direct", marks=pytest.mark.slow),
+        ("schema-only", "proxy"),
+    ],
+)
 def test_dump_restores_elsewhere(
     proxy: Proxy,
     server: Server,
