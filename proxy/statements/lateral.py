@@ -64,6 +64,7 @@ _KEEPS: Final = frozenset(("group", "having", "order", "limit", "offset", "fetch
 # Before a subquery of a condition, that is joined as a table is.
 _JOINED: Final = frozenset(("exists", "in", "any", "some"))
 # Before a subquery that is not an item of FROM.
+# Before a subquery that is not an item of FROM.
 _IN_CONDITIONS: Final = frozenset(("exists", "in", "any", "some", "all", "array", "not"))
 
 
@@ -180,45 +181,18 @@ def with_lateral(outline: Outline, lateral: Lateral) -> ScalarPlan:
         raise NotRecognizedError("not a plain select list")
     check_rows(outline, lateral)
     outline.column_of_call = functools.partial(field_of_lateral, outline, lateral)
-    sites = {other.first: other for other in outline.sites()[:-1]}
-    edit = standing_at(
+    items = _items(outline, lateral, first, end)
+    pieces = standing_at(
         outline,
         outline.start(first),
         *(b" ", copied(outline, lateral.alias, lateral.alias), b"." + ARGUMENTS),
+        *items.pieces,
     )
-    columns = [CallColumn(0, site.call)]
-    outputs: list[ItemOutput] = []
-    count = 1
-    used = False
-    for item in outline.list_items(first, end):
-        if fields := lateral_outputs(outline, lateral, *item):
-            outputs += fields
-            used = True
-            continue
-        edit += standing_at(outline, outline.start(item[0]), b", ")
-        at = next((at for at in range(item[0], item[1] + 1) if at in sites), None)
-        if at is None:
-            check_free(outline, lateral, *item)
-            edit.append(copied(outline, *item))
-            outputs.append(ItemOutput(count))
-        else:
-            made = sites.pop(at)
-            for leaf in made.leaves:
-                check_free(outline, lateral, leaf.first, leaf.last)
-            pieces, results = call_item(outline, made, *item, count)
-            edit += pieces
-            outputs += results
-            columns.append(CallColumn(count, made.call))
-            used = used or _uses_field(made.call)
-        count += 1
-    # Without a column of the call's beside them aggregates would be possible.
-    if sites or not used:
-        raise NotRecognizedError("calls elsewhere, or none of its columns")
-    edit += standing_at(outline, outline.start(end), b" ")
+    pieces += standing_at(outline, outline.start(end), b" ")
     after = outline.end(lateral.alias)
     rewrite = rewritten(
         outline,
-        Edit(outline.start(first), outline.end(end - 1), edit),
+        Edit(outline.start(first), outline.end(end - 1), pieces),
         replacement(outline, site),
         Edit(
             after,
@@ -226,7 +200,52 @@ def with_lateral(outline: Outline, lateral: Lateral) -> ScalarPlan:
             standing_at(outline, after, b"(" + ARGUMENTS + b") "),
         ),
     )
-    return ScalarPlan(rewrite, tuple(columns), tuple(outputs), in_from=True, width=count)
+    columns = (CallColumn(0, site.call), *items.calls)
+    return ScalarPlan(rewrite, columns, tuple(items.outputs), in_from=True, width=1 + items.width)
+
+
+class _Items(NamedTuple):
+    """The select list: what the stand-in has of it behind its first column, in so many columns,
+    which of them are calls, and what the client gets."""
+
+    pieces: list[Piece]
+    width: int
+    calls: list[CallColumn]
+    outputs: list[ItemOutput]
+
+
+def _items(outline: Outline, lateral: Lateral, first: int, end: int) -> _Items:
+    sites = {other.first: other for other in outline.sites()[:-1]}
+    pieces: list[Piece] = []
+    calls: list[CallColumn] = []
+    outputs: list[ItemOutput] = []
+    count = 0
+    used = False
+    for item in outline.list_items(first, end):
+        if fields := lateral_outputs(outline, lateral, *item):
+            outputs += fields
+            used = True
+            continue
+        count += 1
+        pieces += standing_at(outline, outline.start(item[0]), b", ")
+        at = next((at for at in range(item[0], item[1] + 1) if at in sites), None)
+        if at is None:
+            check_free(outline, lateral, *item)
+            pieces.append(copied(outline, *item))
+            outputs.append(ItemOutput(count))
+        else:
+            site = sites.pop(at)
+            for leaf in site.leaves:
+                check_free(outline, lateral, leaf.first, leaf.last)
+            made, results = call_item(outline, site, *item, count)
+            pieces += made
+            outputs += results
+            calls.append(CallColumn(count, site.call))
+            used = used or _uses_field(site.call)
+    # Without a column of the call's beside them aggregates would be possible.
+    if sites or not used:
+        raise NotRecognizedError("calls elsewhere, or no column of this one")
+    return _Items(pieces, count, calls, outputs)
 
 
 def call_item(
