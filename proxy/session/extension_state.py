@@ -1,8 +1,8 @@
 """Which pg_background the session's database has: the proxy's, in which version of the API, or the
 C extension.
 
-Invariant: it `is_known` only if no command about the extension was carried out since the server was
-asked, in this session or, after its transaction, in any session of the proxy.
+Invariant: it `is_known` only if no command about the extension was executed since the server was
+asked: in this session, or in a transaction of any session of the proxy that has ended.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class ExtensionState:
         return self._api
 
     def change(self) -> None:
-        """A command about the extension was carried out; its transaction may still roll back."""
+        """A command about the extension was executed; its transaction may still roll back."""
         self._is_changing = True
 
     def transaction_ended(self) -> None:
-        """What has changed in it, all sessions shall look at again."""
+        """If it has changed the extension, all sessions look at theirs again."""
         if self._is_changing:
             self._is_changing = False
             self._sessions.extension_changed()

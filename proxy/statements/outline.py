@@ -142,7 +142,7 @@ class Outline(Tokens):
         return self.name(last - 2) if first < last else None
 
     def parenthesised(self, site: Site, first: int, last: int) -> bool:
-        """Between ``first`` and ``last`` there is but the call, in any number of parentheses."""
+        """Whether ``first`` to ``last`` are only the call, in any number of parentheses."""
         return (
             first <= site.first
             and site.first - first == last - site.last

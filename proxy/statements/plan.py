@@ -39,7 +39,7 @@ class Rewrite:
 
     @property
     def unsent(self) -> bytes:
-        """What of the original is not in the stand-in, in its order."""
+        """The parts of the original that are not in the stand-in, in order."""
         kept = sorted((p.start, p.end) for p in self.pieces if p.inserted is None)
         done = 0
         unsent: list[bytes] = []
@@ -59,7 +59,7 @@ class Rewrite:
         return len(self.original[:offset].decode(codec, "surrogateescape")) + 1
 
     def inserted_before(self, position: int, codec: str) -> list[bytes]:
-        """What was inserted up to the character at ``position``, that included."""
+        """What was inserted up to and including the character at ``position``."""
         offset = self._offset(position, codec)
         inserted: list[bytes] = []
         for piece, text in self._texts():
@@ -89,8 +89,8 @@ class Rewrite:
 
 @dataclass(frozen=True, slots=True)
 class FieldOf:
-    """A field of what the call in another column of the stand-in has returned for the same row;
-    ``field`` is its index in that call's ``function.columns``. NULL if the call returned NULL."""
+    """A field of the result of the call in another column of the stand-in, for the same row;
+    ``field`` is its index in that call's ``function.columns``. NULL if the result is NULL."""
 
     column: int
     field: int
@@ -111,8 +111,8 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call; arguments as written, parameters that take their defaults are not among them.
-    ``schema`` is what qualifies the function's name, if anything does."""
+    """A call, with its arguments in the order written, without those that take their defaults.
+    ``schema`` qualifies the function's name, if it is given."""
 
     function: Function
     arguments: tuple[Argument, ...]
@@ -191,7 +191,7 @@ class ScalarPlan(_Calling):
     Without ``outputs`` the client's columns are the stand-in's, with their names.
     ``in_from``: the first of the calls stands in FROM, behind the others.
     ``width``: how many columns the stand-in has, None if a ``*`` hides that.
-    ``has_no_side_effects``: whether the server executes nothing that has any; a no may be wrong.
+    ``has_no_side_effects``: true only if nothing that the server executes can have any.
     """
 
     rewrite: Rewrite

@@ -92,7 +92,7 @@ def select_items(outline: Outline, sites: list[Site]) -> ScalarPlan:
         else:
             labels.append(label)
         if span.fields is not None and span.names[1:]:
-            # (call).* is none of those: we know what it stands for.
+            # Not (call).*: we know its columns.
             stars.remove(place)
         columns.append(CallColumn(place, site.call))
     if stars:
@@ -161,7 +161,7 @@ def select_list(outline: Outline) -> _SelectList:
     if any(outline.keyword(at) not in _AFTER_SELECT_LIST for at in clauses):
         raise NotRecognizedError("not a plain SELECT")
     end = clauses[0] if clauses else outline.count
-    # It would fail anyway, but in a Query of several before any of them has run.
+    # It would fail anyway, but in a Query of several statements before any of them has run.
     if outline.keyword(outline.count - 1) in _NOT_AT_THE_END or any(
         after - at < 2 for at, after in pairwise([*clauses, outline.count])
     ):
@@ -219,7 +219,7 @@ def has_star(outline: Outline, first: int, last: int) -> bool:
 def check_order(
     outline: Outline, found: _SelectList, labels: list[bytes], columns: _Columns
 ) -> None:
-    """The sort is neither by a call's column, by its number or by its name."""
+    """Raises NotRecognizedError if a call's column, by its number or by its name, is a sort key."""
     for first, last in found.order:
         number, names = sort_key(outline, first, last)
         if number == 0 or (number and (columns.hidden or number - 1 in columns.of_calls)):
@@ -278,7 +278,7 @@ def _item_outputs(
 
 
 def _could_be_same(name: bytes, label: bytes) -> bool:
-    """Names are cut at 63 bytes; of those with other than ASCII letters we cannot know."""
+    """Names are cut at 63 bytes; with other than ASCII letters they could be the same."""
     if not (name.isascii() or label.isascii()):
         return True
     return name[:MAX_NAME].lower() == label[:MAX_NAME].lower()

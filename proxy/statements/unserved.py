@@ -1,4 +1,4 @@
-"""Calls that the proxy has not served: the server's complaint about them, in our words.
+"""The server's errors about calls that the proxy has not served, in the proxy's words.
 
 Invariant: such a statement goes to the server as it is. Functions of ours do not exist there, so
 the server stops at the call, wherever it stands (a DO block, a view, a function's body), with
@@ -73,8 +73,8 @@ def unserved(body: bytes, *, too_long: bool = False) -> bytes | None:
 
 
 def unavailable(body: bytes) -> bytes | None:
-    """The same for CREATE EXTENSION from inside a block or function, which only the server sees,
-    and which does not know where to find it."""
+    """The same for CREATE EXTENSION in a block or function: only the server sees it, and it does
+    not have the extension's files."""
     if b"pg_background" not in body or not (b"C0A000\0" in body or b"C58P01\0" in body):
         return None
     error = ErrorResponse.parse(body)
