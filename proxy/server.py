@@ -273,11 +273,12 @@ class Server:
         timer = asyncio.get_running_loop().call_later(timeout_ms / 1000, time_out)
         job.when_finished(timer.cancel)
 
-    def cancel_statement(self, route: Route, key: CancelRequest) -> None:
-        """Tell the server to stop a statement that waits for a session which has ended."""
+    def cancel_statement(self, route: Route, key: CancelRequest) -> asyncio.Task[None]:
+        """Tell the server to stop a statement that waits for an answer which will not come."""
         task = self._spawn(self.dialer.cancel(route, key))
         self._cancels.add(task)
         task.add_done_callback(self._cancels.discard)
+        return task
 
     def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

@@ -10,6 +10,7 @@ or blanks, so it needs no escaping.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -125,6 +126,9 @@ class Channels:
         self.lifetime = lifetime
         self._idle: dict[Login, list[Channel]] = {}
         self._waiting: dict[Login, list[asyncio.Future[Channel]]] = {}
+        # What others have and may give back, or are about to have.
+        self._lent: set[Channel] = set()
+        self._opening: Counter[Login] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def lease(self, login: Login, open_one: Open) -> Channel:
@@ -142,13 +146,20 @@ class Channels:
             if channel.timer is not None:
                 channel.timer.cancel()
             if channel.is_alive:
+                self._lent.add(channel)
                 return channel
+        self._opening[login] += 1
         try:
             backend = await open_one()
         except SQLError as error:
-            if not error.sqlstate.startswith("53"):
+            if not error.sqlstate.startswith("53") or not self._may_be_returned(login):
                 raise
-            return await self._returned(login)
+            try:
+                return await self._returned(login)
+            except TimeoutError:
+                raise error from None
+        finally:
+            self._opening[login] -= 1
         try:
             row = await backend.row(self._prepare + b"; " + _SET_UP)
             system_id, *_ = await backend.row(SYSTEM_ID_QUERY)
@@ -156,7 +167,13 @@ class Channels:
             backend.terminate()
             raise
         room = (number(row[0]) or 1) - 1
-        return Channel(login, backend, min(room, _LARGEST), system_id or b"", row[-1])
+        channel = Channel(login, backend, min(room, _LARGEST), system_id or b"", row[-1])
+        self._lent.add(channel)
+        return channel
+
+    def _may_be_returned(self, login: Login) -> bool:
+        self._lent = {channel for channel in self._lent if channel.is_alive}
+        return self._opening[login] > 1 or any(channel.login == login for channel in self._lent)
 
     async def _returned(self, login: Login) -> Channel:
         waiter: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
@@ -189,6 +206,7 @@ class Channels:
             if not waiter.done():
                 waiter.set_result(channel)
                 return
+        self._lent.discard(channel)
         self._idle.setdefault(channel.login, []).append(channel)
         loop = asyncio.get_running_loop()
         channel.timer = loop.call_later(self.lifetime, self._expire, channel)

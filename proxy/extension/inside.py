@@ -42,6 +42,9 @@ Tag, lock and mark come from the nonce and a secret that the session and the pro
 are enciphered with a pad that is made of secret, word and nonce, so they mean nothing to those who
 may see all queries, or the server's log.
 
+Where no channel can be opened, nothing can be told to the function: the proxy cancels the
+statement, and puts the reason in the place of that error.
+
 The pieces of an answer are numbered. With each piece that is not the last the channel takes the
 lock for the next one, whose key is that of the first XOR the number, so the function can wait for
 that at once.
@@ -76,6 +79,7 @@ from protocol.errors import (
     FEATURE_NOT_SUPPORTED,
     INSUFFICIENT_PRIVILEGE,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
+    QUERY_CANCELED,
     UNDEFINED_OBJECT,
     ServerError,
     SQLError,
@@ -293,8 +297,9 @@ class Inside:
         self._call: _Call | None = None
         self._blocks: Blocks | None = None
         self._coming: asyncio.Task[Answer] | None = None
-        # The last error that was handed over.
+        # The last error that was handed over; why the statement is being canceled.
         self._error: ErrorResponse | None = None
+        self._refusal: SQLError | None = None
 
     # What the session tells
 
@@ -312,6 +317,7 @@ class Inside:
         self._heard += 1
         if message.verb == b"call":
             self._drop()
+            self._refusal = None
         elif self._next_task is not None:
             return True  # A function waits for the answer before it asks again.
         work = self._guard(message, self._task)
@@ -370,7 +376,13 @@ class Inside:
             return None
         response = ErrorResponse.parse(error)
         lines = response.fields.get("W", b"").split(b"\n")
-        if _ASK not in lines[0][:_LONGEST_LINE]:
+        refusal, self._refusal = self._refusal, None
+        if refusal is not None and response.sqlstate == QUERY_CANCELED:
+            reason = refusal.response(encodings.codec(self._session.client_encoding)).fields
+            response = response.with_fields(**{code: reason.get(code, b"") for code in "CMDH"})
+            while _ASK not in lines[0]:
+                del lines[0]  # where in our function it was canceled
+        elif _ASK not in lines[0][:_LONGEST_LINE]:
             return None
         own = itertools.takewhile(lambda line: _OWN_LINE.search(line[:_LONGEST_LINE]), lines)
         del lines[: len(list(own))]
@@ -405,12 +417,22 @@ class Inside:
         except NotOursError:
             logger.debug("a malformed message from inside the database")
         except (OSError, SQLError) as error:
-            # The function will find that there is no answer.
-            logger.debug("no answer to a call from inside the database: %s", error)
-            self._hang_up()
-        except Exception:
+            self._give_up(message, error)
+        except Exception as error:
             logger.exception("internal error; a call from inside the database fails")
-            self._hang_up()
+            self._give_up(message, error)
+
+    def _give_up(self, message: Message, error: Exception) -> None:
+        """Nothing can be shown. A function that has seen its channel finds that it is gone. One
+        that has not would go on looking for it, so its statement is canceled; the client gets
+        `error` as the reason."""
+        logger.info("no answer to a call from inside the database: %s", error)
+        self._hang_up()
+        if message.verb in (b"call", b"custom"):
+            if not isinstance(error, SQLError):
+                error = SQLError(CONNECTION_FAILURE, str(error) or "no answer")
+            self._refusal = error
+            self._session.cancel_statement()
 
     def _hang_up(self) -> None:
         if self._channel is not None:
@@ -425,8 +447,9 @@ class Inside:
                 call.check_size(len(message.text))
                 await self._ask_for_proof(message, call)
             case b"custom":
-                # Only a call that has asked for them goes on with them.
-                asked, self._call = self._call, None
+                # Only a call that has asked for them goes on with them; its function may ask
+                # twice, the second time as the owner of the calling code.
+                asked = self._call
                 if asked is not None and asked.custom_settings:
                     if len(message.text) > _LARGEST_QUESTION:
                         raise NotOursError
@@ -528,12 +551,14 @@ class Inside:
         try:
             await self._lease_channel(login)
             if self._channel and self._channel.room and call.is_known:
-                if not await self._show_word(question, call):
+                try:
+                    await self._show_word(question, call)
+                except ServerError as error:
                     # The server shall say what a new login comes to.
+                    logger.debug("no word is shown: %s", error)
                     self._retire_channel()
                     await self._lease_channel(login)
-                    if not await self._show_word(question, call):
-                        self._hang_up()
+                    await self._show_word(question, call)
                 return
             reason = _unprovable() if call.is_known else _malformed()
         except SQLError as error:
@@ -543,8 +568,8 @@ class Inside:
             reason = _no_login(login, error)
         await self._refuse(question, call, reason)
 
-    async def _show_word(self, question: Message, call: _Call) -> bool:
-        """Show it; False if the channel's login does not hold any more."""
+    async def _show_word(self, question: Message, call: _Call) -> None:
+        """Show it. Raises ServerError if the channel's login does not hold any more."""
         assert self._channel is not None
         session = self._session
         roles = session.known_jobs.roles.union(
@@ -564,15 +589,10 @@ class Inside:
         shows = b"/*%b%b*/%b; %b" % (hash[28:60], word, checks, self._lock(hash))
         # Before the function can have read it.
         challenge = self._challenge = _Challenge(question, call, word, session.server_version)
-        try:
-            *found, (_, state) = await self._channel_query(shows)
-        except ServerError as error:
-            logger.debug("no word is shown: %s", error)
-            return False
+        *found, (_, state) = await self._channel_query(shows)
         self._is_locked = (state or b"").endswith(b"w")
         if found:
             challenge.found = found[0][:-1]
-        return True
 
     def _retire_channel(self) -> None:
         if self._channel is not None:

@@ -6,6 +6,7 @@ which run on when it ends. It has no client: messages of its jobs are among its 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.framing import HEADER_SIZE
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from proxy.server import Server
 
 
+Stop = Callable[[], object]
+
+
 class Nested(Owner):
     """A job as a caller.
 
@@ -26,7 +30,10 @@ class Nested(Owner):
         output: the job's own; None before it begins.
     """
 
-    def __init__(self, server: Server, launcher: Launcher, owner: Owner, secrets: Secrets) -> None:
+    def __init__(
+        self, server: Server, launcher: Launcher, owner: Owner, secrets: Secrets, stop: Stop
+    ) -> None:
+        """`stop`: cancels what the job runs."""
         super().__init__(server)
         self._launcher = launcher.for_job()
         self._server_version = owner.server_version
@@ -35,6 +42,7 @@ class Nested(Owner):
         self.custom_settings = tuple(owner.custom_settings)
         self.output: OutputQueue | None = None
         self.inside = Inside(self, secrets)
+        self._stop = stop
 
     # What the job tells
 
@@ -70,6 +78,9 @@ class Nested(Owner):
     def client_encoding(self) -> bytes:
         """Not known; each question says its own."""
         return b"UTF8"
+
+    def cancel_statement(self) -> None:
+        self._stop()
 
     async def inject(self, message: bytes) -> None:
         if self.output is not None:

@@ -107,7 +107,11 @@ class Launcher:
             worker_timeout=self.setting(WORKER_TIMEOUT, context),
             system_id=owner.system_id,
         )
-        nested = Nested(self._server, self, owner, Secrets(backend.own_settings[_SESSION_SETTING]))
+        stop = functools.partial(
+            self._server.cancel_statement, self._route, backend.cancel_request()
+        )
+        own_secrets = Secrets(backend.own_settings[_SESSION_SETTING])
+        nested = Nested(self._server, self, owner, own_secrets, stop)
 
         def ended(job: Job) -> None:
             jobs.counts.ended(job)

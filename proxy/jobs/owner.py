@@ -61,6 +61,10 @@ class Owner(ABC):
     async def inject(self, message: bytes) -> None:
         """A message of one of its jobs, while the server is in the middle of a statement."""
 
+    @abstractmethod
+    def cancel_statement(self) -> None:
+        """Have the server cancel the statement that it runs for this owner."""
+
     @property
     def cluster(self) -> bytes:
         """What tells its database cluster from others, by which OIDs mean something."""

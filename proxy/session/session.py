@@ -390,6 +390,16 @@ class Session(ClientSession):
             asyncio.get_running_loop().call_soon(self.primary.end_break)
         return is_call
 
+    def cancel_statement(self) -> None:
+        if self._key is None or self.primary is None:
+            return
+        primary = self.primary
+        told = self._server.cancel_statement(self.route, self._key)
+        # Before 17 the server signals the backend twice. The second must not be for what the client
+        # sends after the error, so that is read when the server is done.
+        primary.take_a_break()
+        told.add_done_callback(lambda _: primary.end_break())
+
     def statement_ended(self) -> None:
         if self.relay.status == TransactionStatus.IDLE:
             self.extension_state.transaction_ended()
