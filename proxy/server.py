@@ -22,7 +22,7 @@ from proxy.backends.channels import Channels
 from proxy.backends.route import Route
 from proxy.backends.spares import DATABASE_COMMANDS, LONGEST_COMMAND, Spares
 from proxy.config import Config
-from proxy.jobs.context import ROLE_STATEMENT
+from proxy.extension.context import ROLE_STATEMENT
 from proxy.jobs.job import Job
 from proxy.jobs.registry import Handle, JobRecord, JobRegistry, RemoteJob
 from proxy.jobs.rows import Budgets

@@ -14,9 +14,9 @@ from protocol.values.arrays import parse_array
 from protocol.values.records import parse_record
 from proxy.api.functions import HANDLES
 from proxy.api.like import like
+from proxy.api.values import decode_argument
 from proxy.extension import catalogs, commands
 from proxy.jobs.progress import progress_statement
-from proxy.session.caller import decode_argument
 from proxy.session.custom_settings import CustomSettings
 from proxy.sql import encodings, lexer
 from proxy.sql.tokens import Tokens

@@ -88,17 +88,17 @@ from protocol.messages import ErrorResponse, NoticeResponse
 from protocol.values import parse_array
 from proxy.api.calls import permission_denied
 from proxy.api.functions import DECLARED, Function, Needs
+from proxy.api.values import decode_argument, text_form
 from proxy.backends.channels import Channel, Rows
 from proxy.config.gucs import GUCS, MAX_WORKERS
 from proxy.extension.blocks import Answer, Blocks
 from proxy.extension.bodies import identity
-from proxy.jobs.context import NOT_CARRIED_OVER, Context, role_query
+from proxy.extension.context import role_query
+from proxy.jobs.context import NOT_CARRIED_OVER, Context
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
 from proxy.jobs.registry import Handle, JobRecord
 from proxy.log import logger
-from proxy.session.caller import decode_argument
-from proxy.session.results import text_form
 from proxy.sql import encodings
 from proxy.sql.encodings import array_2_text, array_text
 

@@ -1,32 +1,16 @@
-"""What a call needs to know of the session that makes it, and how a side backend takes it over.
+"""What is known of the session that makes a call, and how a side backend takes it over.
 
-Invariant: it is asked of the primary backend, in the transaction of the call, in the same round
-trip. Nothing about roles and settings is remembered from earlier, because functions, SET LOCAL,
-rollbacks and other sessions' GRANTs change them where a proxy cannot see it. All names in this SQL
-are schema-qualified, operators too: the client chooses search_path.
+Invariant: a job runs with the role and the settings that its call had, or not at all. All names in
+this SQL are schema-qualified, operators too: the session's search_path is among its settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from proxy.backends.identity import IDENTITY
-from proxy.config.gucs import GUCS
-from proxy.extension.bodies import SPEAKER
-from proxy.extension.installed import (
-    Installed,
-    installed_query,
-    may_execute,
-    parse_installed,
-    speaks,
-)
-from proxy.sql.encodings import parse_array
-from proxy.sql.text import EXECUTOR_ROLE, literal
-
-if TYPE_CHECKING:
-    from proxy.api.functions import Function
+from proxy.sql.text import literal
 
 NOT_CARRIED_OVER: Final = frozenset(
     # Of the caller's transaction or connection, not of its session.
@@ -38,14 +22,6 @@ NOT_CARRIED_OVER: Final = frozenset(
     }
 )
 """Settings that a job does not take over."""
-
-
-_IS_EXECUTOR: Final = (
-    b"(r.rolsuper OR EXISTS(SELECT 1 FROM pg_catalog.pg_roles g WHERE g.rolname"
-    b" OPERATOR(pg_catalog.=) %b AND pg_catalog.pg_has_role(r.oid, g.oid, 'MEMBER')))"
-    % literal(EXECUTOR_ROLE.encode())
-)
-"""Whether the role ``r`` may call the functions where the extension's objects are not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +39,8 @@ class Context:
         settings: names and values of all that was set in this session, ready for set_config();
             empty if they were not asked for.
         client_encoding, time_zone: the settings, as PostgreSQL names them.
-        extension: what CREATE EXTENSION has made in this database, None if it is not there. If it
-            is, `may_call` does not count, but the privileges on its functions.
+        extension: what CREATE EXTENSION has made in this database, None if it is not there or
+            does not matter. If it is there, the privileges on its functions count, not `may_call`.
     """
 
     may_call: bool
@@ -76,7 +52,7 @@ class Context:
     own_settings: dict[str, str]
     usable_roles: frozenset[int]
     settings: tuple[tuple[bytes, bytes], ...]
-    extension: Installed | None = None
+    extension: object = None
     client_encoding: bytes = b""
     time_zone: bytes = b""
 
@@ -84,174 +60,6 @@ class Context:
     def roles(self) -> frozenset[int]:
         """OIDs of those whose jobs the current role may touch."""
         return self.usable_roles | {self.role_id}
-
-
-def context_query(
-    *,
-    functions: Iterable[Function],
-    server_version: int,
-    roles: Iterable[int],
-    settings: bool,
-    custom_settings: Sequence[bytes] = (),
-) -> bytes:
-    """The SELECT whose one row is a `Context`; all columns are text.
-
-    Args:
-        functions: what is called.
-        server_version: as server_version_num, e.g. 150004.
-        roles: OIDs of roles, to learn which of them the current role has the rights of.
-        settings: whether to read the session's settings, the expensive part (about 0.5 ms).
-        custom_settings: names with a dot that the session may have set. pg_settings shows none of
-            them, so their names must be known.
-    """
-    # current_setting(name, missing_ok) came with 9.6.
-    missing_ok = b", true" if server_version >= 90600 else b""
-    if not missing_ok:
-        custom_settings = ()
-    ours = b", ".join(
-        b"pg_catalog.current_setting(%b%b)" % (literal(name.encode()), missing_ok) for name in GUCS
-    )
-    columns = [
-        _IS_EXECUTOR,
-        b"r.oid, current_user, session_user, pg_catalog.current_setting('role')",
-        b"pg_catalog.current_setting('statement_timeout')",
-        b"pg_catalog.current_setting('client_encoding'), pg_catalog.current_setting('TimeZone')",
-        ours,
-        b"CAST(ARRAY(SELECT o FROM pg_catalog.unnest(CAST('{%b}' AS pg_catalog.oid[])) o"
-        b" WHERE pg_catalog.pg_has_role(o, 'USAGE')) AS pg_catalog.text)"
-        % b",".join(b"%d" % oid for oid in roles),
-        installed_query(functions).encode(),
-    ]
-    if settings:
-        columns.append(
-            b"CAST(ARRAY(SELECT pg_catalog.unnest(ARRAY[s.name, s.setting])"
-            b" FROM pg_catalog.pg_settings s WHERE s.source OPERATOR(pg_catalog.=) 'session')"
-            b" AS pg_catalog.text)"
-        )
-    if settings and custom_settings:
-        values = b", ".join(
-            b"pg_catalog.current_setting(%b, true)" % literal(name) for name in custom_settings
-        )
-        columns.append(b"CAST(ARRAY[%b] AS pg_catalog.text)" % values)
-    return b"SELECT %b FROM pg_catalog.pg_roles r WHERE r.rolname OPERATOR(pg_catalog.=) %b" % (
-        b", ".join(columns),
-        b"current_user",
-    )
-
-
-def parse_context(
-    values: Sequence[bytes | None],
-    *,
-    custom_settings: Sequence[bytes] = (),
-) -> Context:
-    """The Context from the values of the row, in text format and the client's encoding."""
-    may_call, role_id, role, session_role, set_role, statement_timeout, encoding, zone, *rest = (
-        values
-    )
-    client_encoding = encoding or b""
-    own, (usable_roles, extension, *arrays) = rest[: len(GUCS)], rest[len(GUCS) :]
-    settings: list[tuple[bytes, bytes]] = []
-    if arrays:
-        flat = [text or b"" for text in parse_array(arrays[0] or b"{}", client_encoding)]
-        pairs = zip(flat[::2], flat[1::2], strict=True)
-        settings += [pair for pair in pairs if pair[0] not in NOT_CARRIED_OVER]
-    if len(arrays) > 1:
-        custom = zip(custom_settings, parse_array(arrays[1] or b"{}", client_encoding), strict=True)
-        settings += [(name, value) for name, value in custom if value is not None]
-    return Context(
-        may_call=may_call == b"t",
-        role_id=int(role_id or 0),
-        role=role or b"",
-        session_role=session_role or b"",
-        set_role=set_role or b"none",
-        statement_timeout=statement_timeout or b"0",
-        own_settings={
-            name: value.decode("utf-8", "replace")
-            for name, value in zip(GUCS, own, strict=True)
-            if value is not None
-        },
-        usable_roles=frozenset(
-            int(oid or 0) for oid in parse_array(usable_roles or b"{}", client_encoding)
-        ),
-        settings=tuple(settings),
-        extension=None
-        if extension is None
-        else parse_installed(parse_array(extension, client_encoding)),
-        client_encoding=client_encoding,
-        time_zone=zone or b"",
-    )
-
-
-# Before 16 every member may SET ROLE.
-ROLE_STATEMENT: Final = (
-    b"PREPARE pg_background_role(pg_catalog.name, pg_catalog.name, pg_catalog.name,"
-    b" pg_catalog.int4, pg_catalog.oid[], pg_catalog.name, pg_catalog.text) AS SELECT r.oid,"
-    b" CASE WHEN session_user OPERATOR(pg_catalog.<>) $2 THEN"
-    b" (SELECT s.rolsuper FROM pg_catalog.pg_roles s"
-    b" WHERE s.rolname OPERATOR(pg_catalog.=) session_user)"
-    b" WHEN CAST(pg_catalog.current_setting('server_version_num') AS pg_catalog.int4)"
-    b" OPERATOR(pg_catalog.<) 160000 THEN pg_catalog.pg_has_role(session_user, r.oid, 'MEMBER')"
-    b" ELSE pg_catalog.pg_has_role(session_user, r.oid, 'SET') END, COALESCE(%b, %b),"
-    b" CAST(ARRAY(SELECT o FROM pg_catalog.unnest($5) o"
-    b" WHERE pg_catalog.pg_has_role(r.oid, o, 'USAGE')) AS pg_catalog.text),"
-    b" %b, (SELECT s.oid FROM pg_catalog.pg_roles s"
-    b" WHERE s.rolname OPERATOR(pg_catalog.=) session_user),"
-    # An error, so that nothing behind it in the same Query is done.
-    b" CAST(CASE WHEN $7 IS NULL OR $7 OPERATOR(pg_catalog.=) %b THEN '0'"
-    b" ELSE 'the login does not hold any more' END AS pg_catalog.int4)"
-    b" FROM pg_catalog.pg_roles r"
-    b" WHERE r.rolname OPERATOR(pg_catalog.=) $1"
-    % (
-        may_execute("$3", "$4", "r.oid").encode(),
-        _IS_EXECUTOR,
-        speaks(SPEAKER, "$6").encode(),
-        IDENTITY,
-    )
-)
-"""What a channel prepares for role_query()."""
-
-
-def role_query(
-    role: bytes,
-    session_role: bytes,
-    function: Function,
-    schema: bytes,
-    *,
-    encoding: bytes,
-    roles: Iterable[int],
-    identity: bytes | None,
-) -> bytes:
-    """What a channel is asked about a role that a session claims to be. One row, none if there is
-    no such role: its OID, whether the channel's login role may become it, whether it may call the
-    function, those of the `roles` whose rights it has, whether who asks is to be trusted, and the
-    OID of the channel's login role. An error if the channel's login does not hold any more.
-
-    Args:
-        role: name of the current role.
-        session_role: name of the session's.
-        function: what is called.
-        schema: of the function that asks.
-        encoding: of the names, as PostgreSQL calls it.
-        roles: OIDs.
-        identity: of the channel's login (`identity`); None if it has logged in just now.
-    """
-    return b"EXECUTE pg_background_role(%b, %b, '%b', %d, '{%b}', %b, %b)" % (
-        _name(role, encoding),
-        _name(session_role, encoding),
-        function.name.encode(),
-        len(function.parameters),
-        b",".join(b"%d" % oid for oid in roles),
-        _name(schema, encoding),
-        b"NULL" if identity is None else literal(identity),
-    )
-
-
-def _name(name: bytes, encoding: bytes) -> bytes:
-    """A name in an encoding that need not be the connection's."""
-    return (
-        b"CAST(pg_catalog.convert_from(pg_catalog.decode('%b', 'hex'), %b) AS pg_catalog.name)"
-        % (name.hex().encode(), literal(encoding))
-    )
 
 
 def takeover_query(

@@ -12,26 +12,24 @@ import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from protocol.errors import (
     FEATURE_NOT_SUPPORTED,
-    INVALID_TEXT_REPRESENTATION,
-    PROGRAM_LIMIT_EXCEEDED,
     ProtocolViolation,
     SQLError,
 )
 from protocol.kinds import B, TransactionStatus
 from protocol.messages import DataRow
-from protocol.values import parse_array
-from protocol.values.records import parse_record
 from proxy.api.calls import check_privilege
-from proxy.api.functions import BOOL, HANDLES, TEXT, Needs, Type
+from proxy.api.functions import Needs
+from proxy.api.values import decode_argument
 from proxy.backends.identity import SYSTEM_ID_QUERY
 from proxy.config.gucs import MAX_WORKERS, parse_time_ms
 from proxy.extension import installed
+from proxy.extension.context import CallContext, context_query, parse_context
 from proxy.extension.privileges import drop_role_block, privileges_block
-from proxy.jobs.context import Context, activity_query, context_query, parse_context
+from proxy.jobs.context import activity_query
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job, Jobs
 from proxy.jobs.registry import Handle, JobRecord
@@ -44,10 +42,6 @@ from proxy.statements.plan import Call, FieldOf, Plan
 T = TypeVar("T")
 
 
-_MAX_HANDLES_SIZE: Final = 256 * 1024
-"""Of an array of handles as text; each has some thirty characters."""
-
-
 class SessionCaller:
     """Makes calls for a session (`calls.Caller`)."""
 
@@ -57,7 +51,7 @@ class SessionCaller:
         self._session = session
         self._primary = primary
         self._interrupts = interrupts
-        self._context: Context | None = None
+        self._context: CallContext | None = None
 
     def ask_context(self, plan: Plan, *, first: bool) -> None:
         """Queue the query that reads the context of the next call.
@@ -178,7 +172,7 @@ class SessionCaller:
         return self._session.jobs
 
     @property
-    def context(self) -> Context:
+    def context(self) -> CallContext:
         assert self._context is not None
         return self._context
 
@@ -251,29 +245,3 @@ class SessionCaller:
         """Run a block that raises a marker, made up here, when all went well."""
         marker = secrets.token_hex(16)
         return await self._primary.ask_marked(block(marker), marker)
-
-
-def decode_argument(type: Type, text: bytes | None) -> Any:
-    """An argument as its function gets it. Raises SQLError 22P02."""
-    if text is None or type == TEXT:
-        return text
-    if type == BOOL:
-        return text[:1] == b"t"
-    if type != HANDLES:
-        return int(text)
-    if len(text) > _MAX_HANDLES_SIZE:
-        raise SQLError(
-            PROGRAM_LIMIT_EXCEEDED,
-            "too many handles in one call",
-            detail=f"The array has more than {_MAX_HANDLES_SIZE // 1024} kB.",
-            hint="Call the function for some thousands of them at a time.",
-        )
-    try:
-        handles = [parse_record(element or b"") for element in parse_array(text)]
-        return [(int(pid or b""), int(cookie or b"")) for pid, cookie in handles]
-    except (ValueError, ProtocolViolation):
-        raise SQLError(
-            INVALID_TEXT_REPRESENTATION,
-            f"invalid input syntax for type {type.name}",
-            detail="Each handle is a pair of pid and cookie.",
-        ) from None

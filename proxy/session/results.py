@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from datetime import datetime, tzinfo
+from datetime import tzinfo
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from protocol.errors import PROTOCOL_VIOLATION, UNDEFINED_COLUMN, SQLError
 from protocol.messages import DataRow, Field
 from protocol.values import to_binary
-from protocol.values.records import record_binary, record_text
+from protocol.values.records import record_binary
 from proxy.api.functions import Column, Type
+from proxy.api.values import text_form
 from proxy.statements.plan import Output
 
 if TYPE_CHECKING:
@@ -24,35 +25,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE: Final = 500
 """Rows that are converted before others have their turn."""
-
-
-def text_form(value: Any, type: Type, zone: tzinfo) -> bytes | None:
-    """As PostgreSQL prints it, timestamps in this time zone. Text stays as it is."""
-    if value is None or isinstance(value, bytes):
-        return value
-    if type.columns:
-        pairs = zip(value, type.columns, strict=False)
-        return record_text([text_form(part, column.type, zone) for part, column in pairs])
-    if isinstance(value, bool):
-        return b"t" if value else b"f"
-    if isinstance(value, datetime):
-        return _timestamptz(value.astimezone(zone)).encode()
-    if isinstance(value, float):
-        text = repr(value)
-        return text.removesuffix(".0").encode()
-    return str(value).encode()
-
-
-def _timestamptz(value: datetime) -> str:
-    text = value.replace(tzinfo=None).isoformat(sep=" ")
-    if value.microsecond:
-        text = text.rstrip("0")
-    offset = value.strftime("%z")
-    hours, rest = offset[:3], offset[3:]
-    groups = [rest[i : i + 2] for i in range(0, len(rest), 2)]
-    while groups and groups[-1] == "00":
-        groups.pop()
-    return f"{text}{':'.join([hours, *groups])}"
 
 
 def encode(value: Any, type: Type, zone: tzinfo, *, binary: bool) -> bytes | None:
