@@ -76,7 +76,7 @@ class LoginObserver:
     def of_code(cls) -> LoginObserver:
         """For a role that no client has logged in as, but that SQL in a client's session runs as.
 
-        The SQL must prove that before the login is used (`proxy.extension.inside`).
+        The SQL must prove that before the login is used (`proxy.extension.in_database`).
         """
         observer = cls()
         observer.accepted = True

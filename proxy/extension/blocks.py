@@ -12,14 +12,13 @@ from typing import Final
 from protocol.errors import QUERY_CANCELED, ServerError, SQLError
 from protocol.framing import MessageBuffer
 from protocol.messages import DataRow, Field
+from proxy.extension.conversation import Answer
 from proxy.jobs.job import Job
 from proxy.jobs.rows import Notice, Rows
 from proxy.sql.encodings import array_text
 
 SIZE: Final = 64 * 1024
 """Bytes of DataRow messages that make a block."""
-
-Answer = list[bytes | None]
 
 
 class Blocks:

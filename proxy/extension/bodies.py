@@ -2,7 +2,7 @@
 
 Invariant: a body trusts nothing of the session that runs it. In what runs with the session's own
 search_path all names are schema-qualified, operators too; the others set theirs. What a body and
-the proxy say to each other is written down in `inside`, its other half.
+the proxy say to each other is written down in `conversation`, its other half.
 
 A role that was granted one function of the API must be able to run its body, so the helpers are for
 PUBLIC. That grants nothing: the proxy believes only `_pg_background_say`, which says what the
@@ -30,9 +30,7 @@ from proxy.api.functions import (
     Needs,
 )
 from proxy.config.gucs import GUCS
-
-SPEAKER: Final = "_pg_background_say"
-"""The function without arguments that raises all messages of the others."""
+from proxy.extension.conversation import identity
 
 _TYPES: Final = {
     BOOL: "bool",
@@ -56,13 +54,6 @@ class Body:
 
     language: str
     source: str
-
-
-def identity(function: Function) -> str:
-    """What a call names its function by: name, parameters and result, so that an overload, and a
-    dump that was restored with another version of the proxy, are told apart."""
-    parameters = ", ".join(parameter.name for parameter in function.parameters)
-    return f"{function.name}({parameters}) {function.result_type.name}"
 
 
 def body(function: Function, *, schema: str, server_version: int) -> Body:
@@ -268,7 +259,7 @@ BEGIN
 END
 $body$"""
 
-# The conversation (`inside`). Of a result's blocks, the answer to ``call`` is the first, and the
+# The conversation. Of a result's blocks, the answer to ``call`` is the first, and the
 # others are asked for with ``next``: the words are then what an answer ends with.
 _ASK: Final = """
 CREATE FUNCTION @._pg_background_ask(verb pg_catalog.text, words pg_catalog.text[])

@@ -15,7 +15,7 @@ from typing import Final
 from proxy.api.functions import Function
 from proxy.backends.identity import IDENTITY
 from proxy.config.gucs import GUCS
-from proxy.extension.bodies import SPEAKER
+from proxy.extension.conversation import SPEAKER
 from proxy.extension.installed import (
     Installed,
     installed_query,

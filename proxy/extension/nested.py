@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.framing import HEADER_SIZE
-from proxy.extension.inside import Inside, Secrets
+from proxy.extension.conversation import Secrets
+from proxy.extension.in_database import Inside
 from proxy.jobs.owner import Owner
 from proxy.jobs.rows import Notice, OutputQueue
 

@@ -28,7 +28,7 @@ from proxy.config.gucs import (
     WORKER_TIMEOUT,
     Guc,
 )
-from proxy.extension.inside import Secrets
+from proxy.extension.conversation import Secrets
 from proxy.extension.nested import Nested
 from proxy.jobs.context import Context, takeover_block, takeover_query
 from proxy.jobs.job import Job, checked_queue_size

@@ -43,7 +43,8 @@ from proxy.auth.observer import LoginObserver
 from proxy.backends.route import Route
 from proxy.config import Host
 from proxy.config.gucs import SESSION_SETTING
-from proxy.extension.inside import Inside, Secrets
+from proxy.extension.conversation import Secrets
+from proxy.extension.in_database import Inside
 from proxy.jobs.launcher import Launcher
 from proxy.log import logger
 from proxy.net import tls

@@ -1,82 +1,28 @@
 """Calls from inside the database: functions, triggers, views, DO blocks, whatever the server runs.
 
 Invariant: a call is served with the rights of a role only if the calling code has proven that the
-server grants it the rights of that role. Text proves nothing: code of others runs in a session all
-the time (index functions under REINDEX or ANALYZE, SECURITY DEFINER functions, triggers), and can
-say whatever the functions of the extension say. `docs/security.md` has the model.
+server grants it the rights of that role. Code of others runs in a session all the time (index
+functions under REINDEX or ANALYZE, SECURITY DEFINER functions, triggers), and can say whatever the
+functions of the extension say.
 
-This is one half of a conversation; the other half are the SQL functions in `bodies`. A function
-speaks by an INFO message, which the server sends at once, in the middle of a statement:
-
-    token nonce verb word word ...
-
-``token`` is the session's, ``nonce`` is made up for each question, and the words are base64 of text
-in the client's encoding, ``-`` for NULL. The proxy takes the message off the stream and answers
-through a channel (`channels`): an idle backend of a login role, whose application_name every role
-can see, and whose query only code with the rights of that role. In application_name the answer is
-announced:
-
-    tag state number data
-
-``tag`` (12 characters) tells the function that this is for it. The states:
-
-- ``pw``, ``pt``: prove it. The channel's query has a fresh random word in it, which the function
-  must read. With ``pw`` the channel holds an advisory lock on which the function can wait for the
-  answer; with ``pt`` it could not get the lock, and the function looks again and again.
-- ``a``: an answer, here as data, 32 bytes; ``b``: the same, but there is more.
-- ``q`` and ``r``: the same, with the data in the channel's query, behind a mark.
-
-A question goes like this:
-
-1. ``call`` or ``custom``. Its first word says whose channel is to show the word to be read: ``-``
-   for the role that the session has logged in as. Code that cannot RESET ROLE (it runs as another
-   owner) names that owner instead, and the proxy logs in as him, if it has his credentials.
-2. The channel shows the word.
-3. ``proof``, with a hash of the word and of the whole first message, and the OIDs of the roles as
-   which the calling code can run, by RESET ROLE and RESET SESSION AUTHORIZATION too. If the
-   channel's login role is among them, the question counts from here on, with the rights of that
-   role and no others.
-4. The answer, piece by piece: ``next`` asks for the next one.
-
-Tag, lock and mark come from the nonce and a secret that the session and the proxy share. Answers
-are enciphered with a pad that is made of secret, word and nonce, so they mean nothing to those who
-may see all queries, or the server's log.
+This is the proxy's half of the `conversation`: it hears the functions' messages, has a channel show
+what they must read, makes the calls, and hands the answers over.
 
 Where no channel can be opened, nothing can be told to the function: the proxy cancels the
 statement, and puts the reason in the place of that error.
-
-The pieces of an answer are numbered. With each piece that is not the last the channel takes the
-lock for the next one, whose key is that of the first XOR the number, so the function can wait for
-that at once.
-
-An answer is a text[]: ``e`` and the fields of an error; ``v`` and the value, those of a composite
-result, or the rows as a text[][]; ``n`` for no composite; ``c`` and names of custom settings, whose
-values the function tells with a question of its own, ``custom``; or a block of a result (`blocks`),
-after which the next piece is that of the next block.
-
-A member of pg_read_all_stats can read every word, and so can a role that inherits another, without
-becoming it. So only messages count that the extension's function `_pg_background_say` raises. It
-adds the roles itself: the server names PL/pgSQL's RAISE and the function in the message, and the
-channel is asked whether the function is the extension's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import hmac
 import itertools
 import re
-import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, ParamSpec
 
 from protocol.errors import (
     CONNECTION_FAILURE,
-    FEATURE_NOT_SUPPORTED,
     INSUFFICIENT_PRIVILEGE,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
     QUERY_CANCELED,
@@ -87,20 +33,34 @@ from protocol.errors import (
 from protocol.messages import ErrorResponse, NoticeResponse
 from protocol.values import parse_array
 from proxy.api.calls import permission_denied
-from proxy.api.functions import DECLARED, Function, Needs
-from proxy.api.values import decode_argument, text_form
+from proxy.api.functions import Needs
+from proxy.api.values import decode_argument
 from proxy.backends.channels import Channel, Rows
-from proxy.config.gucs import GUCS, MAX_WORKERS
-from proxy.extension.blocks import Answer, Blocks
-from proxy.extension.bodies import identity
+from proxy.config.gucs import MAX_WORKERS
+from proxy.extension.blocks import Blocks
 from proxy.extension.context import role_query
-from proxy.jobs.context import NOT_CARRIED_OVER, Context
+from proxy.extension.conversation import (
+    LARGEST_QUESTION,
+    LONGEST_LINE,
+    Answer,
+    Call,
+    Challenge,
+    Handover,
+    Message,
+    NotOursError,
+    Secrets,
+    Signs,
+    answer_of,
+    decoded,
+    malformed,
+    parse_number,
+)
+from proxy.jobs.context import Context
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
 from proxy.jobs.registry import Handle, JobRecord
 from proxy.log import logger
 from proxy.sql import encodings
-from proxy.sql.encodings import array_2_text, array_text
 
 if TYPE_CHECKING:
     from proxy.jobs.job import Jobs
@@ -110,27 +70,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-_FUNCTIONS: Final = {identity(function).encode(): function for function in DECLARED}
-
-_NARROW: Final = 32
-"""Bytes of an answer that application_name has room for."""
-
-_BEFORE_DATA: Final = 38
-"""Characters of a query before the data: the comment's begin, the mark and the number."""
-
-_LEAST_ROOM: Final = 256
-"""Characters of a query with less of which it is not used."""
-
-_LONGEST_NUMBER: Final = 9
-
-_LARGEST_QUESTION: Final = 1024 * 1024
-"""Bytes of a question other than a call that carries SQL."""
-
-_LARGEST_STEP: Final = 1024
-"""Bytes of a message that goes on with a question."""
-
-_MOST_WORDS: Final = 8192
-
 _TURN: Final = 200
 """Messages that are read before others have their turn; each takes some 30 us."""
 
@@ -138,137 +77,9 @@ _WHOLE_AT_ONCE: Final = 512 * 1024
 """Bytes of a word that are decoded without a pause for others."""
 
 _ASK: Final = b"_pg_background_ask("
-# The function in the first line of CONTEXT. Around it are words in whatever language; quotation
-# marks of theirs stand around the whole (Korean) or nowhere.
-_SIGNATURE: Final = (
-    rb'("(?:[^"]|"")*"|[a-z_][a-z0-9_]*)\.(?:_pg_background_say|"_pg_background_say")\(\)'
-)
-_SPEAKER: Final = re.compile(rb'[^"]*?(?:%b(?!")|(?<= )"%b" )' % (_SIGNATURE, _SIGNATURE))
-_LONGEST_LINE: Final = 1024
-"""Bytes of a line of CONTEXT that are looked at."""
 _OWN_LINE: Final = re.compile(
     rb"pg_background_(?:ask|call|elements)\(|\bpg_background_\w{1,63}\((?:integer|text|bigint|\)|[^\s(]{0,256}pg_background_handle)"
 )
-
-
-class NotOursError(Exception):
-    """A message that no body of ours has sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A message of a function, taken apart, but not decoded.
-
-    Attributes:
-        text: the whole.
-        schema: of the function that speaks, as the server has told it.
-        nonce: made up for the question that it belongs to.
-        verb: what kind it is.
-        words: as they stand there.
-    """
-
-    text: bytes
-    schema: bytes
-    nonce: bytes
-    verb: bytes
-    words: tuple[bytes, ...]
-
-    @classmethod
-    def parse(cls, notice: NoticeResponse) -> Message:
-        """Raises NotOursError for what no function of ours has said."""
-        if notice.severity != "INFO" or notice.fields.get("R") != b"exec_stmt_raise":
-            raise NotOursError
-        line = notice.fields.get("W", b"")[:_LONGEST_LINE].partition(b"\n")[0]
-        speaker = _SPEAKER.match(line)
-        if speaker is None:
-            raise NotOursError
-        schema = speaker[1] or speaker[2]
-        if schema.startswith(b'"'):
-            schema = schema[1:-1].replace(b'""', b'"')
-        text = notice.message
-        _, nonce, verb, *words = [*text.split(b" ", _MOST_WORDS), b"", b""]
-        del words[-2:]
-        if len(nonce) != 32 or not nonce.isalnum() or verb not in _VERBS:
-            raise NotOursError
-        if verb not in (b"call", b"custom") and len(text) > _LARGEST_STEP:
-            raise NotOursError
-        if len(words) < _VERBS[verb]:
-            raise NotOursError
-        return cls(text, schema, nonce, verb, tuple(words))
-
-
-_VERBS: Final = {b"call": 5, b"custom": 3, b"proof": 2, b"next": 1}
-"""How many words each has at least."""
-
-
-def _number(word: bytes) -> int:
-    if not word.isdigit() or len(word) > _LONGEST_NUMBER:
-        raise NotOursError
-    return int(word)
-
-
-def _word(word: bytes) -> bytes | None:
-    if word == b"-":
-        return None
-    try:
-        text = base64.b64decode(word, validate=True)
-    except ValueError:
-        raise NotOursError from None
-    if b"\0" in text:
-        raise NotOursError
-    return text
-
-
-async def _long_word(word: bytes) -> bytes | None:
-    """The same for one that may be of many megabytes: others get their turn in between."""
-    parts = []
-    for start in range(0, len(word), _WHOLE_AT_ONCE):
-        if start:
-            await asyncio.sleep(0)
-        parts.append(_word(word[start : start + _WHOLE_AT_ONCE]))
-    if len(parts) == 1:
-        return parts[0]
-    return b"".join(part or b"" for part in parts)
-
-
-class Secrets:
-    """What the session and the proxy share, and what is made from it.
-
-    Attributes:
-        token: 32 hexadecimal digits; a message of ours begins with it.
-        setting: what goes into the session's startup packet.
-    """
-
-    def __init__(self, setting: bytes | None = None) -> None:
-        """`setting`: what the session has been given already, if anything."""
-        self.setting = setting or secrets.token_hex(32).encode()
-        self.token, self._secret = self.setting[:32], self.setting[32:]
-
-    def hash(self, nonce: bytes, *, server_version: int) -> bytes:
-        """64 hexadecimal digits that cannot be guessed, for one question."""
-        return _hash(self._secret + nonce, server_version)
-
-    def key(self, word: bytes, nonce: bytes) -> bytes:
-        """What the answers to one question are enciphered with."""
-        return b"%b%b%b " % (self._secret, word, nonce)
-
-
-def _hash(text: bytes, server_version: int) -> bytes:
-    """64 hexadecimal digits; `bodies` has the same, and before 11 there is no SHA-2."""
-    if server_version >= 110000:
-        return hashlib.sha256(text).hexdigest().encode()
-    halves = [hashlib.md5(text + end, usedforsecurity=False) for end in (b"a", b"b")]
-    return b"".join(half.hexdigest().encode() for half in halves)
-
-
-def _enciphered(data: bytes, key: bytes, server_version: int) -> bytes:
-    """Data XOR a pad that is made of the key."""
-    pad = b"".join(
-        bytes.fromhex(_hash(b"%b%d" % (key, n), server_version).decode())
-        for n in range((len(data) + 31) // 32)
-    )[: len(data)]
-    number = int.from_bytes(data, "big") ^ int.from_bytes(pad, "big")
-    return number.to_bytes(len(data), "big")
 
 
 class Inside:
@@ -290,11 +101,11 @@ class Inside:
         self._heard = 0
         self._task: asyncio.Task[None] | None = None
         self._next_task: asyncio.Task[None] | None = None
-        self._challenge: _Challenge | None = None
-        self._shown: _Shown | None = None
+        self._challenge: Challenge | None = None
+        self._shown: Handover | None = None
         # A call that goes on with the next question: one that needs custom settings, or whose rows
         # are not all handed over.
-        self._call: _Call | None = None
+        self._call: Call | None = None
         self._blocks: Blocks | None = None
         self._coming: asyncio.Task[Answer] | None = None
         # The last error that was handed over; why the statement is being canceled.
@@ -382,9 +193,9 @@ class Inside:
             response = response.with_fields(**{code: reason.get(code, b"") for code in "CMDH"})
             while _ASK not in lines[0]:
                 del lines[0]  # where in our function it was canceled
-        elif _ASK not in lines[0][:_LONGEST_LINE]:
+        elif _ASK not in lines[0][:LONGEST_LINE]:
             return None
-        own = itertools.takewhile(lambda line: _OWN_LINE.search(line[:_LONGEST_LINE]), lines)
+        own = itertools.takewhile(lambda line: _OWN_LINE.search(line[:LONGEST_LINE]), lines)
         del lines[: len(list(own))]
         told, self._error = self._error, None
         if told is not None and told.fields.get("M") == response.message and "W" in told.fields:
@@ -443,7 +254,7 @@ class Inside:
         match message.verb:
             case b"call":
                 self._call = None  # in case there is something wrong with this one
-                call = _Call(message)
+                call = Call(message)
                 call.check_size(len(message.text))
                 await self._ask_for_proof(message, call)
             case b"custom":
@@ -451,30 +262,39 @@ class Inside:
                 # twice, the second time as the owner of the calling code.
                 asked = self._call
                 if asked is not None and asked.custom_settings:
-                    if len(message.text) > _LARGEST_QUESTION:
+                    if len(message.text) > LARGEST_QUESTION:
                         raise NotOursError
                     await self._ask_for_proof(message, asked)
             case b"proof":
                 challenge, self._challenge = self._challenge, None
-                if challenge is not None and await challenge.is_met_by(message):
+                if challenge is not None and challenge.is_met_by(message, await _proof(challenge)):
                     await self._serve_proven(challenge)
             case _:
                 await self._show_next(message)
 
-    async def _serve_proven(self, challenge: _Challenge) -> None:
+    async def _serve_proven(self, challenge: Challenge) -> None:
         self._is_proven = True
         question, call = challenge.question, challenge.call
         answer = await self._or_error(call, self._answer, challenge)
         self._show_answer(question.nonce, call, answer, challenge.word)
         await self._show(0)
 
-    def _show_answer(self, nonce: bytes, call: _Call, answer: Answer, word: bytes) -> None:
+    def _show_answer(self, nonce: bytes, call: Call, answer: Answer, word: bytes) -> None:
         self._call = call
-        key = self.secrets.key(word, nonce)
-        self._shown = _Shown(nonce, key, call.encoding, answer)
+        self._shown = Handover(
+            nonce,
+            self._signs(nonce),
+            self.secrets.key(word, nonce),
+            answer,
+            encoding=call.encoding,
+            server_version=self._session.server_version,
+        )
+
+    def _signs(self, nonce: bytes) -> Signs:
+        return self.secrets.signs(nonce, server_version=self._session.server_version)
 
     async def _or_error(
-        self, call: _Call, find: Callable[P, Awaitable[Answer]], *args: P.args, **kwargs: P.kwargs
+        self, call: Call, find: Callable[P, Awaitable[Answer]], *args: P.args, **kwargs: P.kwargs
     ) -> Answer:
         """An answer, or the error that it has come to."""
         try:
@@ -490,11 +310,11 @@ class Inside:
                 self._session.drop(job)
             raise
 
-    async def _answer(self, challenge: _Challenge) -> Answer:
+    async def _answer(self, challenge: Challenge) -> Answer:
         question, call = challenge.question, challenge.call
         context = self._context(challenge)
         if question.verb == b"custom":
-            words = map(_word, question.words[3:])
+            words = map(decoded, question.words[3:])
             pairs = zip(call.custom_settings, words, strict=False)
             settings = tuple((name, value) for name, value in pairs if value is not None)
             context = replace(context, settings=context.settings + settings)
@@ -510,13 +330,13 @@ class Inside:
             raise permission_denied(call.function.name)
         launcher = self._session.launcher_for(self._login)
         caller = InsideCaller(self._session, launcher, self._interrupts, context, call)
-        value = await call.function.run(caller, **await call.arguments())
+        value = await call.function.run(caller, **await _arguments(call))
         if isinstance(value, Job):
             self._blocks = Blocks(
                 value, call.encoding, notice=self._session.inject, wait=caller.wait_for
             )
             return await self._block(self._blocks)
-        return _value(value, call.function, call.encoding)
+        return answer_of(value, call.function, call.encoding)
 
     @property
     def _has_missing_ok(self) -> bool:
@@ -542,12 +362,12 @@ class Inside:
 
     # Through the channel
 
-    async def _ask_for_proof(self, question: Message, call: _Call) -> None:
+    async def _ask_for_proof(self, question: Message, call: Call) -> None:
         """Show the word that the function must read, and have the server say what its role may do.
 
         If there is no channel to show it, the question is answered at once: with that error.
         """
-        login = _word(question.words[0])
+        login = decoded(question.words[0])
         try:
             await self._lease_channel(login)
             if self._channel and self._channel.room and call.is_known:
@@ -560,7 +380,7 @@ class Inside:
                     await self._lease_channel(login)
                     await self._show_word(question, call)
                 return
-            reason = _unprovable() if call.is_known else _malformed()
+            reason = _unprovable() if call.is_known else malformed()
         except SQLError as error:
             if login is None:
                 raise
@@ -568,7 +388,7 @@ class Inside:
             reason = _no_login(login, error)
         await self._refuse(question, call, reason)
 
-    async def _show_word(self, question: Message, call: _Call) -> None:
+    async def _show_word(self, question: Message, call: Call) -> None:
         """Show it. Raises ServerError if the channel's login does not hold any more."""
         assert self._channel is not None
         session = self._session
@@ -584,11 +404,10 @@ class Inside:
             roles=roles,
             identity=self._channel.identity,
         )
-        word = secrets.token_hex(16).encode()
-        hash = self._hash(question.nonce)
-        shows = b"/*%b%b*/%b; %b" % (hash[28:60], word, checks, self._lock(hash))
+        signs = self._signs(question.nonce)
         # Before the function can have read it.
-        challenge = self._challenge = _Challenge(question, call, word, session.server_version)
+        challenge = self._challenge = Challenge(question, call, session.server_version)
+        shows = signs.comment(challenge.word) + checks + b"; " + signs.ask_for_proof()
         *found, (_, state) = await self._channel_query(shows)
         self._is_locked = (state or b"").endswith(b"w")
         if found:
@@ -608,7 +427,7 @@ class Inside:
             self._login = login
             self._is_locked = self._is_proven = False
 
-    async def _refuse(self, question: Message, call: _Call, error: SQLError) -> None:
+    async def _refuse(self, question: Message, call: Call, error: SQLError) -> None:
         """Answer an unproven question with an error, which contains nothing secret."""
 
         async def answer() -> Answer:
@@ -619,7 +438,7 @@ class Inside:
         self._shown.narrow = True
         await self._show(0)
 
-    def _context(self, challenge: _Challenge) -> Context:
+    def _context(self, challenge: Challenge) -> Context:
         """What the server has said about the role. Raises SQLError."""
         call = challenge.call
         if not challenge.found:
@@ -657,27 +476,18 @@ class Inside:
             settings=call.settings,
         )
 
-    def _session_role(self, call: _Call) -> bytes:
+    def _session_role(self, call: Call) -> bytes:
         """The session_user of the job; a job of an owner has a session of that owner."""
         return call.session_role if self._login is None else call.role
-
-    def _lock(self, hash: bytes) -> bytes:
-        """The SELECT with which a channel takes the lock that the function waits for."""
-        return (
-            b"SELECT pg_catalog.pg_advisory_unlock_all(), pg_catalog.set_config('application_name',"
-            b" CASE WHEN pg_catalog.pg_try_advisory_lock(%d) THEN '%bpw' ELSE '%bpt' END, false)"
-            % (_key(hash), hash[:12], hash[:12])
-        )
 
     async def _show_next(self, message: Message) -> None:
         """The next piece of what is being handed over."""
         shown, call = self._shown, self._call
         if shown is None or call is None or shown.nonce != message.nonce:
             return
-        number = _number(message.words[0])
+        number = parse_number(message.words[0])
         if shown.is_last(number - 1) and self._coming is not None:
-            shown.answer = array_text(await self._coming, call.encoding)
-            shown.first = number
+            shown.go_on(await self._coming, number)
         await self._show(number)
 
     async def _show(self, number: int) -> None:
@@ -687,24 +497,13 @@ class Inside:
         assert shown is not None
         assert call is not None
         shown.room = self._channel.room
-        hash = self._hash(shown.nonce)
-        tag, mark, count = hash[:12], hash[28:60], b"%04d" % (number % 10000)
-        is_last = shown.is_last(number)
-        key = b"%b%d " % (shown.key, number)
-        data = _enciphered(shown.piece(number), key, self._session.server_version)
-        data = base64.b64encode(data)
-        if shown.is_narrow:
-            name = tag + (b"a" if is_last else b"b") + count + data
-            comment = b""
-        else:
-            name = tag + (b"q" if is_last else b"r") + count
-            # Not "/*", where the data ends in "/": comments nest.
-            comment = b"/*%b%b%b */" % (mark, count, data)
+        signs, is_last = shown.signs, shown.is_last(number)
+        name, comment = shown.piece(number)
         columns = [b"pg_catalog.set_config('application_name', '%b', false)" % name]
         if self._is_locked:
-            columns.append(b"pg_catalog.pg_advisory_unlock(%d)" % (_key(hash) ^ number))
+            columns.append(b"pg_catalog.pg_advisory_unlock(%d)" % signs.lock(number))
         if has_more := not is_last or self._blocks is not None:
-            columns.insert(0, b"pg_catalog.pg_try_advisory_lock(%d)" % (_key(hash) ^ (number + 1)))
+            columns.insert(0, b"pg_catalog.pg_try_advisory_lock(%d)" % signs.lock(number + 1))
             if is_last and self._blocks is not None:
                 # It is made while the function deals with this one.
                 coming = self._or_error(call, self._block, self._blocks)
@@ -717,159 +516,35 @@ class Inside:
             raise ConnectionError("the channel is gone")
         return await self._channel.query(sql)
 
-    def _hash(self, nonce: bytes) -> bytes:
-        return self.secrets.hash(nonce, server_version=self._session.server_version)
+
+async def _proof(challenge: Challenge) -> bytes:
+    if challenge.size <= _WHOLE_AT_ONCE:
+        return challenge.proof()
+    return await asyncio.to_thread(challenge.proof)
 
 
-def _key(hash: bytes) -> int:
-    """Of the advisory lock for the first piece of an answer."""
-    return int.from_bytes(bytes.fromhex(hash[12:28].decode()), "big", signed=True)
+async def _long_word(word: bytes) -> bytes | None:
+    """What a word of many megabytes says: others get their turn in between."""
+    parts = []
+    for start in range(0, len(word), _WHOLE_AT_ONCE):
+        if start:
+            await asyncio.sleep(0)
+        parts.append(decoded(word[start : start + _WHOLE_AT_ONCE]))
+    if len(parts) == 1:
+        return parts[0]
+    return b"".join(part or b"" for part in parts)
 
 
-class _Challenge:
-    """A question whose function has yet to prove the rights that it calls with.
-
-    Attributes:
-        question: the message.
-        call: what it says.
-        word: what a channel shows to those who have the rights of its login role.
-        found: what the server says about the role that the question names; empty if there is none.
-        roles: OIDs of those as which the calling code can run, once it is met.
-    """
-
-    def __init__(self, question: Message, call: _Call, word: bytes, server_version: int) -> None:
-        self.question = question
-        self.call = call
-        self.word = word
-        self.found: tuple[bytes | None, ...] = ()
-        self.roles: frozenset[bytes] = frozenset()
-        self._server_version = server_version
-
-    async def is_met_by(self, message: Message) -> bool:
-        """Whether the message proves it."""
-        if (message.nonce, message.schema) != (self.question.nonce, self.question.schema):
-            return False
-        text = self.word + self.question.text
-        if len(text) <= _WHOLE_AT_ONCE:
-            wanted = _hash(text, self._server_version)
-        else:
-            wanted = await asyncio.to_thread(_hash, text, self._server_version)
-        self.roles = frozenset(message.words[1].split(b","))
-        return hmac.compare_digest(message.words[0], wanted)
-
-
-class _Shown:
-    """An answer, or a block of one, that is being handed over.
-
-    Attributes:
-        nonce: of the question.
-        key: what it is enciphered with.
-        answer: as a text[].
-        first: the number of its first piece.
-        narrow: whether the function may be unable to see the channel's query.
-        room: how many characters of a query the channel shows.
-    """
-
-    def __init__(self, nonce: bytes, key: bytes, encoding: bytes, answer: Answer) -> None:
-        self.nonce = nonce
-        self.key = key
-        self.answer = array_text(answer, encoding)
-        self.first = 0
-        self.narrow = False
-        self.room = 0
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether it goes through application_name."""
-        return self.narrow or self.room < _LEAST_ROOM or len(self.answer) <= _NARROW
-
-    @property
-    def _size(self) -> int:
-        return _NARROW if self.is_narrow else (self.room - _BEFORE_DATA) // 4 * 3
-
-    def piece(self, number: int) -> bytes:
-        """The piece of this number."""
-        start = (number - self.first) * self._size
-        return self.answer[start : start + self._size]
-
-    def is_last(self, number: int) -> bool:
-        """Whether it is the last one."""
-        return len(self.answer) <= (number - self.first + 1) * self._size
-
-
-class _Call:
-    """A call, as its question says it.
-
-    Attributes:
-        encoding: the client_encoding of its words.
-        role, session_role: names of the current role, and of the session's.
-        own_settings: the ``pg_background.`` settings.
-        settings: of the session, if they are needed.
-        custom_settings: names of those whose values the function is asked for.
-        launched: the jobs that it has started.
-    """
-
-    def __init__(self, message: Message) -> None:
-        """Raises SQLError for what no function of ours has said, NotOursError."""
-        words = message.words
-        own = 5 + len(GUCS)
-        try:
-            role, session_role, name, encoding, *texts = map(_word, words[1:own])
-            count = int(_word(words[own]) or b"")
-            self._arguments = words[own + 1 : own + 1 + count]
-            settings = [_word(word) for word in words[own + 1 + count :]]
-            pairs = list(zip(settings[::2], settings[1::2], strict=True))
-        except (ValueError, LookupError):
-            raise NotOursError from None
-        if count < 0 or len(self._arguments) != count:
-            raise NotOursError
-        self._function = _FUNCTIONS.get(name or b"")
-        self.encoding, self.role, self.session_role = (
-            encoding or b"",
-            role or b"",
-            session_role or b"",
-        )
-        self.own_settings = {
-            name: text.decode("utf-8", "replace")
-            for name, text in zip(GUCS, texts, strict=True)
-            if text is not None
+async def _arguments(call: Call) -> dict[str, Any]:
+    """By name. Raises SQLError."""
+    texts = [await _long_word(word) for word in call.argument_words]
+    try:
+        return {
+            parameter.name: decode_argument(parameter.type, text)
+            for parameter, text in zip(call.function.parameters, texts, strict=True)
         }
-        self.settings = tuple(
-            (name or b"", value or b"")
-            for name, value in pairs
-            if name is not None and name not in NOT_CARRIED_OVER
-        )
-        self.custom_settings: tuple[bytes, ...] = ()
-        self.launched: list[Job] = []
-
-    @property
-    def function(self) -> Function:
-        """What is called. Raises SQLError if we do not know it."""
-        if self._function is None:
-            raise _malformed()
-        return self._function
-
-    @property
-    def is_known(self) -> bool:
-        """Whether there is such a function."""
-        return self._function is not None
-
-    def check_size(self, size: int) -> None:
-        """Raises NotOursError for a message larger than the call can be."""
-        carries_sql = self._function is not None and Needs.SETTINGS in self._function.needs
-        if size > _LARGEST_QUESTION and not carries_sql:
-            raise NotOursError
-
-    async def arguments(self) -> dict[str, Any]:
-        """By name. Raises SQLError."""
-        texts = [await _long_word(word) for word in self._arguments]
-        try:
-            return {
-                parameter.name: decode_argument(parameter.type, text)
-                for parameter, text in zip(self.function.parameters, texts, strict=True)
-            }
-        except ValueError:
-            raise _malformed() from None
+    except ValueError:
+        raise malformed() from None
 
 
 def _no_login(role: bytes, error: SQLError) -> SQLError:
@@ -897,29 +572,6 @@ def _unprovable() -> SQLError:
     )
 
 
-def _malformed() -> SQLError:
-    return SQLError(
-        FEATURE_NOT_SUPPORTED,
-        "pg-background-proxy does not know this function",
-        hint="The extension's objects may be of another version: ALTER EXTENSION pg_background"
-        " UPDATE.",
-    )
-
-
-def _value(value: Any, function: Function, encoding: bytes) -> Answer:
-    """The answer that has what a function returns."""
-    columns = function.columns
-    if not columns:
-        return [b"v", text_form(value, function.result_type, UTC)]
-
-    def texts(row: Sequence[Any]) -> Answer:
-        return [text_form(v, c.type, UTC) for v, c in zip(row, columns, strict=False)]
-
-    if function.returns_set:
-        return [b"v", array_2_text([texts(row) for row in value], encoding)]
-    return [b"n"] if value is None else [b"v", *texts(value)]
-
-
 class InsideCaller:
     """Makes calls from inside the database (`calls.Caller`)."""
 
@@ -929,7 +581,7 @@ class InsideCaller:
         launcher: Launcher,
         interrupts: Interrupts,
         context: Context,
-        call: _Call,
+        call: Call,
     ) -> None:
         self._session = session
         self._launcher = launcher
@@ -995,10 +647,10 @@ class InsideCaller:
     # The functions that would ask for these need no proxy (`privileges`, the view's own SQL).
 
     async def activity(self, jobs: Sequence[Job]) -> dict[int, tuple[bytes | None, ...]]:
-        raise _malformed()
+        raise malformed()
 
     async def change_privileges(self, verb: str, role: bytes, *, print_commands: bool) -> bool:
-        raise _malformed()
+        raise malformed()
 
     async def drop_executor_role(self) -> bool:
-        raise _malformed()
+        raise malformed()
