@@ -60,7 +60,7 @@ class _Query(Tokens):
 
     def __init__(self, statement: Tokens) -> None:
         super().__init__(statement.sql, statement.tokens, statement.encoding)
-        # U&"…" is no name here.
+        # U&"…" is not a name here.
         self.names = [identifier(self.sql, token, self.encoding) for token in self.tokens]
         self.openings, self.clauses = self.surroundings()
 

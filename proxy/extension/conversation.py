@@ -311,7 +311,7 @@ class Secrets:
         self.token, self._secret = self.setting[_TOKEN], self.setting[_SECRET]
 
     def signs(self, nonce: bytes, *, server_version: int) -> Signs:
-        """What the answers to one question are known by: nobody else can guess it."""
+        """What the function knows the answers to one question by; it cannot be guessed."""
         return Signs(_hash(self._secret + nonce, server_version))
 
     def key(self, word: bytes, nonce: bytes) -> bytes:

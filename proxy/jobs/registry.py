@@ -263,7 +263,7 @@ def kept_label(label: bytes) -> bytes:
 
 
 def kept_error(error: ErrorResponse) -> ErrorResponse:
-    """What is kept of an error, when whoever fetches the result has it, or nobody will."""
+    """What is kept of an error after its result was fetched, or will not be."""
     if all(len(text) <= TEXT_SIZE for text in error.fields.values()):
         return error
     return ErrorResponse({code: shortened(text, TEXT_SIZE) for code, text in error.fields.items()})

@@ -65,7 +65,7 @@ class SqlReader:
             raise BudgetError("the text is too long")
         conforming = self._relay.setting(b"standard_conforming_strings") != b"off"
         if b"\v" in sql and self.server_version < 160000:
-            # Raises LexError if it is no white space there to this server.
+            # Raises LexError if this server does not take it for white space.
             lexer.tokenize(
                 sql,
                 standard_conforming_strings=conforming,

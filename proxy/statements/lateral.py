@@ -213,8 +213,8 @@ def with_lateral(outline: Outline, lateral: Lateral) -> ScalarPlan:
 
 
 class _Items(NamedTuple):
-    """The select list: what the stand-in has of it behind its first column, in so many columns,
-    which of them are calls, and what the client gets."""
+    """The select list: its part of the stand-in behind the first column, `width` columns; which of
+    them are calls; and what the client gets."""
 
     pieces: list[Piece]
     width: int

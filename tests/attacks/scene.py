@@ -101,7 +101,7 @@ BEGIN
     END;
   END LOOP;
   BEGIN
-    -- What somebody has said before in this transaction, once more.
+    -- The last message of this transaction, again.
     IF message <> '' THEN
       RAISE INFO '%', message;
       PERFORM set_config('pg_background_proxy.message', message, true);

@@ -44,7 +44,7 @@ def fuzz(
 ) -> int:
     """Attempts with new values for a share of SECONDS; how many there were.
 
-    The first that fails is tried once more, which tells whether it always does.
+    The first that fails is tried again, which tells whether it always does.
     """
     end = time.monotonic() + SECONDS * share
     attempts = 0

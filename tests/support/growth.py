@@ -24,7 +24,7 @@ LINEAR: Final = 6.0
 
 
 def cpu_time(work: Callable[[T], object], given: T, times: int, runs: int) -> float:
-    """The least CPU time of ``runs`` in which it is done so many times.
+    """The least CPU time of ``runs`` runs, each of ``times`` times ``work``.
 
     What it raises of errors in the input is ignored.
     """
