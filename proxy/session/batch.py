@@ -18,7 +18,7 @@ from proxy.net.connection import Connection
 from proxy.net.inbox import Inbox
 from proxy.session.caller import SessionCaller
 from proxy.session.client_session import ClientSession
-from proxy.session.dialogue import FLUSH, PrimaryDialogue, Take, drop
+from proxy.session.exchange import FLUSH, Exchange, ResponseHandler, drop
 from proxy.statements.plan import Plan, Substitute
 from proxy.statements.reading import READING, depends_on_settings
 from proxy.statements.statement import Statement
@@ -98,7 +98,7 @@ class Batch:
         self.client = session.client
         self.server = session.primary
         self.interrupts = Interrupts()
-        self.primary = PrimaryDialogue(session, self.client, self.server, self.interrupts)
+        self.primary = Exchange(session, self.client, self.server, self.interrupts)
         self.caller = SessionCaller(session, self.primary, self.interrupts)
         self.messages = ClientMessages(self.client, data)
         self.executed = F.EXECUTE in self.relay.batch
@@ -148,12 +148,12 @@ class Batch:
         self,
         portal: bytes,
         max_rows: int,
-        take: Take,
+        handler: ResponseHandler,
         *,
         plan: Plan | Substitute | None = None,
         offset: int = 0,
     ) -> None:
-        """Queue Execute; see `PrimaryDialogue.send`."""
+        """Queue Execute; see `Exchange.send`."""
         self.executed = True
         self.settings_known = False
         if plan is None or isinstance(plan, Substitute) or not plan.has_no_side_effects:
@@ -161,7 +161,7 @@ class Batch:
         self.primary.send(
             Execute(portal, max_rows).serialize(),
             ENDS_EXECUTE,
-            take,
+            handler,
             plan=plan,
             offset=offset,
             is_block=isinstance(plan, Substitute) and plan.tag is not None,
@@ -176,17 +176,17 @@ class Batch:
         self.primary.send(Close(b"P", b"").serialize(), ENDS_CLOSE, drop)
         self.primary.send(Close(b"S", b"").serialize(), ENDS_CLOSE, closed)
 
-    def pass_as(self, tag: bytes | None) -> Take:
+    def pass_as(self, tag: bytes | None) -> ResponseHandler:
         """Passes on the answer to Execute or Query, with this command tag if there is one."""
 
-        async def take(kind: int, body: bytes) -> None:
+        async def handler(kind: int, body: bytes) -> None:
             if kind == B.COMMAND_COMPLETE and tag is not None:
                 self.session.extension_state.change()
                 await self.primary.write(CommandComplete(tag).serialize())
             else:
                 await self.pass_execution(kind, body)
 
-        return take
+        return handler
 
     async def pass_execution(self, kind: int, body: bytes) -> None:
         """Passes on the answer to Execute, and the client's COPY data to the server."""

@@ -34,7 +34,7 @@ from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job, Jobs
 from proxy.jobs.registry import Handle, JobRecord
 from proxy.session.client_session import ClientSession
-from proxy.session.dialogue import PrimaryDialogue
+from proxy.session.exchange import Exchange
 from proxy.session.prepared import misread
 from proxy.sql import encodings
 from proxy.statements.plan import Call, FieldOf, Plan
@@ -45,9 +45,7 @@ T = TypeVar("T")
 class SessionCaller:
     """Makes calls for a session (`calls.Caller`)."""
 
-    def __init__(
-        self, session: ClientSession, primary: PrimaryDialogue, interrupts: Interrupts
-    ) -> None:
+    def __init__(self, session: ClientSession, primary: Exchange, interrupts: Interrupts) -> None:
         self._session = session
         self._primary = primary
         self._interrupts = interrupts
@@ -78,7 +76,7 @@ class SessionCaller:
             custom_settings=custom,
         )
 
-        async def take(kind: int, body: bytes) -> None:
+        async def handler(kind: int, body: bytes) -> None:
             if kind == B.DATA_ROW:
                 self._context = parse_context(DataRow.parse(body).values, custom_settings=custom)
                 relay.unreported[b"client_encoding"] = self._context.client_encoding
@@ -90,7 +88,7 @@ class SessionCaller:
                 timeout = self._context.statement_timeout.decode()
                 self._interrupts.start_timer(parse_time_ms(timeout))
 
-        self._primary.ask(sql, take)
+        self._primary.ask(sql, handler)
         if session.system_id is None:
             self._primary.ask(SYSTEM_ID_QUERY, self._take_system_id)
 
@@ -144,15 +142,15 @@ class SessionCaller:
         """Have the session know which version of the API this database has; `apart`: before the
         batch begins."""
 
-        async def take(kind: int, body: bytes) -> None:
+        async def handler(kind: int, body: bytes) -> None:
             if kind == B.DATA_ROW:
                 version, real = DataRow.parse(body).values
                 self._session.extension_state.learn(version, has_real=real == b"t")
 
         if apart:
-            await self._primary.ask_apart(installed.VERSION_QUERY, take)
+            await self._primary.ask_apart(installed.VERSION_QUERY, handler)
         else:
-            self._primary.ask(installed.VERSION_QUERY, take)
+            self._primary.ask(installed.VERSION_QUERY, handler)
             await self._primary.settle()
 
     def arguments(self, call: Call, text: bytes | None) -> list[bytes | None]:
@@ -222,13 +220,13 @@ class SessionCaller:
     async def activity(self, jobs: Sequence[Job]) -> dict[int, tuple[bytes | None, ...]]:
         rows: dict[int, tuple[bytes | None, ...]] = {}
 
-        async def take(kind: int, body: bytes) -> None:
+        async def handler(kind: int, body: bytes) -> None:
             if kind == B.DATA_ROW:
                 pid, *values = DataRow.parse(body).values
                 rows[int(pid or 0)] = tuple(values)
 
         self._primary.ask(
-            activity_query([job.pid for job in jobs], self._session.server_version), take
+            activity_query([job.pid for job in jobs], self._session.server_version), handler
         )
         await self._primary.settle()
         return rows

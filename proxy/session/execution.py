@@ -23,7 +23,7 @@ from protocol.values import NoBinaryForm
 from proxy.api.functions import TEXT, Column, Needs, Type
 from proxy.jobs.job import Job
 from proxy.session.batch import Batch
-from proxy.session.dialogue import FLUSH, SYNC_AHEAD, Take, drop
+from proxy.session.exchange import FLUSH, SYNC_AHEAD, ResponseHandler, drop
 from proxy.session.fetch import Fetch, text_field
 from proxy.session.prepared import (
     FunctionResult,
@@ -60,8 +60,8 @@ class Execution:
                 await self.fetch(name, portal, statement, max_rows, sync=sync)
             case command:
                 plan = command.plan
-                take = self._batch.pass_as(plan.tag)
-                self._batch.send_execute(name, max_rows, take, plan=plan)
+                handler = self._batch.pass_as(plan.tag)
+                self._batch.send_execute(name, max_rows, handler, plan=plan)
 
     def _ends_batch(self, portal: Portal, statement: WithCalls) -> bool:
         """Whether Sync may go along with a call, and is due. The client's own is taken if so."""
@@ -69,13 +69,15 @@ class Execution:
             return False
         return portal.in_query or self._batch.messages.take(F.SYNC)
 
-    def describes(self, statement: WithCalls, formats: Sequence[int] | None = None) -> Take:
+    def describes(
+        self, statement: WithCalls, formats: Sequence[int] | None = None
+    ) -> ResponseHandler:
         """Notes how the server describes a stand-in.
 
         `formats`: of the result, if the client is to see the description of its own statement.
         """
 
-        async def take(kind: int, body: bytes) -> None:
+        async def handler(kind: int, body: bytes) -> None:
             if kind == B.PARAMETER_DESCRIPTION and formats is not None:
                 await self._primary.pass_on(kind, body)
             elif kind == B.ROW_DESCRIPTION:
@@ -84,7 +86,7 @@ class Execution:
                     fields = with_formats(statement.client_fields(), formats)
                     await self._primary.write(RowDescription(fields).serialize())
 
-        return take
+        return handler
 
     # Calls with each row
 
@@ -96,7 +98,7 @@ class Execution:
         kept: list[tuple[int, bytes]] = []
         may_set = not plan.has_no_side_effects
 
-        async def take(kind: int, body: bytes) -> None:
+        async def handler(kind: int, body: bytes) -> None:
             if kept or Needs.PRIMARY in needs or (may_set and _has_other_letters(plan, kind, body)):
                 kept.append((kind, body))
             else:
@@ -104,7 +106,7 @@ class Execution:
 
         sync = may_sync and self._ends_batch(portal, statement)
         batch.caller.ask_context(plan, first=not batch.executed)
-        batch.send_execute(name, max_rows, take, plan=plan, offset=portal.offset)
+        batch.send_execute(name, max_rows, handler, plan=plan, offset=portal.offset)
         if portal.in_query:
             batch.close_unnamed()
         self._primary.synced = sync
@@ -207,11 +209,11 @@ class Execution:
         rows: list[tuple[bytes | None, ...]] = []
         if portal.result is None:
 
-            async def take(kind: int, body: bytes) -> None:
+            async def handler(kind: int, body: bytes) -> None:
                 if kind == B.DATA_ROW:
                     rows.append(DataRow.parse(body).values)
 
-            batch.send_execute(name, 0, take, plan=plan, offset=portal.offset)
+            batch.send_execute(name, 0, handler, plan=plan, offset=portal.offset)
         else:
             # It may have gone with a savepoint; the server knows.
             self._primary.send(Describe(b"P", name).serialize(), ENDS_DESCRIBE, drop)

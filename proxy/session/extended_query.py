@@ -182,7 +182,7 @@ class ExtendedQuery:
         message = Execute.parse(body)
         portal = self._relay.portals.get(self._relay.key(message.portal))
         if portal is None:
-            take = self._batch.pass_execution
-            self._batch.send_execute(message.portal, message.max_rows, take)
+            handler = self._batch.pass_execution
+            self._batch.send_execute(message.portal, message.max_rows, handler)
         else:
             await self._execution.execute(message.portal, portal, message.max_rows)

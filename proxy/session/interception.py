@@ -23,7 +23,7 @@ from protocol.kinds import AFTER_LOGIN, EXTENDED, B, F
 from protocol.messages import Terminate
 from proxy.session.batch import Batch
 from proxy.session.client_session import ClientSession
-from proxy.session.dialogue import BatchFailedError
+from proxy.session.exchange import BatchFailedError
 from proxy.session.execution import Execution
 from proxy.session.extended_query import ExtendedQuery
 from proxy.session.relay import TEXT_COST, TURN

@@ -13,7 +13,7 @@ from protocol.errors import FEATURE_NOT_SUPPORTED, SQLError
 from protocol.kinds import ENDS_BIND, ENDS_DESCRIBE, ENDS_EXECUTE, ENDS_PARSE, B
 from protocol.messages import Bind, Describe, Parse, Query
 from proxy.session.batch import Batch
-from proxy.session.dialogue import SYNC_MESSAGE, Take, drop
+from proxy.session.exchange import SYNC_MESSAGE, ResponseHandler, drop
 from proxy.session.execution import Execution
 from proxy.session.prepared import Portal, prepare
 from proxy.statements.plan import Plan, Substitute, joined
@@ -92,8 +92,8 @@ class SimpleQuery:
         message = Query(whole.rewrite.sql).serialize()
         for plan in plans:
             tag = _tag(plan)
-            take = self._batch.pass_as(tag)
-            self._primary.send(message, ENDS_EXECUTE, take, plan=whole, is_block=tag is not None)
+            handler = self._batch.pass_as(tag)
+            self._primary.send(message, ENDS_EXECUTE, handler, plan=whole, is_block=tag is not None)
             message = b""
         self._primary.synced = True
         await self._primary.settle()
@@ -110,8 +110,8 @@ class SimpleQuery:
             text += as_comment(plan.rewrite.unsent)
         self._primary.unclosed.add(b"")
 
-        def send(message: Parse | Bind | Describe, ends: bytes, take: Take) -> None:
-            self._primary.send(message.serialize(), ends, take, plan=plan, offset=offset)
+        def send(message: Parse | Bind | Describe, ends: bytes, handler: ResponseHandler) -> None:
+            self._primary.send(message.serialize(), ends, handler, plan=plan, offset=offset)
 
         send(Parse(b"", text + comment, ()), ENDS_PARSE, drop)
         send(Bind(b"", b"", (), (), ()), ENDS_BIND, drop)
@@ -119,8 +119,8 @@ class SimpleQuery:
         if plan is None or isinstance(plan, Substitute):
             send(describe, ENDS_DESCRIBE, self._pass_columns)
             # Nothing may follow before its answer: it could be COPY FROM STDIN.
-            take = self._batch.pass_as(_tag(plan))
-            self._batch.send_execute(b"", 0, take, plan=plan, offset=offset)
+            handler = self._batch.pass_as(_tag(plan))
+            self._batch.send_execute(b"", 0, handler, plan=plan, offset=offset)
             await self._primary.settle()
             return
         prepared = prepare(plan)

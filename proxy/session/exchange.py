@@ -1,4 +1,4 @@
-"""The primary backend, while a batch is served message by message.
+"""Requests to the primary backend, and its answers, while a batch is served message by message.
 
 Invariant: each request is queued with the handler of its answer, and requests go out together, so a
 batch costs as few round trips as its calls allow. The server's errors are passed on in terms of the
@@ -43,33 +43,27 @@ from proxy.statements.plan import Plan, Substitute
 from proxy.statements.standin import complaint
 
 OWN_NAME: Final = b"_pg_background_proxy"
-"""Of the statement and the portal with which we ask the primary backend; closed after use."""
+"""The name of our own statement and portal in the primary backend; closed after use."""
 
 SYNC_MESSAGE: Final = Sync().serialize()
 FLUSH: Final = Flush().serialize()
 SYNC_AHEAD: Final = SYNC_MESSAGE + FLUSH
-"""Sync, and a message that does nothing: so the server does not take a session for idle that waits
-for us, and idle_session_timeout does not end it."""
+"""Sync, and a message that does nothing. That stops the idle_session_timeout which begins at Sync, so
+the server does not end a session that waits for us."""
 
 
-Take = Callable[[int, bytes], Awaitable[None]]
-"""Deals with one message of an answer, given as type and body."""
+ResponseHandler = Callable[[int, bytes], Awaitable[None]]
+"""Handles one message of an answer, given as type and body."""
 
 Undo = Callable[[bool], object]
 
 
 @dataclass(slots=True)
 class _Reply:
-    """What is done with the server's answer to one message.
-
-    `ends`: the types of message that end it. `plan` and `offset`: of the statement that an error
-    is about, and where it begins in the client's text, in characters. `undo`: for an error; it is
-    told whether the server has read the message at all. `is_block`: what the server says is said in
-    a block of ours, which the client knows nothing of.
-    """
+    """What is done with the server's answer to one message; see `Exchange.send`."""
 
     ends: bytes
-    take: Take
+    handler: ResponseHandler
     plan: Plan | Substitute | None = None
     offset: int = 0
     undo: Undo | None = None
@@ -84,13 +78,13 @@ async def drop(kind: int, body: bytes) -> None:
     """Drops a message."""
 
 
-class PrimaryDialogue:
-    """What is asked of the primary backend, and answered.
+class Exchange:
+    """The requests of one batch.
 
     Attributes:
-        inbox: its messages that were not read yet.
+        inbox: the server's messages that were not read yet.
         synced: whether Sync has been sent, ahead of the client's own.
-        unclosed: statements that an error has kept us from closing.
+        unclosed: statements of ours that an error has kept us from closing.
     """
 
     def __init__(
@@ -118,7 +112,7 @@ class PrimaryDialogue:
         self,
         message: bytes,
         ends: bytes,
-        take: Take,
+        handler: ResponseHandler,
         *,
         plan: Plan | Substitute | None = None,
         offset: int = 0,
@@ -130,15 +124,16 @@ class PrimaryDialogue:
         Args:
             message: the whole message.
             ends: the types of message that end its answer.
-            take: deals with each message of the answer.
+            handler: gets each message of the answer.
             plan: of the statement that an error is about.
             offset: where that begins in the client's text, in characters.
             undo: called if the server fails before it has answered, with whether it has read the
                 message at all.
-            is_block: what is executed is a block of ours, in place of a command.
+            is_block: what is executed is a block of ours, in place of a command; the client is not
+                told where in the block an error or notice was raised.
         """
         self._out.append(message)
-        self._replies.append(_Reply(ends, take, plan, offset, undo, is_block))
+        self._replies.append(_Reply(ends, handler, plan, offset, undo, is_block))
 
     def push(self) -> None:
         """Send what is queued, without asking for the answers yet."""
@@ -146,11 +141,11 @@ class PrimaryDialogue:
             self._server.write(b"".join(self._out))
             self._out.clear()
 
-    def ask(self, sql: bytes, take: Take) -> None:
+    def ask(self, sql: bytes, handler: ResponseHandler) -> None:
         """Queue a query of ours, within the client's batch."""
         self.send(Parse(OWN_NAME, sql, ()).serialize(), ENDS_PARSE, drop)
         self.send(Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize(), ENDS_BIND, drop)
-        self.send(Execute(OWN_NAME, 0).serialize(), ENDS_EXECUTE, take)
+        self.send(Execute(OWN_NAME, 0).serialize(), ENDS_EXECUTE, handler)
         self.send(Close(b"P", OWN_NAME).serialize(), ENDS_CLOSE, drop)
         self.send(
             Close(b"S", OWN_NAME).serialize(),
@@ -163,20 +158,20 @@ class PrimaryDialogue:
         """Have the relay know what these settings are now, after all that was executed. SHOW takes
         no snapshot, so the client may still choose its transaction's isolation."""
 
-        def noting(name: bytes) -> Take:
-            async def take(kind: int, body: bytes) -> None:
+        def noting(name: bytes) -> ResponseHandler:
+            async def handler(kind: int, body: bytes) -> None:
                 if kind == B.DATA_ROW:
                     self._relay.unreported[name] = DataRow.parse(body).values[0] or b""
 
-            return take
+            return handler
 
         for name in names:
             self.ask(b"SHOW " + name, noting(name))
         await self.settle()
 
-    async def ask_apart(self, sql: bytes, take: Take) -> None:
+    async def ask_apart(self, sql: bytes, handler: ResponseHandler) -> None:
         """Ask before the client's batch begins, as a batch of its own."""
-        self.ask(sql, take)
+        self.ask(sql, handler)
         self.synced = True
         await self.settle(SYNC_MESSAGE)
         await self._until_ready()
@@ -216,7 +211,7 @@ class PrimaryDialogue:
                 self._server_failed(reply, body)
             if kind in reply.ends:
                 self._replies.popleft()
-            await reply.take(kind, body)
+            await reply.handler(kind, body)
 
     async def next_message(self) -> tuple[int, bytes]:
         """The server's next message that belongs to an answer; others are passed on."""
