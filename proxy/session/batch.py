@@ -114,8 +114,8 @@ class Batch:
         return message
 
     def is_alone(self, plan: Plan) -> bool:
-        """Whether there is nothing that an error of ours would have to undo, so that Sync may go
-        along with a call: then the server's transaction, and its snapshot, do not wait with us."""
+        """Whether an error of ours would have nothing to undo, so that Sync may go along with a
+        call: then the server's transaction, and its snapshot, end before the call is made."""
         if self.executed or self.relay.status != TransactionStatus.IDLE:
             return False
         return Needs.PRIMARY not in plan.needs and plan.has_no_side_effects

@@ -1,4 +1,4 @@
-"""The session as the functions see it: who calls, from which session, and what they may ask for.
+"""The session as the functions see it: their caller, and what they may ask of it.
 
 Invariant: a call is made with the context that was read in its own transaction (`context`), and
 whatever it asks of the primary backend goes there within the client's batch.
@@ -139,8 +139,7 @@ class SessionCaller:
             check_privilege(self, function.name)
 
     async def ask_api(self, *, apart: bool) -> None:
-        """Have the session know which version of the API this database has; `apart`: before the
-        batch begins."""
+        """Ask which version of the API this database has. `apart`: before the batch begins."""
 
         async def handler(kind: int, body: bytes) -> None:
             if kind == B.DATA_ROW:
@@ -200,7 +199,7 @@ class SessionCaller:
         )
 
     async def _for(self, work: Coroutine[Any, Any, T]) -> T:
-        """Its result; if the wait for it is ended, so is the work."""
+        """Wait for the result of the work, which is cancelled if the wait is interrupted."""
         working = asyncio.ensure_future(work)
         try:
             return await self._interrupts.for_future(working)
@@ -240,6 +239,6 @@ class SessionCaller:
         )
 
     async def _privileges_block(self, block: Callable[[str], bytes]) -> bool:
-        """Run a block that raises a marker, made up here, when all went well."""
+        """Run a block that raises a random marker at its end; whether it did."""
         marker = secrets.token_hex(16)
         return await self._primary.ask_marked(block(marker), marker)

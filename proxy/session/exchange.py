@@ -48,8 +48,8 @@ OWN_NAME: Final = b"_pg_background_proxy"
 SYNC_MESSAGE: Final = Sync().serialize()
 FLUSH: Final = Flush().serialize()
 SYNC_AHEAD: Final = SYNC_MESSAGE + FLUSH
-"""Sync, and a message that does nothing. That stops the idle_session_timeout which begins at Sync, so
-the server does not end a session that waits for us."""
+"""Sync, and a message that does nothing. It stops the idle_session_timeout that begins at Sync, so
+that the server does not end a session that waits for us."""
 
 
 ResponseHandler = Callable[[int, bytes], Awaitable[None]]

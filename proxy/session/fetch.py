@@ -31,13 +31,13 @@ _NO_BINARY_FORM: Final = frozenset({1033, 3642})
 
 
 _TURN: Final = 256 * 1024
-"""Bytes of rows that are passed on before others have their turn."""
+"""Bytes of rows that are passed on before other sessions have their turn."""
 
 _CONVERTED: Final = 8
-"""How much longer it takes, about, to take them apart."""
+"""About how many times longer a row takes to be taken apart than to be passed on."""
 
 _TAGS: Final = 1000
-"""Command tags that are sent before others have their turn."""
+"""Command tags that are sent before other sessions have their turn."""
 
 
 class Write(Protocol):

@@ -6,8 +6,8 @@ server that infers parameters, evaluates arguments and keeps the transaction. Th
 takes the stand-in's rows off the stream and puts the call's in.
 
 An interception begins when everything before its first message is answered, and ends with the
-ReadyForQuery of its batch. Here is who serves which message: Query `simple_query`, the extended
-protocol `extended_query`, both of which have portals executed by `execution`.
+ReadyForQuery of its batch. `simple_query` serves Query, `extended_query` the extended protocol;
+`execution` executes the portals of both.
 """
 
 from __future__ import annotations

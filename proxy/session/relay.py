@@ -48,7 +48,7 @@ _LONGEST: Final = 1 << 30
 """No message of the frontend is longer; the server closes the connection at once."""
 
 NAMES_SIZE: Final = 4096
-"""How much of a message is held to see which statement or portal it is about; all of it if its
+"""The bytes of a message that are held to see which statement or portal it names; all of it if its
 names are longer."""
 
 TURN: Final = 64 * 1024
@@ -57,10 +57,10 @@ TEXT_COST: Final = 2048
 text counts for besides."""
 
 _NOTICE_SIZE: Final = 512
-"""In how much of a notice the watchword would be."""
+"""The watchword of a notice for us is within its first bytes, this many."""
 
 _LONGEST_NOTICE: Final = 1024 * 1024 + _NOTICE_SIZE
-"""Of those that are for us, but for calls: they carry SQL."""
+"""The size of a notice for us, except one that makes a call: that carries SQL."""
 
 _CALL: Final = re.compile(rb" [0-9a-z]{32} call ")
 
@@ -77,7 +77,7 @@ _HANDLED: Final = bytes(
     ]
 )
 _SKIPPED: Final = bytes([B.DATA_ROW, B.COPY_DATA])
-"""The types that come in thousands."""
+"""Messages of these types come by the thousand."""
 _ACTION: Final = {
     **dict.fromkeys(_SKIPPED, _SKIP),
     **dict.fromkeys(ENDS_EXTENDED, _COUNT),
@@ -261,8 +261,8 @@ class Relay:
             self._pass_on(data)
 
     def _stops_at_text(self, kind: int, data: bytes, position: int, end: int) -> bool:
-        """Look at a Query or Parse. True if the relay passes on what is before it, and has held it
-        or handed it over."""
+        """Look at a Query or Parse. True if the relay stops there: it has passed on what comes
+        before, and has held the rest or handed it over."""
         if end - position > MAX_TEXT:
             return self._stops_at_long_text(kind, data, position)
         if end > len(data):
@@ -292,7 +292,7 @@ class Relay:
         return False
 
     def _stops_at_long_text(self, kind: int, data: bytes, position: int) -> bool:
-        """The same, for one that is too long to be looked at."""
+        """The same, for one that is too long to be read."""
         if len(data) - position < NAMES_SIZE:
             return self._hold(data, position, NAMES_SIZE)
         head = data[position + HEADER_SIZE : position + NAMES_SIZE]
@@ -330,7 +330,7 @@ class Relay:
     # What stops the relay (each returns True)
 
     def _hold(self, data: bytes, position: int, size: int) -> bool:
-        """Hold what comes from there on, until so many bytes of it are here."""
+        """Hold the data from `position` on, until `size` bytes of it are here."""
         if position:
             self._pass_on(data[:position])
         self._held = bytearray(memoryview(data)[position:])
@@ -338,7 +338,7 @@ class Relay:
         return True
 
     def _yield(self, data: bytes, position: int) -> bool:
-        """Pass on what was read, and go on with the rest when others had their turn."""
+        """Pass on what was read, and go on with the rest after other sessions have had a turn."""
         self._hold(data, position, 0)
         self.is_behind = True
         self._client.take_a_break()
@@ -354,7 +354,7 @@ class Relay:
     def _hand_over(
         self, data: bytes, position: int, statements: list[Statement] | None = None
     ) -> bool:
-        """Leave what comes from there on to an interception."""
+        """Leave the data from `position` on to an interception."""
         if position:
             self._pass_on(data[:position])
         self._hooks.take_over(data[position:], statements or [])
@@ -367,7 +367,7 @@ class Relay:
             portal.close()
 
     def key(self, name: bytes) -> bytes:
-        """What the server knows a statement or portal of this name by."""
+        """The name by which the server knows a statement or portal."""
         return encodings.name_key(
             name, self.setting(b"client_encoding"), self.setting(b"server_encoding")
         )
@@ -482,8 +482,8 @@ class Relay:
             self._settling.set_result(None)
 
     def _may_take_fast_path(self) -> bool:
-        """Whether all is answered, no message is partly here, and no later one can be about a call,
-        or change settings that are known, without saying so."""
+        """Whether everything is answered, no message is partly here, and no later message can be
+        about a call, or make known settings out of date, unless its text says so."""
         return not (
             self.outstanding
             or self.outstanding.skipping
@@ -499,8 +499,8 @@ class Relay:
         )
 
     def _passes(self, data: bytes, position: int, end: int) -> bool:
-        """Whether this notice is not for us, as its beginning tells. All of it is held if it is, or
-        if that cannot be told yet."""
+        """Whether the beginning of this notice shows that it is not for us. Otherwise all of it is
+        held."""
         known = min(end, position + _NOTICE_SIZE)
         if len(data) < known:
             return False
@@ -548,23 +548,23 @@ class Relay:
 
     @property
     def at_boundary(self) -> bool:
-        """Whether the client has got no part of a message that is still to come."""
+        """Whether the client has received whole messages only."""
         return not self._server_skip
 
     @property
     def between_messages(self) -> bool:
-        """Whether the client has sent no part of a message that is still to come."""
+        """Whether the client has sent whole messages only."""
         return self._held is None and not (self._client_skip or self._client_astray)
 
     @property
     def is_busy(self) -> bool:
-        """Whether the server does what it was given, and does not wait for more."""
+        """Whether the server is working on a request, and not waiting for the client."""
         return self.outstanding.owes_ready and not self.outstanding.copying
 
     # Taking turns with an interception
 
     async def settle(self) -> None:
-        """Wait until all that was passed on is answered, and the answers are passed on."""
+        """Wait until every request passed on is answered, and every answer passed on."""
         if self.batch and not self._is_settled():
             self._server.write(Flush().serialize())
         while not self._is_settled():
@@ -592,12 +592,12 @@ def _needed(kind: int, here: int, size: int) -> int:
 
 
 def _has_names(data: bytes, position: int, known: int) -> bool:
-    """Whether so much of a Bind, Describe, Execute or Close holds the names that it begins with."""
+    """Whether the first `known` bytes of a Bind, Describe, Execute or Close hold its names."""
     return len(data) - position < known or data.count(b"\0", position + 5, position + known) > 1
 
 
 def _is_plain_batch(data: bytes) -> bool:
-    """Whether this is one whole batch, a short one, that says nothing of calls or settings."""
+    """Whether this is one whole short batch that cannot concern calls or settings."""
     size = len(data)
     if not HEADER_SIZE <= size <= _MAX_FAST_BATCH:
         return False
@@ -620,7 +620,7 @@ def _is_plain_batch(data: bytes) -> bool:
 
 
 def _is_plain_answer(data: bytes) -> bool:
-    """Whether this is the whole answer to a batch, of messages that are only passed on."""
+    """Whether this is the whole answer to a batch, and all its messages are only passed on."""
     last = len(data) - _READY_SIZE
     end = 0
     while end < last and _IN_ANSWER[data[end]]:
