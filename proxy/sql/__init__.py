@@ -1,1 +1,1 @@
-"""Reading SQL: what a text says, which calls it makes, and how it is changed where it must be."""
+"""Reading and quoting SQL: tokens, encodings, and text that the proxy writes itself."""
