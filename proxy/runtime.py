@@ -7,11 +7,13 @@ each reload: the server replaces the old one by the new one at once, or keeps th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from proxy.auth.checks import Checks
-from proxy.auth.credentials import CredentialStore
+from proxy.auth.checks import Check, Checks
+from proxy.auth.credentials import Credentials, CredentialStore
+from proxy.auth.observer import LoginObserver
 from proxy.backends.auth_query import AuthQuery
 from proxy.backends.route import Route
 from proxy.backends.upstream import Dialer
@@ -59,6 +61,40 @@ class Runtime:
             DEFAULT_QUEUE_SIZE.name: config.default_queue_size,
             WORKER_TIMEOUT.name: config.worker_timeout,
         }
+
+    async def credentials_of(
+        self, route: Route, database: bytes, user: bytes, login: LoginObserver
+    ) -> Credentials:
+        """What a role whose login was accepted can log in with once more."""
+        find = functools.partial(
+            self.credentials.credentials,
+            *(route.host.name, route.host.port, database, user, login),
+            policy=self.config.upstream.policy(route.host),
+        )
+        found = find()
+        asked = login.method is not None and self.auth_query.enabled
+        if asked and found.password is None and found.secret is None:
+            queried = await self.auth_query.secret(route.host, user)
+            found = find(queried=queried, has_auth_query=True)
+        return found
+
+    async def check_of(
+        self, route: Route, database: bytes, user: bytes, stranger: str
+    ) -> Check | None:
+        """What to check a client with that claims to be a role; None if the proxy has no secrets.
+
+        Args:
+            route: to the session's server.
+            database: that the client wants; the passfile may ask for it.
+            user: the role.
+            stranger: whose connection it is (`pace.who`).
+        """
+        if not (self.credentials.has_files or self.auth_query.enabled):
+            return None
+        host = route.host
+        found = self.credentials.secret(host.name, host.port, database, user)
+        found = found or await self.auth_query.secret(host, user, stranger)
+        return self.checks.check(user, found)
 
     async def check(self) -> Route:
         """See whether there is a server, and log which. Raises OSError."""

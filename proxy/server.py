@@ -9,74 +9,52 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import signal
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable
 
 from protocol.startup import CancelRequest
 from proxy import log
-from proxy.auth.checks import Check
-from proxy.auth.credentials import Credentials
-from proxy.auth.observer import LoginObserver
-from proxy.backends.channels import Channels
-from proxy.backends.route import Route
-from proxy.backends.spares import DATABASE_COMMANDS, LONGEST_COMMAND, Spares
 from proxy.config import Config
 from proxy.extension.context import ROLE_STATEMENT
-from proxy.jobs.job import Job
-from proxy.jobs.registry import Handle, JobRecord, JobRegistry, RemoteJob
-from proxy.jobs.rows import Budgets
+from proxy.jobs.service import JobService
 from proxy.log import logger
 from proxy.memory import keep_trimmed
 from proxy.net.listeners import Acceptor, Listeners
 from proxy.runtime import LAST_WORDS, Runtime, client_keepalive, reload, reloaded
+from proxy.session.services import Served
 from proxy.session.session import Session
-from proxy.workers.peers import Peers
-
-_CANCEL_AGAIN = 0.02
-_CANCEL_SELDOM = 1.0
-"""Seconds between cancel requests to a job that goes on: the first time, and at most."""
 
 
 class Server:
-    """What all sessions share.
+    """What all sessions share (`session.services.Services`).
 
     Attributes:
-        extension_changes: how many commands about the extension their transactions have ended.
+        jobs: the jobs of all sessions, and what the configuration has been made into.
+        sessions: all that have not ended.
+        keys: the sessions by what cancels their statements.
+        extension_changes: how many transactions have changed the extension, in any database.
 
     Raises:
         ConfigError: from the constructor, for a file that is not what it should be.
     """
 
     def __init__(self, config: Config) -> None:
-        self._use(Runtime(config))
-        self.sessions: set[Session] = set()
-        self.peers = Peers(self)
-        self.jobs: JobRegistry[Job] = JobRegistry(config.outcome_retention, self.peers.role_gone)
-        self.channels = Channels(config.spare_lifetime, ROLE_STATEMENT)
-        self.spares = Spares(
-            config.spares, config.spare_lifetime, self.channels, self.peers.give_way
-        )
-        self.budgets = Budgets(config.queue_memory, config.role_queue_memory)
-        self.keys: dict[CancelRequest, Session] = {}
+        self._idle = asyncio.Event()
+        self.jobs = JobService(Runtime(config), ROLE_STATEMENT, on_end=self._idle.set)
+        self.sessions: set[Served] = set()
+        self.keys: dict[CancelRequest, Served] = {}
         self.extension_changes = 0
         self.on_session_end: Callable[[], None] | None = None
         self.acceptor = Acceptor(
-            lambda: Session(self), lambda: self.tls, lambda: self.config.client_login_timeout
+            lambda: Session(self),
+            lambda: self.runtime.tls,
+            lambda: self.runtime.config.client_login_timeout,
         )
-        self._idle = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        # Cancel requests for statements whose session has ended.
-        self._cancels: set[asyncio.Task[None]] = set()
 
-    def _use(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-        self.config = runtime.config
-        self.credentials = runtime.credentials
-        self.tls = runtime.tls
-        self.dialer = runtime.dialer
-        self.auth_query = runtime.auth_query
-        self.own_settings = runtime.own_settings
+    @property
+    def runtime(self) -> Runtime:
+        """What the configuration has been made into; another one after a reload."""
+        return self.jobs.runtime
 
     def reload(self, config: Config) -> list[str]:
         """Take over another configuration; the settings that cannot be changed any more.
@@ -85,15 +63,8 @@ class Server:
 
         Raises ConfigError: nothing has changed then.
         """
-        config, fixed = reloaded(self.config, config)
-        moved = config.upstream != self.config.upstream
-        self._use(Runtime(config))
-        if moved:
-            self.spares.give_way()
-        self.jobs.retention = config.outcome_retention
-        self.budgets.change(config.queue_memory, config.role_queue_memory)
-        self.spares.count = config.spares
-        self.spares.lifetime = self.channels.lifetime = config.spare_lifetime
+        config, fixed = reloaded(self.runtime.config, config)
+        self.jobs.reload(Runtime(config))
         log.set_level(config.log_level)
         return fixed
 
@@ -102,52 +73,17 @@ class Server:
     async def cancel(self, request: CancelRequest) -> None:
         """Cancel what waits in the proxy, or pass the request on to the server."""
         session = self.keys.get(request)
-        if session is None and await self.peers.cancel(request):
+        if session is None and await self.jobs.peers.cancel(request):
             logger.debug("a cancel request was for a session of another worker")
             return
-        interception = session.interception if session is not None else None
-        interrupts = interception.interrupts if interception is not None else None
+        interrupts = session.interrupts if session is not None else None
         if interrupts is not None and interrupts.is_waiting:
             interrupts.cancel()
             return
-        await self.dialer.cancel(session.route if session is not None else None, request)
+        await self.runtime.dialer.cancel(session.route if session is not None else None, request)
         # The server may have done its part of the call before it heard of this.
         if interrupts is not None and interrupts.is_calling:
             interrupts.cancel()
-
-    async def credentials_of(
-        self, route: Route, database: bytes, user: bytes, login: LoginObserver
-    ) -> Credentials:
-        """What a role whose login was accepted can log in with once more."""
-        find = functools.partial(
-            self.credentials.credentials,
-            *(route.host.name, route.host.port, database, user, login),
-            policy=self.config.upstream.policy(route.host),
-        )
-        found = find()
-        asked = login.method is not None and self.auth_query.enabled
-        if asked and found.password is None and found.secret is None:
-            queried = await self.auth_query.secret(route.host, user)
-            found = find(queried=queried, has_auth_query=True)
-        return found
-
-    async def check_of(
-        self, route: Route, database: bytes, user: bytes, stranger: str
-    ) -> Check | None:
-        """What to check a client with that claims to be a role; None if the proxy has no secrets.
-
-        Args:
-            route: to the session's server.
-            database: that the client wants; the passfile may ask for it.
-            user: the role.
-            stranger: whose connection it is (`pace.who`).
-        """
-        if not (self.credentials.has_files or self.auth_query.enabled):
-            return None
-        host = route.host
-        found = self.credentials.secret(host.name, host.port, database, user)
-        found = found or await self.auth_query.secret(host, user, stranger)
-        return self.runtime.checks.check(user, found)
 
     # Its life
 
@@ -164,127 +100,58 @@ class Server:
         ]
         await asyncio.wait(
             ways_out,
-            timeout=self.config.shutdown_timeout,
+            timeout=self.runtime.config.shutdown_timeout,
             return_when=asyncio.FIRST_COMPLETED,
         )
         for way in ways_out:
             way.cancel()
-        if self.sessions or self.jobs.running:
+        if self.sessions or self.jobs.registry.running:
             logger.warning("ending what still runs: %s", self._what_runs())
         closing = [session.client for session in self.sessions]
-        jobs = tuple(self.jobs.running)
         for session in tuple(self.sessions):
             session.shut_down()
-        await asyncio.gather(
-            *self._cancels,
-            *(self.dialer.cancel(job.route, job.cancel_request()) for job in jobs),
-        )
-        for job in jobs:
-            job.abandon()
+        await self.jobs.end_all()
         deadline = asyncio.get_running_loop().time() + LAST_WORDS
         while any(client.is_open for client in closing):
             if asyncio.get_running_loop().time() > deadline:
                 break
             await asyncio.sleep(0.01)
-        self.spares.close()
-        self.channels.give_way()
+        self.jobs.close()
         logger.info("shut down")
 
     async def _all_done(self, others_done: Callable[[], Awaitable[None]] | None) -> None:
-        while self.sessions or self.jobs.running:
+        while self.sessions or self.jobs.registry.running:
             self._idle.clear()
             await self._idle.wait()
         if others_done is not None:
             await others_done()
 
     def _what_runs(self) -> str:
-        return f"{len(self.sessions)} sessions, {len(self.jobs.running)} jobs"
+        return f"{len(self.sessions)} sessions, {len(self.jobs.registry.running)} jobs"
 
-    # What calls ask for
+    # What sessions tell
 
-    async def find(self, own: Iterable[Job], handles: Sequence[Handle]) -> list[JobRecord | None]:
-        """Jobs by their handles: the caller's own, those of this process, those of the others."""
-        here = {job.handle: job for job in own}
-        found: dict[Handle, JobRecord | None] = {
-            handle: here.get(handle) or self.jobs.get(*handle) for handle in handles
-        }
-        missing = [handle for handle, job in found.items() if job is None]
-        if missing and self.peers.exist:
-            found |= await self.peers.find(missing)
-        return [found[handle] for handle in handles]
+    def session_began(self, session: Served) -> None:
+        """A client has connected."""
+        self.sessions.add(session)
 
-    async def jobs_of(self, roles: Collection[int]) -> list[JobRecord]:
-        """What is known of the jobs of these roles; and of all others of this process."""
-        return [*self.jobs, *(await self.peers.jobs_of(roles) if self.peers.exist else ())]
+    def key_known(self, key: CancelRequest, session: Served) -> None:
+        """The server has said what cancels the statements of a session."""
+        self.keys[key] = session
 
-    def leave_databases(self, sql: bytes) -> None:
-        """Close what waits in databases that a statement, in lower case, may be about to drop,
-        rename or copy: the server waits 5 seconds for others to be gone, and then refuses."""
-        if len(sql) <= LONGEST_COMMAND and any(verb in sql for verb in DATABASE_COMMANDS):
-            self.spares.leave(sql)
-            self.peers.leave_databases(sql)
-
-    def extension_changed(self) -> None:
-        """What the sessions know of their databases may be out of date."""
-        self.extension_changes += 1
-        self.peers.extension_changed()
-
-    def session_ended(self, session: Session) -> None:
-        """One that has closed its connections."""
+    def session_ended(self, session: Served, key: CancelRequest | None) -> None:
+        """It has closed its connections; `key`: what cancels its statements."""
         self.sessions.discard(session)
+        if key is not None:
+            self.keys.pop(key, None)
         self._idle.set()
         if self.on_session_end is not None:
             self.on_session_end()
 
-    def job_ended(self, job: Job) -> None:
-        """One whose backend is done."""
-        self.jobs.ended(job)
-        self.peers.job_ended(job)
-        self._idle.set()
-
-    def cancel_job(self, job: JobRecord) -> asyncio.Task[None]:
-        """Tell the server to stop a job. The task ends when it was told once; it is told again
-        until the job ends, since a backend that has only just got its query does not listen."""
-        if isinstance(job, RemoteJob):
-            return self._spawn(self.peers.cancel_job(job))
-        assert isinstance(job, Job)
-        job.canceled = True
-        job.forget_output()
-        told = self._spawn(self.dialer.cancel(job.route, job.cancel_request()))
-        self._spawn(self._cancel_until_finished(job))
-        return told
-
-    async def _cancel_until_finished(self, job: Job) -> None:
-        delay = _CANCEL_AGAIN
-        while not job.finished:
-            await asyncio.sleep(delay)
-            if not job.finished:
-                await self.dialer.cancel(job.route, job.cancel_request())
-            delay = min(delay * 2, _CANCEL_SELDOM)
-
-    def limit(self, job: Job, timeout_ms: int) -> None:
-        """Cancel a job that runs longer than that."""
-
-        def time_out() -> None:
-            if not job.finished:
-                job.timed_out = True
-                self.cancel_job(job)
-
-        timer = asyncio.get_running_loop().call_later(timeout_ms / 1000, time_out)
-        job.when_finished(timer.cancel)
-
-    def cancel_statement(self, route: Route, key: CancelRequest) -> asyncio.Task[None]:
-        """Tell the server to stop a statement that waits for an answer which will not come."""
-        task = self._spawn(self.dialer.cancel(route, key))
-        self._cancels.add(task)
-        task.add_done_callback(self._cancels.discard)
-        return task
-
-    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def extension_changed(self) -> None:
+        """What the sessions know of their databases may be out of date."""
+        self.extension_changes += 1
+        self.jobs.peers.extension_changed()
 
 
 async def serve(config: Config, read_again: Callable[[], Config] | None = None) -> int:

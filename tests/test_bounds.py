@@ -226,7 +226,6 @@ class Still:
 
 def job(queue_size: int = 256 * MEGABYTE) -> Job:
     still: Any = Still()
-    nested: Any = None
     route: Any = None
     return Job(
         still,
@@ -236,7 +235,7 @@ def job(queue_size: int = 256 * MEGABYTE) -> Job:
         cluster=b"",
         route=route,
         marker=b"no",
-        nested=nested,
+        session=None,
         on_finish=lambda job: None,
     )
 
@@ -315,11 +314,11 @@ async def test_a_job_that_has_ended_is_not_kept_until_its_timeout() -> None:
     """F2 of docs/security.md: the timer of pg_background_run_query, which may be a day."""
     server = ProxyServer(config.load())
     ended = job()
-    server.limit(ended, 86_400_000)
+    server.jobs.limit(ended, 86_400_000)
     feed(ended, ReadyForQuery(b"I").serialize())
     assert ended.finished
     gone = weakref.ref(ended)
-    server.limit(ended, 86_400_000)
+    server.jobs.limit(ended, 86_400_000)
     del ended
     gc.collect()
     assert gone() is None

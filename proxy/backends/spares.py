@@ -200,13 +200,14 @@ class Spares:
         seems to name, and open none there for a while."""
         sql = sql.replace(b'""', b'"')
         names = sql + b" template1" if b"create" in sql else sql
-        self.retire(lambda login: login.database.lower() in names, pause=_RETRY)
+        self._close_all(lambda login: login.database.lower() in names, pause=_RETRY)
 
-    def retire(self, matches: Callable[[Login], bool], pause: float = 0.0) -> None:
-        """Close the spares and unused channels of these logins: they are good no more.
+    def retire(self, login: Login) -> None:
+        """Close the spares and unused channels of a login that would now come to something else."""
+        self._close_all(lambda other: other == login)
 
-        `pause`: seconds in which no others are opened.
-        """
+    def _close_all(self, matches: Callable[[Login], bool], pause: float = 0.0) -> None:
+        """`pause`: seconds in which no others are opened."""
         self._channels.retire(matches)
         until = asyncio.get_running_loop().time() + pause
         for (login, _), pool in self._pools.items():

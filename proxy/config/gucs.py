@@ -7,6 +7,7 @@ the setting's own unit, units case-sensitive. ValueError has a message for the u
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -131,6 +132,12 @@ GUCS: Final[Mapping[str, Guc]] = {
 SESSION_SETTING: Final = "pg_background_proxy.session"
 """The setting that the proxy gives a session in its startup packet: 32 hexadecimal digits that its
 messages begin with, and 32 that are secret."""
+
+
+def session_secret() -> bytes:
+    """A new value of SESSION_SETTING."""
+    return secrets.token_hex(32).encode()
+
 
 JOB_SETTING: Final = "pg_background_proxy.job"
 """The setting of a job's backend: the word that its reports of progress begin with."""

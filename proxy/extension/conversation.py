@@ -74,7 +74,7 @@ from protocol.errors import FEATURE_NOT_SUPPORTED, SQLError
 from protocol.messages import NoticeResponse
 from proxy.api.functions import DECLARED, Function, Needs
 from proxy.api.values import text_form
-from proxy.config.gucs import GUCS
+from proxy.config.gucs import GUCS, session_secret
 from proxy.jobs.context import NOT_CARRIED_OVER
 from proxy.sql.encodings import array_2_text, array_text
 
@@ -307,7 +307,7 @@ class Secrets:
 
     def __init__(self, setting: bytes | None = None) -> None:
         """`setting`: what the session has been given already, if anything."""
-        self.setting = setting or secrets.token_hex(_SECRET.stop // 2).encode()
+        self.setting = setting or session_secret()
         self.token, self._secret = self.setting[_TOKEN], self.setting[_SECRET]
 
     def signs(self, nonce: bytes, *, server_version: int) -> Signs:

@@ -170,7 +170,7 @@ class Inside:
             return
         channel, self._channel = self._channel, None
         if self._login is None or self._is_proven:
-            self._session.give_back(channel)
+            self._session.service.channels.give_back(channel)
         else:
             # Code that is not this role must not make us keep connections of it.
             channel.terminate()
@@ -392,9 +392,7 @@ class Inside:
         """Show it. Raises ServerError if the channel's login does not hold any more."""
         assert self._channel is not None
         session = self._session
-        roles = session.known_jobs.roles.union(
-            session.peers.roles, (job.role_id for job in session.jobs)
-        )
+        roles = session.service.roles.union(job.role_id for job in session.jobs)
         checks = role_query(
             call.role,
             self._session_role(call),
@@ -415,7 +413,7 @@ class Inside:
 
     def _retire_channel(self) -> None:
         if self._channel is not None:
-            self._session.retire(self._channel.login)
+            self._session.service.spares.retire(self._channel.login)
         self._challenge = None
         self._hang_up()
 
@@ -603,26 +601,26 @@ class InsideCaller:
 
     @property
     def max_workers(self) -> int:
-        return self._session.setting(MAX_WORKERS, self.context)
+        return self._session.launcher.setting(MAX_WORKERS, self.context)
 
     @property
     def codec(self) -> str:
         return encodings.codec(self._call.encoding)
 
     async def known_jobs(self) -> Sequence[JobRecord]:
-        return await self._session.jobs_of(self.context.roles)
+        return await self._session.service.jobs_of(self.context.roles)
 
     async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
-        return await self._session.find(handles)
+        return await self._session.service.find(self.jobs, handles)
 
     async def launch(
         self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
     ) -> Job:
-        job = await self._launcher.launch(
-            self._session,
+        job = await self._session.launch(
             sql,
             queue_size,
             self.context,
+            launcher=self._launcher,
             client_encoding=self._call.encoding,
             label=label,
             keep_rows=keep_rows,
@@ -632,10 +630,10 @@ class InsideCaller:
 
     async def cancel_job(self, job: JobRecord) -> None:
         if not job.finished:
-            await self._session.cancel_job(job)
+            await self._session.service.cancel(job)
 
     def limit(self, job: Job, timeout_ms: int) -> None:
-        self._session.limit(job, timeout_ms)
+        self._session.service.limit(job, timeout_ms)
 
     async def wait(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
         await self._interrupts.for_jobs(jobs, until)

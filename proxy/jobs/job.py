@@ -72,8 +72,11 @@ _REFUSES_BLOCKS: Final = (ACTIVE_SQL_TRANSACTION, INVALID_TRANSACTION_TERMINATIO
 ReportT = TypeVar("ReportT", ErrorResponse, NoticeResponse)
 
 
-class Nested(Protocol):
+class JobSession(Protocol):
     """Serves what a job's SQL calls."""
+
+    def begin(self, output: OutputQueue) -> None:
+        """The job is about to start; its messages go there."""
 
     def notice(self, body: bytes) -> bool:
         """A NoticeResponse of the job; whether it was a call, and is dealt with."""
@@ -114,7 +117,7 @@ class Job(JobRecord):
         marker: bytes,
         keep_rows: bool = True,
         budgets: Sequence[Budget] = (),
-        nested: Nested,
+        session: JobSession | None,
         on_finish: Callable[[Job], None],
     ) -> None:
         super().__init__(
@@ -137,6 +140,8 @@ class Job(JobRecord):
         self.output = OutputQueue(queue_size, backend, budgets)
         if not keep_rows:
             self.output.drop()
+        if session is not None:
+            session.begin(self.output)
         self._statements = 0
         self._statements_done = 0
         self._taken_up = False
@@ -150,7 +155,7 @@ class Job(JobRecord):
         # by which its messages are known.
         self._progress_calls: frozenset[int] = frozenset()
         self._marker = marker
-        self._nested: Nested | None = nested
+        self._session = session
         # Reading: a message that is not whole yet, and how much of it is missing; a long one; or
         # bytes still to come of a long row, which is passed on in pieces.
         self._partial = b""
@@ -239,9 +244,9 @@ class Job(JobRecord):
             self._backend.terminate()
             self._backend = None
         self.output.end()
-        if self._nested is not None:
-            self._nested.close()
-            self._nested = None
+        if self._session is not None:
+            self._session.close()
+            self._session = None
         self._wake()
         for then in self._afterwards:
             then()
@@ -377,8 +382,8 @@ class Job(JobRecord):
             self._statements_done += 1
             self._add_tag(b"SELECT 1" if is_progress else CommandComplete.parse(body).tag)
         elif kind == B.NOTICE_RESPONSE:
-            is_call = self._nested is not None and self._nested.notice(body)
-            if is_call and self._nested is not None and self._nested.is_talkative:
+            is_call = self._session is not None and self._session.notice(body)
+            if is_call and self._session is not None and self._session.is_talkative:
                 assert self._backend is not None
                 self._backend.take_a_break()
             if not is_call and not self._report_progress(body):
@@ -424,8 +429,8 @@ class Job(JobRecord):
             self.tags.append(self.tags[-1] if self.tags and self.tags[-1] == tag else tag)
 
     def _statement_ended(self) -> None:
-        if self._nested is not None:
-            self._nested.statement_ended()
+        if self._session is not None:
+            self._session.statement_ended()
 
     def _report_progress(self, notice: bytes) -> bool:
         """What a call of pg_background_progress has said; false if it is something else."""

@@ -1,34 +1,31 @@
 """Whose jobs they are: a session; or a job, whose SQL launches others.
 
-Invariant: for the functions and the launcher both are the same. They differ in where an owner's
-messages go, and in how its settings are known.
+Invariant: for the functions both are the same. They differ in where an owner's messages go, and in
+how its settings are known.
 """
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
-from proxy.jobs.job import Job, Jobs
-
-if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Collection, Iterable, Sequence
-
-    from proxy.backends.channels import Channel
-    from proxy.backends.identity import Login
-    from proxy.config.gucs import Guc
-    from proxy.jobs.context import Context
-    from proxy.jobs.launcher import Launcher
-    from proxy.jobs.registry import Handle, JobRecord, JobRegistry
-    from proxy.server import Server
-    from proxy.workers.peers import Peers
+from proxy.backends.backend import Backend
+from proxy.backends.channels import Channel
+from proxy.backends.spares import LONGEST_COMMAND
+from proxy.config.gucs import DEFAULT_QUEUE_SIZE, JOB_SETTING, MAX_WORKERS
+from proxy.jobs.context import Context
+from proxy.jobs.job import Job, Jobs, JobSession, checked_queue_size
+from proxy.jobs.launcher import Launcher
+from proxy.jobs.service import JobService
+from proxy.log import logger
 
 
 class Owner(ABC):
     """What launches jobs, and may ask after them.
 
     Attributes:
+        service: the jobs of all owners.
         jobs: those that it launched and has not fetched or detached.
         custom_settings: names with a dot that it may have set.
         system_id: the system identifier of its database cluster; empty if that cannot be known,
@@ -37,15 +34,15 @@ class Owner(ABC):
 
     custom_settings: Iterable[bytes]
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, service: JobService) -> None:
+        self.service = service
         self.jobs = Jobs()
         self.system_id: bytes | None = None
 
     @property
     @abstractmethod
     def launcher(self) -> Launcher:
-        """Launches its jobs."""
+        """Opens the backends of its jobs."""
 
     @property
     @abstractmethod
@@ -65,42 +62,19 @@ class Owner(ABC):
     def cancel_statement(self) -> None:
         """Have the server cancel the statement that it runs for this owner."""
 
+    @abstractmethod
+    def job_session(self, launcher: Launcher, backend: Backend) -> JobSession:
+        """What serves the calls of one of its jobs.
+
+        Args:
+            launcher: opens the backends of the jobs that this one launches.
+            backend: runs the job.
+        """
+
     @property
     def cluster(self) -> bytes:
         """What tells its database cluster from others, by which OIDs mean something."""
         return self.system_id or self.launcher.address
-
-    @property
-    def known_jobs(self) -> JobRegistry[Job]:
-        """The jobs of all sessions of this process."""
-        return self._server.jobs
-
-    @property
-    def peers(self) -> Peers:
-        """The other processes."""
-        return self._server.peers
-
-    async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
-        """Jobs that it may know of. Its own are known to it until it detaches them."""
-        return await self._server.find(self.jobs, handles)
-
-    async def jobs_of(self, roles: Collection[int]) -> list[JobRecord]:
-        """What is known of the jobs of these roles, at least."""
-        return await self._server.jobs_of(roles)
-
-    def drop(self, job: Job) -> None:
-        """Stop a job whose launch was interrupted: its caller never learned of it."""
-        self.jobs.remove(job)
-        if not job.finished:
-            self.cancel_job(job)
-
-    def cancel_job(self, job: JobRecord) -> asyncio.Task[None]:
-        """Have the server told to stop a job."""
-        return self._server.cancel_job(job)
-
-    def limit(self, job: Job, timeout_ms: int) -> None:
-        """Stop a job that runs longer than that."""
-        self._server.limit(job, timeout_ms)
 
     async def launch(
         self,
@@ -108,30 +82,73 @@ class Owner(ABC):
         queue_size: int,
         context: Context,
         *,
+        launcher: Launcher | None = None,
         client_encoding: bytes | None = None,
         label: bytes | None = None,
         keep_rows: bool = True,
     ) -> Job:
-        """Start a job in a new backend, with the owner's role and settings. Raises SQLError.
+        """Start a job on a spare or a new backend, with the owner's role and settings.
 
-        `client_encoding`: that of the SQL, if it is not the owner's.
+        Args:
+            sql: what it runs.
+            queue_size: in bytes; 0 or less for the setting's.
+            context: of the call.
+            launcher: opens the backend, if not as the owner's role.
+            client_encoding: of the SQL, and of the results, if it is not the owner's.
+            label: of the job.
+            keep_rows: whether its rows are kept for somebody to fetch.
+
+        Raises SQLError.
         """
-        return await self.launcher.launch(
-            self,
-            sql,
-            queue_size,
+        service, launcher = self.service, launcher or self.launcher
+        config = service.runtime.config
+        self.jobs.check_limit(launcher.setting(MAX_WORKERS, context), config.max_session_workers)
+        if b"database" in (lower := sql[: LONGEST_COMMAND + 1].lower()):
+            service.leave_databases(lower)
+        size = checked_queue_size(queue_size, launcher.setting(DEFAULT_QUEUE_SIZE, context))
+        backend = await launcher.backend(
             context,
             client_encoding=client_encoding or self.client_encoding,
             label=label,
-            keep_rows=keep_rows,
+            system_id=self.system_id,
         )
+        job = Job(
+            backend,
+            sql,
+            queue_size=min(size, config.max_queue_size),
+            role_id=context.role_id,
+            cluster=self.cluster,
+            route=launcher.route,
+            label=label,
+            marker=backend.own_settings[JOB_SETTING.encode()],
+            keep_rows=keep_rows,
+            budgets=service.budgets.of_role(launcher.user),
+            session=self.job_session(launcher.for_job(backend.pid), backend),
+            on_finish=self._job_ended,
+        )
+        service.add(job)
+        self.jobs.add(job)
+        try:
+            await job.start()
+            await service.peers.announce(job.role_id)
+        except asyncio.CancelledError:
+            self.drop(job)
+            raise
+        logger.debug("launched %r", job)
+        return job
 
-    def setting(self, setting: Guc, context: Context) -> int:
-        """A setting of ours. Raises SQLError 22023."""
-        return self.launcher.setting(setting, context)
+    def _job_ended(self, job: Job) -> None:
+        self.jobs.counts.ended(job)
+        self.service.ended(job)
+
+    def drop(self, job: Job) -> None:
+        """Stop a job whose launch was interrupted: its caller never learned of it."""
+        self.jobs.remove(job)
+        if not job.finished:
+            self.service.cancel(job)
 
     def launcher_for(self, login: bytes | None) -> Launcher:
-        """Launches jobs that log in as another role than the owner's; None: as the owner's."""
+        """Opens the backends of jobs that log in as another role; None: as the owner's."""
         return self.launcher if login is None else self.launcher.for_login(login)
 
     async def lease_channel(self, login: bytes | None) -> Channel:
@@ -147,11 +164,3 @@ class Owner(ABC):
         if self.system_id is None:
             self.system_id = channel.system_id
         return channel
-
-    def retire(self, login: Login) -> None:
-        """No new login would come to what idle backends of this one have come to: close them."""
-        self._server.spares.retire(lambda other: other == login)
-
-    def give_back(self, channel: Channel) -> None:
-        """Let others have it."""
-        self._server.channels.give_back(channel)

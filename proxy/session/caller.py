@@ -69,9 +69,7 @@ class SessionCaller:
         sql = context_query(
             functions=plan.functions,
             server_version=session.server_version,
-            roles=session.known_jobs.roles.union(
-                session.peers.roles, (job.role_id for job in self.jobs)
-            ),
+            roles=session.service.roles.union(job.role_id for job in self.jobs),
             settings=wanted and known is None,
             custom_settings=custom,
         )
@@ -179,17 +177,17 @@ class SessionCaller:
 
     @property
     def max_workers(self) -> int:
-        return self._session.setting(MAX_WORKERS, self.context)
+        return self._session.launcher.setting(MAX_WORKERS, self.context)
 
     @property
     def codec(self) -> str:
         return self._session.codec
 
     async def known_jobs(self) -> Sequence[JobRecord]:
-        return await self._for(self._session.jobs_of(self.context.roles))
+        return await self._for(self._session.service.jobs_of(self.context.roles))
 
     async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
-        return await self._for(self._session.find(handles))
+        return await self._for(self._session.service.find(self.jobs, handles))
 
     async def launch(
         self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
@@ -208,10 +206,10 @@ class SessionCaller:
 
     async def cancel_job(self, job: JobRecord) -> None:
         if not job.finished:
-            await self._interrupts.for_future(self._session.cancel_job(job))
+            await self._interrupts.for_future(self._session.service.cancel(job))
 
     def limit(self, job: Job, timeout_ms: int) -> None:
-        self._session.limit(job, timeout_ms)
+        self._session.service.limit(job, timeout_ms)
 
     async def wait(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
         await self._interrupts.for_jobs(jobs, until)

@@ -246,7 +246,7 @@ class Execution:
         """The fetch was interrupted. Cancel the job if no other way leads to it."""
         if not (job.has_handle or job.finished):
             self._batch.session.jobs.remove(job)
-            self._batch.session.cancel_job(job)
+            self._batch.session.service.cancel(job)
 
     async def _call(
         self, portal: Portal, statement: FunctionResult, arguments: bytes | None

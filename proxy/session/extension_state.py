@@ -8,25 +8,10 @@ asked: in this session, or in a transaction of any session of the proxy that has
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
 
 from proxy.api.functions import CATALOGS
-from proxy.config import Config
 from proxy.extension.installed import Installed, api_version
-
-
-class Sessions(Protocol):
-    """What the sessions of a process have in common.
-
-    Attributes:
-        extension_changes: how many transactions have changed the extension, in any database.
-    """
-
-    config: Config
-    extension_changes: int
-
-    def extension_changed(self) -> None:
-        """Count one more."""
+from proxy.session.services import Services
 
 
 class ExtensionState:
@@ -35,8 +20,8 @@ class ExtensionState:
         is_real: whether calls are left to the C extension.
     """
 
-    def __init__(self, sessions: Sessions) -> None:
-        self._sessions = sessions
+    def __init__(self, services: Services) -> None:
+        self._services = services
         self._api: int | None = None
         self._known_at = -1
         self._is_changing = False
@@ -45,12 +30,12 @@ class ExtensionState:
     @property
     def api(self) -> int:
         """The version of the API, as last seen; the configured one before that."""
-        return self._api or self._sessions.config.api_version
+        return self._api or self._services.runtime.config.api_version
 
     @property
     def is_known(self) -> bool:
         """Whether the next call will find what was last seen."""
-        return self._known_at == self._sessions.extension_changes and not self._is_changing
+        return self._known_at == self._services.extension_changes and not self._is_changing
 
     @property
     def possible(self) -> Collection[int]:
@@ -60,7 +45,7 @@ class ExtensionState:
     def learn(self, version: bytes | None, *, has_real: bool) -> None:
         """The server has said which version of our extension is installed, and whether the C
         extension is, which counts if the server's is wanted."""
-        self.is_real = has_real and self._sessions.config.extension == "server"
+        self.is_real = has_real and self._services.runtime.config.extension == "server"
         self._seen(None if version is None else api_version(version.decode("ascii", "replace")))
 
     def learn_api(self, extension: Installed | None) -> int:
@@ -68,8 +53,8 @@ class ExtensionState:
         return self._seen(None if extension is None else extension.api)
 
     def _seen(self, api: int | None) -> int:
-        self._known_at = self._sessions.extension_changes
-        self._api = api or self._sessions.config.api_version
+        self._known_at = self._services.extension_changes
+        self._api = api or self._services.runtime.config.api_version
         return self._api
 
     def change(self) -> None:
@@ -80,4 +65,4 @@ class ExtensionState:
         """If it has changed the extension, all sessions look at theirs again."""
         if self._is_changing:
             self._is_changing = False
-            self._sessions.extension_changed()
+            self._services.extension_changed()

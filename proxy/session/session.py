@@ -13,7 +13,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from protocol.errors import (
     ADMIN_SHUTDOWN,
@@ -40,11 +40,14 @@ from protocol.startup import (
 from proxy.auth import pace
 from proxy.auth.login import Login, RefusedError
 from proxy.auth.observer import LoginObserver
+from proxy.backends.backend import Backend
 from proxy.backends.route import Route
-from proxy.config import Host
+from proxy.config import Config, Host
 from proxy.config.gucs import SESSION_SETTING
 from proxy.extension.conversation import Secrets
 from proxy.extension.in_database import Inside
+from proxy.extension.job_session import JobSession
+from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.launcher import Launcher
 from proxy.log import logger
 from proxy.net import tls
@@ -56,11 +59,9 @@ from proxy.session.extension_state import ExtensionState
 from proxy.session.interception import TO_LEAVE, Interception
 from proxy.session.reader import SqlReader
 from proxy.session.relay import Relay
+from proxy.session.services import Services
 from proxy.statements.statement import Statement
 from proxy.statements.unserved import unavailable, unserved
-
-if TYPE_CHECKING:
-    from proxy.server import Server
 
 # How a client says that it wants no replication.
 _FALSE: Final = (b"false", b"off", b"no", b"0", b"f", b"n")
@@ -83,13 +84,15 @@ class Session(ClientSession):
         interception: what serves a batch with a call, as long as that lasts.
     """
 
-    def __init__(self, server: Server) -> None:
-        super().__init__(server)
+    def __init__(self, services: Services) -> None:
+        super().__init__(services.jobs)
+        self._services = services
+        self._is_closed = False
         self.client = Connection(self._startup_data, self._ended, self._lost, self._hung_up)
         self.primary = None
         self.custom_settings = CustomSettings()
-        self.extension_state = ExtensionState(server)
-        self.route = Route(server.config.upstream.hosts[0])
+        self.extension_state = ExtensionState(services)
+        self.route = Route(services.runtime.config.upstream.hosts[0])
         self._startup: StartupMessage | None = None
         self._is_cancel_request = False
         self._is_replication = False
@@ -99,14 +102,14 @@ class Session(ClientSession):
         self._observer = LoginObserver()
         self._login: Login | None = None
         self._leaving: asyncio.TimerHandle | None = None
-        self._login_timer = self._start_timer(server.config.client_login_timeout)
+        self._login_timer = self._start_timer(services.runtime.config.client_login_timeout)
         self._key: CancelRequest | None = None
         self._received = bytearray()
         self._task: asyncio.Task[None] | None = None
         self.interception: Interception | None = None
         self._inside = Inside(self, Secrets())
         self.watchword = self._inside.secrets.token
-        server.sessions.add(self)
+        services.session_began(self)
 
     def _start_timer(self, timeout: float) -> asyncio.TimerHandle | None:
         """One for the whole login."""
@@ -166,7 +169,7 @@ class Session(ClientSession):
             )
 
     def _answer_ssl_request(self) -> None:
-        if self._server.tls is None or self._peer_is_local():
+        if self._services.runtime.tls is None or self._peer_is_local():
             self.client.write(b"N")
         elif self._received:
             raise SQLError(
@@ -179,11 +182,11 @@ class Session(ClientSession):
         else:
             self.client.write(b"S")
             self.client.pause_reading()
-            self._task = self._spawn(self._start_tls(self._server.tls))
+            self._task = self._spawn(self._start_tls(self._services.runtime.tls))
 
     async def _start_tls(self, context: ssl.SSLContext) -> None:
         try:
-            await self.client.start_tls(context, self._server.config.client_login_timeout)
+            await self.client.start_tls(context, self._config.client_login_timeout)
         except OSError as error:
             logger.debug("could not accept SSL connection: %s", tls.explain(error))
             self._task = None
@@ -195,7 +198,7 @@ class Session(ClientSession):
 
     def _check_tls(self) -> None:
         """Raises SQLError if client_tls_sslmode demands TLS, and there is none."""
-        mode = self._server.config.client_tls_sslmode
+        mode = self._config.client_tls_sslmode
         if mode in tls.REQUIRED and not (self.client.is_encrypted or self._peer_is_local()):
             raise SQLError(
                 INVALID_AUTHORIZATION_SPECIFICATION,
@@ -251,7 +254,7 @@ class Session(ClientSession):
             self._refuse(SQLError(INTERNAL_ERROR, "internal error of the proxy", severity="FATAL"))
 
     async def _cancel(self, request: CancelRequest) -> None:
-        await self._server.cancel(request)
+        await self._services.cancel(request)
         self.client.close()
 
     async def _connect(self, startup: StartupMessage, raw: bytes) -> None:
@@ -268,7 +271,7 @@ class Session(ClientSession):
         self._stop_timer()
         self._login = self._task = None
         self.relay = Relay(self.client, self.primary, self)
-        self.reader = SqlReader(self.relay, self.extension_state, lambda: self._server.config)
+        self.reader = SqlReader(self.relay, self.extension_state, lambda: self._config)
         self.primary.receive = self.relay.from_server
         self.client.receive = (
             self._to_replication if self._is_replication else self.relay.from_client
@@ -288,7 +291,7 @@ class Session(ClientSession):
 
         Raises ConnectionError, SQLError, ProtocolViolation.
         """
-        dialer = self._server.dialer
+        dialer = self._services.runtime.dialer
         tried: set[Host] = set()
         refusal: RefusedError | None = None
         route: Route | None = None
@@ -332,15 +335,15 @@ class Session(ClientSession):
         user = parameters.get(b"user", b"")
         database = parameters.get(b"database", user)
         stranger = pace.who(self.client.transport.get_extra_info("peername"))
-        plain = self._server.config.auth_type == "plain"
+        plain = self._config.auth_type == "plain"
         return Login(
             self.client,
             primary,
             user,
             self._observer,
-            lambda: self._server.check_of(self.route, database, user, stranger),
+            lambda: self._services.runtime.check_of(self.route, database, user, stranger),
             asks_password=self._may_send_password() if plain else None,
-            policy=self._server.config.upstream.policy(self.route.host),
+            policy=self._config.upstream.policy(self.route.host),
         )
 
     def _with_own_settings(self, startup: StartupMessage) -> StartupMessage:
@@ -349,7 +352,7 @@ class Session(ClientSession):
         options = given.get(b"options", b"")
         ours = {
             name.encode(): value.encode()
-            for name, value in self._server.own_settings.items()
+            for name, value in self._services.runtime.own_settings.items()
             if name.encode() not in options
         }
         session = {SESSION_SETTING.encode(): self._inside.secrets.setting}
@@ -371,7 +374,7 @@ class Session(ClientSession):
         except ProtocolViolation:
             return  # the client will say what is wrong with it
         self._key = CancelRequest(key.pid, key.secret_key)
-        self._server.keys[self._key] = self
+        self._services.key_known(self._key, self)
 
     def calls(self, kind: int, body: bytes) -> list[Statement] | None:
         return self.reader.calls(kind, body)
@@ -381,7 +384,7 @@ class Session(ClientSession):
         self.reader.too_long = True
 
     def database_mentioned(self, sql: bytes) -> None:
-        self._server.leave_databases(sql)
+        self.service.leave_databases(sql)
 
     def notice(self, body: bytes) -> bool:
         """A NoticeResponse of the primary backend; true if it was a call, which is served."""
@@ -395,7 +398,7 @@ class Session(ClientSession):
         if self._key is None or self.primary is None:
             return
         primary = self.primary
-        told = self._server.cancel_statement(self.route, self._key)
+        told = self.service.cancel_statement(self.route, self._key)
         # Before 17 the server signals the backend twice. The second must not be for what the client
         # sends after the error, so that is read when the server is done.
         primary.take_a_break()
@@ -409,7 +412,7 @@ class Session(ClientSession):
     def complaint(self, error: bytes) -> bytes | None:
         if self._is_replication or self.extension_state.is_real:
             return None
-        if self._server.config.extension == "proxy" and (said := unavailable(error)) is not None:
+        if self._config.extension == "proxy" and (said := unavailable(error)) is not None:
             return said
         return unserved(error, too_long=self.reader.too_long) or self._inside.complaint(error)
 
@@ -424,6 +427,17 @@ class Session(ClientSession):
         if interception.interrupts.client_ended:
             self._ended(self.client)
 
+    @property
+    def _config(self) -> Config:
+        return self._services.runtime.config
+
+    @property
+    def interrupts(self) -> Interrupts | None:
+        return self.interception.interrupts if self.interception is not None else None
+
+    def job_session(self, launcher: Launcher, backend: Backend) -> JobSession:
+        return JobSession(self, launcher, backend)
+
     async def inject(self, message: bytes) -> None:
         if self.interception is None and not self.relay.at_boundary:
             return  # the caller did not wait for the answer
@@ -436,7 +450,7 @@ class Session(ClientSession):
         assert self._startup is not None
         assert self._key is not None
         return Launcher(
-            self._server, self._startup.parameters, self.route, self._observer, self._key.pid
+            self.service, self._startup.parameters, self.route, self._observer, self._key.pid
         )
 
     # The end
@@ -517,12 +531,11 @@ class Session(ClientSession):
 
     def close(self) -> None:
         """Close both connections; the jobs run on."""
-        if self not in self._server.sessions:
+        if self._is_closed:
             return
-        self._server.session_ended(self)
+        self._is_closed = True
+        self._services.session_ended(self, self._key)
         self._stop_timer()
-        if self._key is not None:
-            self._server.keys.pop(self._key, None)
         # A cancel request is passed on even if its sender has already left.
         if self._task is not None and not self._is_cancel_request:
             self._task.cancel()
@@ -530,7 +543,7 @@ class Session(ClientSession):
             self._leaving.cancel()
         if self._inside.is_asked and self._key is not None:
             # The function would wait for an answer that will not come.
-            self._server.cancel_statement(self.route, self._key)
+            self.service.cancel_statement(self.route, self._key)
         self._inside.statement_ended()
         self.jobs.clear()
         self.client.close()

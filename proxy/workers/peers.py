@@ -16,16 +16,15 @@ import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from protocol.startup import CancelRequest
+from proxy.jobs.job import Job
+from proxy.jobs.peers import Peers
 from proxy.jobs.registry import Handle, JobRecord, RemoteJob
 from proxy.log import logger
+from proxy.server import Server
 from proxy.workers.bus import PIECE, Channel, Message
-
-if TYPE_CHECKING:
-    from proxy.jobs.job import Job
-    from proxy.server import Server
 
 _PATIENCE: Final = 5.0
 """Seconds that a process which does not answer is waited for."""
@@ -81,16 +80,13 @@ class _Snapshots:
         return (job.snapshot(whole=self._whole) for job in self._jobs)
 
 
-class Peers:
-    """The other processes. There are none until `join`; then every question is answered at once.
+class OtherWorkers(Peers):
+    """Those at the other end of the channel."""
 
-    Attributes:
-        exist: whether there may be any.
-    """
-
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, channel: Channel) -> None:
         self._server = server
-        self._channel: Channel | None = None
+        self._jobs = server.jobs
+        self._channel = channel
         self._numbers = itertools.count(1)
         self._questions: dict[int, _Question] = {}
         # What they have told us: of which roles they know jobs.
@@ -105,14 +101,10 @@ class Peers:
         self._watchers: dict[Handle, set[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    @property
-    def exist(self) -> bool:
-        return self._channel is not None
-
-    async def join(self, channel: Channel) -> None:
+    async def join(self) -> None:
         """From now on we are one of several; returns when their roles are known."""
-        self._channel = channel
-        channel.lost.add_done_callback(lambda _: self._left_alone())
+        self._jobs.peers = self
+        self._channel.lost.add_done_callback(lambda _: self._left_alone())
 
         def take(peer: int, roles: list[int]) -> bool:
             self._roles_of[peer].update(roles)
@@ -182,7 +174,7 @@ class Peers:
 
     @property
     def _canceling(self) -> float:
-        return _PATIENCE + (self._server.config.connect_timeout or _CANCELING)
+        return _PATIENCE + (self._server.runtime.config.connect_timeout or _CANCELING)
 
     async def give_way(self) -> bool:
         """Have them close their spares; whether there were any."""
@@ -199,10 +191,10 @@ class Peers:
 
     async def announce(self, role_id: int) -> None:
         """We know jobs of this role; returns when all know that."""
-        if self.exist and role_id not in self._announced:
+        if role_id not in self._announced:
             await self._ask("role", role_id)
             self._announced.add(role_id)
-            if role_id not in self._server.jobs.roles:
+            if role_id not in self._jobs.registry.roles:
                 self.role_gone(role_id)
 
     def role_gone(self, role_id: int) -> None:
@@ -226,8 +218,7 @@ class Peers:
         self._tell({"kind": "told", "what": "leave", "body": sql.decode("latin-1")})
 
     def _tell(self, message: Message) -> None:
-        if self._channel is not None:
-            self._channel.send(message)
+        self._channel.send(message)
 
     # Asking
 
@@ -242,7 +233,7 @@ class Peers:
     ) -> None:
         """Ask all of them, or one. `take` is given each answer as it comes, and returns whether no
         other is wanted; `patience` is in seconds."""
-        if self._channel is None or self._channel.lost.done():
+        if self._channel.lost.done():
             return
         number = next(self._numbers)
         question = self._questions[number] = _Question(take)
@@ -280,7 +271,7 @@ class Peers:
         if what == "role gone":
             self._roles_of[peer].discard(body)
         elif what == "leave":
-            self._server.spares.leave(body.encode("latin-1"))
+            self._jobs.spares.leave(body.encode("latin-1"))
         elif what == "extension changed":
             self._server.extension_changes += 1
         elif (job := self._stand_ins.get((body["pid"], body["cookie"]))) is not None:
@@ -328,23 +319,22 @@ class Peers:
                 self._tell({**reply, "body": piece, "more": True})
                 piece, size = [], 0
                 await asyncio.sleep(0)
-                if self._channel is not None:
-                    await self._channel.drain()
+                await self._channel.drain()
         self._tell({**reply, "body": piece})
 
     async def _tell_roles(self, peer: int, body: None) -> list[int]:
-        return sorted(self._server.jobs.roles)
+        return sorted(self._jobs.registry.roles)
 
     async def _note_role(self, peer: int, role_id: int) -> bool:
         self._roles_of[peer].add(role_id)
         return True
 
     async def _tell_found(self, peer: int, handles: list[list[int]]) -> _Snapshots:
-        known = (self._server.jobs.get(pid, cookie) for pid, cookie in handles)
+        known = (self._jobs.registry.get(pid, cookie) for pid, cookie in handles)
         return self._snapshots(peer, known, whole=True)
 
     async def _tell_list(self, peer: int, roles: list[int]) -> _Snapshots:
-        known = (job for job in self._server.jobs if job.role_id in roles)
+        known = (job for job in self._jobs.registry if job.role_id in roles)
         return self._snapshots(peer, known, whole=False)
 
     def _snapshots(self, peer: int, jobs: Iterable[Job | None], *, whole: bool) -> _Snapshots:
@@ -356,9 +346,9 @@ class Peers:
         return _Snapshots(found, whole=whole)
 
     async def _cancel_job(self, peer: int, handle: list[int]) -> bool:
-        job = self._server.jobs.get(handle[0], handle[1])
+        job = self._jobs.registry.get(handle[0], handle[1])
         if job is not None and not job.finished:
-            await self._server.cancel_job(job)
+            await self._jobs.cancel(job)
         return True
 
     async def _cancel(self, peer: int, body: list[Any]) -> bool:
@@ -369,9 +359,9 @@ class Peers:
         return True
 
     async def _give_way(self, peer: int, body: None) -> bool:
-        return self._server.spares.give_way()
+        return self._jobs.spares.give_way()
 
-    _answers: Final[dict[str, Callable[[Peers, int, Any], Awaitable[Any]]]] = {
+    _answers: Final[dict[str, Callable[[OtherWorkers, int, Any], Awaitable[Any]]]] = {
         "roles": _tell_roles,
         "role": _note_role,
         "find": _tell_found,

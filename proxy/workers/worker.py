@@ -22,6 +22,7 @@ from proxy.memory import keep_trimmed
 from proxy.net.descriptors import report
 from proxy.server import Server
 from proxy.workers.bus import Channel, Message
+from proxy.workers.peers import OtherWorkers
 
 
 class Worker:
@@ -44,7 +45,8 @@ class Worker:
         except asyncio.CancelledError:
             return 1  # the supervisor is gone
         server.on_session_end = lambda: self._send("closed")
-        await server.peers.join(self._channel)
+        self._peers = OtherWorkers(server, self._channel)
+        await self._peers.join()
         self._clients.setblocking(False)
         loop.add_reader(self._clients, self._take_clients, server)
         self._send("ready")
@@ -65,7 +67,7 @@ class Worker:
             case "now":
                 self._now.set()
             case _:
-                self._started.result().peers.receive(message)
+                self._peers.receive(message)
 
     def _configure(self, message: Message) -> None:
         """The first time, or again."""

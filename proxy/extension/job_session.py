@@ -6,46 +6,45 @@ which run on when it ends. It has no client: messages of its jobs are among its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 from protocol.framing import HEADER_SIZE
+from proxy.backends.backend import Backend
+from proxy.config.gucs import SESSION_SETTING
 from proxy.extension.conversation import Secrets
 from proxy.extension.in_database import Inside
+from proxy.jobs.launcher import Launcher
 from proxy.jobs.owner import Owner
 from proxy.jobs.rows import Notice, OutputQueue
 
-if TYPE_CHECKING:
-    from proxy.jobs.launcher import Launcher
-    from proxy.server import Server
 
-
-Stop = Callable[[], object]
-
-
-class Nested(Owner):
+class JobSession(Owner):
     """A job as a caller.
 
     Attributes:
         inside: serves its calls.
-        output: the job's own; None before it begins.
     """
 
-    def __init__(
-        self, server: Server, launcher: Launcher, owner: Owner, secrets: Secrets, stop: Stop
-    ) -> None:
-        """`stop`: cancels what the job runs."""
-        super().__init__(server)
-        self._launcher = launcher.for_job()
+    def __init__(self, owner: Owner, launcher: Launcher, backend: Backend) -> None:
+        """
+        Args:
+            owner: whose job it is. It is not kept: the job may outlive its session.
+            launcher: opens the backends of the jobs that this one launches.
+            backend: runs the job.
+        """
+        super().__init__(owner.service)
+        self._launcher = launcher
+        self._key = backend.cancel_request()
         self._server_version = owner.server_version
         self.system_id = owner.system_id
         # Those that its session had.
         self.custom_settings = tuple(owner.custom_settings)
-        self.output: OutputQueue | None = None
-        self.inside = Inside(self, secrets)
-        self._stop = stop
+        self._output: OutputQueue | None = None
+        self.inside = Inside(self, Secrets(backend.own_settings[SESSION_SETTING.encode()]))
 
     # What the job tells
+
+    def begin(self, output: OutputQueue) -> None:
+        """The job is about to start; its messages go there."""
+        self._output = output
 
     def notice(self, body: bytes) -> bool:
         """A NoticeResponse of the job; whether it was a call, and is dealt with."""
@@ -57,7 +56,7 @@ class Nested(Owner):
         return self.inside.is_talkative
 
     def statement_ended(self) -> None:
-        """The function no longer waits for an answer."""
+        """No function waits for an answer any more."""
         self.inside.statement_ended()
 
     def close(self) -> None:
@@ -81,8 +80,11 @@ class Nested(Owner):
         return b"UTF8"
 
     def cancel_statement(self) -> None:
-        self._stop()
+        self.service.cancel_statement(self._launcher.route, self._key)
 
     async def inject(self, message: bytes) -> None:
-        if self.output is not None:
-            self.output.put(Notice(message[HEADER_SIZE:]))
+        if self._output is not None:
+            self._output.put(Notice(message[HEADER_SIZE:]))
+
+    def job_session(self, launcher: Launcher, backend: Backend) -> JobSession:
+        return JobSession(self, launcher, backend)
