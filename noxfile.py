@@ -1,4 +1,4 @@
-"""Short names for what a change needs: ``nox -l`` lists them, ``nox`` runs lint, types and quick.
+"""Short names for what a change needs: ``nox -l`` lists them, ``nox`` runs the quick ones.
 
 They run the programs of ``.venv``, as installed by ``pip install -e '.[dev]'``; nox itself may be
 anywhere. What stands behind ``--`` is passed on: ``nox -s test -- -k cancel``.
@@ -21,7 +21,7 @@ QUICK = (
 )
 
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "types", "quick"]
+nox.options.sessions = ["lint", "types", "layers", "quick"]
 
 
 def run(session: nox.Session, program: str, *arguments: str) -> None:
@@ -40,6 +40,12 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Mypy, strict."""
     run(session, "mypy")
+
+
+@nox.session
+def layers(session: nox.Session) -> None:
+    """The layers of docs/architecture.md, and no circles of imports."""
+    run(session, "lint-imports", "--no-logo")
 
 
 @nox.session

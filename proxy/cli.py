@@ -8,14 +8,14 @@ line on stderr, never a traceback.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from proxy import __version__, config, log
+from proxy.loop import run
 from proxy.net.descriptors import raise_limit
 
 PROGRAM: Final = "pg-background-proxy"
@@ -87,16 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, str(error))
     except KeyboardInterrupt:
         return 130
-
-
-def run(main: Coroutine[Any, Any, int]) -> int:
-    """Runs a coroutine to its end, on uvloop where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(main)
-    code: int = uvloop.run(main)
-    return code
 
 
 def _parser() -> _Parser:

@@ -18,6 +18,7 @@ from typing import Any
 from proxy import config, log
 from proxy.config import ConfigError
 from proxy.log import logger
+from proxy.loop import run
 from proxy.memory import keep_trimmed
 from proxy.net.descriptors import report
 from proxy.server import Server
@@ -129,8 +130,6 @@ async def work(bus: socket.socket, clients: socket.socket) -> int:
 
 def main(arguments: list[str]) -> Any:
     """Runs a worker on two sockets, given by their file descriptors; what sys.exit() takes."""
-    from proxy.cli import run
-
     for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     bus, clients = (socket.socket(fileno=int(argument)) for argument in arguments)
