@@ -13,6 +13,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 import pytest
@@ -372,18 +373,33 @@ async def test_a_closed_connection_is_aborted_if_nobody_takes_what_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The net under all this: that of a connection which the other side does not read."""
-    monkeypatch.setattr(connection_module, "LINGER", 0.05)
-    lost = asyncio.get_running_loop().create_future()
+    loop = asyncio.get_running_loop()
+    looks: list[Callable[[], None]] = []
+
+    def call_later(delay: float, look: Callable[..., None], *args: object) -> None:
+        """Time passes when the test says so."""
+        assert delay == connection_module.LINGER
+        looks.append(partial(look, *args))
+
+    lost = loop.create_future()
     ours, theirs = socket.socketpair()
     connection = Connection(
         lambda data: None, lambda _: None, lambda _, error: lost.set_result(error)
     )
-    await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=ours)
+    await loop.create_unix_connection(lambda: connection, sock=ours)
     connection.write(b"x" * 10_000_000)
-    connection.close()
-    with theirs:
+    with theirs, monkeypatch.context() as patched:
+        patched.setattr(loop, "call_later", call_later)
+        connection.close()
         for _ in range(5):  # as long as it takes something, it is waited for
-            await asyncio.sleep(0.03)
+            left = connection.transport.get_write_buffer_size()
             theirs.recv(1_000_000)
+            while connection.transport.get_write_buffer_size() == left:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            looks.pop()()
+            await asyncio.sleep(0)
             assert not lost.done()
+        looks.pop()()
+        assert not looks
+        patched.undo()
         await asyncio.wait_for(lost, 10.0)

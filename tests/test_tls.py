@@ -192,9 +192,9 @@ def test_the_standard_loop_has_tls_too(server: Server, certificates: Certificate
     finally:
         process.terminate()
         _, log = process.communicate(timeout=20)
-    assert process.returncode == 0
-    assert "Traceback" not in log
-    assert "Exception" not in log
+    assert process.returncode == 0, log
+    assert "Traceback" not in log, log
+    assert "Exception" not in log, log
 
 
 # What is demanded
