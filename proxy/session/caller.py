@@ -192,9 +192,21 @@ class SessionCaller:
     async def launch(
         self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
     ) -> Job:
-        return await self._for(
+        launching = asyncio.ensure_future(
             self._session.launch(sql, queue_size, self.context, label=label, keep_rows=keep_rows)
         )
+        try:
+            return await self._interrupts.for_future(launching)
+        except BaseException:
+            launching.cancel()
+            launching.add_done_callback(self._drop)
+            raise
+
+    def _drop(self, launching: asyncio.Future[Job]) -> None:
+        """Stop a job whose launch was interrupted, if it came to its end before that took effect:
+        the session may be gone, and the job would wait for a reader."""
+        if not launching.cancelled() and launching.exception() is None:
+            self._session.drop(launching.result())
 
     async def _for(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for the result of the work, which is cancelled if the wait is interrupted."""
