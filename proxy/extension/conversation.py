@@ -2,7 +2,8 @@
 
 Invariant: text proves nothing. A question counts only with the rights of a role that the server
 grants to the code that asks. `docs/security.md` has the model. There is no I/O here: `in_database`
-holds the conversation, `bodies` has the functions' half of it.
+holds the conversation, `sql/ask.sql` is the functions' half of it, made with
+the sizes and places defined here (`NAMES`).
 
 A function speaks by an INFO message, which the server sends at once, in the middle of a statement:
 
@@ -105,6 +106,32 @@ _DIGITS: Final = 4
 """Of the number of a piece in application_name and in a query."""
 
 _COMMENT: Final = "/*"
+
+
+def _part(text: str, part: slice) -> str:
+    """As SQL says it."""
+    if part.start == 0:
+        return f"left({text}, {part.stop})"
+    return f"substr({text}, {part.start + 1}, {part.stop - part.start})"
+
+
+NAMES: Final = {
+    "token": _part("session", _TOKEN),
+    "secret": f"substr(session, {_SECRET.start + 1})",
+    "setting_size": str(_SECRET.stop),
+    "tag": _part("hash", _TAG),
+    "tag_seen": _part("a.application_name", _TAG),
+    "state_seen": f"substr(a.application_name, {_TAG.stop + 1})",
+    "lock": _part("hash", _LOCK),
+    "mark": _part("hash", _MARK),
+    "word": f"left(shown, {_WORD})",
+    "number_seen": f"substr(state, 2, {_DIGITS})",
+    "number_wanted": f"to_char(number % {10**_DIGITS}, 'FM{'0' * _DIGITS}')",
+    "number_pattern": "." * _DIGITS,
+    "narrow_data": f"substr(state, {_DIGITS + 2})",
+    "comment": _COMMENT,
+}
+"""What the PL/pgSQL calls these, by the placeholder that stands for it there."""
 
 
 def identity(function: Function) -> str:

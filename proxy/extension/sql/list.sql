@@ -1,0 +1,12 @@
+-- The label is the tenth column: who asks for nine does not get it.
+
+DECLARE
+  answer pg_catalog.text[] := @{call};
+  rows pg_catalog.text[] := @{schema}._pg_background_elements(answer[2]);
+BEGIN
+  BEGIN
+    RETURN QUERY SELECT @{columns} FROM pg_catalog.generate_subscripts(rows, 1) i;
+  EXCEPTION WHEN datatype_mismatch THEN
+    RETURN QUERY SELECT @{but_one} FROM pg_catalog.generate_subscripts(rows, 1) i;
+  END;
+END

@@ -1,0 +1,26 @@
+-- The proxy accepts only messages that this function raises. The function adds the roles that its
+-- caller can run as: a role that may see all queries can read the word of a proof without being able
+-- to run as the channel's role.
+
+CREATE FUNCTION @{schema}._pg_background_say() RETURNS pg_catalog.void LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+  message text := @{schema}._pg_background_setting(CAST('pg_background_proxy.message' AS text));
+  roles oid[];
+BEGIN
+  IF split_part(message, ' ', 3) = 'proof' THEN
+    roles := ARRAY(SELECT r.oid FROM pg_roles r WHERE r.rolname = current_user);
+    BEGIN
+      PERFORM set_config('role', 'none', true);
+      roles := roles || ARRAY(SELECT r.oid FROM pg_roles r WHERE r.rolname = current_user);
+      RESET SESSION AUTHORIZATION;
+      roles := roles || ARRAY(SELECT r.oid FROM pg_roles r WHERE r.rolname = current_user);
+      RAISE SQLSTATE 'PGBGW';
+    EXCEPTION WHEN SQLSTATE 'PGBGW' OR insufficient_privilege THEN
+      NULL;
+    END;
+    message := concat(message, ' ', array_to_string(roles, ','));
+  END IF;
+  RAISE INFO '%', message;
+END
+$body$

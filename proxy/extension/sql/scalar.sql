@@ -1,0 +1,3 @@
+BEGIN
+  RETURN (@{call})[2];
+END

@@ -1,0 +1,28 @@
+-- What a channel shows to its own login role: the query of a backend, if the calling code has the
+-- rights of the role that the backend has logged in as, or could have them by RESET ROLE and RESET
+-- SESSION AUTHORIZATION. It undoes what it sets. NULL otherwise.
+
+CREATE FUNCTION @{schema}._pg_background_seen(channel pg_catalog.int4, begins pg_catalog.text)
+RETURNS pg_catalog.text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+  login text;
+  shown text;
+BEGIN
+  SELECT a.query, pg_get_userbyid(a.usesysid) INTO shown, login
+    FROM pg_stat_get_activity(channel) a;
+  IF left(shown, length(begins)) = begins THEN
+    RETURN shown;
+  END IF;
+  BEGIN
+    IF session_user <> login THEN
+      PERFORM set_config('session_authorization', login, true);
+    END IF;
+    PERFORM set_config('role', 'none', true);
+    SELECT a.query INTO shown FROM pg_stat_get_activity(channel) a;
+    RAISE SQLSTATE 'PGBGW';
+  EXCEPTION WHEN SQLSTATE 'PGBGW' OR insufficient_privilege THEN
+    NULL;
+  END;
+  RETURN CASE WHEN left(shown, length(begins)) = begins THEN shown END;
+END
+$body$

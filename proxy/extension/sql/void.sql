@@ -1,0 +1,3 @@
+BEGIN
+  PERFORM @{call};
+END
