@@ -71,7 +71,12 @@ from dataclasses import dataclass
 from datetime import UTC
 from typing import TYPE_CHECKING, Any, Final
 
-from protocol.errors import FEATURE_NOT_SUPPORTED, SQLError
+from protocol.errors import (
+    FEATURE_NOT_SUPPORTED,
+    INSUFFICIENT_PRIVILEGE,
+    OBJECT_NOT_IN_PREREQUISITE_STATE,
+    SQLError,
+)
 from protocol.messages import NoticeResponse
 from proxy.api.functions import DECLARED, Function, Needs
 from proxy.api.values import text_form
@@ -318,6 +323,32 @@ def malformed() -> SQLError:
         "pg-background-proxy does not know this function",
         hint="The extension's objects may be of another version: ALTER EXTENSION pg_background"
         " UPDATE.",
+    )
+
+
+def no_login(role: bytes, error: SQLError) -> SQLError:
+    """Why there is no channel of the role that the calling code runs as."""
+    if not error.sqlstate.startswith("28"):
+        return error
+    name = role.decode("utf-8", "replace")
+    return SQLError(
+        INSUFFICIENT_PRIVILEGE,
+        f'cannot start a background worker as role "{name}"',
+        detail=f'The calling code runs as "{name}" (as the owner of a SECURITY DEFINER function, a'
+        " table or an index), so the background worker must log in as that role, which failed:"
+        f" {(error.detail or error.message).rstrip('.')}.",
+        hint=f'Give the proxy the password of role "{name}" in its passfile or auth_file, or set'
+        " auth_query; the role must have LOGIN.",
+    )
+
+
+def unprovable() -> SQLError:
+    """The channel has no query to show a word in."""
+    return SQLError(
+        OBJECT_NOT_IN_PREREQUISITE_STATE,
+        "calls from inside the database are not served here",
+        detail="The server shows no queries, by which the calling code could prove its role.",
+        hint="Set track_activities to on.",
     )
 
 

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec
 from protocol.errors import (
     CONNECTION_FAILURE,
     INSUFFICIENT_PRIVILEGE,
-    OBJECT_NOT_IN_PREREQUISITE_STATE,
     QUERY_CANCELED,
     UNDEFINED_OBJECT,
     ServerError,
@@ -53,7 +52,9 @@ from proxy.extension.conversation import (
     answer_of,
     decoded,
     malformed,
+    no_login,
     parse_number,
+    unprovable,
 )
 from proxy.jobs.context import Context
 from proxy.jobs.interrupts import Interrupts
@@ -191,7 +192,7 @@ class Inside:
         if refusal is not None and response.sqlstate == QUERY_CANCELED:
             reason = refusal.response(encodings.codec(self._session.client_encoding)).fields
             response = response.with_fields(**{code: reason.get(code, b"") for code in "CMDH"})
-            while _ASK not in lines[0]:
+            while lines and _ASK not in lines[0]:
                 del lines[0]  # where in our function it was canceled
         elif _ASK not in lines[0][:LONGEST_LINE]:
             return None
@@ -380,12 +381,12 @@ class Inside:
                     await self._lease_channel(login)
                     await self._show_word(question, call)
                 return
-            reason = _unprovable() if call.is_known else malformed()
+            reason = unprovable() if call.is_known else malformed()
         except SQLError as error:
             if login is None:
                 raise
             await self._lease_channel(None)
-            reason = _no_login(login, error)
+            reason = no_login(login, error)
         await self._refuse(question, call, reason)
 
     async def _show_word(self, question: Message, call: Call) -> None:
@@ -543,31 +544,6 @@ async def _arguments(call: Call) -> dict[str, Any]:
         }
     except ValueError:
         raise malformed() from None
-
-
-def _no_login(role: bytes, error: SQLError) -> SQLError:
-    """Why there is no channel of the role that the calling code runs as."""
-    if not error.sqlstate.startswith("28"):
-        return error
-    name = role.decode("utf-8", "replace")
-    return SQLError(
-        INSUFFICIENT_PRIVILEGE,
-        f'cannot start a background worker as role "{name}"',
-        detail=f'The calling code runs as "{name}" (as the owner of a SECURITY DEFINER function, a'
-        " table or an index), so the background worker must log in as that role, which failed:"
-        f" {(error.detail or error.message).rstrip('.')}.",
-        hint=f'Give the proxy the password of role "{name}" in its passfile or auth_file, or set'
-        " auth_query; the role must have LOGIN.",
-    )
-
-
-def _unprovable() -> SQLError:
-    return SQLError(
-        OBJECT_NOT_IN_PREREQUISITE_STATE,
-        "calls from inside the database are not served here",
-        detail="The server shows no queries, by which the calling code could prove its role.",
-        hint="Set track_activities to on.",
-    )
 
 
 class InsideCaller:
