@@ -65,7 +65,7 @@ class Runtime:
     async def credentials_of(
         self, route: Route, database: bytes, user: bytes, login: LoginObserver
     ) -> Credentials:
-        """What a role whose login was accepted can log in with once more."""
+        """What a role can log in with again, once the server has accepted its login."""
         find = functools.partial(
             self.credentials.credentials,
             *(route.host.name, route.host.port, database, user, login),
