@@ -188,7 +188,10 @@ def check_own_session_still_knows(conn: Connection, handle: Handle) -> None:
 
 
 @pytest.mark.xfail(reason="texts of a job go out in its launcher's client_encoding", strict=True)
-def test_label_and_error_in_the_encoding_of_the_asking_session(proxy: Proxy, scratch: str) -> None:
+def test_label_and_error_in_the_encoding_of_the_asking_session(
+    start_proxy: StartProxy, scratch: str
+) -> None:
+    proxy = start_proxy()  # no other test lists this job
     with proxy.connect(dbname=scratch) as first, proxy.connect(dbname=scratch) as second:
         first.execute("SET client_encoding = 'LATIN1'")
         row = first.execute(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -983,23 +984,30 @@ def test_left_to_the_server(start_proxy: StartProxy, scratch: str, observer: Con
         assert kind(conn) == "pid"  # there is nothing else to call
 
 
+@pytest.fixture
+def readable_folder() -> Iterator[Path]:
+    """Which the server's user may read: pytest closes its own folders to others."""
+    with tempfile.TemporaryDirectory(prefix="pgbg-test-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 def test_extension_of_the_server(
-    proxy: Proxy, start_proxy: StartProxy, scratch: str, server: Server, tmp_path: Path
+    proxy: Proxy, start_proxy: StartProxy, scratch: str, server: Server, readable_folder: Path
 ) -> None:
     """Something by that name that the server has installed itself."""
     if server.version < 180000:
         pytest.skip("no extension_control_path")
-    folder = tmp_path / "extension"
+    folder = readable_folder / "extension"
     folder.mkdir()
     (folder / "pg_background.control").write_text("default_version = '1.8'\nrelocatable = true\n")
     (folder / "pg_background--1.8.sql").write_text(
         "CREATE FUNCTION pg_background_launch(sql text, queue_size int DEFAULT 0) RETURNS int"
         " LANGUAGE sql AS 'SELECT -1';"
     )
-    ours = [path for path in tmp_path.parents if path.name.startswith(("pytest-", "popen-"))]
-    for path in (folder, *folder.iterdir(), *ours, tmp_path):
+    for path in (folder, *folder.iterdir()):
         path.chmod(0o755)
-    setting = f"SET extension_control_path = '{tmp_path}'"
+    setting = f"SET extension_control_path = '{readable_folder}'"
     with start_proxy("--extension", "server").connect(dbname=scratch) as conn:
         conn.execute(setting.encode())
         create(conn)
