@@ -73,7 +73,7 @@ def blocks(page: Path) -> list[Block]:
     "page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.name)
 )
 def test_examples(page: Path, server: Server, proxy: Proxy) -> None:
-    before = roles(server)
+    before, members_before = roles(server), members(server)
     with database(server, "mydb"):
         with server.connect(dbname="mydb") as conn:
             conn.execute("GRANT CREATE ON DATABASE mydb TO PUBLIC")
@@ -84,6 +84,14 @@ def test_examples(page: Path, server: Server, proxy: Proxy) -> None:
             for role in roles(server) - before:
                 conn.execute(f"DROP OWNED BY {role}")
                 conn.execute(f"DROP ROLE {role}")
+            for role, member in members(server) - members_before:
+                conn.execute(f"REVOKE {role} FROM {member}")
+
+
+def members(server: Server) -> set[tuple[str, str]]:
+    query = "SELECT roleid::regrole::text, member::regrole::text FROM pg_auth_members"
+    with server.connect() as conn:
+        return set(conn.execute(query).fetchall())
 
 
 def roles(server: Server) -> set[str]:
