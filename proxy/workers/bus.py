@@ -1,4 +1,4 @@
-"""Messages between the supervisor and a worker process: JSON, one object a line.
+"""The channel between the supervisor and a worker process: one line for each of the `messages`.
 
 Invariant: a channel is a socket pair that no other process has, so what comes in is believed;
 and nothing grows without limit. Users decide how large an answer is, so it comes in pieces, and one
@@ -10,14 +10,13 @@ process.
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 from collections.abc import Callable
-from typing import Any, Final, Self, TypeAlias, cast
+from dataclasses import replace
+from typing import Final, Self, cast
 
 from proxy.log import logger
-
-Message: TypeAlias = "dict[str, Any]"
+from proxy.workers.messages import Answer, Message, decode, encode
 
 MAX_UNREAD: Final = 64 * 1024 * 1024
 """Bytes that may wait for the other side to read them."""
@@ -56,10 +55,10 @@ class Channel(asyncio.Protocol):
         """Send a message; nothing happens if the other side is gone."""
         if self._transport.is_closing():
             return
-        if message["kind"] == "answer" and self._transport.get_write_buffer_size() > MAX_ANSWERS:
+        if isinstance(message, Answer) and self._transport.get_write_buffer_size() > MAX_ANSWERS:
             logger.warning("a process does not read what it has asked for")
-            message = {**message, "body": None}
-        self._transport.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+            message = replace(message, body=None)
+        self._transport.write(encode(message))
         if self._transport.get_write_buffer_size() > MAX_UNREAD:
             self._transport.abort()
 
@@ -94,7 +93,7 @@ class Channel(asyncio.Protocol):
         lines[0] = bytes(self._received) + lines[0]
         self._received = bytearray(rest)
         for line in lines:
-            self.receive(json.loads(line))
+            self.receive(decode(line))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.lost.done():

@@ -15,7 +15,8 @@ import asyncio
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from protocol.startup import CancelRequest
@@ -24,7 +25,28 @@ from proxy.jobs.peers import Peers
 from proxy.jobs.registry import Handle, JobRecord, RemoteJob
 from proxy.log import logger
 from proxy.server import Server
-from proxy.workers.bus import PIECE, Channel, Message
+from proxy.workers.bus import PIECE, Channel
+from proxy.workers.messages import (
+    Answer,
+    Ask,
+    Asked,
+    CancelJob,
+    CancelStatement,
+    ExtensionChanged,
+    FindJobs,
+    GiveWay,
+    Gone,
+    JobEnded,
+    LeaveDatabases,
+    ListJobs,
+    Message,
+    NewRole,
+    News,
+    Question,
+    RoleGone,
+    Roles,
+    Told,
+)
 
 _PATIENCE: Final = 5.0
 """Seconds that a process which does not answer is waited for."""
@@ -110,7 +132,7 @@ class OtherWorkers(Peers):
             self._roles_of[peer].update(roles)
             return False
 
-        await self._ask("roles", None, take)
+        await self._ask(Roles(), take)
 
     # What the sessions ask
 
@@ -131,7 +153,7 @@ class OtherWorkers(Peers):
             return not missing
 
         for start in range(0, len(handles), _AT_ONCE):
-            await self._ask("find", handles[start : start + _AT_ONCE], take)
+            await self._ask(FindJobs(handles[start : start + _AT_ONCE]), take)
         return found
 
     async def jobs_of(self, roles: Collection[int]) -> list[JobRecord]:
@@ -142,7 +164,7 @@ class OtherWorkers(Peers):
             found.extend(self._stand_ins_for(peer, snapshots))
             return False
 
-        await self._ask("list", sorted(roles), take)
+        await self._ask(ListJobs(sorted(roles)), take)
         return found
 
     def _stand_ins_for(self, peer: int, snapshots: list[dict[str, Any]]) -> list[RemoteJob]:
@@ -157,7 +179,7 @@ class OtherWorkers(Peers):
 
     async def cancel_job(self, job: RemoteJob) -> None:
         """Have its process tell the server to stop it."""
-        await self._ask("cancel job", job.handle, to=job.owner, patience=self._canceling)
+        await self._ask(CancelJob(*job.handle), to=job.owner, patience=self._canceling)
 
     async def cancel(self, request: CancelRequest) -> bool:
         """Forward a cancel request to the worker that owns the session."""
@@ -168,8 +190,8 @@ class OtherWorkers(Peers):
                 known.append(True)
             return is_known
 
-        body = [request.pid, request.secret_key.decode("latin-1")]
-        await self._ask("cancel", body, take, patience=self._canceling)
+        ask = CancelStatement(request.pid, request.secret_key.decode("latin-1"))
+        await self._ask(ask, take, patience=self._canceling)
         return bool(known)
 
     @property
@@ -184,7 +206,7 @@ class OtherWorkers(Peers):
             had.append(had_some)
             return False
 
-        await self._ask("give way", None, take)
+        await self._ask(GiveWay(), take)
         return any(had)
 
     # What they must be told
@@ -192,7 +214,7 @@ class OtherWorkers(Peers):
     async def announce(self, role_id: int) -> None:
         """We know jobs of this role; returns when all know that."""
         if role_id not in self._announced:
-            await self._ask("role", role_id)
+            await self._ask(NewRole(role_id))
             self._announced.add(role_id)
             if role_id not in self._jobs.registry.roles:
                 self.role_gone(role_id)
@@ -201,31 +223,26 @@ class OtherWorkers(Peers):
         """We know none of this role any more."""
         if role_id in self._announced:
             self._announced.discard(role_id)
-            self._tell({"kind": "told", "what": "role gone", "body": role_id})
+            self._channel.send(Told(RoleGone(role_id)))
 
     def job_ended(self, job: Job) -> None:
         """One of ours."""
         for peer in self._watchers.pop(job.handle, ()):
-            body = job.snapshot(whole=False)
-            self._tell({"kind": "told", "what": "ended", "to": peer, "body": body})
+            self._channel.send(Told(JobEnded(job.snapshot(whole=False)), to=peer))
 
     def extension_changed(self) -> None:
         """A command about the extension has done its work in some database."""
-        self._tell({"kind": "told", "what": "extension changed", "body": None})
+        self._channel.send(Told(ExtensionChanged()))
 
     def leave_databases(self, sql: bytes) -> None:
         """A statement here is about to drop, rename or copy databases."""
-        self._tell({"kind": "told", "what": "leave", "body": sql.decode("latin-1")})
-
-    def _tell(self, message: Message) -> None:
-        self._channel.send(message)
+        self._channel.send(Told(LeaveDatabases(sql.decode("latin-1"))))
 
     # Asking
 
     async def _ask(
         self,
-        what: str,
-        body: Any,
+        ask: Ask,
         take: Callable[[int, Any], bool] = lambda peer, answer: False,
         *,
         to: int | None = None,
@@ -237,12 +254,11 @@ class OtherWorkers(Peers):
             return
         number = next(self._numbers)
         question = self._questions[number] = _Question(take)
-        message = {"kind": "question", "id": number, "what": what, "body": body, "to": to}
-        self._channel.send(message)
+        self._channel.send(Question(number, ask, to))
         try:
             await asyncio.wait_for(question.over, patience)
         except TimeoutError:
-            logger.warning("a worker does not answer (%s)", what)
+            logger.warning("a worker does not answer (%s)", type(ask).__name__)
         finally:
             del self._questions[number]
 
@@ -250,32 +266,34 @@ class OtherWorkers(Peers):
 
     def receive(self, message: Message) -> None:
         """A message that the supervisor has handed on, or made."""
-        match message["kind"]:
-            case "question":
+        match message:
+            case Question():
                 task = asyncio.get_running_loop().create_task(self._answer(message))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
-            case "asked":
-                if (question := self._questions.get(message["id"])) is not None:
-                    question.asked(message["peers"])
-            case "answer":
-                if (question := self._questions.get(message["id"])) is not None:
-                    more = message.get("more", False)
-                    question.answer(message["from"], message["body"], more=more)
-            case "told":
-                self._told(message["from"], message["what"], message["body"])
-            case "gone":
-                self._gone(message["peer"])
+            case Asked(number, peers):
+                if (question := self._questions.get(number)) is not None:
+                    question.asked(peers)
+            case Answer(number):
+                if (question := self._questions.get(number)) is not None:
+                    question.answer(message.sender, message.body, more=message.more)
+            case Told(news):
+                self._told(message.sender, news)
+            case Gone(peer):
+                self._gone(peer)
 
-    def _told(self, peer: int, what: str, body: Any) -> None:
-        if what == "role gone":
-            self._roles_of[peer].discard(body)
-        elif what == "leave":
-            self._jobs.spares.leave(body.encode("latin-1"))
-        elif what == "extension changed":
-            self._server.extension_changes += 1
-        elif (job := self._stand_ins.get((body["pid"], body["cookie"]))) is not None:
-            job.update(body)
+    def _told(self, peer: int, news: News) -> None:
+        match news:
+            case RoleGone(role_id):
+                self._roles_of[peer].discard(role_id)
+            case LeaveDatabases(sql):
+                self._jobs.spares.leave(sql.encode("latin-1"))
+            case ExtensionChanged():
+                self._server.extension_changes += 1
+            case JobEnded(snapshot):
+                job = self._stand_ins.get((snapshot["pid"], snapshot["cookie"]))
+                if job is not None:
+                    job.update(snapshot)
 
     def _gone(self, peer: int) -> None:
         self._roles_of.pop(peer, None)
@@ -294,20 +312,19 @@ class OtherWorkers(Peers):
 
     # Answering
 
-    async def _answer(self, message: Message) -> None:
-        peer = message["from"]
-        reply = {"kind": "answer", "id": message["id"], "to": peer}
+    async def _answer(self, question: Question) -> None:
+        answer = Answer(question.number, question.sender, None)
         try:
-            answer = await self._answers[message["what"]](self, peer, message["body"])
-            if isinstance(answer, _Snapshots):
-                await self._tell_pieces(reply, answer)
+            body = await self._answer_to(question.sender, question.ask)
+            if isinstance(body, _Snapshots):
+                await self._send_pieces(answer, body)
                 return
         except Exception:
             logger.exception("internal error; a question of another worker has no answer")
-            answer = None
-        self._tell({**reply, "body": answer})
+            body = None
+        self._channel.send(replace(answer, body=body))
 
-    async def _tell_pieces(self, reply: Message, snapshots: _Snapshots) -> None:
+    async def _send_pieces(self, answer: Answer, snapshots: _Snapshots) -> None:
         """Answer a piece at a time, as fast as it is read."""
         piece: list[dict[str, Any]] = []
         size = 0
@@ -316,57 +333,45 @@ class OtherWorkers(Peers):
             size += _SNAPSHOT_SIZE + len(snapshot["sql"]) + len(snapshot["label"] or "")
             size += sum(map(len, (snapshot["error"] or {}).values()))
             if size > PIECE:
-                self._tell({**reply, "body": piece, "more": True})
+                self._channel.send(replace(answer, body=piece, more=True))
                 piece, size = [], 0
                 await asyncio.sleep(0)
                 await self._channel.drain()
-        self._tell({**reply, "body": piece})
+        self._channel.send(replace(answer, body=piece))
 
-    async def _tell_roles(self, peer: int, body: None) -> list[int]:
-        return sorted(self._jobs.registry.roles)
+    async def _answer_to(self, peer: int, ask: Ask) -> Any:
+        registry = self._jobs.registry
+        match ask:
+            case Roles():
+                return sorted(registry.roles)
+            case NewRole(role_id):
+                self._roles_of[peer].add(role_id)
+                return True
+            case FindJobs(handles):
+                known = [registry.get(pid, cookie) for pid, cookie in handles]
+                return self._snapshots(peer, filter(None, known), whole=True)
+            case ListJobs(roles):
+                return self._snapshots(
+                    peer, [job for job in registry if job.role_id in roles], whole=False
+                )
+            case CancelJob(pid, cookie):
+                job = registry.get(pid, cookie)
+                if job is not None and not job.finished:
+                    await self._jobs.cancel(job)
+                return True
+            case CancelStatement(pid, secret_key):
+                request = CancelRequest(pid, secret_key.encode("latin-1"))
+                if request not in self._server.keys:
+                    return False
+                await self._server.cancel(request)
+                return True
+            case GiveWay():
+                return self._jobs.spares.give_way()
 
-    async def _note_role(self, peer: int, role_id: int) -> bool:
-        self._roles_of[peer].add(role_id)
-        return True
-
-    async def _tell_found(self, peer: int, handles: list[list[int]]) -> _Snapshots:
-        known = (self._jobs.registry.get(pid, cookie) for pid, cookie in handles)
-        return self._snapshots(peer, known, whole=True)
-
-    async def _tell_list(self, peer: int, roles: list[int]) -> _Snapshots:
-        known = (job for job in self._jobs.registry if job.role_id in roles)
-        return self._snapshots(peer, known, whole=False)
-
-    def _snapshots(self, peer: int, jobs: Iterable[Job | None], *, whole: bool) -> _Snapshots:
+    def _snapshots(self, peer: int, jobs: Iterable[Job], *, whole: bool) -> _Snapshots:
         """As they are when they are told: one that ends in between is told as ended."""
-        found = [job for job in jobs if job is not None]
+        found = list(jobs)
         for job in found:
             if not job.finished:
                 self._watchers.setdefault(job.handle, set()).add(peer)
         return _Snapshots(found, whole=whole)
-
-    async def _cancel_job(self, peer: int, handle: list[int]) -> bool:
-        job = self._jobs.registry.get(handle[0], handle[1])
-        if job is not None and not job.finished:
-            await self._jobs.cancel(job)
-        return True
-
-    async def _cancel(self, peer: int, body: list[Any]) -> bool:
-        request = CancelRequest(body[0], body[1].encode("latin-1"))
-        if request not in self._server.keys:
-            return False
-        await self._server.cancel(request)
-        return True
-
-    async def _give_way(self, peer: int, body: None) -> bool:
-        return self._jobs.spares.give_way()
-
-    _answers: Final[dict[str, Callable[[OtherWorkers, int, Any], Awaitable[Any]]]] = {
-        "roles": _tell_roles,
-        "role": _note_role,
-        "find": _tell_found,
-        "list": _tell_list,
-        "cancel job": _cancel_job,
-        "cancel": _cancel,
-        "give way": _give_way,
-    }

@@ -25,6 +25,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from proxy import config, log
@@ -33,7 +34,19 @@ from proxy.log import logger
 from proxy.net.descriptors import turn_away
 from proxy.net.listeners import Listeners
 from proxy.runtime import LAST_WORDS, Runtime, client_keepalive, reload, reloaded
-from proxy.workers.bus import Channel, Message
+from proxy.workers.bus import Channel
+from proxy.workers.messages import (
+    Answer,
+    Asked,
+    Configure,
+    EndNow,
+    Event,
+    Gone,
+    Message,
+    Question,
+    Report,
+    Told,
+)
 
 _START_TIMEOUT: Final = 30.0
 """Seconds that a worker has to get ready."""
@@ -266,9 +279,7 @@ class Supervisor:
     async def _serve_with(self, worker: _Worker) -> str | None:
         """From its start to its end; if it never got ready, how it ended."""
         self._workers[worker.serial] = worker
-        worker.channel.send(
-            {"kind": "config", "given": self._given, "who": f"worker {worker.number}"}
-        )
+        worker.channel.send(Configure(self._given, f"worker {worker.number}"))
         if self._stop.is_set():
             worker.retire()
         is_ready = await worker.ready
@@ -289,7 +300,7 @@ class Supervisor:
         del self._workers[worker.serial]
         for other in self._workers.values():
             if other.joined:
-                other.channel.send({"kind": "gone", "peer": worker.serial})
+                other.channel.send(Gone(worker.serial))
         if self._stop.is_set():
             for connection in worker.untaken:
                 connection.close()
@@ -350,28 +361,32 @@ class Supervisor:
     # What the workers say
 
     def _receive(self, worker: _Worker, message: Message) -> None:
-        match message["kind"]:
-            case "ready":
+        match message:
+            case Report(event):
+                self._reported(worker, event)
+            case Question(number):
+                worker.joined = True
+                asked = self._others(worker, message.to)
+                worker.channel.send(Asked(number, [other.serial for other in asked]))
+                self._hand_on(worker, message, asked)
+            case Answer() | Told():
+                self._hand_on(worker, message, self._others(worker, message.to))
+
+    def _reported(self, worker: _Worker, event: Event) -> None:
+        match event:
+            case Event.READY:
                 worker.is_ready()
-            case "taken":
+            case Event.TAKEN:
                 worker.taken()
-            case "refused":
+            case Event.REFUSED:
                 worker.refused()
-            case "closed":
+            case Event.CLOSED:
                 worker.sessions -= 1
-            case "draining":
+            case Event.DRAINING:
                 worker.retire()
-            case "done":
+            case Event.DONE:
                 worker.done = True
                 self._let_go()
-            case "question":
-                worker.joined = True
-                asked = self._others(worker, message["to"])
-                serials = [other.serial for other in asked]
-                worker.channel.send({"kind": "asked", "id": message["id"], "peers": serials})
-                self._hand_on(worker, message, asked)
-            case "answer" | "told":
-                self._hand_on(worker, message, self._others(worker, message.get("to")))
 
     def _others(self, worker: _Worker, serial: int | None) -> list[_Worker]:
         """All others, or one."""
@@ -381,9 +396,12 @@ class Supervisor:
             if other is not worker and other.joined and serial in (None, other.serial)
         ]
 
-    def _hand_on(self, worker: _Worker, message: Message, others: list[_Worker]) -> None:
+    def _hand_on(
+        self, worker: _Worker, message: Question | Answer | Told, others: list[_Worker]
+    ) -> None:
+        message = replace(message, sender=worker.serial)
         for other in others:
-            other.channel.send({**message, "from": worker.serial})
+            other.channel.send(message)
 
     def _let_go(self) -> None:
         """Let those end that are done. While all are to end, they wait for each other, since what
@@ -393,7 +411,7 @@ class Supervisor:
             return
         for worker in workers:
             if worker.done:
-                worker.channel.send({"kind": "now"})
+                worker.channel.send(EndNow())
 
     # Its life
 
@@ -409,7 +427,7 @@ class Supervisor:
         self._config, self._given = settings, given
         log.set_level(settings.log_level)
         for worker in self._workers.values():
-            worker.channel.send({"kind": "config", "given": given, "who": ""})
+            worker.channel.send(Configure(given))
         return fixed
 
     async def _shut_down(self, keepers: list[asyncio.Task[None]]) -> None:
@@ -425,7 +443,7 @@ class Supervisor:
         )
         told.cancel()
         for worker in self._workers.values():
-            worker.channel.send({"kind": "now"})
+            worker.channel.send(EndNow())
         await asyncio.wait({all_kept}, timeout=LAST_WORDS + _END_TIMEOUT)
         for worker in self._workers.values():
             logger.warning("%s has not ended in time", worker)

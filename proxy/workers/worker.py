@@ -22,7 +22,8 @@ from proxy.loop import run
 from proxy.memory import keep_trimmed
 from proxy.net.descriptors import report
 from proxy.server import Server
-from proxy.workers.bus import Channel, Message
+from proxy.workers.bus import Channel
+from proxy.workers.messages import Configure, EndNow, Event, Message, Report
 from proxy.workers.peers import OtherWorkers
 
 
@@ -40,17 +41,17 @@ class Worker:
         self._channel = await Channel.over(bus, self._receive)
         self._channel.lost.add_done_callback(lambda _: self._supervisor_lost())
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._send, "draining")
+        loop.add_signal_handler(signal.SIGTERM, self._send, Event.DRAINING)
         try:
             server = await self._started
         except asyncio.CancelledError:
             return 1  # the supervisor is gone
-        server.on_session_end = lambda: self._send("closed")
+        server.on_session_end = lambda: self._send(Event.CLOSED)
         self._peers = OtherWorkers(server, self._channel)
         await self._peers.join()
         self._clients.setblocking(False)
         loop.add_reader(self._clients, self._take_clients, server)
-        self._send("ready")
+        self._send(Event.READY)
         await self._stop.wait()
         loop.remove_reader(self._clients)
         await server.shut_down(self._now, self._others_done)
@@ -58,26 +59,26 @@ class Worker:
         await self._channel.lost
         return 0
 
-    def _send(self, kind: str) -> None:
-        self._channel.send({"kind": kind})
+    def _send(self, event: Event) -> None:
+        self._channel.send(Report(event))
 
     def _receive(self, message: Message) -> None:
-        match message["kind"]:
-            case "config":
+        match message:
+            case Configure():
                 self._configure(message)
-            case "now":
+            case EndNow():
                 self._now.set()
             case _:
                 self._peers.receive(message)
 
-    def _configure(self, message: Message) -> None:
+    def _configure(self, message: Configure) -> None:
         """The first time, or again."""
         try:
-            settings = config.build(message["given"], os.environ)
+            settings = config.build(message.given, os.environ)
             if self._started.done():
                 self._started.result().reload(settings)
             else:
-                log.configure(settings.log_level, who=message["who"])
+                log.configure(settings.log_level, who=message.name)
                 self._started.set_result(Server(settings))
                 keep_trimmed()
         except ConfigError as error:
@@ -110,16 +111,16 @@ class Worker:
             if not fds:
                 # We are short of file descriptors, and the kernel has closed it.
                 report("accept new connections")
-                self._send("refused")
+                self._send(Event.REFUSED)
                 continue
-            self._send("taken")
+            self._send(Event.TAKEN)
             connection = socket.socket(fileno=fds[0])
             connection.setblocking(False)
             server.acceptor.take(connection)
 
     async def _others_done(self) -> None:
         """Ours are done; the supervisor knows when all are, and says so by `now`."""
-        self._send("done")
+        self._send(Event.DONE)
         await asyncio.Event().wait()
 
 
