@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar
+from unittest.mock import AsyncMock, Mock
 
 import psycopg
 import pytest
@@ -19,6 +20,7 @@ from protocol.framing import HEADER_SIZE, LongMessage
 from protocol.messages import ErrorResponse, NoticeResponse, ReadyForQuery, RowDescription
 from proxy import config
 from proxy.jobs.job import Job
+from proxy.jobs.owner import Owner
 from proxy.jobs.registry import CUT, cut_fields
 from proxy.server import Server as ProxyServer
 from tests.conftest import StartProxy, upstream_of
@@ -217,6 +219,7 @@ class Still:
     pid = 1
     is_pooled = False
     parameters: ClassVar[dict[bytes, bytes]] = {}
+    own_settings: ClassVar[dict[bytes, bytes]] = {b"pg_background_proxy.job": b"no"}
     receiver = None
 
     def pause_reading(self) -> None: ...
@@ -321,6 +324,27 @@ async def test_a_job_that_has_ended_is_not_kept_until_its_timeout() -> None:
     server.jobs.limit(ended, 86_400_000)
     del ended
     gc.collect()
+    assert gone() is None
+
+
+async def test_a_job_that_runs_does_not_keep_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its session may have ended long ago, with all that it had read."""
+
+    class Session(Owner):
+        launcher: Any = Mock(backend=AsyncMock(return_value=Still()), setting=lambda *_: 64 * 1024)
+        server_version: Any = 180000
+        client_encoding: Any = b"UTF8"
+        inject: Any = None
+        cancel_statement: Any = None
+        job_session: Any = staticmethod(lambda *_: None)
+
+    monkeypatch.setattr(Job, "start", AsyncMock())
+    session = Session(ProxyServer(config.load()).jobs)
+    launched = await session.launch(b"SELECT 1", 0, Mock(role_id=1))
+    gone = weakref.ref(session)
+    del session
+    gc.collect()
+    assert not launched.finished
     assert gone() is None
 
 

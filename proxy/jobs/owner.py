@@ -7,6 +7,7 @@ how its settings are known.
 from __future__ import annotations
 
 import asyncio
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
@@ -15,7 +16,7 @@ from proxy.backends.channels import Channel
 from proxy.backends.spares import LONGEST_COMMAND
 from proxy.config.gucs import DEFAULT_QUEUE_SIZE, JOB_SETTING, MAX_WORKERS
 from proxy.jobs.context import Context
-from proxy.jobs.job import Job, Jobs, JobSession, checked_queue_size
+from proxy.jobs.job import Counts, Job, Jobs, JobSession, checked_queue_size
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.service import JobService
 from proxy.log import logger
@@ -124,22 +125,22 @@ class Owner(ABC):
             keep_rows=keep_rows,
             budgets=service.budgets.of_role(launcher.user),
             session=self.job_session(launcher.for_job(backend.pid), backend),
-            on_finish=self._job_ended,
+            # Not of the owner, which may be gone before the job.
+            on_finish=functools.partial(_ended, self.jobs.counts, service),
         )
-        service.add(job)
+        await self._start(job)
+        return job
+
+    async def _start(self, job: Job) -> None:
+        self.service.add(job)
         self.jobs.add(job)
         try:
             await job.start()
-            await service.peers.announce(job.role_id)
+            await self.service.peers.announce(job.role_id)
         except asyncio.CancelledError:
             self.drop(job)
             raise
         logger.debug("launched %r", job)
-        return job
-
-    def _job_ended(self, job: Job) -> None:
-        self.jobs.counts.ended(job)
-        self.service.ended(job)
 
     def drop(self, job: Job) -> None:
         """Stop a job whose launch was interrupted: its caller never learned of it."""
@@ -164,3 +165,8 @@ class Owner(ABC):
         if self.system_id is None:
             self.system_id = channel.system_id
         return channel
+
+
+def _ended(counts: Counts, service: JobService, job: Job) -> None:
+    counts.ended(job)
+    service.ended(job)
