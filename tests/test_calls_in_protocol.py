@@ -16,11 +16,10 @@ import decimal
 import functools
 import re
 import struct
-import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import asyncpg
 import psycopg
@@ -28,6 +27,7 @@ import pytest
 
 from protocol import messages as m
 from protocol.values import oids
+from tests.support.background import wait_until
 from tests.support.recorder import (
     READY,
     Frontend,
@@ -48,8 +48,6 @@ from tests.support.recorder import (
     rows,
 )
 from tests.support.servers import Proxy, Server, database
-
-T = TypeVar("T")
 
 NATIVE = """
 CREATE FUNCTION pg_background_launch(sql text, queue_size int4 DEFAULT 0) RETURNS int4
@@ -465,7 +463,7 @@ def test_a_job_does_not_hang_when_its_portal_is_left(server: Server, proxy: Prox
                 client.send(p(sql), b(), e("", 1), H)
                 client.until_type(m.PortalSuspended)
                 record(client, script)
-                until(lambda: not _jobs(other))
+                wait_until(lambda: not _jobs(other))
                 pid = client.value("SELECT pg_background_launch('SELECT 1')")
                 assert rows(client.query(f"SELECT * FROM pg_background_result({pid}) AS (n int)"))
 
@@ -483,7 +481,7 @@ def test_a_launch_is_not_delayed_by_what_follows_it(server: Server, proxy: Proxy
         for count, script in enumerate(scripts, 1):
             with Frontend(proxy, database=name) as client:
                 client.send(*script)
-                until(functools.partial(_has_done, other, count))
+                wait_until(functools.partial(_has_done, other, count))
                 other.execute(unlock)
                 assert errors(client.until_ready()) == []
             other.execute(wait)
@@ -504,7 +502,7 @@ def test_a_failure_after_a_launch_does_not_undo_it(server: Server, proxy: Proxy)
             )
             client.query(f"INSERT INTO done VALUES (1); {launch}; SELECT 1/0")
             query = "SELECT array_agg(n) FROM done"
-            until(lambda: other.execute(query).fetchone() == ([2, 2],))
+            wait_until(lambda: other.execute(query).fetchone() == ([2, 2],))
 
 
 def test_an_error_in_copy_arrives_while_the_client_still_sends(proxy: Proxy) -> None:
@@ -517,15 +515,6 @@ def test_an_error_in_copy_arrives_while_the_client_still_sends(proxy: Proxy) -> 
         assert kinds(client.until_ready()) == "EZ"
         client.send(m.CopyData(b"1\n"), m.CopyDone())
         assert client.value("SELECT 7") == "7"
-
-
-def until(condition: Callable[[], T]) -> T:
-    """Asks until the answer is true."""
-    deadline = time.monotonic() + 20.0
-    while not (answer := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return answer
 
 
 def _jobs(connection: Any) -> list[Any]:

@@ -19,6 +19,7 @@ from proxy.api.functions import catalog
 from proxy.extension.installed import VERSIONS
 from tests.conftest import StartProxy
 from tests.support.background import failure, message, notices, wait_until
+from tests.support.in_database import one
 from tests.support.recorder import Frontend
 from tests.support.servers import Connection, Proxy, Server, database, psql
 
@@ -55,12 +56,6 @@ def role(observer: Connection) -> Iterator[str]:
     wait_until(lambda: not observer.execute(query, [name]).fetchone())
     observer.execute(f"DROP OWNED BY {name} CASCADE")
     observer.execute(f"DROP ROLE {name}")
-
-
-def one(conn: Connection, query: str, *args: Any) -> Any:
-    row = conn.execute(query.encode(), *args).fetchone()
-    assert row is not None
-    return row[0]
 
 
 def version(conn: Connection) -> str | None:

@@ -20,8 +20,9 @@ from psycopg.pq import TransactionStatus
 from protocol.messages import Query
 from protocol.startup import CancelRequest, StartupMessage
 from tests.conftest import StartProxy
+from tests.support.background import wait_until
 from tests.support.servers import Connection, Proxy, Server, clean_environment, psql_path
-from tests.support.wire import Footprint, Gate, Monitor, Wire, error_of, gate, launch, until, value
+from tests.support.wire import Footprint, Gate, Monitor, Wire, error_of, gate, launch, value
 
 # More than all buffers between a job and its reader take.
 BIG_RESULT: Final = "SELECT repeat('x', 1000) FROM generate_series(1, 40000)"
@@ -52,11 +53,11 @@ def closed_gate(server: Server, db: str) -> Iterator[Gate]:
 def nothing_left(proxy: Proxy, db: str, monitor: Monitor) -> Iterator[None]:
     """Afterwards no backend is left in the database, and no descriptor in the proxy."""
     footprint = Footprint(proxy)
-    until(lambda: not monitor.backends(db))
+    wait_until(lambda: not monitor.backends(db))
     before = footprint.fds
     yield
-    until(lambda: not monitor.backends(db))
-    until(lambda: footprint.fds <= before)
+    wait_until(lambda: not monitor.backends(db))
+    wait_until(lambda: footprint.fds <= before)
 
 
 @pytest.fixture
@@ -231,7 +232,7 @@ def test_server_crashes_while_jobs_run_and_a_client_waits(
         for job in jobs:
             with pytest.raises(errors.UndefinedObject):
                 fetch(conn, job)
-    until(lambda: footprint.fds <= before)
+    wait_until(lambda: footprint.fds <= before)
 
 
 def test_no_server_at_connect_is_a_clean_57p03(
@@ -267,9 +268,9 @@ def test_killed_primary_ends_the_wait_and_the_job_runs_on(
             waiting.result(30)
         assert conn.closed
         conn.close()
-        until(lambda: monitor.state(pid) == ("active", "advisory"))
+        wait_until(lambda: monitor.state(pid) == ("active", "advisory"))
     with server.connect(dbname=db) as direct:
-        until(lambda: value(direct, "SELECT count(*) FROM done"))
+        wait_until(lambda: value(direct, "SELECT count(*) FROM done"))
 
 
 # No connection for the job
@@ -285,7 +286,7 @@ def limited(server: Server) -> Iterator[str]:
             direct.execute("CREATE ROLE pgbackground_role NOLOGIN")
         direct.execute("GRANT pgbackground_role TO limited")
         yield "limited"
-        until(
+        wait_until(
             lambda: value(
                 direct, "SELECT count(*) = 0 FROM pg_stat_activity WHERE usename = 'limited'"
             )
@@ -338,8 +339,8 @@ def test_servers_connection_limit(server: Server, proxy: Proxy, limited: str) ->
             assert_no_connection(superuser, "sorry, too many clients already")
             while taken:
                 taken.pop().close()
-            until(lambda: can_launch(conn))
-            until(lambda: can_launch(superuser))
+            wait_until(lambda: can_launch(conn))
+            wait_until(lambda: can_launch(superuser))
     finally:
         for other in taken:
             other.close()
@@ -394,7 +395,7 @@ JOB_DONE: Final = "INSERT INTO done DEFAULT VALUES"
 def wait_until_done(server: Server, db: str) -> None:
     """The job has committed, and once."""
     with server.connect(dbname=db) as direct:
-        until(lambda: value(direct, "SELECT count(*) FROM done"))
+        wait_until(lambda: value(direct, "SELECT count(*) FROM done"))
         assert value(direct, "SELECT count(*) FROM done") == 1
 
 
@@ -406,7 +407,7 @@ def test_client_vanishes_while_it_waits(
     monitor.wait_until_fetching(wire.pid)
     vanish(wire)
     monitor.wait_until_gone(wire.pid)
-    until(lambda: monitor.state(pid) == ("active", "advisory"))
+    wait_until(lambda: monitor.state(pid) == ("active", "advisory"))
     closed_gate.open()
     wait_until_done(server, db)
 
@@ -418,7 +419,7 @@ def test_client_vanishes_while_idle_with_a_job(
     monitor.wait_until_at_gate(pid)
     vanish(wire)
     monitor.wait_until_gone(wire.pid)
-    until(lambda: monitor.state(pid) == ("active", "advisory"))
+    wait_until(lambda: monitor.state(pid) == ("active", "advisory"))
     closed_gate.open()
     wait_until_done(server, db)
 
@@ -441,10 +442,10 @@ def test_client_vanishes_while_it_launches_many(
         f"SELECT pg_background_launch('{JOB_DONE}') FROM generate_series(1, 40)"
     )
     with server.connect(dbname=db) as direct:
-        until(lambda: value(direct, "SELECT count(*) FROM done"))
+        wait_until(lambda: value(direct, "SELECT count(*) FROM done"))
         vanish(wire)
         monitor.wait_until_gone(wire.pid)
-        until(lambda: len(monitor.backends(db)) == 1)
+        wait_until(lambda: len(monitor.backends(db)) == 1)
         assert 1 <= value(direct, "SELECT count(*) FROM done") <= 40
 
 
@@ -478,7 +479,7 @@ def test_client_vanishes_in_the_middle_of_a_message(
     wire.send(b"Q\0\0\1\0SELECT pg_background_result(")
     vanish(wire)
     monitor.wait_until_gone(wire.pid)
-    until(lambda: monitor.state(pid) == ("active", "advisory"))
+    wait_until(lambda: monitor.state(pid) == ("active", "advisory"))
     closed_gate.open()
     wait_until_done(server, db)
 
@@ -514,7 +515,7 @@ def test_psql_is_killed_while_it_waits(
         client.kill()
         client.communicate(timeout=30)
         monitor.wait_until_gone(primary)
-        until(lambda: monitor.state(job_pid) == ("active", "advisory"))
+        wait_until(lambda: monitor.state(job_pid) == ("active", "advisory"))
         closed.open()
         wait_until_done(server, db)
 
@@ -537,14 +538,14 @@ def start_psql(proxy: Proxy, db: str, *commands: str) -> subprocess.Popen[str]:
 
 def backend_of(monitor: Monitor, db: str, application: str) -> int:
     """The pid of its backend, once there is one."""
-    [pid, *_] = until(lambda: [b[0] for b in monitor.backends(db) if b[1] == application])
+    [pid, *_] = wait_until(lambda: [b[0] for b in monitor.backends(db) if b[1] == application])
     return int(pid)
 
 
 def backend_at_gate(monitor: Monitor, db: str) -> int:
     """The pid of a job's backend that has come to its gate; a spare may be logging in beside it."""
     at_gate = ("active", "advisory")
-    [pid, *_] = until(
+    [pid, *_] = wait_until(
         lambda: [b[0] for b in monitor.backends(db) if monitor.state(b[0]) == at_gate]
     )
     return int(pid)
@@ -585,7 +586,7 @@ def test_cancel_request_ends_the_wait(
     if in_transaction:
         assert_transaction_failed(conn)
     assert_lives(conn)
-    until(lambda: monitor.state(pid) == ("active", "advisory"))  # the job was not cancelled
+    wait_until(lambda: monitor.state(pid) == ("active", "advisory"))  # the job was not cancelled
     with pytest.raises(errors.UndefinedObject, match=f"PID {pid} have already been consumed"):
         fetch(conn, pid)
 
@@ -654,7 +655,7 @@ def test_cancel_request_ends_the_launch_of_many(
         " FROM generate_series(1, 1000)"
     )
     with server.connect(dbname=db) as direct:
-        until(lambda: value(direct, "SELECT count(*) FROM done"))
+        wait_until(lambda: value(direct, "SELECT count(*) FROM done"))
     wire.request_cancel()
     answer = wire.until_ready()
     assert error_of(answer).sqlstate == "57014"
@@ -690,7 +691,7 @@ def test_statement_timeout_ends_the_wait(
         fetch(conn, pid)
     assert caught.value.diag.message_primary == "canceling statement due to statement timeout"
     assert_transaction_failed(conn)
-    until(lambda: monitor.state(pid) == ("active", "advisory"))
+    wait_until(lambda: monitor.state(pid) == ("active", "advisory"))
     conn.execute("SET statement_timeout = 0")
     assert_lives(conn)
 

@@ -11,8 +11,9 @@ import pytest
 from psycopg import errors
 
 from protocol.messages import Bind, Close, Execute, Parse, Sync
+from tests.support.background import wait_until
 from tests.support.servers import Connection, Proxy, Server
-from tests.support.wire import Footprint, Monitor, Wire, gate, launch, until, value
+from tests.support.wire import Footprint, Monitor, Wire, gate, launch, value
 
 MEGABYTE: Final = 1024 * 1024
 JOB_DONE: Final = "INSERT INTO done DEFAULT VALUES"
@@ -45,7 +46,7 @@ def conn(proxy: Proxy, db: str, direct: Connection) -> Iterator[Connection]:
 
 def wait_until_done(direct: Connection, times: int = 1) -> None:
     """Until that many jobs have committed."""
-    until(lambda: value(direct, "SELECT count(*) FROM done") == times)
+    wait_until(lambda: value(direct, "SELECT count(*) FROM done") == times)
 
 
 def test_jobs_pid_is_that_of_a_backend_of_the_same_role_and_database(

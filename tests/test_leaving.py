@@ -24,10 +24,11 @@ from protocol.startup import SSLRequest, StartupMessage
 from proxy.net import connection as connection_module
 from proxy.net.connection import Connection
 from tests.conftest import StartProxy, upstream_of
+from tests.support.background import wait_until
 from tests.support.certificates import Certificates
 from tests.support.in_database import with_extension
 from tests.support.servers import Proxy, Server
-from tests.support.wire import Wire, gate, until
+from tests.support.wire import Wire, gate
 from tests.test_tls import tls_options
 
 CALL: Final = b"SELECT pg_background_launch('SELECT 1')"
@@ -216,7 +217,7 @@ class Left:
     def nothing(self, prefix: str) -> None:
         """Waits until nothing is left."""
         with contextlib.suppress(AssertionError):
-            until(lambda: not self.named(prefix), 8.0)
+            wait_until(lambda: not self.named(prefix), 8.0)
         assert self.named(prefix) == []
 
 
@@ -346,7 +347,7 @@ def test_a_client_that_leaves_ends_a_wait_inside_the_database(
     with gate(server, extended) as closed, server.connect() as conn:
         wire = Wire((proxy.host, proxy.port), database=extended, application_name="inside")
         wire.send_query(INSIDE.format(closed.sql, call))
-        until(lambda: conn.execute(WAITING, ["inside"]).fetchone() == (1,))
+        wait_until(lambda: conn.execute(WAITING, ["inside"]).fetchone() == (1,))
         _say(wire.socket, m.Query(behind).serialize() if behind else b"", listen=True)
         leave(wire.socket)
         Left(server, proxy, tls=False).nothing("inside")
@@ -364,7 +365,7 @@ def test_a_proxy_that_ends_leaves_no_function_waiting_for_it(
             stack.callback(wire.socket.close)
             wire.send_query(f"DO $$ BEGIN {ask}; RAISE INFO ''; LOOP {ask}; END LOOP; END $$")
             assert wire.message()[0] == "N"
-        until(lambda: conn.execute(WAITING, ["asking"]).fetchone() != (0,))
+        wait_until(lambda: conn.execute(WAITING, ["asking"]).fetchone() != (0,))
         proxy.stop()
         Left(server, proxy, tls=False).nothing("asking")
 

@@ -12,8 +12,9 @@ from typing import Final
 import asyncpg
 import pytest
 
+from tests.support.background import wait_until
 from tests.support.servers import Proxy, Server
-from tests.support.wire import Footprint, Wire, until
+from tests.support.wire import Footprint, Wire
 
 MEGABYTE: Final = 1024 * 1024
 SESSIONS: Final = 200
@@ -67,11 +68,11 @@ def test_200_sessions_with_many_jobs_each(server: Server, proxy: Proxy, jobs: in
     # Until as many ended jobs are known as are kept.
     assert asyncio.run(round_of(proxy, 6)) == SESSIONS * 6
     assert len(server.wait_for_no_clients()) == left == 0
-    until(lambda: footprint.fds <= fds)
+    wait_until(lambda: footprint.fds <= fds)
     rss = footprint.rss
     assert asyncio.run(round_of(proxy, jobs)) == SESSIONS * jobs
     assert server.wait_for_no_clients() == []
-    until(lambda: footprint.fds <= fds)
+    wait_until(lambda: footprint.fds <= fds)
     assert footprint.rss - rss < 8 * MEGABYTE
 
 

@@ -19,8 +19,9 @@ from psycopg import errors
 from protocol.startup import GSSENCRequest, SSLRequest, StartupMessage
 from proxy.demo.embedded import free_port
 from tests.conftest import StartProxy
+from tests.support.background import wait_until
 from tests.support.servers import PASSWORDS, Connection, Proxy, Server
-from tests.support.wire import Monitor, Wire, error_of, gate, launch, until, value
+from tests.support.wire import Monitor, Wire, error_of, gate, launch, value
 
 FETCH: Final = "SELECT * FROM pg_background_result(%s) AS (n int)"
 
@@ -50,7 +51,7 @@ def begin_to_stop(proxy: Proxy) -> None:
 
 def assert_stopped_cleanly(proxy: Proxy, server: Server, db: str, monitor: Monitor) -> None:
     assert proxy.wait() == 0
-    until(lambda: not monitor.backends(db))
+    wait_until(lambda: not monitor.backends(db))
 
 
 def assert_terminated(conn: Connection) -> None:
@@ -77,7 +78,7 @@ def test_sessions_go_on_and_nobody_new_comes_in_until_the_shutdown_timeout(
     proxy = start_proxy("--shutdown-timeout", "60s")
     with proxy.connect(dbname=db) as conn:
         begin_to_stop(proxy)
-        until(lambda: refuses(proxy))
+        wait_until(lambda: refuses(proxy))
         row = conn.execute(FETCH, [launch(conn, "SELECT 5")]).fetchone()
         assert row == (5,)
     # The last one to leave.
@@ -167,7 +168,7 @@ def test_client_that_does_not_read_does_not_hold_up_the_end(
     begin_to_stop(proxy)
     assert proxy.wait() == 0
     wire.reset()
-    until(lambda: not monitor.backends(db))
+    wait_until(lambda: not monitor.backends(db))
 
 
 # Where it listens, and to whom it passes on

@@ -21,11 +21,12 @@ import pytest
 
 from proxy.demo.embedded import find_system_bin, find_wheel_bin
 from tests.conftest import upstream_of
+from tests.support.background import wait_until
 from tests.support.certificates import Certificates
 from tests.support.hostile import CONNECTIONS, DEEDS, ROLE, Villain
 from tests.support.in_database import one
 from tests.support.servers import Connection, Proxy, Server
-from tests.support.wire import Footprint, until
+from tests.support.wire import Footprint
 
 SECONDS: Final = float(os.environ.get("SOAK_SECONDS", "600"))
 CLIENTS: Final = 20
@@ -267,7 +268,7 @@ def test_honest_clients_lose_nothing_beside_hostile_ones(soak: Soak, seconds: fl
         copied = "SELECT count(DISTINCT n)::int FROM copied WHERE client = %s"
         assert one(soak.root, copied, [client.number]) == client.copied
 
-    until(lambda: footprint.fds <= fds + 2 * 3, 90)
+    wait_until(lambda: footprint.fds <= fds + 2 * 3, 90)
     # The highest of what 20 hostile clients need at once is reached at some time, and no more.
     assert footprint.rss - rss < 128 * MEGABYTE
     log = soak.proxy.log

@@ -15,9 +15,8 @@ import signal
 import socket
 import struct
 import threading
-import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -31,6 +30,7 @@ from protocol.values import oids
 from proxy.session.relay import Relay
 from proxy.statements.statement import Statement
 from tests.conftest import StartProxy
+from tests.support.background import wait_until
 from tests.support.recorder import (
     END,
     READY,
@@ -60,7 +60,6 @@ from tests.support.servers import Proxy, Server
 
 pytestmark = pytest.mark.every_server
 
-T = TypeVar("T")
 
 MEGABYTE = 1 << 20
 
@@ -512,7 +511,7 @@ def test_a_slow_reader_stops_the_server(proxy: Proxy, server: Server, peak: list
     with Frontend(proxy) as client, server.connect() as other:
         client.send(q("SELECT repeat('x', 1000) FROM generate_series(1, 100000)"))
         query = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND wait_event = 'ClientWrite'"
-        until(lambda: other.execute(query, [client.key.pid]).fetchone())
+        wait_until(lambda: other.execute(query, [client.key.pid]).fetchone())
         assert_bounded(peak)
         sink = Sink(client)
         sink.until_ready()
@@ -588,15 +587,6 @@ def fake_server() -> Iterator[Any]:
                 connection.close()
 
 
-def until(condition: Callable[[], T]) -> T:
-    """Asks until the answer is true."""
-    deadline = time.monotonic() + 20.0
-    while not (answer := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return answer
-
-
 # --- the end of a connection -------------------------------------------------------------------
 
 
@@ -636,8 +626,8 @@ def test_a_client_that_vanishes_during_a_wait_ends_it(server: Server, proxy: Pro
     with server.connect() as other:
         with Frontend(proxy) as client:
             client.send(q(f"SELECT * FROM pg_background_result({launch}) AS (a text)"))
-            job = until(lambda: _sleeping(other))
-        until(lambda: not _is_there(other, client.key.pid))
+            job = wait_until(lambda: _sleeping(other))
+        wait_until(lambda: not _is_there(other, client.key.pid))
         assert _sleeping(other) == job
         other.execute("SELECT pg_terminate_backend(%s)", [job])
     assert server.wait_for_no_clients() == []

@@ -26,9 +26,9 @@ from proxy.config import Host, load
 from proxy.config.keepalive import Keepalive
 from proxy.demo.embedded import free_port
 from tests.conftest import StartProxy
+from tests.support.background import wait_until
 from tests.support.certificates import Certificates
 from tests.support.servers import REPOSITORY, Proxy, Server, clean_environment, psql
-from tests.support.wire import until
 from tests.test_tls import raw, rest, tls_options
 
 JOB = "SELECT * FROM pg_background_result(pg_background_launch('SELECT 42')) AS (n int)"
@@ -316,7 +316,7 @@ def test_the_host_with_the_attributes_is_found(server: Server, start_proxy: Star
                 return "session is not read-only" in str(error)
             return False
 
-        until(is_noticed, 15.0)
+        wait_until(is_noticed, 15.0)
     finally:
         other.close()
 

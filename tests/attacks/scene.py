@@ -18,9 +18,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from tests.support.background import wait_until
 from tests.support.in_database import one
 from tests.support.servers import DEFAULT_HBA, Connection, Proxy, Server, database
-from tests.support.wire import until
 
 MALLORY: Final = "mallory"
 PASSWORD: Final = "mallory's own"
@@ -224,7 +224,7 @@ def settled(scene: Scene) -> None:
         "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()"
         " AND state <> 'idle'"
     )
-    until(lambda: one(scene.root, busy, [scene.name]) == 0)
+    wait_until(lambda: one(scene.root, busy, [scene.name]) == 0)
 
 
 # --- setting up ----------------------------------------------------------------------------------

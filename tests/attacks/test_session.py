@@ -20,11 +20,10 @@ import pytest
 from psycopg import sql
 
 from tests.attacks.scene import CASES, MALLORY, Scene, copy, is_well, lie, settled, through
-from tests.support.background import notices
+from tests.support.background import notices, wait_until
 from tests.support.clients import succeed, tool
 from tests.support.in_database import one
 from tests.support.servers import database, psql
-from tests.support.wire import until
 
 pytestmark = pytest.mark.every_server
 
@@ -511,7 +510,7 @@ def test_a_dump_restored_by_another_role(scene: Scene) -> None:
         with scene.server.connect(dbname=name) as root:
             others = "SELECT FROM pg_stat_activity WHERE datname = %s AND state <> 'idle'"
             others += " AND pid <> pg_backend_pid()"
-            until(lambda: not root.execute(others, [name]).fetchall())
+            wait_until(lambda: not root.execute(others, [name]).fetchall())
             assert (
                 root.execute("SELECT login FROM proof WHERE login <> %s", [MALLORY]).fetchall()
                 == []

@@ -1,5 +1,5 @@
 """A client that speaks the protocol by hand, for what no driver does: read slowly, stop in the
-middle of a message, vanish. And two things to wait with: `until`, and jobs behind a `Gate`.
+middle of a message, vanish. And jobs that wait behind a `Gate`.
 """
 
 from __future__ import annotations
@@ -9,30 +9,20 @@ import itertools
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Final, Self, TypeVar
+from collections.abc import Iterator
+from typing import Any, Final, Self
 
 import psutil
 
 from protocol.framing import MessageBuffer
 from protocol.messages import BackendKeyData, ErrorResponse, Query, Terminate
 from protocol.startup import CancelRequest, StartupMessage
+from tests.support.background import wait_until
 from tests.support.servers import Connection, Proxy, Server
 
 TIMEOUT: Final = 20.0
 
-T = TypeVar("T")
-
 _gate_number = itertools.count(7_000_000)
-
-
-def until(condition: Callable[[], T], timeout: float = TIMEOUT) -> T:
-    """Asks again and again until the answer is true, and returns it; fails after the timeout."""
-    deadline = time.monotonic() + timeout
-    while not (answer := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout} seconds: {condition}"
-        time.sleep(0.01)
-    return answer
 
 
 class Gate:
@@ -80,21 +70,21 @@ class Monitor:
         ).fetchall()
 
     def wait_until_gone(self, pid: int) -> None:
-        until(lambda: self.state(pid) is None)
+        wait_until(lambda: self.state(pid) is None)
 
     def wait_until_at_gate(self, pid: int) -> None:
         """Until a job runs, and has come to its gate."""
-        until(lambda: self.state(pid) == ("active", "advisory"))
+        wait_until(lambda: self.state(pid) == ("active", "advisory"))
 
     def wait_until_full(self, pid: int) -> None:
         """Until a job waits for somebody to read its result."""
-        until(lambda: self.state(pid) == ("active", "ClientWrite"))
+        wait_until(lambda: self.state(pid) == ("active", "ClientWrite"))
 
     def wait_until_fetching(self, pid: int) -> None:
         """Until the session with this primary backend waits in pg_background_result: the backend
         has evaluated the arguments, and hears no more for now.
         """
-        until(
+        wait_until(
             lambda: (
                 self._conn.execute(
                     "SELECT FROM pg_stat_activity WHERE pid = %s AND wait_event = 'ClientRead'"
