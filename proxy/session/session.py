@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import ipaddress
-import socket
-import ssl
 from collections.abc import Coroutine
 from typing import Final
 
 from protocol.errors import (
     ADMIN_SHUTDOWN,
     CANNOT_CONNECT_NOW,
-    FEATURE_NOT_SUPPORTED,
     INTERNAL_ERROR,
     INVALID_AUTHORIZATION_SPECIFICATION,
     PROTOCOL_VIOLATION,
@@ -31,11 +27,7 @@ from protocol.messages import BackendKeyData, Terminate
 from protocol.startup import (
     MAX_STARTUP_PACKET_LENGTH,
     CancelRequest,
-    GSSENCRequest,
-    SSLRequest,
     StartupMessage,
-    parse_startup_packet,
-    startup_packet_length,
 )
 from proxy.auth import pace
 from proxy.auth.login import Login, RefusedError
@@ -50,7 +42,6 @@ from proxy.extension.job_session import JobSession
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.launcher import Launcher
 from proxy.log import logger
-from proxy.net import tls
 from proxy.net.connection import Connection
 from proxy.net.descriptors import OutOfDescriptorsError, no_room
 from proxy.session.client_session import ClientSession
@@ -60,6 +51,7 @@ from proxy.session.interception import TO_LEAVE, Interception
 from proxy.session.reader import SqlReader
 from proxy.session.relay import Relay
 from proxy.session.services import Services
+from proxy.session.startup import StartupPackets, may_send_password
 from proxy.statements.statement import Statement
 from proxy.statements.unserved import unavailable, unserved
 
@@ -69,9 +61,6 @@ _FALSE: Final = (b"false", b"off", b"no", b"0", b"f", b"n")
 
 # The SQLSTATE of a connection that pg_hba.conf has no line for.
 _NOT_LIKE_THIS: Final = INVALID_AUTHORIZATION_SPECIFICATION
-
-_NEWEST: Final = "3.2"
-"""The newest version of the protocol; a server may know less, and says so itself."""
 
 
 class Session(ClientSession):
@@ -89,6 +78,9 @@ class Session(ClientSession):
         self._services = services
         self._is_closed = False
         self.client = Connection(self._startup_data, self._ended, self._lost, self._hung_up)
+        self._startup_packets = StartupPackets(
+            services, self.client, self._startup_packet, self._spawn
+        )
         self.primary = None
         self.custom_settings = CustomSettings()
         self.extension_state = ExtensionState(services)
@@ -97,14 +89,11 @@ class Session(ClientSession):
         self._is_cancel_request = False
         self._is_replication = False
         self._client_ended = False
-        self._tls_asked = False
-        self._gss_asked = False
         self._observer = LoginObserver()
         self._login: Login | None = None
         self._leaving: asyncio.TimerHandle | None = None
         self._login_timer = self._start_timer(services.runtime.config.client_login_timeout)
         self._key: CancelRequest | None = None
-        self._received = bytearray()
         self._task: asyncio.Task[None] | None = None
         self.interception: Interception | None = None
         self._inside = Inside(self, Secrets())
@@ -121,104 +110,22 @@ class Session(ClientSession):
             self._login_timer.cancel()
             self._login_timer = None
 
-    # Startup packets
+    # Its startup
 
     def _startup_data(self, data: bytes) -> None:
-        self._received += data
         try:
-            self._startup_packets()
+            self._startup_packets.feed(data)
         except ProtocolViolation as error:
-            self._refuse(SQLError(PROTOCOL_VIOLATION, str(error), severity="FATAL"))
+            self._refuse(SQLError(PROTOCOL_VIOLATION, str(error)))
         except SQLError as error:
             self._refuse(error)
 
-    def _startup_packets(self) -> None:
-        """Raises ProtocolViolation, or SQLError with the severity FATAL."""
-        while len(self._received) >= 4 and self._task is None:
-            size = 4 + startup_packet_length(bytes(self._received[:4]))
-            if len(self._received) < size:
-                return
-            raw = bytes(self._received[:size])
-            del self._received[:size]
-            packet = parse_startup_packet(raw[4:])
-            if self.client.is_encrypted and not self._tls_asked:
-                self._direct_tls()
-            match packet:
-                case SSLRequest() if not self._tls_asked:
-                    self._tls_asked = True
-                    self._answer_ssl_request()
-                case GSSENCRequest() if not self._gss_asked:
-                    self._gss_asked = True
-                    self.client.write(b"N")
-                case CancelRequest():
-                    self._is_cancel_request = True
-                    self._task = self._spawn(self._cancel(packet))
-                case StartupMessage(version=(3, _)):
-                    self._check_tls()
-                    self.client.pause_reading()
-                    self._task = self._spawn(self._connect(packet, raw))
-                case _:
-                    raise _unsupported(raw)
-
-    def _direct_tls(self) -> None:
-        """TLS from the first byte on: both must have said that it is for PostgreSQL."""
-        self._tls_asked = True
-        if not tls.speaks_postgresql(self.client.transport):
-            raise ProtocolViolation(
-                "received direct SSL connection request without ALPN protocol negotiation extension"
-            )
-
-    def _answer_ssl_request(self) -> None:
-        if self._services.runtime.tls is None or self._peer_is_local():
-            self.client.write(b"N")
-        elif self._received:
-            raise SQLError(
-                PROTOCOL_VIOLATION,
-                "received unencrypted data after SSL request",
-                detail="This could be either a client-software bug or evidence of an attempted"
-                " man-in-the-middle attack.",
-                severity="FATAL",
-            )
+    def _startup_packet(self, packet: StartupMessage | CancelRequest, raw: bytes) -> None:
+        if isinstance(packet, CancelRequest):
+            self._is_cancel_request = True
+            self._spawn(self._cancel(packet))
         else:
-            self.client.write(b"S")
-            self.client.pause_reading()
-            self._task = self._spawn(self._start_tls(self._services.runtime.tls))
-
-    async def _start_tls(self, context: ssl.SSLContext) -> None:
-        try:
-            await self.client.start_tls(context, self._config.client_login_timeout)
-        except OSError as error:
-            logger.debug("could not accept SSL connection: %s", tls.explain(error))
-            self._task = None
-            self.close()
-            return
-        self._task = None
-        self.client.resume_reading()
-        self._startup_data(b"")  # what came with the end of the handshake waits here
-
-    def _check_tls(self) -> None:
-        """Raises SQLError if client_tls_sslmode demands TLS, and there is none."""
-        mode = self._config.client_tls_sslmode
-        if mode in tls.REQUIRED and not (self.client.is_encrypted or self._peer_is_local()):
-            raise SQLError(
-                INVALID_AUTHORIZATION_SPECIFICATION,
-                "SSL required",
-                detail=f"The proxy takes no unencrypted connections (client_tls_sslmode = {mode}).",
-                severity="FATAL",
-            )
-
-    def _peer_is_local(self) -> bool:
-        """Whether the client came by a Unix socket."""
-        family = self.client.transport.get_extra_info("socket").family
-        return bool(family == socket.AF_UNIX)
-
-    def _may_send_password(self) -> bool:
-        """Whether the client's messages cannot be overheard."""
-        if self.client.is_encrypted or self._peer_is_local():
-            return True
-        peer = self.client.transport.get_extra_info("peername")
-        address = ipaddress.ip_address(peer[0].partition("%")[0])
-        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+            self._spawn(self._connect(packet, raw))
 
     def _login_expired(self) -> None:
         """End it; as a server does, with a word only to who has said who it is."""
@@ -226,16 +133,13 @@ class Session(ClientSession):
             self.client.abort()
             self.close()
         else:
-            self._refuse(
-                SQLError(
-                    QUERY_CANCELED, "canceling authentication due to timeout", severity="FATAL"
-                )
-            )
+            self._refuse(SQLError(QUERY_CANCELED, "canceling authentication due to timeout"))
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(self._guard(work))
-        task.add_done_callback(lambda _: work.close())  # it may have been cancelled before it began
-        return task
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        """Do this, until the session is closed."""
+        self._task = asyncio.get_running_loop().create_task(self._guard(work))
+        # It may have been cancelled before it began.
+        self._task.add_done_callback(lambda _: work.close())
 
     async def _guard(self, work: Coroutine[object, object, None]) -> None:
         """Whatever goes wrong in a session ends this session, and is logged."""
@@ -245,13 +149,12 @@ class Session(ClientSession):
             logger.debug("session ended: %s", error)
             self.close()
         except ProtocolViolation as error:
-            self._refuse(SQLError(PROTOCOL_VIOLATION, str(error), severity="FATAL"))
+            self._refuse(SQLError(PROTOCOL_VIOLATION, str(error)))
         except SQLError as error:
-            error.severity = "FATAL"
             self._refuse(error)
         except Exception:
             logger.exception("internal error; the session is closed")
-            self._refuse(SQLError(INTERNAL_ERROR, "internal error of the proxy", severity="FATAL"))
+            self._refuse(SQLError(INTERNAL_ERROR, "internal error of the proxy"))
 
     async def _cancel(self, request: CancelRequest) -> None:
         await self._services.cancel(request)
@@ -295,7 +198,7 @@ class Session(ClientSession):
         tried: set[Host] = set()
         refusal: RefusedError | None = None
         route: Route | None = None
-        received, self._received = bytes(self._received), bytearray()
+        received = bytes(self._startup_packets.rest)
         while True:
             try:
                 self.route, self.primary = await dialer.connect(self._to_primary, tried, route)
@@ -342,7 +245,7 @@ class Session(ClientSession):
             user,
             self._observer,
             lambda: self._services.runtime.check_of(self.route, database, user, stranger),
-            asks_password=self._may_send_password() if plain else None,
+            asks_password=may_send_password(self.client) if plain else None,
             policy=self._config.upstream.policy(self.route.host),
         )
 
@@ -363,6 +266,7 @@ class Session(ClientSession):
 
     def _refuse(self, error: SQLError) -> None:
         """A last word to the client."""
+        error.severity = "FATAL"
         self.client.write(error.response().serialize())
         self.close()
 
@@ -418,7 +322,7 @@ class Session(ClientSession):
 
     def take_over(self, data: bytes, statements: list[Statement]) -> None:
         self.interception = Interception(self, data, statements)
-        self._task = self._spawn(self._intercept(self.interception))
+        self._spawn(self._intercept(self.interception))
 
     async def _intercept(self, interception: Interception) -> None:
         await interception.run()
@@ -522,11 +426,7 @@ class Session(ClientSession):
     def shut_down(self) -> None:
         """End the session as a server does that shuts down."""
         self._refuse(
-            SQLError(
-                ADMIN_SHUTDOWN,
-                "terminating connection due to administrator command",
-                severity="FATAL",
-            )
+            SQLError(ADMIN_SHUTDOWN, "terminating connection due to administrator command")
         )
 
     def close(self) -> None:
@@ -554,16 +454,6 @@ class Session(ClientSession):
             self.primary.abort()
         else:
             self.primary.close()
-
-
-def _unsupported(raw: bytes) -> SQLError:
-    """A startup packet of another protocol, or a request that was answered already."""
-    major, minor = int.from_bytes(raw[4:6], "big"), int.from_bytes(raw[6:8], "big")
-    return SQLError(
-        FEATURE_NOT_SUPPORTED,
-        f"unsupported frontend protocol {major}.{minor}: server supports 3.0 to {_NEWEST}",
-        severity="FATAL",
-    )
 
 
 def _no_connection(error: OSError) -> SQLError:
