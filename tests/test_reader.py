@@ -22,8 +22,9 @@ class Case:
     """A reader, and what it reads with."""
 
     def __init__(self, **config: Any) -> None:
-        self.sessions: Any = SimpleNamespace(config=Config(**config), extension_changes=0)
-        self.sessions.extension_changed = self.extension_changed
+        runtime = SimpleNamespace(config=Config(**config))
+        self.services: Any = SimpleNamespace(runtime=runtime, extension_changes=0)
+        self.services.extension_changed = self.extension_changed
         self.parameters = {b"server_version": b"15.4"}
         relay: Any = SimpleNamespace(
             parameters=self.parameters,
@@ -31,11 +32,11 @@ class Case:
             settings_may_differ=False,
         )
         self.relay = relay
-        self.state = ExtensionState(self.sessions)
-        self.reader = SqlReader(relay, self.state, lambda: self.sessions.config)
+        self.state = ExtensionState(self.services)
+        self.reader = SqlReader(relay, self.state, lambda: self.services.runtime.config)
 
     def extension_changed(self) -> None:
-        self.sessions.extension_changes += 1
+        self.services.extension_changes += 1
 
 
 @pytest.fixture
@@ -145,4 +146,4 @@ def test_what_is_known_until_the_extension_changes(case: Case) -> None:
         step()
         known.append(case.state.is_known)
     assert known == [True, False, False, True, True, False]
-    assert case.sessions.extension_changes == 2
+    assert case.services.extension_changes == 2
