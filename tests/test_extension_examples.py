@@ -47,6 +47,13 @@ def test_tutorial(proxy: Proxy, dbname: str) -> None:
         dbname,
         r"""
         SELECT pg_background_launch('SELECT pg_sleep(50);') AS pid \gset
+        DO $$ BEGIN -- until the backend has been given a CPU
+          FOR i IN 1..1000 LOOP
+            PERFORM pg_stat_clear_snapshot();
+            EXIT WHEN EXISTS (SELECT FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(50);');
+            PERFORM pg_sleep(0.01);
+          END LOOP;
+        END $$;
         SELECT backend_type, query FROM pg_stat_activity WHERE pid = :pid;
         SELECT pg_terminate_backend(:pid);
         CREATE TABLE bg_test (id serial PRIMARY KEY, data text, created_at timestamp DEFAULT now());
@@ -68,7 +75,8 @@ def test_tutorial(proxy: Proxy, dbname: str) -> None:
         """,  # noqa: E501
     )
     assert lines == [
-        *("pg_background|SELECT pg_sleep(50);", "t", "CREATE TABLE", "INSERT 0 1000", "1000"),
+        *("DO", "pg_background|SELECT pg_sleep(50);", "t"),
+        *("CREATE TABLE", "INSERT 0 1000", "1000"),
         *("VACUUM", "", "CREATE ROLE", "t", "t", "DROP ROLE", "t", "DROP TABLE"),
     ]
 

@@ -622,11 +622,12 @@ def test_a_client_that_vanishes_leaves_nothing(server: Server, proxy: Proxy, sen
 
 def test_a_client_that_vanishes_during_a_wait_ends_it(server: Server, proxy: Proxy) -> None:
     """Its backend goes at once; the job does not, it runs on."""
-    launch = "pg_background_launch('SELECT pg_sleep(100)')"
     with server.connect() as other:
         with Frontend(proxy) as client:
-            client.send(q(f"SELECT * FROM pg_background_result({launch}) AS (a text)"))
-            job = wait_until(lambda: _sleeping(other))
+            [[pid]] = rows(client.query("SELECT pg_background_launch('SELECT pg_sleep(100)')"))
+            job = int(pid or b"")
+            client.send(q(f"SELECT * FROM pg_background_result({job}) AS (a text)"))
+            wait_until(lambda: _sleeping(other) == job)
         wait_until(lambda: not _is_there(other, client.key.pid))
         assert _sleeping(other) == job
         other.execute("SELECT pg_terminate_backend(%s)", [job])
