@@ -126,8 +126,7 @@ async def result(caller: Caller, pid: int, cookie: int | None = None) -> Job:
         )
     if not job.keeps_rows:
         raise SQLError(
-            FEATURE_NOT_SUPPORTED,
-            f"results are disabled for PID {pid} (submitted via submit_v2)",
+            FEATURE_NOT_SUPPORTED, f"results are disabled for PID {pid} (submitted via submit_v2)"
         )
     if job.consumed:
         raise SQLError(UNDEFINED_OBJECT, f"results for PID {pid} have already been consumed")
@@ -499,8 +498,7 @@ async def run_query(
 
 async def progress(caller: Caller, pct: int | None, msg: bytes | None = None) -> None:
     raise SQLError(
-        FEATURE_NOT_SUPPORTED,
-        "pg_background_progress can only be called from a background worker",
+        FEATURE_NOT_SUPPORTED, "pg_background_progress can only be called from a background worker"
     )
 
 

@@ -102,9 +102,7 @@ _COUNTS: Final = ("workers_launched", "workers_completed", "workers_failed", "wo
 _REST_OF_STATS: Final = {"workers_active": INT4, "avg_execution_ms": FLOAT8, "max_workers": INT4}
 STATS_1: Final = _composite("pg_background_stats_v2", dict.fromkeys(_COUNTS, INT8), _REST_OF_STATS)
 STATS_2: Final = _composite(
-    "pg_background_stats",
-    dict.fromkeys((*_COUNTS, "workers_timed_out"), INT8),
-    _REST_OF_STATS,
+    "pg_background_stats", dict.fromkeys((*_COUNTS, "workers_timed_out"), INT8), _REST_OF_STATS
 )
 LIST: Final = _composite(
     "pg_background_list",
@@ -323,11 +321,7 @@ _declare(
     needs=Needs.TIME,
 )
 _declare(
-    "detach_v2 detach",
-    _HANDLE,
-    VOID,
-    calls.detach,
-    "Forgets the job, which runs on to its end.",
+    "detach_v2 detach", _HANDLE, VOID, calls.detach, "Forgets the job, which runs on to its end."
 )
 _declare(
     "cancel_v2 cancel",
@@ -346,22 +340,10 @@ _declare(
     needs=Needs.TIME,
 )
 _declare(
-    "wait_v2",
-    _HANDLE,
-    VOID,
-    calls.wait_void,
-    "Waits for the job to end.",
-    needs=Needs.TIME,
-    api=1,
+    "wait_v2", _HANDLE, VOID, calls.wait_void, "Waits for the job to end.", needs=Needs.TIME, api=1
 )
 _declare(
-    "wait_v2",
-    _HANDLE,
-    BOOL,
-    calls.wait,
-    "Waits for the job to end; true.",
-    needs=Needs.TIME,
-    api=2,
+    "wait_v2", _HANDLE, BOOL, calls.wait, "Waits for the job to end; true.", needs=Needs.TIME, api=2
 )
 _declare(
     "wait",
@@ -487,11 +469,7 @@ _declare("cancel_all_v2 cancel_all", (), INT4, calls.cancel_all, "Cancels all jo
 _declare("detach_all_v2 detach_all", (), INT4, calls.detach_all, "Detaches all jobs; how many.")
 _declare("purge_v2 purge", (), INT4, calls.purge, "Detaches the jobs that have ended; how many.")
 _declare(
-    "full_sql_v2 full_sql",
-    _HANDLE,
-    TEXT,
-    calls.full_sql,
-    "The job's SQL; after 64 KiB `[...]`.",
+    "full_sql_v2 full_sql", _HANDLE, TEXT, calls.full_sql, "The job's SQL; after 64 KiB `[...]`."
 )
 _declare(
     "progress report_progress",
@@ -533,13 +511,7 @@ FUNCTIONS: Final = CATALOGS[1]
 VIEWS: Final[dict[str, Function]] = {
     name: Function(name, (), type, True, True, run, needs, 0, summary)
     for name, type, run, needs, summary in (
-        (
-            "pg_background_list",
-            LIST,
-            calls.list_jobs,
-            Needs.NOTHING,
-            "The session's jobs.",
-        ),
+        ("pg_background_list", LIST, calls.list_jobs, Needs.NOTHING, "The session's jobs."),
         (
             "pg_background_activity",
             ACTIVITY,

@@ -18,13 +18,7 @@ from proxy.backends.backend import Backend, no_backend, number, open_backend
 from proxy.backends.channels import APPLICATION_NAME, Channel
 from proxy.backends.identity import Login, StaleLoginError
 from proxy.backends.route import Route
-from proxy.config.gucs import (
-    JOB_SETTING,
-    SESSION_SETTING,
-    WORKER_TIMEOUT,
-    Guc,
-    session_secret,
-)
+from proxy.config.gucs import JOB_SETTING, SESSION_SETTING, WORKER_TIMEOUT, Guc, session_secret
 from proxy.jobs.context import Context, takeover_block, takeover_query
 from proxy.jobs.service import JobService
 from proxy.log import logger
@@ -176,8 +170,7 @@ class Launcher:
         )
         open_one = functools.partial(self._open, login)
         return await self._service.channels.lease(
-            self._login,
-            functools.partial(self._service.spares.open_now, open_one),
+            self._login, functools.partial(self._service.spares.open_now, open_one)
         )
 
     def for_job(self, pid: int) -> Launcher:

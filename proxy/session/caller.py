@@ -14,11 +14,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from protocol.errors import (
-    FEATURE_NOT_SUPPORTED,
-    ProtocolViolation,
-    SQLError,
-)
+from protocol.errors import FEATURE_NOT_SUPPORTED, ProtocolViolation, SQLError
 from protocol.kinds import B, TransactionStatus
 from protocol.messages import DataRow
 from proxy.api.calls import check_privilege

@@ -15,14 +15,7 @@ from typing import Final
 
 from protocol.errors import SQLError
 from protocol.framing import frame
-from protocol.kinds import (
-    ASYNCHRONOUS,
-    ENDS_BIND,
-    ENDS_CLOSE,
-    ENDS_EXECUTE,
-    ENDS_PARSE,
-    B,
-)
+from protocol.kinds import ASYNCHRONOUS, ENDS_BIND, ENDS_CLOSE, ENDS_EXECUTE, ENDS_PARSE, B
 from protocol.messages import (
     Bind,
     Close,

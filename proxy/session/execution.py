@@ -12,13 +12,7 @@ from typing import Any
 
 from protocol.errors import FEATURE_NOT_SUPPORTED, QUERY_CANCELED, ProtocolViolation, SQLError
 from protocol.kinds import ENDS_DESCRIBE, B, F
-from protocol.messages import (
-    CommandComplete,
-    DataRow,
-    Describe,
-    PortalSuspended,
-    RowDescription,
-)
+from protocol.messages import CommandComplete, DataRow, Describe, PortalSuspended, RowDescription
 from protocol.values import NoBinaryForm
 from proxy.api.functions import TEXT, Column, Needs, Type
 from proxy.jobs.job import Job

@@ -206,8 +206,7 @@ def as_defined(columns: Sequence[Column], defined: Sequence[Field]) -> Sequence[
     )
     if not fits:
         raise SQLError(
-            DATATYPE_MISMATCH,
-            "function return row and query-specified return row do not match",
+            DATATYPE_MISMATCH, "function return row and query-specified return row do not match"
         )
     return [
         Column(field.name.decode("utf-8", "replace"), column.type)

@@ -23,14 +23,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Final, Protocol
 
 from protocol.framing import HEADER_SIZE, skip_run, unpack_length
-from protocol.kinds import (
-    ENDS_COPY_IN,
-    ENDS_EXTENDED,
-    EXTENDED,
-    B,
-    F,
-    TransactionStatus,
-)
+from protocol.kinds import ENDS_COPY_IN, ENDS_EXTENDED, EXTENDED, B, F, TransactionStatus
 from protocol.messages import Flush, Sync
 from proxy.net.connection import Connection
 from proxy.session.custom_settings import CustomSettings

@@ -24,11 +24,7 @@ from protocol.errors import (
 )
 from protocol.kinds import TransactionStatus
 from protocol.messages import BackendKeyData, Terminate
-from protocol.startup import (
-    MAX_STARTUP_PACKET_LENGTH,
-    CancelRequest,
-    StartupMessage,
-)
+from protocol.startup import MAX_STARTUP_PACKET_LENGTH, CancelRequest, StartupMessage
 from proxy.auth import pace
 from proxy.auth.login import Login, RefusedError
 from proxy.auth.observer import LoginObserver
@@ -462,7 +458,5 @@ def _no_connection(error: OSError) -> SQLError:
     # Of all SQLSTATEs this one tells libpq that there is no server: pg_isready says so, and a
     # client with several hosts tries the next.
     return SQLError(
-        CANNOT_CONNECT_NOW,
-        "could not connect to the server behind the proxy",
-        detail=f"{error}",
+        CANNOT_CONNECT_NOW, "could not connect to the server behind the proxy", detail=f"{error}"
     )

@@ -80,10 +80,7 @@ class SimpleQuery:
             )
 
     async def _substitutes(
-        self,
-        sql: bytes,
-        statements: Sequence[Statement],
-        plans: Sequence[Plan | Substitute | None],
+        self, sql: bytes, statements: Sequence[Statement], plans: Sequence[Plan | Substitute | None]
     ) -> None:
         """A Query without calls: sent as one, with some of its statements replaced."""
         self._batch.relay.known_settings = None

@@ -34,14 +34,7 @@ from proxy.statements.outline import (
 )
 from proxy.statements.plan import Call, CallColumn, FieldOf, ItemOutput, Piece, ScalarPlan
 from proxy.statements.select_list import item_span
-from proxy.statements.standin import (
-    Edit,
-    copied,
-    replacement,
-    rewritten,
-    stand_in,
-    standing_at,
-)
+from proxy.statements.standin import Edit, copied, replacement, rewritten, stand_in, standing_at
 
 _MAX_SUBQUERIES: Final = 20
 _OUTER: Final = frozenset(("left", "right", "full", "outer", "natural"))
