@@ -25,7 +25,7 @@ def test_a_launch_that_ends_as_its_wait_is_interrupted_leaves_no_job(first: str)
             await opened.wait()
             return job
 
-        session: Any = SimpleNamespace(launch=launch, drop=dropped.append)
+        session: Any = SimpleNamespace(launch=launch, drop=dropped.append, jobs=())
         caller = SessionCaller(session, SimpleNamespace(), Interrupts())  # type: ignore[arg-type]
         caller._context = SimpleNamespace()  # type: ignore[assignment]
         calling = asyncio.create_task(caller.launch(b"SELECT 1", 0))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final
 
 from protocol.errors import (
     FEATURE_NOT_SUPPORTED,
@@ -22,12 +23,13 @@ from protocol.errors import (
     SQLError,
 )
 from proxy.api.like import like
+from proxy.config.gucs import MAX_WORKERS
+from proxy.jobs.context import Context
+from proxy.jobs.interrupts import Interrupts
+from proxy.jobs.job import Job
+from proxy.jobs.owner import Owner
+from proxy.jobs.registry import Handle, JobRecord
 from proxy.sql.text import EXECUTOR_ROLE
-
-if TYPE_CHECKING:
-    from proxy.jobs.context import Context
-    from proxy.jobs.job import Job, Jobs
-    from proxy.jobs.registry import Handle, JobRecord
 
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 24 * HOUR_MS
@@ -40,30 +42,52 @@ _VOID: Final = b""
 """The value of type void."""
 
 
-class Caller(Protocol):
-    """The session that calls, as the functions see it."""
+class Caller(ABC):
+    """Who calls, as the functions see it: a session, or what runs inside the database for one.
+
+    Attributes:
+        jobs: those of its session.
+        context: of the call.
+    """
+
+    def __init__(self, owner: Owner, interrupts: Interrupts) -> None:
+        """
+        Args:
+            owner: whose session it is.
+            interrupts: what ends its waits.
+        """
+        self._owner = owner
+        self._interrupts = interrupts
+        self.jobs = owner.jobs
 
     @property
-    def jobs(self) -> Jobs:
-        """Of this session."""
-
-    @property
+    @abstractmethod
     def context(self) -> Context: ...
+
+    @property
+    @abstractmethod
+    def codec(self) -> str:
+        """Python's name of the encoding of the functions' arguments."""
 
     @property
     def cluster(self) -> bytes:
         """The database cluster of the session. In another cluster the same OID is another role."""
+        return self._owner.cluster
 
     @property
-    def codec(self) -> str:
-        """Python's name of the encoding of the functions' arguments."""
+    def max_workers(self) -> int:
+        """The setting pg_background.max_workers."""
+        return self._owner.launcher.setting(MAX_WORKERS, self.context)
 
     async def known_jobs(self) -> Sequence[JobRecord]:
         """Jobs of all sessions, at least those that the current role may touch, also ended ones."""
+        return await self._owner.service.jobs_of(self.context.roles)
 
     async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
         """The jobs with these handles, as they are now: of this session or of `known_jobs`."""
+        return await self._owner.service.find(self.jobs, handles)
 
+    @abstractmethod
     async def launch(
         self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
     ) -> Job:
@@ -71,23 +95,30 @@ class Caller(Protocol):
 
     async def cancel_job(self, job: JobRecord) -> None:
         """Tell the server to stop it."""
-
-    async def wait(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
-        """Wait until something happens to one of them, or until that time of the loop."""
-
-    @property
-    def max_workers(self) -> int:
-        """The setting pg_background.max_workers."""
-
-    async def activity(self, jobs: Sequence[Job]) -> dict[int, Row]:
-        """What pg_stat_activity has on their backends, by pid; the columns of the view."""
+        if not job.finished:
+            await self._owner.service.cancel(job)
 
     def limit(self, job: Job, timeout_ms: int) -> None:
         """Cancel the job when it has run that long."""
+        self._owner.service.limit(job, timeout_ms)
 
+    async def wait(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
+        """Wait until something happens to one of them, or until that time of the loop."""
+        await self._interrupts.for_jobs(jobs, until)
+
+    async def wait_for(self, job: Job) -> None:
+        """Wait until something happens to it."""
+        await self.wait([job])
+
+    @abstractmethod
+    async def activity(self, jobs: Sequence[Job]) -> dict[int, Row]:
+        """What pg_stat_activity has on their backends, by pid; the columns of the view."""
+
+    @abstractmethod
     async def change_privileges(self, verb: str, role: bytes, *, print_commands: bool) -> bool:
         """GRANT or REVOKE in the primary backend, in the caller's transaction."""
 
+    @abstractmethod
     async def drop_executor_role(self) -> bool:
         """DROP ROLE there."""
 

@@ -19,7 +19,7 @@ import itertools
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, ParamSpec
+from typing import Any, Final, ParamSpec
 
 from protocol.errors import (
     CONNECTION_FAILURE,
@@ -31,11 +31,10 @@ from protocol.errors import (
 )
 from protocol.messages import ErrorResponse, NoticeResponse
 from protocol.values import parse_array
-from proxy.api.calls import permission_denied
+from proxy.api.calls import Caller, permission_denied
 from proxy.api.functions import Needs
 from proxy.api.values import decode_argument
 from proxy.backends.channels import Channel, Rows
-from proxy.config.gucs import MAX_WORKERS
 from proxy.extension.blocks import Blocks
 from proxy.extension.context import role_query
 from proxy.extension.conversation import (
@@ -59,15 +58,10 @@ from proxy.extension.conversation import (
 from proxy.jobs.context import Context
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
-from proxy.jobs.registry import Handle, JobRecord
+from proxy.jobs.launcher import Launcher
+from proxy.jobs.owner import Owner
 from proxy.log import logger
 from proxy.sql import encodings
-
-if TYPE_CHECKING:
-    from proxy.jobs.job import Jobs
-    from proxy.jobs.launcher import Launcher
-    from proxy.jobs.owner import Owner
-
 
 P = ParamSpec("P")
 
@@ -546,8 +540,8 @@ async def _arguments(call: Call) -> dict[str, Any]:
         raise malformed() from None
 
 
-class InsideCaller:
-    """Makes calls from inside the database (`calls.Caller`)."""
+class InsideCaller(Caller):
+    """Makes calls from inside the database."""
 
     def __init__(
         self,
@@ -557,42 +551,23 @@ class InsideCaller:
         context: Context,
         call: Call,
     ) -> None:
-        self._session = session
+        super().__init__(session, interrupts)
         self._launcher = launcher
-        self._interrupts = interrupts
         self._context = context
         self._call = call
-
-    @property
-    def jobs(self) -> Jobs:
-        return self._session.jobs
 
     @property
     def context(self) -> Context:
         return self._context
 
     @property
-    def cluster(self) -> bytes:
-        return self._session.cluster
-
-    @property
-    def max_workers(self) -> int:
-        return self._session.launcher.setting(MAX_WORKERS, self.context)
-
-    @property
     def codec(self) -> str:
         return encodings.codec(self._call.encoding)
-
-    async def known_jobs(self) -> Sequence[JobRecord]:
-        return await self._session.service.jobs_of(self.context.roles)
-
-    async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
-        return await self._session.service.find(self.jobs, handles)
 
     async def launch(
         self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
     ) -> Job:
-        job = await self._session.launch(
+        job = await self._owner.launch(
             sql,
             queue_size,
             self.context,
@@ -603,20 +578,6 @@ class InsideCaller:
         )
         self._call.launched.append(job)
         return job
-
-    async def cancel_job(self, job: JobRecord) -> None:
-        if not job.finished:
-            await self._session.service.cancel(job)
-
-    def limit(self, job: Job, timeout_ms: int) -> None:
-        self._session.service.limit(job, timeout_ms)
-
-    async def wait(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
-        await self._interrupts.for_jobs(jobs, until)
-
-    async def wait_for(self, job: Job) -> None:
-        """Wait until something happens to it."""
-        await self.wait([job])
 
     # The functions that would ask for these need no proxy (`privileges`, the view's own SQL).
 

@@ -17,17 +17,17 @@ from typing import Any, TypeVar
 from protocol.errors import FEATURE_NOT_SUPPORTED, ProtocolViolation, SQLError
 from protocol.kinds import B, TransactionStatus
 from protocol.messages import DataRow
-from proxy.api.calls import check_privilege
+from proxy.api.calls import Caller, check_privilege
 from proxy.api.functions import Needs
 from proxy.api.values import decode_argument
 from proxy.backends.identity import SYSTEM_ID_QUERY
-from proxy.config.gucs import MAX_WORKERS, parse_time_ms
+from proxy.config.gucs import parse_time_ms
 from proxy.extension import installed
 from proxy.extension.context import CallContext, context_query, parse_context
 from proxy.extension.privileges import drop_role_block, privileges_block
 from proxy.jobs.context import activity_query
 from proxy.jobs.interrupts import Interrupts
-from proxy.jobs.job import Job, Jobs
+from proxy.jobs.job import Job
 from proxy.jobs.registry import Handle, JobRecord
 from proxy.session.client_session import ClientSession
 from proxy.session.exchange import Exchange
@@ -38,13 +38,13 @@ from proxy.statements.plan import Call, FieldOf, Plan
 T = TypeVar("T")
 
 
-class SessionCaller:
-    """Makes calls for a session (`calls.Caller`)."""
+class SessionCaller(Caller):
+    """Makes calls for a session."""
 
     def __init__(self, session: ClientSession, primary: Exchange, interrupts: Interrupts) -> None:
+        super().__init__(session, interrupts)
         self._session = session
         self._primary = primary
-        self._interrupts = interrupts
         self._context: CallContext | None = None
 
     def ask_context(self, plan: Plan, *, first: bool) -> None:
@@ -159,31 +159,19 @@ class SessionCaller:
     # What the functions ask for
 
     @property
-    def jobs(self) -> Jobs:
-        return self._session.jobs
-
-    @property
     def context(self) -> CallContext:
         assert self._context is not None
         return self._context
-
-    @property
-    def cluster(self) -> bytes:
-        return self._session.cluster
-
-    @property
-    def max_workers(self) -> int:
-        return self._session.launcher.setting(MAX_WORKERS, self.context)
 
     @property
     def codec(self) -> str:
         return self._session.codec
 
     async def known_jobs(self) -> Sequence[JobRecord]:
-        return await self._for(self._session.service.jobs_of(self.context.roles))
+        return await self._for(super().known_jobs())
 
     async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
-        return await self._for(self._session.service.find(self.jobs, handles))
+        return await self._for(super().find(handles))
 
     async def launch(
         self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
@@ -215,12 +203,6 @@ class SessionCaller:
     async def cancel_job(self, job: JobRecord) -> None:
         if not job.finished:
             await self._interrupts.for_future(self._session.service.cancel(job))
-
-    def limit(self, job: Job, timeout_ms: int) -> None:
-        self._session.service.limit(job, timeout_ms)
-
-    async def wait(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
-        await self._interrupts.for_jobs(jobs, until)
 
     async def activity(self, jobs: Sequence[Job]) -> dict[int, tuple[bytes | None, ...]]:
         rows: dict[int, tuple[bytes | None, ...]] = {}

@@ -256,7 +256,7 @@ class Execution:
                 defined=statement.defined,
                 formats=portal.formats,
                 write=self._primary.write,
-                wait=self._wait_for,
+                wait=caller.wait_for,
             )
         if function.returns_set:
             rows = value or []
@@ -277,9 +277,6 @@ class Execution:
             zone=self._batch.session.zone,
             write=self._primary.write,
         )
-
-    async def _wait_for(self, job: Job) -> None:
-        await self._batch.interrupts.for_jobs([job])
 
 
 def _has_other_letters(plan: ScalarPlan, kind: int, body: bytes) -> bool:
