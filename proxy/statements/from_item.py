@@ -23,6 +23,7 @@ from proxy.statements.select_list import item_span
 from proxy.statements.standin import (
     Edit,
     copied,
+    in_place_of,
     insertion,
     replacement,
     rewritten,
@@ -208,9 +209,9 @@ def result(outline: Outline, site: Site, outputs: tuple[Output, ...]) -> ResultP
     if any(len(output.label or b"") > MAX_NAME for output in outputs):
         raise NotRecognizedError("a name that the server would cut")
     pieces = [
-        *standing_at(outline, 0, b"SELECT * FROM"),
+        *standing_at(0, b"SELECT * FROM"),
         *stand_in(outline, site),
-        *standing_at(outline, outline.end(site.last), b"AS pg_background_result"),
+        *standing_at(outline.end(site.last), b"AS pg_background_result"),
     ]
     return ResultPlan(Rewrite(outline.sql, tuple(pieces)), site.call, outputs, 0)
 
@@ -242,8 +243,7 @@ def defined_result(
             # It could still be something, if not a column: the row, or a function of it.
             raise NotRecognizedError("not a column")
         if item.column is None and item.table is None:
-            start, end = outline.start(item.first), outline.end(item.first)
-            edits.append(Edit(start, end, standing_at(outline, start, b" ", table, b".*")))
+            edits.append(in_place_of(outline, item.first, item.first, b" ", table, b".*"))
     extra = (b", ", table, b".*, " + ARGUMENTS + b"." + ARGUMENTS + b" ")
     edits.append(insertion(outline, items[-1].last, *extra))
     join = b"AS " + ARGUMENTS + b" LEFT JOIN pg_catalog.json_to_recordset('[]') "
@@ -308,17 +308,14 @@ def from_subquery(outline: Outline, site: Site, opening: int) -> ScalarPlan:
         outputs += of_record(outline, site.call.function, item, name)
     if any(len(output.label or b"") > MAX_NAME for output in outputs):
         raise NotRecognizedError("a name that the server would cut")
-    start, end = outline.start(items[0].first), outline.end(items[-1].last)
     edits = [
-        Edit(start, end, standing_at(outline, start, b" * ")),
-        Edit(outline.start(span.first), outline.end(span.last), stand_in(outline, site)),
+        in_place_of(outline, items[0].first, items[-1].last, b" * "),
+        in_place_of(outline, span.first, span.last, *stand_in(outline, site)),
     ]
     if label is None:
-        edits.append(
-            insertion(outline, span.last, b" AS " + site.call.function.name.encode() + b" ")
-        )
-    column = CallColumn(0, site.call)
-    return ScalarPlan(rewritten(outline, *edits), (column,), tuple(outputs), width=1)
+        edits.append(insertion(outline, span.last, b" AS " + span.names[0].encode() + b" "))
+    columns = (CallColumn(0, site.call),)
+    return ScalarPlan(rewritten(outline, *edits), columns, tuple(outputs), width=1)
 
 
 def of_record(

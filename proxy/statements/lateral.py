@@ -34,7 +34,15 @@ from proxy.statements.outline import (
 )
 from proxy.statements.plan import Call, CallColumn, FieldOf, ItemOutput, Piece, ScalarPlan
 from proxy.statements.select_list import item_span
-from proxy.statements.standin import Edit, copied, replacement, rewritten, stand_in, standing_at
+from proxy.statements.standin import (
+    Edit,
+    copied,
+    in_place_of,
+    replacement,
+    rewritten,
+    stand_in,
+    standing_at,
+)
 
 _MAX_SUBQUERIES: Final = 20
 _OUTER: Final = frozenset(("left", "right", "full", "outer", "natural"))
@@ -64,7 +72,6 @@ _DROPS: Final = frozenset(("case", "and", "or", "is", "isnull", "notnull", "null
 _KEEPS: Final = frozenset(("group", "having", "order", "limit", "offset", "fetch"))
 # Before a subquery in a condition that the planner joins like a table.
 _JOINED: Final = frozenset(("exists", "in", "any", "some"))
-# Before a subquery that is not an item of FROM.
 # Before a subquery that is not an item of FROM.
 _IN_CONDITIONS: Final = frozenset(("exists", "in", "any", "some", "all", "array", "not"))
 
@@ -183,23 +190,15 @@ def with_lateral(outline: Outline, lateral: Lateral) -> ScalarPlan:
     check_rows(outline, lateral)
     outline.column_of_call = functools.partial(field_of_lateral, outline, lateral)
     items = _items(outline, lateral, first, end)
-    pieces = standing_at(
-        outline,
-        outline.start(first),
-        *(b" ", copied(outline, lateral.alias, lateral.alias), b"." + ARGUMENTS),
-        *items.pieces,
-    )
-    pieces += standing_at(outline, outline.start(end), b" ")
+    alias = copied(outline, lateral.alias, lateral.alias)
+    column = standing_at(outline.start(first), b" ", alias, b"." + ARGUMENTS)
+    pieces = [*column, *items.pieces, *standing_at(outline.start(end), b" ")]
     after = outline.end(lateral.alias)
     rewrite = rewritten(
         outline,
-        Edit(outline.start(first), outline.end(end - 1), pieces),
+        in_place_of(outline, first, end - 1, *pieces),
         replacement(outline, site),
-        Edit(
-            after,
-            outline.end(lateral.end - 1),
-            standing_at(outline, after, b"(" + ARGUMENTS + b") "),
-        ),
+        Edit(after, outline.end(lateral.end - 1), standing_at(after, b"(" + ARGUMENTS + b") ")),
     )
     columns = (CallColumn(0, site.call), *items.calls)
     return ScalarPlan(rewrite, columns, tuple(items.outputs), in_from=True, width=1 + items.width)
@@ -228,7 +227,7 @@ def _items(outline: Outline, lateral: Lateral, first: int, end: int) -> _Items:
             used = True
             continue
         count += 1
-        pieces += standing_at(outline, outline.start(item[0]), b", ")
+        pieces += standing_at(outline.start(item[0]), b", ")
         at = next((at for at in range(item[0], item[1] + 1) if at in sites), None)
         if at is None:
             check_free(outline, lateral, *item)
@@ -260,9 +259,7 @@ def call_item(
         raise NotRecognizedError("a call within an expression")
     pieces = stand_in(outline, site)
     if label is None:
-        pieces += standing_at(
-            outline, outline.end(span.last), b" AS " + span.names[0].encode() + b" "
-        )
+        pieces += standing_at(outline.end(span.last), b" AS " + span.names[0].encode() + b" ")
     else:
         pieces.append(copied(outline, span.last + 1, last))
     if len(span.names) == 1:

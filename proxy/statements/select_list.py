@@ -22,7 +22,7 @@ from proxy.statements.outline import (
     position_of,
 )
 from proxy.statements.plan import CallColumn, ItemOutput, ScalarPlan
-from proxy.statements.standin import Edit, insertion, rewritten, stand_in
+from proxy.statements.standin import Edit, in_place_of, insertion, rewritten, stand_in
 
 # What may follow the select list of a plain SELECT; reserved words, so they can be nothing else.
 _AFTER_SELECT_LIST: Final = frozenset(("from", "where", "order", "limit", "fetch"))
@@ -46,13 +46,6 @@ class _SelectList(NamedTuple):
 
     items: list[tuple[int, int]]
     order: list[tuple[int, int]]
-
-
-class _Columns(NamedTuple):
-    """The columns that are calls; ``hidden``: the numbers are not known."""
-
-    of_calls: set[int]
-    hidden: bool
 
 
 class Span(NamedTuple):
@@ -83,9 +76,7 @@ def select_items(outline: Outline, sites: list[Site]) -> ScalarPlan:
             raise NotRecognizedError("not an item by itself")
         if label is not None and span.fields is not None and len(span.fields) != 1:
             raise NotRecognizedError("one label for all fields")
-        edits.append(
-            Edit(outline.start(span.first), outline.end(span.last), stand_in(outline, site))
-        )
+        edits.append(in_place_of(outline, span.first, span.last, *stand_in(outline, site)))
         if label is None:
             edits.append(insertion(outline, span.last, b" AS " + span.names[0].encode() + b" "))
             labels += [name.encode() for name in span.names]
@@ -102,17 +93,12 @@ def select_items(outline: Outline, sites: list[Site]) -> ScalarPlan:
             CallColumn(index - len(found.items) if index > stars[0] else index, call)
             for index, call in ((column.index, column.call) for column in columns)
         ]
-    check_order(
-        outline,
-        found,
-        labels,
-        _Columns(
-            {column.index for column in columns},
-            bool(stars) or any(len(span.names) > 1 for span in spans),
-        ),
-    )
-    outputs = _item_outputs(columns, None if stars else len(found.items), spans)
+    # The columns that are calls by their numbers in ORDER BY, if these are known.
+    is_countable = not stars and all(len(span.names) == 1 for span in spans)
+    numbers = {column.index + 1 for column in columns} if is_countable else None
+    check_order(outline, found.order, labels, numbers)
     width = None if stars else len(found.items)
+    outputs = _item_outputs(columns, width, spans)
     return ScalarPlan(rewritten(outline, *edits), tuple(columns), outputs, width=width)
 
 
@@ -217,12 +203,16 @@ def has_star(outline: Outline, first: int, last: int) -> bool:
 
 
 def check_order(
-    outline: Outline, found: _SelectList, labels: list[bytes], columns: _Columns
+    outline: Outline,
+    order: list[tuple[int, int]],
+    labels: list[bytes],
+    numbers: set[int] | None,
 ) -> None:
-    """Raises NotRecognizedError if a call's column, by its number or by its name, is a sort key."""
-    for first, last in found.order:
+    """Raises NotRecognizedError if a call's column, by its number or by its name, is a sort key.
+    ``numbers``: of these columns, None if they are not known."""
+    for first, last in order:
         number, names = sort_key(outline, first, last)
-        if number == 0 or (number and (columns.hidden or number - 1 in columns.of_calls)):
+        if number == 0 or (number and (numbers is None or number in numbers)):
             raise NotRecognizedError("sorted by the number of a call's column")
         if any(_could_be_same(name, label) for name in names for label in labels):
             raise NotRecognizedError("sorted by a call's column")

@@ -56,10 +56,16 @@ def copied(outline: Outline, first: int, last: int) -> Piece:
 def insertion(outline: Outline, after: int, *pieces: Piece | bytes) -> Edit:
     """Adds ``pieces`` right behind a token, where no comment can swallow them."""
     offset = outline.end(after)
-    return Edit(offset, offset, standing_at(outline, offset, *pieces))
+    return Edit(offset, offset, standing_at(offset, *pieces))
 
 
-def standing_at(outline: Outline, offset: int, *pieces: Piece | bytes) -> list[Piece]:
+def in_place_of(outline: Outline, first: int, last: int, *pieces: Piece | bytes) -> Edit:
+    """Puts ``pieces`` there in place of these tokens."""
+    start = outline.start(first)
+    return Edit(start, outline.end(last), standing_at(start, *pieces))
+
+
+def standing_at(offset: int, *pieces: Piece | bytes) -> list[Piece]:
     return [Piece(offset, offset, piece) if isinstance(piece, bytes) else piece for piece in pieces]
 
 
@@ -67,17 +73,17 @@ def stand_in(outline: Outline, site: Site) -> list[Piece]:
     """The call's arguments as the text of a text[]. Blanks keep its words apart from others."""
     at = outline.start(site.first)
     if not site.leaves:
-        return standing_at(outline, at, b" CAST('{}' AS pg_catalog.text) ")
-    pieces = standing_at(outline, at, b" CAST(ARRAY[")
+        return standing_at(at, b" CAST('{}' AS pg_catalog.text) ")
+    pieces = standing_at(at, b" CAST(ARRAY[")
     for number, leaf in enumerate(site.leaves):
         if number:
-            pieces += standing_at(outline, at, b", ")
+            pieces += standing_at(at, b", ")
         opening, closing = TO_TEXT[leaf.type]
         # It stands for the call's name: there the server points if the type is wrong.
         pieces += standing_at(
-            outline, outline.start(leaf.name), opening, *expression(outline, leaf), closing
+            outline.start(leaf.name), opening, *expression(outline, leaf), closing
         )
-    return pieces + standing_at(outline, at, b"] AS pg_catalog.text) ")
+    return pieces + standing_at(at, b"] AS pg_catalog.text) ")
 
 
 def expression(outline: Outline, leaf: Leaf) -> list[Piece]:
@@ -125,8 +131,8 @@ def rewritten(outline: Outline, *edits: Edit) -> Rewrite:
 
 def replacement(outline: Outline, site: Site, *pieces: Piece | bytes) -> Edit:
     """The stand-in, and ``pieces`` behind it, in place of a call."""
-    after = standing_at(outline, outline.end(site.last), *pieces)
-    return Edit(outline.start(site.first), outline.end(site.last), stand_in(outline, site) + after)
+    after = standing_at(outline.end(site.last), *pieces)
+    return in_place_of(outline, site.first, site.last, *stand_in(outline, site), *after)
 
 
 def complaint(
