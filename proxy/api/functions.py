@@ -193,6 +193,7 @@ _HANDLE: Final = (_PID, _COOKIE)
 _HANDLES: Final = Parameter("handles", HANDLES)
 _GRACE: Final = Parameter("grace_ms", INT4, default=0)
 _TIMEOUT: Final = Parameter("timeout_ms", INT4, default=0)
+_RUN: Final = (_SQL, _QUEUE_SIZE, _TIMEOUT, Parameter("label", TEXT, default=None))
 
 _functions: list[Function] = []
 
@@ -416,7 +417,7 @@ _declare(
 _declare("status_v2", _HANDLE, JSONB, calls.status, "The same as JSON.")
 _declare(
     "run_v2 run",
-    (_SQL, _QUEUE_SIZE, _TIMEOUT, Parameter("label", TEXT, default=None)),
+    _RUN,
     RUN,
     calls.run,
     "Starts a job, waits for its end or cancels it on time-out, and tells its outcome.",
@@ -425,13 +426,7 @@ _declare(
 )
 _declare(
     "run_query_v2 run_query",
-    (
-        _SQL,
-        Parameter("queue_size", INT4, default=0),
-        Parameter("timeout_ms", INT4, default=0),
-        Parameter("label", TEXT, default=None),
-        Parameter("col_def", TEXT, default=None),
-    ),
+    (*_RUN, Parameter("col_def", TEXT, default=None)),
     RECORD,
     calls.run_query,
     "Starts a job, and returns its rows; 57014 on time-out.",

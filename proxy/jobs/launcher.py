@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import secrets
-from typing import Final, Protocol
+from typing import Final
 
 from protocol.errors import INVALID_PARAMETER_VALUE, ProtocolViolation, ServerError, SQLError
 from protocol.startup import StartupMessage
@@ -25,12 +25,6 @@ from proxy.log import logger
 
 _JOB_SETTING: Final = JOB_SETTING.encode()
 _SESSION_SETTING: Final = SESSION_SETTING.encode()
-
-
-class TakeOver(Protocol):
-    """Gives a backend the session's role and settings."""
-
-    async def __call__(self, backend: Backend, *, is_spare: bool) -> None: ...
 
 
 class Launcher:
@@ -89,11 +83,14 @@ class Launcher:
         overrides = {b"application_name": self._application_name(label)}
         if worker_timeout := self.setting(WORKER_TIMEOUT, context):
             overrides[b"statement_timeout"] = b"%d" % worker_timeout
-        take_over = functools.partial(self._take_over, context=context, overrides=overrides)
-        return await self._taken_over(login, take_over, system_id)
+        return await self._taken_over(login, context, overrides, system_id)
 
     async def _taken_over(
-        self, login: StartupMessage, take_over: TakeOver, system_id: bytes | None
+        self,
+        login: StartupMessage,
+        context: Context,
+        overrides: dict[bytes, bytes],
+        system_id: bytes | None,
     ) -> Backend:
         """A spare or, if none will do, a new backend, that has taken over the session's state.
 
@@ -111,7 +108,7 @@ class Launcher:
             try:
                 if is_spare and system_id and backend.system_id not in (system_id, b""):
                     raise StaleLoginError("another server has the address now")
-                await take_over(backend, is_spare=is_spare)
+                await self._take_over(backend, context, overrides, is_spare=is_spare)
             except StaleLoginError as error:
                 # Let the server judge a new login. The other spares are no better.
                 logger.debug("the spares of %s are retired: %s", self._login, error)
@@ -132,7 +129,7 @@ class Launcher:
                 return backend
 
     async def _take_over(
-        self, backend: Backend, *, context: Context, overrides: dict[bytes, bytes], is_spare: bool
+        self, backend: Backend, context: Context, overrides: dict[bytes, bytes], *, is_spare: bool
     ) -> None:
         """Give a backend the session's role and settings.
 

@@ -132,7 +132,7 @@ class Owner(ABC):
         return job
 
     async def _start(self, job: Job) -> None:
-        self.service.add(job)
+        self.service.registry.add(job)
         self.jobs.add(job)
         try:
             await job.start()

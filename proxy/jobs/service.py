@@ -90,10 +90,6 @@ class JobService:
         """What is known of the jobs of these roles; and of all others of this process."""
         return [*self.registry, *await self.peers.jobs_of(roles)]
 
-    def add(self, job: Job) -> None:
-        """Know a job, which is about to start."""
-        self.registry.add(job)
-
     def ended(self, job: Job) -> None:
         """Its backend is done."""
         self.registry.ended(job)

@@ -25,22 +25,18 @@ from proxy.statements.statement import Statement
 from proxy.statements.triggers import may_be_ours
 
 
-class ClientMessages:
+class ClientMessages(Inbox):
     """The client's messages, some of which may be looked at ahead of their turn."""
 
     def __init__(self, client: Connection, data: bytes) -> None:
-        self._inbox = Inbox(client)
-        self._inbox.feed(data)
+        super().__init__(client)
+        self.feed(data)
         self._ahead: deque[tuple[int, bytes]] = deque()
-        client.receive = self._inbox.feed
+        client.receive = self.feed
 
     def next_nowait(self) -> tuple[int, bytes] | None:
         """The next message if it is here already."""
-        return self._ahead.popleft() if self._ahead else self._inbox.next_nowait()
-
-    async def next(self) -> tuple[int, bytes]:
-        """The next message; see `Inbox.next`."""
-        return self._ahead.popleft() if self._ahead else await self._inbox.next()
+        return self._ahead.popleft() if self._ahead else super().next_nowait()
 
     def put_back(self, kind: int, body: bytes) -> None:
         """Have it be the next again."""
@@ -49,7 +45,7 @@ class ClientMessages:
     def peek(self, *kinds: int) -> list[bytes] | None:
         """The bodies of the next messages if they are here and of these types."""
         while len(self._ahead) < len(kinds):
-            message = self._inbox.next_nowait()
+            message = super().next_nowait()
             if message is None:
                 return None
             self._ahead.append(message)
@@ -65,15 +61,11 @@ class ClientMessages:
             self._ahead.popleft()
         return True
 
-    def close(self, error: Exception) -> None:
-        """No more will come."""
-        self._inbox.close(error)
-
     def take_rest(self) -> bytes:
         """All that was not taken, a part of a message included."""
         ahead = b"".join(frame(kind, body) for kind, body in self._ahead)
         self._ahead.clear()
-        return ahead + self._inbox.take_rest()
+        return ahead + super().take_rest()
 
 
 class Batch:
@@ -98,7 +90,7 @@ class Batch:
         self.client = session.client
         self.server = session.primary
         self.interrupts = Interrupts()
-        self.primary = Exchange(session, self.client, self.server, self.interrupts)
+        self.primary = Exchange(session, self.server, self.interrupts)
         self.caller = SessionCaller(session, self.primary, self.interrupts)
         self.messages = ClientMessages(self.client, data)
         self.executed = F.EXECUTE in self.relay.batch

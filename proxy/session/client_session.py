@@ -6,7 +6,6 @@ more than this.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from datetime import UTC, tzinfo
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -15,19 +14,18 @@ from proxy.net.connection import Connection
 from proxy.session.custom_settings import CustomSettings
 from proxy.session.extension_state import ExtensionState
 from proxy.session.reader import SqlReader
-from proxy.session.relay import Relay
+from proxy.session.relay import Hooks, Relay
 from proxy.sql import encodings
 from proxy.statements.reading import READING, Reading
 
 
-class ClientSession(Owner):
+class ClientSession(Owner, Hooks):
     """
     Attributes:
         client: its connection.
         primary: that to its server, once there is one.
         relay: passes bytes on, once the client has logged in.
         reader: reads its SQL, from then on too.
-        custom_settings: names with a dot that it may have set.
         extension_state: which pg_background its database has.
     """
 
@@ -64,11 +62,3 @@ class ClientSession(Owner):
             return ZoneInfo(name)
         except (ZoneInfoNotFoundError, ValueError):
             return UTC
-
-    @abstractmethod
-    def notice(self, body: bytes) -> bool:
-        """See `relay.Hooks`."""
-
-    @abstractmethod
-    def complaint(self, error: bytes) -> bytes | None:
-        """See `relay.Hooks`."""

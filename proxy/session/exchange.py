@@ -80,12 +80,10 @@ class Exchange:
         unclosed: statements of ours that an error has kept us from closing.
     """
 
-    def __init__(
-        self, session: ClientSession, client: Connection, server: Connection, interrupts: Interrupts
-    ) -> None:
+    def __init__(self, session: ClientSession, server: Connection, interrupts: Interrupts) -> None:
         self._session = session
         self._relay = session.relay
-        self._client = client
+        self._client = session.client
         self._server = server
         self._interrupts = interrupts
         self.inbox = Inbox(server)
@@ -229,16 +227,17 @@ class Exchange:
                 self._relay.parameter_status(body)
             if kind == B.NOTICE_RESPONSE and self._session.notice(body):
                 pass
-            elif self._marker and kind == B.NOTICE_RESPONSE and self._is_marker(body):
+            elif (
+                self._marker
+                and kind == B.NOTICE_RESPONSE
+                and NoticeResponse.parse(body).message == self._marker
+            ):
                 self._marked = True
             elif kind == B.NOTICE_RESPONSE and self._replies and self._replies[0].is_block:
                 notice = NoticeResponse.parse(body)
                 self._client.write(NoticeResponse(_without_context(notice.fields)).serialize())
             else:
                 self._client.write(frame(kind, body))
-
-    def _is_marker(self, notice: bytes) -> bool:
-        return NoticeResponse.parse(notice).message == self._marker
 
     def _server_failed(self, reply: _Reply, body: bytes) -> None:
         """Pass an error on, in the words and with the position of the client's own text."""

@@ -99,7 +99,7 @@ class Fetch:
         if self._described:
             return
         await self._notices()
-        while not self._columns_known():
+        while self.job.columns is None and not self.job.finished:
             await self._wait(self.job)
             await self._notices()
         if self.job.columns is None and self.job.fetched_error is not None:
@@ -113,9 +113,6 @@ class Fetch:
         self._as_it_is = self._columns == tuple(range(len(given))) and not any(
             field.format for field in self.fields
         )
-
-    def _columns_known(self) -> bool:
-        return self.job.columns is not None or self.job.finished
 
     async def _notices(self) -> None:
         """Pass on the notices that came before the first row."""

@@ -90,11 +90,6 @@ class Interception:
         self._messages.close(ConnectionError("the client has closed the connection"))
         self.interrupts.end_client(reads=self._client.full is None)
 
-    def client_hung_up(self) -> None:
-        """The client has left behind messages that were not read. No job is waited for; otherwise
-        they are served in their turn."""
-        self.interrupts.client_hung_up()
-
     def server_lost(self, error: Exception) -> None:
         """The primary backend is gone."""
         self._primary.inbox.close(error)

@@ -387,7 +387,7 @@ class Session(ClientSession):
     def _hung_up(self) -> None:
         """The client has left behind messages that are not read yet."""
         if self.interception is not None:
-            self.interception.client_hung_up()
+            self.interception.interrupts.client_hung_up()
         else:
             self._inside.end_client()
 
