@@ -186,13 +186,13 @@ class Function:
 
 _SQL: Final = Parameter("sql", TEXT)
 _QUEUE_SIZE: Final = Parameter("queue_size", INT4, default=0)
-_LABEL: Final = Parameter("label", TEXT)
 _PID: Final = Parameter("pid", INT4)
 _COOKIE: Final = Parameter("cookie", INT8)
 _HANDLE: Final = (_PID, _COOKIE)
 _HANDLES: Final = Parameter("handles", HANDLES)
 _GRACE: Final = Parameter("grace_ms", INT4, default=0)
 _TIMEOUT: Final = Parameter("timeout_ms", INT4, default=0)
+_LABELLED: Final = (_SQL, Parameter("queue_size", INT4), Parameter("label", TEXT))
 _RUN: Final = (_SQL, _QUEUE_SIZE, _TIMEOUT, Parameter("label", TEXT, default=None))
 
 _functions: list[Function] = []
@@ -203,44 +203,35 @@ def _declare(
     parameters: tuple[Parameter, ...],
     result: Type,
     run: Callable[..., Awaitable[Any]],
-    summary: str,
     *,
     returns_set: bool = False,
     strict: bool = True,
     needs: Needs = Needs.NOTHING,
     api: int = 0,
-) -> None:
-    """Adds the function under each of its names."""
-    for name in names.split():
-        full = name if "pg_background" in name else f"pg_background_{name}"
-        _functions.append(
-            Function(full, parameters, result, returns_set, strict, run, needs, api, summary)
-        )
+) -> Callable[[str], None]:
+    """A function, to be called with its summary: that adds it under each of its names."""
+
+    def add(summary: str) -> None:
+        for name in names.split():
+            full = name if "pg_background" in name else f"pg_background_{name}"
+            _functions.append(
+                Function(full, parameters, result, returns_set, strict, run, needs, api, summary)
+            )
+
+    return add
 
 
 # Version 1
 
 _LAUNCHES: Final = Needs.SETTINGS
 
-_declare(
-    "launch",
-    (_SQL, _QUEUE_SIZE),
-    INT4,
-    calls.launch,
-    "Starts a job that runs `sql` in a backend of its own; returns that backend's pid.",
-    needs=_LAUNCHES,
-    api=1,
+_declare("launch", (_SQL, _QUEUE_SIZE), INT4, calls.launch, needs=_LAUNCHES, api=1)(
+    "Starts a job that runs `sql` in a backend of its own; returns that backend's pid."
 )
-_declare(
-    "result",
-    (_PID,),
-    RECORD,
-    calls.result,
-    "Waits for the job and returns its rows; once for each job.",
-    returns_set=True,
-    needs=Needs.TIME,
+_declare("result", (_PID,), RECORD, calls.result, returns_set=True, needs=Needs.TIME)(
+    "Waits for the job and returns its rows; once for each job."
 )
-_declare("detach", (_PID,), VOID, calls.detach, "Forgets the job, which runs on to its end.")
+_declare("detach", (_PID,), VOID, calls.detach)("Forgets the job, which runs on to its end.")
 
 for _names, _run, _summary in (
     (
@@ -262,225 +253,125 @@ for _names, _run, _summary in (
         ),
         BOOL,
         _run,
-        _summary,
         strict=False,
         needs=Needs.PRIMARY,
-    )
+    )(_summary)
 
 # Versions 1.6 to 2.0
 
-_declare(
-    "launch_v2",
-    (_SQL, _QUEUE_SIZE),
-    HANDLE,
-    calls.launch_v2,
-    "Starts a job; returns its pid and the cookie that goes with it.",
-    needs=_LAUNCHES,
+_declare("launch_v2", (_SQL, _QUEUE_SIZE), HANDLE, calls.launch_v2, needs=_LAUNCHES)(
+    "Starts a job; returns its pid and the cookie that goes with it."
+)
+_declare("launch", (_SQL, _QUEUE_SIZE), HANDLE, calls.launch_v2, needs=_LAUNCHES, api=2)(
+    "With `api_version = 2`: as `pg_background_launch_v2`."
+)
+_declare("launch_v2 launch", _LABELLED, HANDLE, calls.launch_v2, strict=False, needs=_LAUNCHES)(
+    "The same with a label, which shows in `application_name`; size and label may be NULL."
+)
+_declare("submit_v2 submit", (_SQL, _QUEUE_SIZE), HANDLE, calls.submit, needs=_LAUNCHES)(
+    "Starts a job whose rows nobody wants: they are dropped as they come."
+)
+_declare("submit_v2 submit", _LABELLED, HANDLE, calls.submit, strict=False, needs=_LAUNCHES)(
+    "The same with a label."
+)
+_declare("result_v2 result", _HANDLE, RECORD, calls.result, returns_set=True, needs=Needs.TIME)(
+    "Waits for the job and returns its rows; once for each job."
+)
+_declare("detach_v2 detach", _HANDLE, VOID, calls.detach)(
+    "Forgets the job, which runs on to its end."
+)
+_declare("cancel_v2 cancel", (*_HANDLE, _GRACE), VOID, calls.cancel, needs=Needs.TIME)(
+    "Stops the job: nothing more of it runs, nothing commits. Waits up to `grace_ms` for that."
 )
 _declare(
-    "launch",
-    (_SQL, _QUEUE_SIZE),
-    HANDLE,
-    calls.launch_v2,
-    "With `api_version = 2`: as `pg_background_launch_v2`.",
-    needs=_LAUNCHES,
-    api=2,
+    "cancel_v2_grace", (*_HANDLE, Parameter("grace_ms", INT4)), VOID, calls.cancel, needs=Needs.TIME
+)("As `pg_background_cancel_v2`.")
+_declare("wait_v2", _HANDLE, VOID, calls.wait_void, needs=Needs.TIME, api=1)(
+    "Waits for the job to end."
 )
-_declare(
-    "launch_v2 launch",
-    (_SQL, Parameter("queue_size", INT4), _LABEL),
-    HANDLE,
-    calls.launch_v2,
-    "The same with a label, which shows in `application_name`; size and label may be NULL.",
-    strict=False,
-    needs=_LAUNCHES,
+_declare("wait_v2", _HANDLE, BOOL, calls.wait, needs=Needs.TIME, api=2)(
+    "Waits for the job to end; true."
 )
-_declare(
-    "submit_v2 submit",
-    (_SQL, _QUEUE_SIZE),
-    HANDLE,
-    calls.submit,
-    "Starts a job whose rows nobody wants: they are dropped as they come.",
-    needs=_LAUNCHES,
-)
-_declare(
-    "submit_v2 submit",
-    (_SQL, Parameter("queue_size", INT4), _LABEL),
-    HANDLE,
-    calls.submit,
-    "The same with a label.",
-    strict=False,
-    needs=_LAUNCHES,
-)
-_declare(
-    "result_v2 result",
-    _HANDLE,
-    RECORD,
-    calls.result,
-    "Waits for the job and returns its rows; once for each job.",
-    returns_set=True,
-    needs=Needs.TIME,
-)
-_declare(
-    "detach_v2 detach", _HANDLE, VOID, calls.detach, "Forgets the job, which runs on to its end."
-)
-_declare(
-    "cancel_v2 cancel",
-    (*_HANDLE, _GRACE),
-    VOID,
-    calls.cancel,
-    "Stops the job: nothing more of it runs, nothing commits. Waits up to `grace_ms` for that.",
-    needs=Needs.TIME,
-)
-_declare(
-    "cancel_v2_grace",
-    (*_HANDLE, Parameter("grace_ms", INT4)),
-    VOID,
-    calls.cancel,
-    "As `pg_background_cancel_v2`.",
-    needs=Needs.TIME,
-)
-_declare(
-    "wait_v2", _HANDLE, VOID, calls.wait_void, "Waits for the job to end.", needs=Needs.TIME, api=1
-)
-_declare(
-    "wait_v2", _HANDLE, BOOL, calls.wait, "Waits for the job to end; true.", needs=Needs.TIME, api=2
-)
-_declare(
-    "wait",
-    (*_HANDLE, _TIMEOUT),
-    BOOL,
-    calls.wait,
-    "Waits for the job, at most `timeout_ms` (0 or less: for ever); whether it has ended.",
-    needs=Needs.TIME,
+_declare("wait", (*_HANDLE, _TIMEOUT), BOOL, calls.wait, needs=Needs.TIME)(
+    "Waits for the job, at most `timeout_ms` (0 or less: for ever); whether it has ended."
 )
 _declare(
     "wait_v2_timeout",
     (*_HANDLE, Parameter("timeout_ms", INT4)),
     BOOL,
     calls.wait_timeout,
-    "The same, but 0 asks without waiting.",
     needs=Needs.TIME,
+)("The same, but 0 asks without waiting.")
+_declare("list_v2 list", (), LIST, calls.list_jobs, returns_set=True)(
+    "The session's jobs. With a column definition list of nine columns, the label is left out."
 )
-_declare(
-    "list_v2 list",
-    (),
-    LIST,
-    calls.list_jobs,
-    "The session's jobs. With a column definition list of nine columns, the label is left out.",
-    returns_set=True,
+_declare("list_all", (), LIST, calls.list_all, returns_set=True)(
+    "The jobs of the current role in all sessions; for superusers, everyone's."
 )
-_declare(
-    "list_all",
-    (),
-    LIST,
-    calls.list_all,
-    "The jobs of the current role in all sessions; for superusers, everyone's.",
-    returns_set=True,
+_declare("stats_v2", (), STATS_1, calls.stats)(
+    "Counts of this session's jobs, and their mean time."
 )
-_declare(
-    "stats_v2", (), STATS_1, calls.stats, "Counts of this session's jobs, and their mean time."
+_declare("stats", (), STATS_2, calls.stats_2)("The same, and how many ran out of time.")
+_declare("get_progress_v2 get_progress", _HANDLE, PROGRESS, calls.get_progress)(
+    "What the job has last reported with `pg_background_progress`; NULLs before that."
 )
-_declare("stats", (), STATS_2, calls.stats_2, "The same, and how many ran out of time.")
-_declare(
-    "get_progress_v2 get_progress",
-    _HANDLE,
-    PROGRESS,
-    calls.get_progress,
-    "What the job has last reported with `pg_background_progress`; NULLs before that.",
+_declare("result_info_v2", _HANDLE, RESULT_INFO_1, calls.result_info)(
+    "How the job went, so far as it did; its rows stay where they are."
 )
-_declare(
-    "result_info_v2",
-    _HANDLE,
-    RESULT_INFO_1,
-    calls.result_info,
-    "How the job went, so far as it did; its rows stay where they are.",
+_declare("result_info", _HANDLE, RESULT_INFO_2, calls.result_info)("The same, and when it ran.")
+_declare("error_info_v2", _HANDLE, ERROR_INFO_1, calls.error_info)(
+    "The job's error; NULL without one."
 )
-_declare("result_info", _HANDLE, RESULT_INFO_2, calls.result_info, "The same, and when it ran.")
-_declare(
-    "error_info_v2", _HANDLE, ERROR_INFO_1, calls.error_info, "The job's error; NULL without one."
+_declare("error_info", _HANDLE, ERROR_INFO_2, calls.error_info)(
+    "The same, and which object the error is about."
 )
-_declare(
-    "error_info",
-    _HANDLE,
-    ERROR_INFO_2,
-    calls.error_info,
-    "The same, and which object the error is about.",
+_declare("outcome_v2 outcome", _HANDLE, OUTCOME, calls.outcome)(
+    "All that is known of a job, in one row. Never raises: an unknown job has no state."
 )
-_declare(
-    "outcome_v2 outcome",
-    _HANDLE,
-    OUTCOME,
-    calls.outcome,
-    "All that is known of a job, in one row. Never raises: an unknown job has no state.",
-)
-_declare("status_v2", _HANDLE, JSONB, calls.status, "The same as JSON.")
-_declare(
-    "run_v2 run",
-    _RUN,
-    RUN,
-    calls.run,
-    "Starts a job, waits for its end or cancels it on time-out, and tells its outcome.",
-    strict=False,
-    needs=Needs.SETTINGS | Needs.TIME,
+_declare("status_v2", _HANDLE, JSONB, calls.status)("The same as JSON.")
+_declare("run_v2 run", _RUN, RUN, calls.run, strict=False, needs=Needs.SETTINGS | Needs.TIME)(
+    "Starts a job, waits for its end or cancels it on time-out, and tells its outcome."
 )
 _declare(
     "run_query_v2 run_query",
     (*_RUN, Parameter("col_def", TEXT, default=None)),
     RECORD,
     calls.run_query,
-    "Starts a job, and returns its rows; 57014 on time-out.",
     returns_set=True,
     strict=False,
     needs=Needs.SETTINGS | Needs.TIME,
-)
+)("Starts a job, and returns its rows; 57014 on time-out.")
 _declare(
-    "drain_v2 drain",
-    (_HANDLES, _TIMEOUT),
-    OUTCOME,
-    calls.drain,
+    "drain_v2 drain", (_HANDLES, _TIMEOUT), OUTCOME, calls.drain, returns_set=True, needs=Needs.TIME
+)(
     "Waits for all, at most `timeout_ms` for them together; gives their outcomes in order, and"
-    " detaches them.",
-    returns_set=True,
-    needs=Needs.TIME,
+    " detaches them."
 )
-_declare(
-    "wait_any_v2 wait_any",
-    (_HANDLES, _TIMEOUT),
-    HANDLE,
-    calls.wait_any,
-    "The first of them to end; NULL on time-out.",
-    needs=Needs.TIME,
+_declare("wait_any_v2 wait_any", (_HANDLES, _TIMEOUT), HANDLE, calls.wait_any, needs=Needs.TIME)(
+    "The first of them to end; NULL on time-out."
 )
 _declare(
     "cancel_by_label_v2 cancel_by_label",
     (Parameter("pattern", TEXT), _GRACE),
     INT4,
     calls.cancel_by_label,
-    "Cancels the jobs whose label is LIKE the pattern; how many.",
     needs=Needs.TIME,
-)
-_declare("cancel_all_v2 cancel_all", (), INT4, calls.cancel_all, "Cancels all jobs; how many.")
-_declare("detach_all_v2 detach_all", (), INT4, calls.detach_all, "Detaches all jobs; how many.")
-_declare("purge_v2 purge", (), INT4, calls.purge, "Detaches the jobs that have ended; how many.")
-_declare(
-    "full_sql_v2 full_sql", _HANDLE, TEXT, calls.full_sql, "The job's SQL; after 64 KiB `[...]`."
+)("Cancels the jobs whose label is LIKE the pattern; how many.")
+_declare("cancel_all_v2 cancel_all", (), INT4, calls.cancel_all)("Cancels all jobs; how many.")
+_declare("detach_all_v2 detach_all", (), INT4, calls.detach_all)("Detaches all jobs; how many.")
+_declare("purge_v2 purge", (), INT4, calls.purge)("Detaches the jobs that have ended; how many.")
+_declare("full_sql_v2 full_sql", _HANDLE, TEXT, calls.full_sql)(
+    "The job's SQL; after 64 KiB `[...]`."
 )
 _declare(
     "progress report_progress",
     (Parameter("pct", INT4), Parameter("msg", TEXT, default=None)),
     VOID,
     calls.progress,
-    "In a job: reports how far it is, 0 to 100; seen at once.",
     strict=False,
-)
-_declare(
-    "drop_executor_role",
-    (),
-    BOOL,
-    calls.drop_executor_role,
-    "Drops the role `pgbackground_role`.",
-    needs=Needs.PRIMARY,
+)("In a job: reports how far it is, 0 to 100; seen at once.")
+_declare("drop_executor_role", (), BOOL, calls.drop_executor_role, needs=Needs.PRIMARY)(
+    "Drops the role `pgbackground_role`."
 )
 
 
