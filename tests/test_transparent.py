@@ -28,7 +28,7 @@ from protocol.framing import MessageBuffer, frame
 from protocol.startup import StartupMessage
 from protocol.values import oids
 from proxy.session.relay import Relay
-from proxy.statements.statement import Statement
+from proxy.statements.plan import Statement
 from tests.conftest import StartProxy
 from tests.support.background import wait_until
 from tests.support.recorder import (

@@ -19,9 +19,8 @@ from proxy.net.inbox import Inbox
 from proxy.session.caller import SessionCaller
 from proxy.session.client_session import ClientSession
 from proxy.session.exchange import FLUSH, Exchange, ResponseHandler, drop
-from proxy.statements.plan import Plan, Substitute
+from proxy.statements.plan import Plan, Statement, Substitute
 from proxy.statements.reading import READING, depends_on_settings
-from proxy.statements.statement import Statement
 from proxy.statements.triggers import may_be_ours
 
 

@@ -18,8 +18,7 @@ from proxy.session.execution import Execution
 from proxy.session.prepared import Command, FunctionResult, Portal, Prepared, prepare
 from proxy.session.simple_query import as_comment
 from proxy.sql import encodings
-from proxy.statements.plan import Substitute
-from proxy.statements.statement import Statement
+from proxy.statements.plan import Statement, Substitute
 
 
 class ExtendedQuery:
@@ -64,18 +63,13 @@ class ExtendedQuery:
 
         parse = frame(F.PARSE, body)
         prepared: Prepared | None = None
-        if isinstance(plan, Substitute):
+        if plan is not None:
             query = plan.rewrite.sql
-            if plan.tag is not None:
+            if not isinstance(plan, Substitute) or plan.tag is not None:
                 query += as_comment(plan.rewrite.unsent)
-                prepared = Command(plan)
+                prepared = Command(plan) if isinstance(plan, Substitute) else prepare(plan)
+                statements[key] = prepared
             parse = replace(message, query=query).serialize()
-        elif plan is not None:
-            query = plan.rewrite.sql + as_comment(plan.rewrite.unsent)
-            parse = replace(message, query=query).serialize()
-            prepared = prepare(plan)
-        if prepared is not None:
-            statements[key] = prepared
         self._primary.send(parse, ENDS_PARSE, self._primary.pass_on, plan=plan, undo=undo)
         if prepared is None or isinstance(prepared, Command):
             return

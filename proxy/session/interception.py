@@ -28,7 +28,7 @@ from proxy.session.execution import Execution
 from proxy.session.extended_query import ExtendedQuery
 from proxy.session.relay import TEXT_COST, TURN
 from proxy.session.simple_query import SimpleQuery
-from proxy.statements.statement import Statement
+from proxy.statements.plan import Statement
 
 TO_LEAVE: Final = 10.0
 """Seconds that a server gets to end the session when its client has left, and it has nothing more

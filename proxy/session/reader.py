@@ -20,9 +20,8 @@ from proxy.sql import lexer
 from proxy.sql.lexer import BudgetError, LexError, Token
 from proxy.sql.tokens import Tokens
 from proxy.statements.analysis import analyze
-from proxy.statements.plan import Plan, Substitute, substitute
+from proxy.statements.plan import Plan, Statement, Substitute, substitute
 from proxy.statements.reading import depends_on_settings
-from proxy.statements.statement import Statement
 from proxy.statements.triggers import may_be_ours
 
 

@@ -34,7 +34,7 @@ from proxy.statements.triggers import may_be_ours
 
 if TYPE_CHECKING:
     from proxy.session.prepared import Portal, Prepared
-    from proxy.statements.statement import Statement
+    from proxy.statements.plan import Statement
 
 
 _LONGEST: Final = 1 << 30

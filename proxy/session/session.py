@@ -48,7 +48,7 @@ from proxy.session.reader import SqlReader
 from proxy.session.relay import Relay
 from proxy.session.services import Services
 from proxy.session.startup import StartupPackets, may_send_password
-from proxy.statements.statement import Statement
+from proxy.statements.plan import Statement
 from proxy.statements.unserved import unavailable, unserved
 
 # How a client says that it wants no replication.
@@ -88,18 +88,16 @@ class Session(ClientSession):
         self._observer = LoginObserver()
         self._login: Login | None = None
         self._leaving: asyncio.TimerHandle | None = None
-        self._login_timer = self._start_timer(services.runtime.config.client_login_timeout)
+        self._login_timer: asyncio.TimerHandle | None = None
+        if timeout := services.runtime.config.client_login_timeout:
+            loop = asyncio.get_running_loop()
+            self._login_timer = loop.call_later(timeout, self._login_expired)
         self._key: CancelRequest | None = None
         self._task: asyncio.Task[None] | None = None
         self.interception: Interception | None = None
         self._inside = Inside(self, Secrets())
         self.watchword = self._inside.secrets.token
         services.session_began(self)
-
-    def _start_timer(self, timeout: float) -> asyncio.TimerHandle | None:
-        """One for the whole login."""
-        loop = asyncio.get_running_loop()
-        return loop.call_later(timeout, self._login_expired) if timeout else None
 
     def _stop_timer(self) -> None:
         if self._login_timer is not None:
@@ -191,13 +189,14 @@ class Session(ClientSession):
         Raises ConnectionError, SQLError, ProtocolViolation.
         """
         dialer = self._services.runtime.dialer
+        new_connection = functools.partial(Connection, self._no_data, self._ended, self._lost)
         tried: set[Host] = set()
         refusal: RefusedError | None = None
         route: Route | None = None
         received = bytes(self._startup_packets.rest)
         while True:
             try:
-                self.route, self.primary = await dialer.connect(self._to_primary, tried, route)
+                self.route, self.primary = await dialer.connect(new_connection, tried, route)
             except OSError as error:
                 if refusal is None:
                     raise _no_connection(error) from None
@@ -226,9 +225,6 @@ class Session(ClientSession):
     def _to_replication(self, data: bytes) -> None:
         assert self.primary is not None
         self.primary.write(data)
-
-    def _to_primary(self) -> Connection:
-        return Connection(self._no_data, self._ended, self._lost)
 
     def _new_login(self, primary: Connection, parameters: dict[bytes, bytes]) -> Login:
         user = parameters.get(b"user", b"")

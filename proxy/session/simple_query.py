@@ -16,9 +16,8 @@ from proxy.session.batch import Batch
 from proxy.session.exchange import SYNC_MESSAGE, ResponseHandler, drop
 from proxy.session.execution import Execution
 from proxy.session.prepared import Portal, prepare
-from proxy.statements.plan import Plan, Substitute, joined
+from proxy.statements.plan import Plan, Statement, Substitute, joined
 from proxy.statements.reading import READING, Reading, depends_on_settings
-from proxy.statements.statement import Statement
 
 
 class SimpleQuery:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from proxy.api.functions import Function, Needs, Parameter
+from proxy.sql.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +261,26 @@ class Substitute:
 
     rewrite: Rewrite
     tag: bytes | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Statement:
+    """One statement of a Query, from its first token to its last; or the whole text of a Parse. The
+    relay sees it first, and hands it to the interception.
+
+    Attributes:
+        text: in the client's encoding.
+        offset: where it begins in the message's text, in bytes.
+        tokens: None if it mentions nothing of ours, or cannot be read: then it passes as it is.
+        calls: how to serve the calls in it, by version of the API, as far as that was asked.
+        substitutes: what else takes its place, once that was asked.
+    """
+
+    text: bytes
+    offset: int = 0
+    tokens: Tokens | None = None
+    calls: dict[int, Plan | None] = field(default_factory=dict)
+    substitutes: list[Substitute | None] = field(default_factory=list)
 
 
 def joined(sql: bytes, plans: Sequence[tuple[int, Plan | Substitute]]) -> Substitute:
