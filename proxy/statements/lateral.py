@@ -262,14 +262,9 @@ def call_item(
         pieces += standing_at(outline.end(span.last), b" AS " + span.names[0].encode() + b" ")
     else:
         pieces.append(copied(outline, span.last + 1, last))
-    if len(span.names) == 1:
-        return pieces, [ItemOutput(column, span.fields[0] if span.fields else None)]
-    if label is not None:
+    if label is not None and len(span.names) > 1:
         raise NotRecognizedError("one label for all fields")
-    return pieces, [
-        ItemOutput(column, field, name.encode())
-        for field, name in zip(span.fields or (), span.names[1:], strict=True)
-    ]
+    return pieces, span.outputs(column)
 
 
 def lateral_outputs(outline: Outline, lateral: Lateral, first: int, last: int) -> list[ItemOutput]:

@@ -6,7 +6,7 @@ commas between them, at its outermost level.
 
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
 from typing import Final, NamedTuple
 
 from proxy.sql.lexer import Kind
@@ -59,6 +59,15 @@ class Span(NamedTuple):
     last: int
     fields: tuple[int, ...] | None
     names: tuple[str, ...]
+
+    def outputs(self, column: int) -> list[ItemOutput]:
+        """The client's columns, made of this column of the stand-in."""
+        if self.fields is None or len(self.names) == 1:
+            return [ItemOutput(column, self.fields[0] if self.fields else None)]
+        return [
+            ItemOutput(column, field, name.encode())
+            for field, name in zip(self.fields, self.names[1:], strict=True)
+        ]
 
 
 def select_items(outline: Outline, sites: list[Site]) -> ScalarPlan:
@@ -149,7 +158,7 @@ def select_list(outline: Outline) -> _SelectList:
     end = clauses[0] if clauses else outline.count
     # It would fail anyway, but in a Query of several statements before any of them has run.
     if outline.keyword(outline.count - 1) in _NOT_AT_THE_END or any(
-        after - at < 2 for at, after in pairwise([*clauses, outline.count])
+        after - at < 2 for at, after in itertools.pairwise([*clauses, outline.count])
     ):
         raise NotRecognizedError("a clause without its expression")
     if any(outline.keyword(at) == "limit" for at in clauses) and any(
@@ -250,21 +259,10 @@ def _item_outputs(
         return None
     if count is None:
         raise NotRecognizedError("fields in places that are not known")
-    fields = {
-        column.index: (span.fields, span.names[1:])
-        for column, span in zip(columns, spans, strict=True)
-    }
-    outputs: list[ItemOutput] = []
-    for column in range(count):
-        wanted, names = fields.get(column, (None, ()))
-        if names and wanted:
-            outputs += [
-                ItemOutput(column, field, name.encode())
-                for field, name in zip(wanted, names, strict=True)
-            ]
-        else:
-            outputs.append(ItemOutput(column, wanted[0] if wanted else None))
-    return tuple(outputs)
+    outputs = {column: [ItemOutput(column)] for column in range(count)}
+    for column, span in zip(columns, spans, strict=True):
+        outputs[column.index] = span.outputs(column.index)
+    return tuple(itertools.chain.from_iterable(outputs.values()))
 
 
 def _could_be_same(name: bytes, label: bytes) -> bool:
