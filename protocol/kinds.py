@@ -70,15 +70,7 @@ class TransactionStatus:
 
 # Of the frontend
 
-EXTENDED: Final = bytes(
-    [
-        F.PARSE,
-        F.BIND,
-        F.DESCRIBE,
-        F.EXECUTE,
-        F.CLOSE,
-    ]
-)
+EXTENDED: Final = bytes([F.PARSE, F.BIND, F.DESCRIBE, F.EXECUTE, F.CLOSE])
 """The extended protocol, where each of these has an answer of its own, and after an error none has
 one up to the next Sync."""
 
@@ -89,14 +81,7 @@ GETS_READY: Final = bytes([F.QUERY, F.SYNC, F.FUNCTION_CALL])
 """What is answered with a ReadyForQuery in the end."""
 
 AFTER_LOGIN: Final = bytes(
-    [
-        *EXTENDED,
-        *ENDS_COPY_IN,
-        *GETS_READY,
-        F.COPY_DATA,
-        F.FLUSH,
-        F.TERMINATE,
-    ]
+    [*EXTENDED, *ENDS_COPY_IN, *GETS_READY, F.COPY_DATA, F.FLUSH, F.TERMINATE]
 )
 """All that a frontend may send after the login; for any other type the server ends the session."""
 
@@ -107,22 +92,10 @@ ENDS_PARSE: Final = bytes([B.PARSE_COMPLETE])
 ENDS_BIND: Final = bytes([B.BIND_COMPLETE])
 ENDS_CLOSE: Final = bytes([B.CLOSE_COMPLETE])
 ENDS_DESCRIBE: Final = bytes([B.ROW_DESCRIPTION, B.NO_DATA])
-ENDS_EXECUTE: Final = bytes(
-    [
-        B.COMMAND_COMPLETE,
-        B.EMPTY_QUERY_RESPONSE,
-        B.PORTAL_SUSPENDED,
-    ]
-)
+ENDS_EXECUTE: Final = bytes([B.COMMAND_COMPLETE, B.EMPTY_QUERY_RESPONSE, B.PORTAL_SUSPENDED])
 """What ends the answer to a message of the extended protocol, unless that is an ErrorResponse."""
 
 ENDS_EXTENDED: Final = ENDS_PARSE + ENDS_BIND + ENDS_CLOSE + ENDS_DESCRIBE + ENDS_EXECUTE
 
-ASYNCHRONOUS: Final = bytes(
-    [
-        B.NOTICE_RESPONSE,
-        B.NOTIFICATION_RESPONSE,
-        B.PARAMETER_STATUS,
-    ]
-)
+ASYNCHRONOUS: Final = bytes([B.NOTICE_RESPONSE, B.NOTIFICATION_RESPONSE, B.PARAMETER_STATUS])
 """What may come at any time, within another answer or between two."""

@@ -16,6 +16,8 @@ so there are two ways in: `parse_frontend` and `parse_backend`.
 
 from __future__ import annotations
 
+from typing import get_args
+
 from protocol.messages.asynchronous import (
     ErrorResponse,
     NoticeResponse,
@@ -128,52 +130,12 @@ BackendMessage = (
 )
 
 _FRONTEND: dict[int, type[FrontendMessage]] = {
-    message.type: message
-    for message in (
-        Bind,
-        Close,
-        CopyData,
-        CopyDone,
-        CopyFail,
-        Describe,
-        Execute,
-        Flush,
-        FunctionCall,
-        Parse,
-        PasswordMessage,
-        Query,
-        Sync,
-        Terminate,
-    )
+    **{message.type: message for message in get_args(FrontendMessage)},
+    PasswordMessage.type: PasswordMessage,
 }
 
 _BACKEND: dict[int, type[BackendMessage]] = {
-    message.type: message
-    for message in (
-        BackendKeyData,
-        BindComplete,
-        CloseComplete,
-        CommandComplete,
-        CopyBothResponse,
-        CopyData,
-        CopyDone,
-        CopyInResponse,
-        CopyOutResponse,
-        DataRow,
-        EmptyQueryResponse,
-        ErrorResponse,
-        FunctionCallResponse,
-        NegotiateProtocolVersion,
-        NoData,
-        NoticeResponse,
-        NotificationResponse,
-        ParameterDescription,
-        ParameterStatus,
-        ParseComplete,
-        PortalSuspended,
-        ReadyForQuery,
-        RowDescription,
-    )
+    message.type: message for message in get_args(BackendMessage)
 }
 
 

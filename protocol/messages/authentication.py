@@ -10,7 +10,7 @@ frontend's answers have ``p``; only the request that they answer tells them apar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar, Self, get_args
 
 from protocol import wire
 from protocol.messages.base import Message
@@ -187,20 +187,7 @@ AuthenticationRequest = (
 )
 
 _REQUESTS: dict[int, type[AuthenticationRequest]] = {
-    request.code: request
-    for request in (
-        AuthenticationOk,
-        AuthenticationKerberosV5,
-        AuthenticationCleartextPassword,
-        AuthenticationMD5Password,
-        AuthenticationSCMCredential,
-        AuthenticationGSS,
-        AuthenticationGSSContinue,
-        AuthenticationSSPI,
-        AuthenticationSASL,
-        AuthenticationSASLContinue,
-        AuthenticationSASLFinal,
-    )
+    request.code: request for request in get_args(AuthenticationRequest)
 }
 
 

@@ -14,7 +14,7 @@ from protocol.errors import QUERY_CANCELED
 from protocol.framing import MessageBuffer
 from protocol.scram import MECHANISM, ScramClient, ScramSecret, ScramServer
 from protocol.startup import CancelRequest, SSLRequest, StartupMessage
-from protocol.values import INT4, TEXT
+from protocol.values.oids import INT4, TEXT
 from tests.support.servers import PASSWORDS, Server
 
 pytestmark = pytest.mark.every_server

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol import values
 from protocol.errors import ProtocolViolation
-from protocol.values import ARRAYS, OIDS, NoBinaryForm, parse_array, to_binary, type_size
+from protocol.values import NoBinaryForm, oids, parse_array, to_binary
+from protocol.values.oids import ARRAYS, OIDS, type_size
 
-CONVERTED = sorted({*ARRAYS.values(), *ARRAYS, values.UNKNOWN, values.VOID})
+CONVERTED = sorted({*ARRAYS.values(), *ARRAYS, oids.UNKNOWN, oids.VOID})
 TYPICAL = st.text("0123456789abcdefxINnulity.,:/+- {}[]=\\\"' yearsmond BC\n\0", max_size=40).map(
     str.encode
 )
@@ -26,7 +26,7 @@ def test_garbage_raises_only_a_violation(oid: int, text: bytes) -> None:
         assert isinstance(to_binary(oid, text), bytes)
 
 
-@pytest.mark.parametrize("oid", [0, values.RECORD, values.MONEY, values.BIT, 16384, 2**32])
+@pytest.mark.parametrize("oid", [0, oids.RECORD, oids.MONEY, oids.BIT, 16384, 2**32])
 def test_a_type_that_we_do_not_convert_is_named(oid: int) -> None:
     with pytest.raises(NoBinaryForm) as caught:
         to_binary(oid, b"")
@@ -120,28 +120,28 @@ def test_text_that_the_type_does_not_write_is_a_violation(type_name: str, text: 
 
 def test_a_datestyle_that_is_not_iso_is_named_as_the_reason() -> None:
     with pytest.raises(ProtocolViolation, match="DateStyle ISO"):
-        to_binary(values.DATE, b"15.01.2024")
+        to_binary(oids.DATE, b"15.01.2024")
     with pytest.raises(ProtocolViolation, match="IntervalStyle postgres"):
-        to_binary(values.INTERVAL, b"P1Y")
+        to_binary(oids.INTERVAL, b"P1Y")
 
 
 @given(st.integers(-(2**63), 2**63 - 1))
 def test_integers(number: int) -> None:
-    assert to_binary(values.INT8, b"%d" % number) == number.to_bytes(8, "big", signed=True)
+    assert to_binary(oids.INT8, b"%d" % number) == number.to_bytes(8, "big", signed=True)
 
 
 @given(st.floats())
 def test_floats(number: float) -> None:
     text = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(repr(number), repr(number))
     binary = struct.pack(">d", float("nan") if number != number else number)
-    assert to_binary(values.FLOAT8, text.encode()) == binary
+    assert to_binary(oids.FLOAT8, text.encode()) == binary
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, min_value=-(10**40), max_value=10**40))
 def test_numerics_have_the_value_and_the_scale_of_their_text(number: object) -> None:
     text = f"{number:f}"
     count, weight, sign, scale = struct.unpack_from(
-        ">HhHH", binary := to_binary(values.NUMERIC, text.encode())
+        ">HhHH", binary := to_binary(oids.NUMERIC, text.encode())
     )
     digits = struct.unpack_from(f">{count}H", binary, 8)
     assert scale == len(text.partition(".")[2])

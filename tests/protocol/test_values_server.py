@@ -8,7 +8,8 @@ import psycopg
 import pytest
 
 from protocol.scram import ScramSecret
-from protocol.values import ARRAYS, OIDS, to_binary, type_size
+from protocol.values import to_binary
+from protocol.values.oids import ARRAYS, OIDS, type_size
 from tests.support.servers import Server
 
 pytestmark = pytest.mark.every_server
