@@ -271,11 +271,7 @@ class ScramServer:
             (self._client_first_bare, self._server_first, final.without_proof)
         )
         self.client_key = client_key_from_proof(
-            self._secret.stored_key,
-            self._client_first_bare,
-            self._server_first,
-            final.without_proof,
-            final.proof,
+            self._secret.stored_key, self._auth_message, final.proof
         )
         return self.client_key is not None
 
@@ -284,22 +280,17 @@ class ScramServer:
         return b"v=" + b64encode(_hmac(self._secret.server_key, self._auth_message))
 
 
-def client_key_from_proof(
-    stored_key: bytes,
-    client_first_bare: bytes,
-    server_first: bytes,
-    client_final_without_proof: bytes,
-    proof: bytes,
-) -> bytes | None:
-    """The ClientKey that a client has proved to have, in the conversation with these parts.
+def client_key_from_proof(stored_key: bytes, auth_message: bytes, proof: bytes) -> bytes | None:
+    """The ClientKey that a client has proved to have.
 
+    AuthMessage is client-first-message-bare, server-first-message and
+    client-final-message-without-proof, joined by commas;
     ClientKey = ClientProof XOR HMAC(StoredKey, AuthMessage), and it is right if its hash is
     StoredKey (RFC 5802, section 3).
 
     Returns:
         The key, 32 bytes, or None if the proof is wrong. `proof` is raw, not base64.
     """
-    auth_message = b",".join((client_first_bare, server_first, client_final_without_proof))
     signature = _hmac(stored_key, auth_message)
     if len(proof) != len(signature):
         return None

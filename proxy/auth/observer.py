@@ -21,34 +21,20 @@ from protocol.messages import (
     SASLResponse,
     parse_authentication,
 )
-from protocol.scram import (
-    MECHANISM,
-    ClientFinal,
-    ClientFirst,
-    ScramSecret,
-    client_key_from_proof,
-)
+from protocol.scram import MECHANISM, ClientFinal, ClientFirst, ScramSecret, client_key_from_proof
 from proxy.auth.methods import in_words
 
 
 @dataclass(frozen=True, slots=True)
 class ScramLogin:
-    """The messages of a SCRAM login. With the role's StoredKey they give the ClientKey."""
+    """What a SCRAM login has said (`client_key_from_proof`)."""
 
-    client_first_bare: bytes = field(repr=False)
-    server_first: bytes = field(repr=False)
-    client_final_without_proof: bytes = field(repr=False)
+    auth_message: bytes = field(repr=False)
     proof: bytes = field(repr=False)
 
     def client_key(self, secret: ScramSecret) -> bytes | None:
         """The ClientKey, or None if the login was made with another secret."""
-        return client_key_from_proof(
-            secret.stored_key,
-            self.client_first_bare,
-            self.server_first,
-            self.client_final_without_proof,
-            self.proof,
-        )
+        return client_key_from_proof(secret.stored_key, self.auth_message, self.proof)
 
 
 class LoginObserver:
@@ -154,6 +140,5 @@ class LoginObserver:
 
     def _client_final(self, body: bytes) -> None:
         final = ClientFinal.parse(SASLResponse.parse(body).response)
-        self._scram = ScramLogin(
-            self._client_first_bare, self._server_first, final.without_proof, final.proof
-        )
+        said = (self._client_first_bare, self._server_first, final.without_proof)
+        self._scram = ScramLogin(b",".join(said), final.proof)
