@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast, get_args
 
 from proxy.config import Given
 from proxy.jobs.registry import Handle
@@ -191,14 +191,7 @@ class Told:
 
 Message: TypeAlias = Report | Configure | EndNow | Asked | Gone | Question | Answer | Told
 
-_CLASSES: Final[dict[str, type]] = {
-    cls.__name__: cls
-    for cls in (
-        *(Report, Configure, EndNow, Asked, Gone, Question, Answer, Told),
-        *(Roles, NewRole, FindJobs, ListJobs, CancelJob, CancelStatement, GiveWay),
-        *(RoleGone, JobEnded, ExtensionChanged, LeaveDatabases),
-    )
-}
+_CLASSES: Final[dict[str, type]] = {cls.__name__: cls for cls in get_args(Message | Ask | News)}
 _CLASS: Final = "class"
 
 

@@ -91,17 +91,6 @@ class _Question:
             self.over.set_result(None)
 
 
-class _Snapshots:
-    """What is known of some jobs, one after the other."""
-
-    def __init__(self, jobs: Sequence[Job], *, whole: bool) -> None:
-        self._jobs = jobs
-        self._whole = whole
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (job.snapshot(whole=self._whole) for job in self._jobs)
-
-
 class OtherWorkers(Peers):
     """Those at the other end of the channel."""
 
@@ -316,7 +305,7 @@ class OtherWorkers(Peers):
         answer = Answer(question.number, question.sender, None)
         try:
             body = await self._answer_to(question.sender, question.ask)
-            if isinstance(body, _Snapshots):
+            if isinstance(body, Iterator):
                 await self._send_pieces(answer, body)
                 return
         except Exception:
@@ -324,7 +313,7 @@ class OtherWorkers(Peers):
             body = None
         self._channel.send(replace(answer, body=body))
 
-    async def _send_pieces(self, answer: Answer, snapshots: _Snapshots) -> None:
+    async def _send_pieces(self, answer: Answer, snapshots: Iterator[dict[str, Any]]) -> None:
         """Answer a piece at a time, as fast as it is read."""
         piece: list[dict[str, Any]] = []
         size = 0
@@ -368,10 +357,12 @@ class OtherWorkers(Peers):
             case GiveWay():
                 return self._jobs.spares.give_way()
 
-    def _snapshots(self, peer: int, jobs: Iterable[Job], *, whole: bool) -> _Snapshots:
+    def _snapshots(
+        self, peer: int, jobs: Iterable[Job], *, whole: bool
+    ) -> Iterator[dict[str, Any]]:
         """As they are when they are told: one that ends in between is told as ended."""
         found = list(jobs)
         for job in found:
             if not job.finished:
                 self._watchers.setdefault(job.handle, set()).add(peer)
-        return _Snapshots(found, whole=whole)
+        return (job.snapshot(whole=whole) for job in found)
