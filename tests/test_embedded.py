@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from proxy.demo.embedded import Cluster, ClusterError
+from tests.support.cluster import ChangingCluster
 from tests.support.servers import REPOSITORY, Server
 
 KILLED = """
@@ -23,7 +24,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_it_keeps_its_port_and_data_over_a_crash(server: Server) -> None:
-    with Cluster(server.bin) as cluster:
+    with ChangingCluster(server.bin) as cluster:
         conninfo = f"host={cluster.host} port={cluster.port} user=postgres connect_timeout=10"
         with psycopg.connect(conninfo, autocommit=True) as conn:
             conn.execute("CREATE TABLE kept ()")

@@ -22,8 +22,9 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from proxy.demo.embedded import TRUST_LOCAL, Cluster
+from proxy.demo.embedded import TRUST_LOCAL
 from tests.support.certificates import Certificates
+from tests.support.cluster import ChangingCluster
 
 REPOSITORY: Final = Path(__file__).parents[2]
 START_TIMEOUT: Final = 20.0
@@ -73,7 +74,7 @@ class Server(_Endpoint):
     """
 
     def __init__(self, bin_dir: Path) -> None:
-        self.cluster = Cluster(bin_dir, SETTINGS, DEFAULT_HBA)
+        self.cluster = ChangingCluster(bin_dir, SETTINGS, DEFAULT_HBA)
         try:
             self.cluster.start()
             self.bin = self.cluster.bin
