@@ -23,24 +23,41 @@ MAX_SECRET_KEY_LENGTH = 256
 
 @dataclass(frozen=True, slots=True)
 class Authentication(Message):
-    """An authentication request; the subclasses without `_read` have no further data."""
+    """An authentication request; the subclasses without `_read_data` have no further data."""
 
     type: ClassVar[int] = ord("R")
     code: ClassVar[int]
 
     @classmethod
     def _read(cls, reader: Reader) -> Self:
-        cls._read_code(reader)
-        return cls()
-
-    def _write(self) -> bytes:
-        return wire.int32(self.code)
-
-    @classmethod
-    def _read_code(cls, reader: Reader) -> None:
         code = reader.int32()
         if code != cls.code:
             raise ProtocolViolation(f"{cls.__name__} has code {cls.code}, not {code}")
+        return cls._read_data(reader)
+
+    def _write(self) -> bytes:
+        return wire.int32(self.code) + self._write_data()
+
+    @classmethod
+    def _read_data(cls, reader: Reader) -> Self:
+        return cls()
+
+    def _write_data(self) -> bytes:
+        return b""
+
+
+@dataclass(frozen=True, slots=True)
+class _Continued(Authentication):
+    """A request of a mechanism that has begun; the data are the mechanism's."""
+
+    data: bytes
+
+    @classmethod
+    def _read_data(cls, reader: Reader) -> Self:
+        return cls(reader.rest())
+
+    def _write_data(self) -> bytes:
+        return self.data
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +89,13 @@ class AuthenticationMD5Password(Authentication):
     salt: bytes
 
     @classmethod
-    def _read(cls, reader: Reader) -> Self:
-        cls._read_code(reader)
+    def _read_data(cls, reader: Reader) -> Self:
         return cls(reader.take(4))
 
-    def _write(self) -> bytes:
+    def _write_data(self) -> bytes:
         if len(self.salt) != 4:
             raise ValueError("the salt of AuthenticationMD5Password has four bytes")
-        return wire.int32(self.code) + self.salt
+        return self.salt
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +113,11 @@ class AuthenticationGSS(Authentication):
 
 
 @dataclass(frozen=True, slots=True)
-class AuthenticationGSSContinue(Authentication):
+class AuthenticationGSSContinue(_Continued):
     """More GSSAPI or SSPI data."""
 
     code: ClassVar[int] = 8
     data: bytes = field(repr=False)
-
-    @classmethod
-    def _read(cls, reader: Reader) -> Self:
-        cls._read_code(reader)
-        return cls(reader.rest())
-
-    def _write(self) -> bytes:
-        return wire.int32(self.code) + self.data
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,49 +135,30 @@ class AuthenticationSASL(Authentication):
     mechanisms: tuple[bytes, ...]
 
     @classmethod
-    def _read(cls, reader: Reader) -> Self:
-        cls._read_code(reader)
+    def _read_data(cls, reader: Reader) -> Self:
         mechanisms = []
         while mechanism := reader.string():
             mechanisms.append(mechanism)
         return cls(tuple(mechanisms))
 
-    def _write(self) -> bytes:
+    def _write_data(self) -> bytes:
         if b"" in self.mechanisms:
             raise ValueError("an empty name ends the list of mechanisms")
-        return wire.int32(self.code) + b"".join(map(wire.string, self.mechanisms)) + b"\0"
+        return b"".join(map(wire.string, self.mechanisms)) + b"\0"
 
 
 @dataclass(frozen=True, slots=True)
-class AuthenticationSASLContinue(Authentication):
+class AuthenticationSASLContinue(_Continued):
     """A challenge of the SASL mechanism: for SCRAM, the server-first-message."""
 
     code: ClassVar[int] = 11
-    data: bytes
-
-    @classmethod
-    def _read(cls, reader: Reader) -> Self:
-        cls._read_code(reader)
-        return cls(reader.rest())
-
-    def _write(self) -> bytes:
-        return wire.int32(self.code) + self.data
 
 
 @dataclass(frozen=True, slots=True)
-class AuthenticationSASLFinal(Authentication):
+class AuthenticationSASLFinal(_Continued):
     """The outcome of the SASL mechanism: for SCRAM, the server-final-message."""
 
     code: ClassVar[int] = 12
-    data: bytes
-
-    @classmethod
-    def _read(cls, reader: Reader) -> Self:
-        cls._read_code(reader)
-        return cls(reader.rest())
-
-    def _write(self) -> bytes:
-        return wire.int32(self.code) + self.data
 
 
 AuthenticationRequest = (
