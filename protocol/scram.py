@@ -22,6 +22,7 @@ Channel binding is not supported. No secret is in any repr or error message.
 from __future__ import annotations
 
 import binascii
+import functools
 import hashlib
 import hmac
 import re
@@ -44,6 +45,9 @@ before the server has proved anything. PostgreSQL's default is 4096."""
 MIN_ITERATIONS = 4096
 """The least that RFC 7677 allows. A server may be configured to use fewer, so the caller decides
 which server may."""
+
+_KeySource = Callable[[bytes, int], tuple[bytes, bytes | None]]
+"""From salt and iteration count to ClientKey and ServerKey."""
 
 _DIGEST = "sha256"
 _KEY_LENGTH = 32
@@ -153,36 +157,20 @@ class ScramClient:
         user: bytes = b"",
         nonce: bytes | None = None,
     ) -> None:
-        self._start(lambda salt, iterations: _derive(password, salt, iterations), user, nonce)
+        self._derive: _KeySource = functools.partial(_derive, password)
         self._min_iterations = min_iterations
-
-    @classmethod
-    def from_keys(
-        cls,
-        client_key: bytes,
-        server_key: bytes | None,
-        *,
-        user: bytes = b"",
-        nonce: bytes | None = None,
-    ) -> Self:
-        """A login by ClientKey. Without a ServerKey, `verify` accepts any server's signature."""
-        client = cls.__new__(cls)
-        client._start(lambda salt, iterations: (client_key, server_key), user, nonce)
-        return client
-
-    def _start(
-        self,
-        derive: Callable[[bytes, int], tuple[bytes, bytes | None]],
-        user: bytes,
-        nonce: bytes | None,
-    ) -> None:
-        self._derive = derive
-        self._min_iterations = 1
         self._nonce = nonce or _nonce()
         name = user.replace(b"=", b"=3D").replace(b",", b"=2C")
         self._client_first_bare = b"n=%b,r=%b" % (name, self._nonce)
         self._server_key: bytes | None = None
         self._auth_message = b""
+
+    @classmethod
+    def from_keys(cls, client_key: bytes, server_key: bytes | None) -> Self:
+        """A login by ClientKey. Without a ServerKey, `verify` accepts any server's signature."""
+        client = cls(b"")
+        client._derive = lambda salt, iterations: (client_key, server_key)
+        return client
 
     def first_message(self) -> bytes:
         """The client-first-message: data of the SASLInitialResponse."""
