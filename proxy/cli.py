@@ -147,11 +147,11 @@ def _serve(arguments: dict[str, Any]) -> int:
 
     first = settings()
     if first.workers > 1:
-        from proxy.workers.supervisor import supervise
+        from proxy.workers.supervisor import Supervisor
 
         log.configure(first.log_level, who="supervisor")
         raise_limit()
-        return run(supervise(given))
+        return run(Supervisor(given).run())
     from proxy.server import serve
 
     log.configure(first.log_level)

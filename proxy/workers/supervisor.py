@@ -120,7 +120,7 @@ class _Worker:
                 start_new_session=True,
             )
             self.channel = await Channel.over(ours.dup(), receive)
-        self.channel.lost.add_done_callback(lambda _: self._known(ready=False))
+        self.channel.lost.add_done_callback(lambda _: self.known(ready=False))
         asyncio.get_running_loop().call_later(_START_TIMEOUT, self._too_late)
 
     def _too_late(self) -> None:
@@ -128,13 +128,10 @@ class _Worker:
             logger.error("%s did not get ready in time", self)
             self.kill()
 
-    def _known(self, *, ready: bool) -> None:
+    def known(self, *, ready: bool) -> None:
+        """It serves now, or it never will."""
         if not self.ready.done():
             self.ready.set_result(ready)
-
-    def is_ready(self) -> None:
-        """It serves now."""
-        self._known(ready=True)
 
     @property
     def serves(self) -> bool:
@@ -215,8 +212,8 @@ class Supervisor:
         # Why it cannot go on.
         self._failure: Exception | None = None
 
-    async def run(self) -> None:
-        """Serve until SIGINT or SIGTERM, then let all workers end.
+    async def run(self) -> int:
+        """Serve until SIGINT or SIGTERM, then let all workers end; the exit code.
 
         Raises OSError if it cannot start, because the server cannot be reached, an address is taken
         or a worker cannot be started; ConfigError for a file that is not what it should be.
@@ -240,6 +237,7 @@ class Supervisor:
         await self._shut_down(keepers)
         if self._failure is not None:
             raise self._failure
+        return 0
 
     def _signalled(self) -> None:
         (self._now if self._stop.is_set() else self._stop).set()
@@ -375,7 +373,7 @@ class Supervisor:
     def _reported(self, worker: _Worker, event: Event) -> None:
         match event:
             case Event.READY:
-                worker.is_ready()
+                worker.known(ready=True)
             case Event.TAKEN:
                 worker.taken()
             case Event.REFUSED:
@@ -457,12 +455,3 @@ def _how(code: int) -> str:
     if code >= 0:
         return f"exited with exit code {code}"
     return f"was terminated by signal {-code}: {signal.strsignal(-code)}"
-
-
-async def supervise(given: Callable[[], Given]) -> int:
-    """Run the proxy as several processes until it is told to stop; the exit code.
-
-    Raises OSError, ConfigError: as `Supervisor.run`.
-    """
-    await Supervisor(given).run()
-    return 0

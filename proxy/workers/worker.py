@@ -32,15 +32,15 @@ class Worker:
 
     def __init__(self, clients: socket.socket) -> None:
         self._clients = clients
-        self._started: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
         self._stop = asyncio.Event()
         self._now = asyncio.Event()
 
     async def run(self, bus: socket.socket) -> int:
         """Serve until told to stop; the exit code. Raises ConfigError."""
+        loop = asyncio.get_running_loop()
+        self._started: asyncio.Future[Server] = loop.create_future()
         self._channel = await Channel.over(bus, self._receive)
         self._channel.lost.add_done_callback(lambda _: self._supervisor_lost())
-        loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._send, Event.DRAINING)
         try:
             server = await self._started
@@ -124,18 +124,13 @@ class Worker:
         await asyncio.Event().wait()
 
 
-async def work(bus: socket.socket, clients: socket.socket) -> int:
-    """Run a worker; the exit code. Raises ConfigError."""
-    return await Worker(clients).run(bus)
-
-
 def main(arguments: list[str]) -> Any:
     """Runs a worker on two sockets, given by their file descriptors; what sys.exit() takes."""
     for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     bus, clients = (socket.socket(fileno=int(argument)) for argument in arguments)
     try:
-        return run(work(bus, clients))
+        return run(Worker(clients).run(bus))
     except (ConfigError, OSError) as error:
         return str(error)
 
