@@ -128,16 +128,13 @@ class Authenticator:
         )
 
     def _failed(self, detail: str, *, hint: str | None = None) -> SQLError:
+        purpose = self._credentials.purpose.removesuffix(" with")
         return SQLError(
             INVALID_AUTHORIZATION_SPECIFICATION,
-            f'could not log in as role "{self._role}"{self._purpose}',
+            f'could not log in as role "{self._role}"{purpose}',
             detail=detail,
             hint=hint,
         )
-
-    @property
-    def _purpose(self) -> str:
-        return self._credentials.purpose.removesuffix(" with")
 
     @property
     def _role(self) -> str:

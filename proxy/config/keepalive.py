@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import socket
 from dataclasses import dataclass
-from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +40,3 @@ class Keepalive:
                 # A value that is too large for the system must not cost the connection.
                 with contextlib.suppress(OSError):
                     sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-DEFAULT: Final = Keepalive()

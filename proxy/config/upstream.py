@@ -6,12 +6,11 @@ Invariant: a keyword means what it means in libpq, or it is refused; none is ign
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from proxy.config.addresses import Host, parse_port
 from proxy.config.conninfo import parse_conninfo
-from proxy.config.keepalive import DEFAULT as KEEPALIVE
 from proxy.config.keepalive import Keepalive
 from proxy.config.readers import parse_count, parse_seconds
 from proxy.config.require_auth import Policy, parse_require_auth
@@ -76,7 +75,7 @@ class Upstream:
     sslcert: str = ""
     sslkey: str = ""
     target_session_attrs: str = "any"
-    keepalive: Keepalive = KEEPALIVE
+    keepalive: Keepalive = field(default_factory=Keepalive)
     require_auth: frozenset[str] | None = None
     """The methods that the server may ask for; None for all."""
 
