@@ -142,47 +142,37 @@ def pg_lsn(text: bytes) -> bytes:
     return struct.pack(">II", int(match[1], 16), int(match[2], 16))
 
 
-def macaddr(text: bytes) -> bytes:
-    """Six bytes."""
-    return _macaddr("macaddr", text, 6)
+def macaddr(type_name: str, size: int) -> Callable[[bytes], bytes]:
+    """A conversion to `size` bytes."""
+
+    def convert(text: bytes) -> bytes:
+        digits = text.replace(b":", b"")
+        if not _MACADDR.fullmatch(text) or len(digits) != 2 * size:
+            raise bad_text(type_name)
+        return binascii.unhexlify(digits)
+
+    return convert
 
 
-def macaddr8(text: bytes) -> bytes:
-    """Eight bytes."""
-    return _macaddr("macaddr8", text, 8)
+def network(type_name: str) -> Callable[[bytes], bytes]:
+    """A conversion of an inet or a cidr: family (2 IPv4, 3 IPv6), bits of the netmask, whether it
+    is a cidr, length, address."""
 
+    def convert(text: bytes) -> bytes:
+        match = _INET.fullmatch(text)
+        if match is None:
+            raise bad_text(type_name)
+        try:
+            address = ipaddress.ip_address(match[1].decode("ascii"))
+        except ValueError:
+            raise bad_text(type_name) from None
+        bits = address.max_prefixlen if match[2] is None else int(match[2])
+        if bits > address.max_prefixlen:
+            raise bad_text(type_name)
+        family = 2 if address.version == 4 else 3
+        return bytes((family, bits, type_name == "cidr", len(address.packed))) + address.packed
 
-def _macaddr(type_name: str, text: bytes, size: int) -> bytes:
-    digits = text.replace(b":", b"")
-    if not _MACADDR.fullmatch(text) or len(digits) != 2 * size:
-        raise bad_text(type_name)
-    return binascii.unhexlify(digits)
-
-
-def inet(text: bytes) -> bytes:
-    """See `_network`."""
-    return _network("inet", text, is_cidr=False)
-
-
-def cidr(text: bytes) -> bytes:
-    """See `_network`."""
-    return _network("cidr", text, is_cidr=True)
-
-
-def _network(type_name: str, text: bytes, *, is_cidr: bool) -> bytes:
-    """Family (2 IPv4, 3 IPv6), bits of the netmask, whether it is a cidr, length, address."""
-    match = _INET.fullmatch(text)
-    if match is None:
-        raise bad_text(type_name)
-    try:
-        address = ipaddress.ip_address(match[1].decode("ascii"))
-    except ValueError:
-        raise bad_text(type_name) from None
-    bits = address.max_prefixlen if match[2] is None else int(match[2])
-    if bits > address.max_prefixlen:
-        raise bad_text(type_name)
-    family = 2 if address.version == 4 else 3
-    return bytes((family, bits, is_cidr, len(address.packed))) + address.packed
+    return convert
 
 
 def numeric(text: bytes) -> bytes:
