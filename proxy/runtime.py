@@ -68,7 +68,7 @@ class Runtime:
         """What a role can log in with again, once the server has accepted its login."""
         find = functools.partial(
             self.credentials.credentials,
-            *(route.host.name, route.host.port, database, user, login),
+            *(route.host, database, user, login),
             policy=self.config.upstream.policy(route.host),
         )
         found = find()
@@ -92,7 +92,7 @@ class Runtime:
         if not (self.credentials.has_files or self.auth_query.enabled):
             return None
         host = route.host
-        found = self.credentials.secret(host.name, host.port, database, user)
+        found = self.credentials.secret(host, database, user)
         found = found or await self.auth_query.secret(host, user, stranger)
         return self.checks.check(user, found)
 

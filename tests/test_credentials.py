@@ -53,6 +53,7 @@ from proxy.auth.credentials import Credentials, CredentialStore
 from proxy.auth.files import AuthFile, PassFile, parse_auth_file, parse_passfile
 from proxy.auth.observer import LoginObserver
 from proxy.auth.secret import Cleartext, MD5Secret
+from proxy.config import Host
 from tests.support.servers import PASSWORDS, Server
 
 PASSWORD = b"s3cr3t-p\xc3\xa4ss"
@@ -123,7 +124,7 @@ def credentials(
 ) -> Credentials:
     """Credentials from these sources; the client logged in without a password unless told."""
     store = CredentialStore(passfile, auth_file)
-    return store.credentials("127.0.0.1", 5432, b"db", user, login or observed(OK))
+    return store.credentials(Host("127.0.0.1", 5432), b"db", user, login or observed(OK))
 
 
 def log_in_by_scram(secret: ScramSecret, respond: Respond) -> None:
@@ -794,7 +795,9 @@ def libpq_login(server: Server, role: str, dbname: str = "postgres") -> LoginObs
 def test_login_with_the_password_in_the_passfile(server: Server, role: str, tmp_path: Path) -> None:
     line = f"{server.host}:{server.port}:postgres:{role}:{PASSWORDS[role]}"
     store = CredentialStore(private_file(tmp_path / "passfile", line.encode()), None)
-    found = store.credentials(server.host, server.port, b"postgres", role.encode(), observed(OK))
+    found = store.credentials(
+        Host(server.host, server.port), b"postgres", role.encode(), observed(OK)
+    )
     log_in(server, role, Authenticator(found).respond)
 
 

@@ -31,6 +31,7 @@ from protocol.scram import ScramClient, ScramSecret
 from proxy.auth.files import AuthFile, PassFile
 from proxy.auth.observer import LoginObserver
 from proxy.auth.secret import Cleartext, MD5Secret, Secret
+from proxy.config import Host
 from proxy.config.require_auth import ANYTHING, Policy
 
 
@@ -132,29 +133,28 @@ class CredentialStore:
         """All secrets of the auth_file."""
         return [] if self._auth_file is None else list(self._auth_file.content().values())
 
-    def secret(self, host: str, port: int, database: bytes, user: bytes) -> Secret | None:
+    def secret(self, host: Host, database: bytes, user: bytes) -> Secret | None:
         """A role's secret in the files, to check a client with. The server still decides."""
         secret = None if self._auth_file is None else self._auth_file.lookup(user)
         if secret is None and self._passfile is not None:
-            password = self._passfile.lookup(host, port, database, user)
+            password = self._passfile.lookup(host.name, host.port, database, user)
             secret = None if password is None else Cleartext(password)
         return secret
 
     def own_credentials(
-        self, host: str, port: int, database: bytes, user: bytes, policy: Policy
+        self, host: Host, database: bytes, user: bytes, policy: Policy
     ) -> Credentials:
         """What auth_user logs in with: the proxy's own role, which has no client."""
         observer = LoginObserver()
         observer.accepted = True
         return dataclasses.replace(
-            self.credentials(host, port, database, user, observer, policy=policy),
+            self.credentials(host, database, user, observer, policy=policy),
             purpose=", which is the auth_user",
         )
 
     def credentials(
         self,
-        host: str,
-        port: int,
+        host: Host,
         database: bytes,
         user: bytes,
         observer: LoginObserver,
@@ -166,8 +166,7 @@ class CredentialStore:
         """What the role of a session can log in with again, with the files as they are now.
 
         Args:
-            host: of the server, as in the passfile.
-            port: of the server.
+            host: the server, as in the passfile.
             database: of the session's StartupMessage, by default the user's name.
             user: of the session's StartupMessage.
             observer: of the session's login, as that user.
@@ -182,7 +181,7 @@ class CredentialStore:
             raise ValueError("credentials are for a role that the server has let in")
         password = observer.password
         if password is None and self._passfile is not None:
-            password = self._passfile.lookup(host, port, database, user)
+            password = self._passfile.lookup(host.name, host.port, database, user)
         secret = None if self._auth_file is None else self._auth_file.lookup(user)
         if secret is None:
             secret = queried

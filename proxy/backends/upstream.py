@@ -191,7 +191,7 @@ class Dialer:
             }
         )
         credentials = self._credentials.own_credentials(
-            host.name, host.port, database, user, self._upstream.policy(host)
+            host, database, user, self._upstream.policy(host)
         )
         taken: list[Route] = []
 
