@@ -8,6 +8,7 @@ line on stderr, never a traceback.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -138,13 +139,8 @@ def _parser() -> _Parser:
 
 def _serve(arguments: dict[str, Any]) -> int:
     file = arguments.pop("config")
-
-    def given() -> config.Given:
-        return config.collect(arguments, file=file, environ=os.environ)
-
-    def settings() -> config.Config:
-        return config.load(arguments, file=file, environ=os.environ)
-
+    given = functools.partial(config.collect, arguments, file=file, environ=os.environ)
+    settings = functools.partial(config.load, arguments, file=file, environ=os.environ)
     first = settings()
     if first.workers > 1:
         from proxy.workers.supervisor import Supervisor
@@ -163,7 +159,7 @@ def _demo(arguments: dict[str, Any]) -> int:
     from proxy.demo import tour
 
     try:
-        return tour.main(run, once=arguments["once"])
+        return tour.main(once=arguments["once"])
     except tour.DemoError as error:
         return _fail(1, str(error))
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 import time
-from typing import Final, TextIO
+from typing import Final
 
 logger: Final = logging.getLogger("proxy")
 
@@ -63,10 +62,10 @@ class PostgresFormatter(logging.Formatter):
         )
 
 
-def configure(level: str, stream: TextIO | None = None, *, who: str = "") -> None:
+def configure(level: str, *, who: str = "") -> None:
     """Sends the log to stderr, from a level on: debug, info, warning or error. `who`: the name of
     this process, if there are several."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = logging.StreamHandler()
     handler.setFormatter(PostgresFormatter(who))
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -16,12 +16,13 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy import log
 from proxy.config import Config, Host, ListenAddress, Upstream
+from proxy.loop import run
 
 if TYPE_CHECKING:
     import psycopg
@@ -48,11 +49,10 @@ class DemoError(Exception):
     """The demo cannot run on this machine; the message is one line that says what to do."""
 
 
-def main(run: Callable[[Coroutine[Any, Any, int]], int], *, once: bool) -> int:
+def main(*, once: bool) -> int:
     """Runs the demo; returns the exit code.
 
     Args:
-        run: runs a coroutine in a fresh event loop.
         once: end after the tour, instead of staying up until SIGINT or SIGTERM.
 
     Raises:
