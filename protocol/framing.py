@@ -156,12 +156,7 @@ class LongMessage:
     __slots__ = ("_body", "_limit", "is_cut", "kind", "missing")
 
     def __init__(self, kind: int, size: int, limit: int) -> None:
-        """
-        Args:
-            kind: its type.
-            size: of its body.
-            limit: how many bytes of the body are kept.
-        """
+        """`size`: of its body; `limit`: how many bytes of it are kept."""
         self.kind = kind
         self.missing = size
         self.is_cut = size > limit

@@ -16,10 +16,6 @@ from protocol.wire import ProtocolViolation, Reader
 MAX_STARTUP_PACKET_LENGTH = 10000
 """The longest body in bytes, length word not counted: PostgreSQL's own limit."""
 
-_CANCEL = (1234, 5678)
-_SSL = (1234, 5679)
-_GSSENC = (1234, 5680)
-
 
 @dataclass(frozen=True, slots=True)
 class StartupMessage:
@@ -47,7 +43,7 @@ class StartupMessage:
 class SSLRequest:
     """Asks for TLS. The answer is one byte: ``S`` (go on with the handshake) or ``N``."""
 
-    code: ClassVar[tuple[int, int]] = _SSL
+    code: ClassVar[tuple[int, int]] = (1234, 5679)
 
     def serialize(self) -> bytes:
         return _packet(self.code)
@@ -57,7 +53,7 @@ class SSLRequest:
 class GSSENCRequest:
     """Asks for GSSAPI encryption. The answer is one byte: ``G`` or ``N``."""
 
-    code: ClassVar[tuple[int, int]] = _GSSENC
+    code: ClassVar[tuple[int, int]] = (1234, 5680)
 
     def serialize(self) -> bytes:
         return _packet(self.code)
@@ -67,7 +63,7 @@ class GSSENCRequest:
 class CancelRequest:
     """Asks to cancel the query of the backend with this BackendKeyData. It gets no answer."""
 
-    code: ClassVar[tuple[int, int]] = _CANCEL
+    code: ClassVar[tuple[int, int]] = (1234, 5678)
     pid: int
     secret_key: bytes = field(repr=False)
 
@@ -105,11 +101,11 @@ def parse_startup_packet(body: bytes) -> StartupPacket:
 
 
 def _read(reader: Reader, code: tuple[int, int]) -> StartupPacket:
-    if code == _SSL:
+    if code == SSLRequest.code:
         return SSLRequest()
-    if code == _GSSENC:
+    if code == GSSENCRequest.code:
         return GSSENCRequest()
-    if code == _CANCEL:
+    if code == CancelRequest.code:
         pid, secret_key = reader.int32(), reader.rest()
         if len(secret_key) > MAX_SECRET_KEY_LENGTH:
             raise ProtocolViolation(f"a secret key of {len(secret_key)} bytes")

@@ -19,7 +19,6 @@ logger: Final = logging.getLogger("proxy")
 # The names in PostgreSQL's log.
 _SEVERITIES: Final = {"INFO": "LOG", "CRITICAL": "FATAL"}
 
-
 _HARMFUL: Final = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but for tab and line feed, DEL, C1
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # changes of direction

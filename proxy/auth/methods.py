@@ -47,7 +47,6 @@ _WORDS: Final[dict[type[AuthenticationRequest], str]] = {
     AuthenticationSSPI: "SSPI",
 }
 
-
 PROVE_HINT: Final = "Set sslmode=verify-full and sslrootcert in upstream."
 CLEARTEXT_HINT: Final = (
     f"{PROVE_HINT} Or, if no other machine can answer in its place, set require_auth=password."

@@ -15,12 +15,12 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from protocol.errors import ProtocolViolation, SQLError
-from proxy.backends.backend import Backend, number
+from proxy.backends.backend import Backend, Row, number
 from proxy.backends.identity import IDENTITY, SYSTEM_ID_QUERY, Login
 from proxy.log import logger
 
 Open = Callable[[], Awaitable[Backend]]
-Rows = list[tuple[bytes | None, ...]]
+Rows = list[Row]
 
 APPLICATION_NAME: Final = b"pg_background channel"
 

@@ -20,7 +20,7 @@ from typing import Final
 
 from protocol.errors import ProtocolViolation, SQLError
 from proxy.backends.backend import Backend, number
-from proxy.backends.channels import Channels
+from proxy.backends.channels import Channels, Open
 from proxy.backends.identity import IDENTITY, SYSTEM_ID, Login, StaleLoginError
 from proxy.log import logger
 
@@ -34,8 +34,6 @@ DATABASE_COMMANDS: Final = (b"drop", b"alter", b"create")
 
 _GIVE_WAY: Final = (0.02, 0.1, 0.3)
 """Seconds to wait for the server to free the slots of spares that gave way, at each try."""
-
-Open = Callable[[], Awaitable[Backend]]
 
 Key = tuple[Login, tuple[tuple[bytes, bytes], ...]]
 """What a spare must have in common with who takes it: the login, and the settings of the startup

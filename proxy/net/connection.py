@@ -42,6 +42,7 @@ class Connection(asyncio.Protocol):
     Attributes:
         write: sends, or queues. Data written to a connection that is gone are lost.
         opposite: the connection that is not read while this one's write buffer is full.
+        full: resolved once the write buffer has drained; None if it is not full.
         is_open: from connection_made() to connection_lost().
         is_encrypted: whether it has TLS.
     """
@@ -74,7 +75,7 @@ class Connection(asyncio.Protocol):
         self._hung_up = hung_up
         self._stopped = 0
         self._looks = False
-        self._full: asyncio.Future[None] | None = None
+        self.full: asyncio.Future[None] | None = None
 
     # Called by asyncio
 
@@ -96,7 +97,7 @@ class Connection(asyncio.Protocol):
         return not self.is_encrypted
 
     def pause_writing(self) -> None:
-        self._full = asyncio.get_running_loop().create_future()
+        self.full = asyncio.get_running_loop().create_future()
         if self.opposite is not None:
             self.opposite._stop(_OPPOSITE_IS_FULL)
 
@@ -111,13 +112,13 @@ class Connection(asyncio.Protocol):
         self._lost(self, exc)
 
     def _drained(self, error: Exception | None) -> None:
-        if self._full is not None and not self._full.done():
+        if self.full is not None and not self.full.done():
             if error is None:
-                self._full.set_result(None)
+                self.full.set_result(None)
             else:
-                self._full.set_exception(error)
-                self._full.exception()  # marks it as retrieved, if nothing waits
-        self._full = None
+                self.full.set_exception(error)
+                self.full.exception()  # marks it as retrieved, if nothing waits
+        self.full = None
 
     # Called by the owner
 
@@ -135,11 +136,6 @@ class Connection(asyncio.Protocol):
     def _gone(self) -> None:
         self.is_open = False
         self.write = _lose
-
-    @property
-    def full(self) -> asyncio.Future[None] | None:
-        """Resolved once the write buffer has drained; None if it is not full."""
-        return self._full
 
     @property
     def can_write_eof(self) -> bool:
