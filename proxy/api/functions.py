@@ -374,7 +374,6 @@ _declare("drop_executor_role", (), BOOL, calls.drop_executor_role, needs=Needs.P
     "Drops the role `pgbackground_role`."
 )
 
-
 DECLARED: Final = tuple(_functions)
 """All functions under all their names, in the order of the reference."""
 

@@ -102,7 +102,6 @@ _TRANSACTION_MODES: Final = {
 }
 """What a setting says about a transaction, if it holds before the transaction begins."""
 
-
 _PROXYS_OWN: Final = b"pg_background_proxy."
 """How the names of settings begin that the proxy gives each backend, and no other may have."""
 

@@ -64,7 +64,6 @@ MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024
 LONGEST: Final = 1024 * 1024
 """Bytes that an error or a notice may have, whatever the queue size."""
 
-
 _IDLE: Final = bytes([TransactionStatus.IDLE])
 
 _REFUSES_BLOCKS: Final = (ACTIVE_SQL_TRANSACTION, INVALID_TRANSACTION_TERMINATION)

@@ -44,7 +44,6 @@ SYNC_AHEAD: Final = SYNC_MESSAGE + FLUSH
 """Sync, and a message that does nothing. It stops the idle_session_timeout that begins at Sync, so
 that the server does not end a session that waits for us."""
 
-
 ResponseHandler = Callable[[int, bytes], Awaitable[None]]
 """Handles one message of an answer, given as type and body."""
 

@@ -29,7 +29,6 @@ from proxy.statements.plan import Output
 _NO_BINARY_FORM: Final = frozenset({1033, 3642})
 """aclitem and gtsvector have no send function; a column declared text takes them."""
 
-
 _TURN: Final = 256 * 1024
 """Bytes of rows that are passed on before other sessions have their turn."""
 

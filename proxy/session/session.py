@@ -54,7 +54,6 @@ from proxy.statements.unserved import unavailable, unserved
 # How a client says that it wants no replication.
 _FALSE: Final = (b"false", b"off", b"no", b"0", b"f", b"n")
 
-
 # The SQLSTATE of a connection that pg_hba.conf has no line for.
 _NOT_LIKE_THIS: Final = INVALID_AUTHORIZATION_SPECIFICATION
 
@@ -109,9 +108,7 @@ class Session(ClientSession):
     def _startup_data(self, data: bytes) -> None:
         try:
             self._startup_packets.feed(data)
-        except ProtocolViolation as error:
-            self._refuse(SQLError(PROTOCOL_VIOLATION, str(error)))
-        except SQLError as error:
+        except (ProtocolViolation, SQLError) as error:
             self._refuse(error)
 
     def _startup_packet(self, packet: StartupMessage | CancelRequest, raw: bytes) -> None:
@@ -142,9 +139,7 @@ class Session(ClientSession):
         except ConnectionError as error:
             logger.debug("session ended: %s", error)
             self.close()
-        except ProtocolViolation as error:
-            self._refuse(SQLError(PROTOCOL_VIOLATION, str(error)))
-        except SQLError as error:
+        except (ProtocolViolation, SQLError) as error:
             self._refuse(error)
         except Exception:
             logger.exception("internal error; the session is closed")
@@ -256,8 +251,10 @@ class Session(ClientSession):
     def _no_data(self, data: bytes) -> None:
         raise ProtocolViolation("the server spoke first")
 
-    def _refuse(self, error: SQLError) -> None:
+    def _refuse(self, error: SQLError | ProtocolViolation) -> None:
         """A last word to the client."""
+        if isinstance(error, ProtocolViolation):
+            error = SQLError(PROTOCOL_VIOLATION, str(error))
         error.severity = "FATAL"
         self.client.write(error.response().serialize())
         self.close()
