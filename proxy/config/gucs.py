@@ -129,7 +129,7 @@ GUCS: Final[Mapping[str, Guc]] = {
     guc.name: guc for guc in (MAX_WORKERS, DEFAULT_QUEUE_SIZE, WORKER_TIMEOUT)
 }
 
-SESSION_SETTING: Final = "pg_background_proxy.session"
+SESSION_SETTING: Final = b"pg_background_proxy.session"
 """The setting that the proxy gives a session in its startup packet: 32 hexadecimal digits that its
 messages begin with, and 32 that are secret."""
 
@@ -139,5 +139,5 @@ def session_secret() -> bytes:
     return secrets.token_hex(32).encode()
 
 
-JOB_SETTING: Final = "pg_background_proxy.job"
+JOB_SETTING: Final = b"pg_background_proxy.job"
 """The setting of a job's backend: the word that its reports of progress begin with."""

@@ -38,7 +38,7 @@ class JobSession(Owner):
         # Those that its session had.
         self.custom_settings = tuple(owner.custom_settings)
         self._output: OutputQueue | None = None
-        self.inside = Inside(self, Secrets(backend.own_settings[SESSION_SETTING.encode()]))
+        self.inside = Inside(self, Secrets(backend.own_settings[SESSION_SETTING]))
 
     # What the job tells
 

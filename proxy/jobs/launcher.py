@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import secrets
-from typing import Final
 
 from protocol.errors import INVALID_PARAMETER_VALUE, ProtocolViolation, ServerError, SQLError
 from protocol.startup import StartupMessage
@@ -22,9 +21,6 @@ from proxy.config.gucs import JOB_SETTING, SESSION_SETTING, WORKER_TIMEOUT, Guc,
 from proxy.jobs.context import Context, takeover_block, takeover_query
 from proxy.jobs.service import JobService
 from proxy.log import logger
-
-_JOB_SETTING: Final = JOB_SETTING.encode()
-_SESSION_SETTING: Final = SESSION_SETTING.encode()
 
 
 class Launcher:
@@ -80,7 +76,8 @@ class Launcher:
                 b"application_name": b"pg_background starting",
             }
         )
-        overrides = {b"application_name": self._application_name(label)}
+        name = b"pg_background" if label is None else b"pg_background:%b:%d" % (label, self.pid)
+        overrides = {b"application_name": name}
         if worker_timeout := self.setting(WORKER_TIMEOUT, context):
             overrides[b"statement_timeout"] = b"%d" % worker_timeout
         return await self._taken_over(login, context, overrides, system_id)
@@ -181,20 +178,12 @@ class Launcher:
         observer = LoginObserver.of_code()
         return Launcher(self._service, startup, self.route, observer, self.pid)
 
-    @property
-    def address(self) -> bytes:
-        """Of the server."""
-        return repr(self.route.host).encode()
-
-    def _application_name(self, label: bytes | None) -> bytes:
-        return b"pg_background" if label is None else b"pg_background:%b:%d" % (label, self.pid)
-
     async def _open_side_backend(self, login: StartupMessage) -> Backend:
         """One that has its words from the startup packet: in SQL, monitors and the server's log
         would see them."""
         own_settings = {
-            _JOB_SETTING: secrets.token_hex(16).encode(),
-            _SESSION_SETTING: session_secret(),
+            JOB_SETTING: secrets.token_hex(16).encode(),
+            SESSION_SETTING: session_secret(),
         }
         backend = await self._open(StartupMessage({**login.parameters, **own_settings}))
         backend.own_settings = own_settings

@@ -75,7 +75,7 @@ class Owner(ABC):
     @property
     def cluster(self) -> bytes:
         """What tells its database cluster from others, by which OIDs mean something."""
-        return self.system_id or self.launcher.address
+        return self.system_id or repr(self.launcher.route.host).encode()
 
     async def launch(
         self,
@@ -121,7 +121,7 @@ class Owner(ABC):
             cluster=self.cluster,
             route=launcher.route,
             label=label,
-            marker=backend.own_settings[JOB_SETTING.encode()],
+            marker=backend.own_settings[JOB_SETTING],
             keep_rows=keep_rows,
             budgets=service.budgets.of_role(launcher.user),
             session=self.job_session(launcher.for_job(backend.pid), backend),

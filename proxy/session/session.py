@@ -245,7 +245,7 @@ class Session(ClientSession):
             for name, value in self._services.runtime.own_settings.items()
             if name.encode() not in options
         }
-        session = {SESSION_SETTING.encode(): self._inside.secrets.setting}
+        session = {SESSION_SETTING: self._inside.secrets.setting}
         return StartupMessage({**ours, **given, **session}, startup.version)
 
     def _no_data(self, data: bytes) -> None:

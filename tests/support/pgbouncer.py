@@ -19,7 +19,7 @@ from proxy.config.gucs import GUCS, JOB_SETTING, SESSION_SETTING
 from proxy.demo.embedded import free_port
 from tests.support.servers import START_TIMEOUT, STOP_TIMEOUT, Server, _Endpoint, clean_environment
 
-OURS: Final = (*GUCS, SESSION_SETTING, JOB_SETTING)
+OURS: Final = (*GUCS, SESSION_SETTING.decode(), JOB_SETTING.decode())
 """Startup parameters that the proxy sends."""
 
 REFUSED: Final = (*OURS, "extra_float_digits", "options")
