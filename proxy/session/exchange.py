@@ -226,17 +226,16 @@ class Exchange:
                 self._relay.parameter_status(body)
             if kind == B.NOTICE_RESPONSE and self._session.notice(body):
                 pass
-            elif (
-                self._marker
-                and kind == B.NOTICE_RESPONSE
-                and NoticeResponse.parse(body).message == self._marker
-            ):
+            elif self._marker and kind == B.NOTICE_RESPONSE and self._is_marker(body):
                 self._marked = True
             elif kind == B.NOTICE_RESPONSE and self._replies and self._replies[0].is_block:
                 notice = NoticeResponse.parse(body)
                 self._client.write(NoticeResponse(_without_context(notice.fields)).serialize())
             else:
                 self._client.write(frame(kind, body))
+
+    def _is_marker(self, notice: bytes) -> bool:
+        return NoticeResponse.parse(notice).message == self._marker
 
     def _server_failed(self, reply: _Reply, body: bytes) -> None:
         """Pass an error on, in the words and with the position of the client's own text."""

@@ -47,29 +47,40 @@ def unserved(body: bytes, *, too_long: bool = False) -> bytes | None:
     error = ErrorResponse.parse(body)
     message = error.message[:_MESSAGE_SIZE].decode("utf-8", "replace")
     if error.sqlstate == UNDEFINED_TABLE:
-        return _unserved_view(error, message, too_long=too_long)
-    if error.sqlstate != UNDEFINED_FUNCTION:
+        name = found[1] if (found := _VIEW.search(message)) else None
+    elif error.sqlstate == UNDEFINED_FUNCTION:
+        name = _called(message)
+    else:
         return None
-    name = next(
-        (
-            name
-            for name, arguments in _CALL.findall(message)
-            if any(_accepts(function, arguments) for function in FUNCTIONS.get(name, ()))
-        ),
-        None,
-    )
     if name is None:
         return None
     if too_long:
-        return _too_long(error, name)
-    return _replacement(
-        error,
-        f"{name} cannot be called in this place",
-        "The proxy serves calls in the select list of a plain SELECT, and functions that are"
-        " alone in FROM.",
-        f"Call it directly, as in SELECT {name}(...); or say CREATE EXTENSION pg_background, to"
-        " have it everywhere in the search_path.",
-    )
+        said = (
+            f"{name} was not looked for in a text of this length",
+            f"The proxy reads up to {MAX_BYTES // 1024} kB outside of string constants, and"
+            f" {MAX_TOKENS} tokens, of what is sent as one string, and {MAX_TEXT >> 20} MB in all.",
+            f"Send the statement with {name} by itself, and what is long in it as a string constant"
+            " or a parameter.",
+        )
+    elif error.sqlstate == UNDEFINED_TABLE:
+        said = (
+            f"{name} cannot be selected from in this place",
+            "The proxy serves the view where it is alone in FROM, with plain columns.",
+            f"Select from it directly, as in SELECT * FROM {name}; or say CREATE EXTENSION"
+            " pg_background, to have it everywhere in the search_path.",
+        )
+    else:
+        said = (
+            f"{name} cannot be called in this place",
+            "The proxy serves calls in the select list of a plain SELECT, and functions that are"
+            " alone in FROM.",
+            f"Call it directly, as in SELECT {name}(...); or say CREATE EXTENSION pg_background, to"
+            " have it everywhere in the search_path.",
+        )
+    # It is still about the same place.
+    fields = {code: value for code, value in error.fields.items() if code in "SVPpqW"}
+    words = zip("CMDH", (FEATURE_NOT_SUPPORTED, *said), strict=True)
+    return ErrorResponse(fields | {code: text.encode() for code, text in words}).serialize()
 
 
 def unavailable(body: bytes) -> bytes | None:
@@ -87,41 +98,12 @@ def unavailable(body: bytes) -> bytes | None:
     return error.with_fields(H=hint).serialize()
 
 
-def _replacement(error: ErrorResponse, message: str, detail: str, hint: str) -> bytes:
-    """The error in our words; it is still about the same place."""
-    fields = {code: value for code, value in error.fields.items() if code in "SVPpqW"}
-    fields["C"] = FEATURE_NOT_SUPPORTED.encode()
-    fields["M"] = message.encode()
-    fields["D"] = detail.encode()
-    fields["H"] = hint.encode()
-    return ErrorResponse(fields).serialize()
-
-
-def _too_long(error: ErrorResponse, name: str) -> bytes:
-    return _replacement(
-        error,
-        f"{name} was not looked for in a text of this length",
-        f"The proxy reads up to {MAX_BYTES // 1024} kB outside of string constants, and"
-        f" {MAX_TOKENS} tokens, of what is sent as one string, and {MAX_TEXT >> 20} MB in all.",
-        f"Send the statement with {name} by itself, and what is long in it as a string constant or"
-        " a parameter.",
-    )
-
-
-def _unserved_view(error: ErrorResponse, message: str, *, too_long: bool) -> bytes | None:
-    found = _VIEW.search(message)
-    name = found[1] if found else None
-    if name is None:
-        return None
-    if too_long:
-        return _too_long(error, name)
-    return _replacement(
-        error,
-        f"{name} cannot be selected from in this place",
-        "The proxy serves the view where it is alone in FROM, with plain columns.",
-        f"Select from it directly, as in SELECT * FROM {name}; or say CREATE EXTENSION"
-        " pg_background, to have it everywhere in the search_path.",
-    )
+def _called(message: str) -> str | None:
+    """The function of ours that a message says is not there."""
+    for name, arguments in _CALL.findall(message):
+        if any(_accepts(function, arguments) for function in FUNCTIONS.get(name, ())):
+            return str(name)
+    return None
 
 
 def _accepts(function: Function, arguments: str) -> bool:
