@@ -90,15 +90,13 @@ def configuration() -> str:
     lines: list[str] = []
     for field in config.SETTINGS:
         if field.name in _HEADINGS:
-            lines += [f"### {_HEADINGS[field.name]}", "", "| setting | default | |"]
+            lines += ["", f"### {_HEADINGS[field.name]}", "", "| setting | default | |"]
             lines.append("| --- | --- | --- |")
         lines.append(_configured(field))
-        if _ends_table(field):
-            lines.append("")
-    lines += ["### Settings of a session", "", "| setting | default | from | to |"]
+    lines += ["", "### Settings of a session", "", "| setting | default | from | to |"]
     lines.append("| --- | --- | --- | --- |")
     lines += map(_session_setting, GUCS.values())
-    return "\n".join(lines)
+    return "\n".join(lines).lstrip()
 
 
 def _configured(field: Field[Any]) -> str:
@@ -107,13 +105,6 @@ def _configured(field: Field[Any]) -> str:
     help = _NAMES.sub(r"`\g<0>`", setting["help"])
     text = f"{help[0].upper()}{help[1:]}. {setting['more']}".rstrip()
     return f"| `{field.name}` |{default} | {text.replace('|', chr(92) + '|')} |"
-
-
-def _ends_table(field: Field[Any]) -> bool:
-    """Whether a heading or the end follows."""
-    names = [other.name for other in config.SETTINGS]
-    following = names[names.index(field.name) + 1 :]
-    return not following or following[0] in _HEADINGS
 
 
 def _session_setting(setting: Guc) -> str:
