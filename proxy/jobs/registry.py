@@ -93,7 +93,7 @@ class JobRecord:
         return f"<{type(self).__name__} pid={self.pid} finished={self.finished}>"
 
     @property
-    def handle(self) -> tuple[int, int]:
+    def handle(self) -> Handle:
         """Pid and cookie."""
         return self.pid, self.cookie
 
@@ -293,9 +293,7 @@ class JobRegistry(Generic[JobT]):
     MOST = 2_000
     """How many that have ended are kept; beyond that the oldest are forgotten."""
 
-    def __init__(
-        self, retention: float, role_gone: Callable[[int], None] = lambda role_id: None
-    ) -> None:
+    def __init__(self, retention: float, role_gone: Callable[[int], None]) -> None:
         """
         Args:
             retention: seconds for which a job that has ended is known.
@@ -303,11 +301,11 @@ class JobRegistry(Generic[JobT]):
         """
         self.retention = retention
         self._role_gone = role_gone
-        self._jobs: dict[tuple[int, int], JobT] = {}
+        self._jobs: dict[Handle, JobT] = {}
         # How many of them each role has launched: every call asks about their roles.
         self._roles: Counter[int] = Counter()
         # When those that have ended did so, in that order.
-        self._ended: dict[tuple[int, int], float] = {}
+        self._ended: dict[Handle, float] = {}
         self.running: set[JobT] = set()
 
     def __iter__(self) -> Iterator[JobT]:

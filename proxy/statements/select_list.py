@@ -105,7 +105,7 @@ def select_items(outline: Outline, sites: list[Site]) -> ScalarPlan:
     # The columns that are calls by their numbers in ORDER BY, if these are known.
     is_countable = not stars and all(len(span.names) == 1 for span in spans)
     numbers = {column.index + 1 for column in columns} if is_countable else None
-    check_order(outline, found.order, labels, numbers)
+    check_order(outline, found, labels, numbers)
     width = None if stars else len(found.items)
     outputs = _item_outputs(columns, width, spans)
     return ScalarPlan(rewritten(outline, *edits), tuple(columns), outputs, width=width)
@@ -212,14 +212,11 @@ def has_star(outline: Outline, first: int, last: int) -> bool:
 
 
 def check_order(
-    outline: Outline,
-    order: list[tuple[int, int]],
-    labels: list[bytes],
-    numbers: set[int] | None,
+    outline: Outline, found: _SelectList, labels: list[bytes], numbers: set[int] | None
 ) -> None:
     """Raises NotRecognizedError if a call's column, by its number or by its name, is a sort key.
     ``numbers``: of these columns, None if they are not known."""
-    for first, last in order:
+    for first, last in found.order:
         number, names = sort_key(outline, first, last)
         if number == 0 or (number and (numbers is None or number in numbers)):
             raise NotRecognizedError("sorted by the number of a call's column")
