@@ -14,8 +14,9 @@ from protocol.framing import frame
 from protocol.kinds import ENDS_BIND, ENDS_CLOSE, ENDS_DESCRIBE, ENDS_PARSE, F
 from protocol.messages import Bind, Close, Describe, Execute, Parse
 from proxy.session.batch import Batch
+from proxy.session.exchange import ResponseHandler
 from proxy.session.execution import Execution
-from proxy.session.prepared import Command, FunctionResult, Portal, Prepared, prepare
+from proxy.session.prepared import Command, FunctionResult, Portal, Prepared, WithCalls, prepare
 from proxy.session.simple_query import as_comment
 from proxy.sql import encodings
 from proxy.statements.plan import Statement, Substitute
@@ -74,12 +75,9 @@ class ExtendedQuery:
         if prepared is None or isinstance(prepared, Command):
             return
         name = encodings.short_name(message.statement, session.client_encoding)
-        self._primary.send(
-            Describe(b"S", name).serialize(),
-            ENDS_DESCRIBE,
-            self._execution.describes(prepared),
-            plan=plan,
-        )
+        describe = Describe(b"S", name).serialize()
+        handler = self._execution.describes(prepared)
+        self._primary.send(describe, ENDS_DESCRIBE, handler, plan=plan)
 
     async def _bind(self, body: bytes) -> None:
         self._batch.settings_known = False  # a parameter's type has functions of its own
@@ -116,21 +114,12 @@ class ExtendedQuery:
             statement = None if portal is None else portal.statement
         else:
             statement = self._relay.statements.get(key)
-        if statement is None or isinstance(statement, Command):
-            self._primary.send(
-                frame(F.DESCRIBE, body),
-                ENDS_DESCRIBE,
-                self._primary.pass_on,
-                plan=None if statement is None else statement.plan,
-            )
-            return
-        formats = () if portal is None else portal.formats
-        self._primary.send(
-            frame(F.DESCRIBE, body),
-            ENDS_DESCRIBE,
-            self._execution.describes(statement, formats),
-            plan=statement.plan,
-        )
+        handler: ResponseHandler = self._primary.pass_on
+        if isinstance(statement, WithCalls):
+            formats = () if portal is None else portal.formats
+            handler = self._execution.describes(statement, formats)
+        plan = None if statement is None else statement.plan
+        self._primary.send(frame(F.DESCRIBE, body), ENDS_DESCRIBE, handler, plan=plan)
         if isinstance(statement, FunctionResult) and not statement.has_columns:
             await self._primary.settle()
             await self._describe_job(message.name, portal, statement)
