@@ -23,6 +23,7 @@ from proxy.extension.installed import (
     parse_installed,
     speaks,
 )
+from proxy.extension.texts import sql
 from proxy.jobs.context import NOT_CARRIED_OVER, Context
 from proxy.sql.encodings import parse_array
 from proxy.sql.text import EXECUTOR_ROLE, literal
@@ -138,32 +139,13 @@ def parse_context(
     )
 
 
-# Before 16 every member may SET ROLE.
-ROLE_STATEMENT: Final = (
-    b"PREPARE pg_background_role(pg_catalog.name, pg_catalog.name, pg_catalog.name,"
-    b" pg_catalog.int4, pg_catalog.oid[], pg_catalog.name, pg_catalog.text) AS SELECT r.oid,"
-    b" CASE WHEN session_user OPERATOR(pg_catalog.<>) $2 THEN"
-    b" (SELECT s.rolsuper FROM pg_catalog.pg_roles s"
-    b" WHERE s.rolname OPERATOR(pg_catalog.=) session_user)"
-    b" WHEN CAST(pg_catalog.current_setting('server_version_num') AS pg_catalog.int4)"
-    b" OPERATOR(pg_catalog.<) 160000 THEN pg_catalog.pg_has_role(session_user, r.oid, 'MEMBER')"
-    b" ELSE pg_catalog.pg_has_role(session_user, r.oid, 'SET') END, COALESCE(%b, %b),"
-    b" CAST(ARRAY(SELECT o FROM pg_catalog.unnest($5) o"
-    b" WHERE pg_catalog.pg_has_role(r.oid, o, 'USAGE')) AS pg_catalog.text),"
-    b" %b, (SELECT s.oid FROM pg_catalog.pg_roles s"
-    b" WHERE s.rolname OPERATOR(pg_catalog.=) session_user),"
-    # An error, so that nothing behind it in the same Query is done.
-    b" CAST(CASE WHEN $7 IS NULL OR $7 OPERATOR(pg_catalog.=) %b THEN '0'"
-    b" ELSE 'the login does not hold any more' END AS pg_catalog.int4)"
-    b" FROM pg_catalog.pg_roles r"
-    b" WHERE r.rolname OPERATOR(pg_catalog.=) $1"
-    % (
-        may_execute("$3", "$4", "r.oid").encode(),
-        _IS_EXECUTOR,
-        speaks(SPEAKER, "$6").encode(),
-        IDENTITY,
-    )
-)
+ROLE_STATEMENT: Final = sql(
+    "prepare_role",
+    may_execute=may_execute("$3", "$4", "r.oid"),
+    is_executor=_IS_EXECUTOR.decode(),
+    speaks=speaks(SPEAKER, "$6"),
+    identity=IDENTITY.decode(),
+).encode()
 """What a channel prepares for role_query()."""
 
 

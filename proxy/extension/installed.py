@@ -36,6 +36,7 @@ from proxy.api.functions import (
     Function,
     Type,
 )
+from proxy.extension.texts import sql
 from proxy.sql.text import EXECUTOR_ROLE
 
 NAME: Final = "pg_background"
@@ -59,8 +60,6 @@ VERSIONS: Final = (*(f"1.{minor}" for minor in range(11)), "2.0")
 VERSION: Final = "pg_catalog.\"substring\"(p.prosrc, '[0-9.]+')"
 """The extension's version, where ``p`` is the marker."""
 
-_BOOTSTRAP_SUPERUSER: Final = "CAST(10 AS pg_catalog.oid)"
-
 
 def is_trusted(owner: str) -> str:
     """Whether what a role owns may pass for the extension in this session: a superuser's, the
@@ -69,25 +68,16 @@ def is_trusted(owner: str) -> str:
     Args:
         owner: an SQL expression, the OID of the role.
     """
-    # What the bootstrap superuser may, every superuser may.
-    return (
-        f"(pg_catalog.pg_has_role({owner}, {_BOOTSTRAP_SUPERUSER}, 'USAGE')"
-        f" OR pg_catalog.pg_get_userbyid({owner}) OPERATOR(pg_catalog.=) ANY"
-        " (ARRAY[session_user, CAST('pg_database_owner' AS pg_catalog.name)])"
-        f" OR {owner} OPERATOR(pg_catalog.=) (SELECT d.datdba FROM pg_catalog.pg_database d"
-        " WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()))"
-    )
+    return sql("is_trusted", owner=owner)
 
 
-FIND: Final = (
-    f"FROM pg_catalog.pg_proc p WHERE p.proname OPERATOR(pg_catalog.=) '{MARKER}'"
-    " AND p.pronargs OPERATOR(pg_catalog.=) 0"
-    f" AND {VERSION} OPERATOR(pg_catalog.=) ANY"
-    f" (CAST('{{{','.join(VERSIONS)}}}' AS pg_catalog.text[])) AND {is_trusted('p.proowner')}"
-    " AND EXISTS(SELECT 1 FROM pg_catalog.pg_namespace s"
-    f" WHERE s.oid OPERATOR(pg_catalog.=) p.pronamespace AND {is_trusted('s.nspowner')})"
-    f" ORDER BY pg_catalog.pg_has_role(p.proowner, {_BOOTSTRAP_SUPERUSER}, 'USAGE') DESC, p.oid"
-    " LIMIT 1"
+FIND: Final = sql(
+    "find_marker",
+    marker=MARKER,
+    version=VERSION,
+    versions=",".join(VERSIONS),
+    owner_is_trusted=is_trusted("p.proowner"),
+    schema_is_trusted=is_trusted("s.nspowner"),
 )
 """FROM … of the marker, as ``p``: one row or none. It and its schema must belong to somebody whom
 the session trusts; a superuser's comes first."""
@@ -108,18 +98,8 @@ def speaks(function: str, schema: str) -> str:
         function: its name.
         schema: an SQL expression, the name of its schema.
     """
-    return (
-        f"EXISTS(SELECT 1 FROM (SELECT p.oid {FIND}) x, pg_catalog.pg_proc p,"
-        " pg_catalog.pg_namespace n, pg_catalog.pg_proc a"
-        " WHERE p.oid OPERATOR(pg_catalog.=) x.oid"
-        " AND n.oid OPERATOR(pg_catalog.=) p.pronamespace"
-        f" AND n.nspname OPERATOR(pg_catalog.=) {schema}"
-        " AND a.pronamespace OPERATOR(pg_catalog.=) n.oid"
-        f" AND a.proname OPERATOR(pg_catalog.=) '{function}'"
-        " AND a.pronargs OPERATOR(pg_catalog.=) 0"
-        " AND a.proowner OPERATOR(pg_catalog.=) p.proowner"
-        f" AND {_is_settled('p')} AND {_is_settled('n')} AND {_is_settled('a')})"
-    )
+    settled = " AND ".join(_is_settled(row) for row in "pna")
+    return sql("speaks", find=FIND, function=function, schema=schema, are_settled=settled)
 
 
 REALLY: Final = (
@@ -198,6 +178,17 @@ def _key(function: Function) -> str:
     return f"{function.name}/{'view' if is_view else len(function.parameters)}"
 
 
+# Made once, but for the names: each call has the query.
+_INSTALLED: Final = sql(
+    "installed",
+    version=VERSION,
+    find=FIND,
+    role="current_user",
+    executor=EXECUTOR_ROLE,
+    names="@{names}",
+)
+
+
 def installed_query(functions: Iterable[Function]) -> str:
     """A subquery: the text that `parse_installed` reads, NULL if the extension is not there.
 
@@ -205,22 +196,7 @@ def installed_query(functions: Iterable[Function]) -> str:
         functions: which of the current role's privileges to look up; views too.
     """
     names = ",".join(dict.fromkeys(function.name for function in functions))
-    which = f"OPERATOR(pg_catalog.=) ANY (CAST('{{{names}}}' AS pg_catalog.name[]))"
-    return (
-        f"(SELECT CAST(pg_catalog.array_cat(ARRAY[{VERSION},"
-        " CAST(n.nspname OPERATOR(pg_catalog.=) ANY (pg_catalog.current_schemas(true))"
-        " AS pg_catalog.text), CAST(pg_catalog.has_schema_privilege(n.oid, 'USAGE')"
-        " AS pg_catalog.text), CAST(n.nspname AS pg_catalog.text)],"
-        " ARRAY(SELECT pg_catalog.concat(f.proname, '/', f.pronargs) FROM pg_catalog.pg_proc f"
-        f" WHERE f.proname {which} AND f.pronamespace OPERATOR(pg_catalog.=) n.oid"
-        f" AND {_may_execute('current_user')}"
-        " UNION ALL SELECT pg_catalog.concat(c.relname, '/view') FROM pg_catalog.pg_class c"
-        f" WHERE c.relname {which} AND c.relnamespace OPERATOR(pg_catalog.=) n.oid"
-        " AND c.relkind OPERATOR(pg_catalog.=) 'v'"
-        " AND pg_catalog.has_table_privilege(c.oid, 'SELECT'))) AS pg_catalog.text)"
-        f" FROM (SELECT p.* {FIND}) p, pg_catalog.pg_namespace n"
-        " WHERE n.oid OPERATOR(pg_catalog.=) p.pronamespace)"
-    )
+    return _INSTALLED.replace("@{names}", names)
 
 
 def parse_installed(values: Sequence[bytes | None]) -> Installed:
@@ -235,17 +211,6 @@ def parse_installed(values: Sequence[bytes | None]) -> Installed:
     )
 
 
-def _may_execute(role: str) -> str:
-    """Whether a role may execute ``f``. A function without an ACL, as after the restore of a
-    dump without privileges, is not for PUBLIC: CREATE EXTENSION has revoked that."""
-    return (
-        f"(pg_catalog.has_function_privilege({role}, f.oid, 'EXECUTE') AND (f.proacl IS NOT NULL"
-        f" OR pg_catalog.pg_has_role({role}, f.proowner, 'USAGE')"
-        " OR EXISTS(SELECT 1 FROM pg_catalog.pg_roles g WHERE g.rolname OPERATOR(pg_catalog.=)"
-        f" '{EXECUTOR_ROLE}' AND pg_catalog.pg_has_role({role}, g.oid, 'USAGE'))))"
-    )
-
-
 def may_execute(name: str, parameters: str, role: str) -> str:
     """A subquery: whether a role may execute one of the extension's functions; NULL without it.
 
@@ -254,8 +219,9 @@ def may_execute(name: str, parameters: str, role: str) -> str:
         parameters: how many it has, the same.
         role: the OID of the role, the same.
     """
+    condition = sql("may_execute", role=role, executor=EXECUTOR_ROLE)
     return (
-        f"(SELECT pg_catalog.bool_or({_may_execute(role)})"
+        f"(SELECT pg_catalog.bool_or({condition})"
         " FROM pg_catalog.pg_proc f WHERE f.pronamespace OPERATOR(pg_catalog.=)"
         f" (SELECT p.pronamespace {FIND}) AND f.proname OPERATOR(pg_catalog.=) {name}"
         f" AND f.pronargs OPERATOR(pg_catalog.=) {parameters})"

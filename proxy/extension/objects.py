@@ -34,6 +34,7 @@ from proxy.api.functions import (
 )
 from proxy.extension import bodies, privileges
 from proxy.extension.installed import COMPOSITE, TAG, type_name
+from proxy.extension.texts import sql
 from proxy.sql.text import EXECUTOR_ROLE, literal
 
 _SCHEMA: Final = "<extschema>"
@@ -56,24 +57,8 @@ _TYPE_NAMES: Final = {
 }
 _NAME: Final = Type("name", 19, 64)
 
-# A dump has no roles, but GRANTs to ours, and these come last. So something before them must make
-# the role where it is not: what is given as an aggregate's first state is checked when the
-# aggregate is created, here by the condition of a domain.
 RESTORED: Final = f"{OWN}._pg_background_restored"
-_MAKES_ROLE_ON_RESTORE: Final = (
-    f"CREATE FUNCTION {OWN}._pg_background_make_role(pg_catalog.text) RETURNS pg_catalog.bool"
-    " LANGUAGE plpgsql AS $body$BEGIN IF NOT EXISTS(SELECT 1 FROM pg_catalog.pg_roles r"
-    " WHERE r.rolname OPERATOR(pg_catalog.=) $1) THEN"
-    f" CREATE ROLE {EXECUTOR_ROLE} NOLOGIN; END IF; RETURN true;"
-    f" EXCEPTION WHEN OTHERS THEN RETURN true; END {TAG}\n$body$",
-    f"CREATE DOMAIN {RESTORED} AS pg_catalog.text CHECK ({OWN}._pg_background_make_role(VALUE))",
-    f"CREATE FUNCTION {RESTORED}({RESTORED}, {RESTORED}) RETURNS {RESTORED}"
-    f" LANGUAGE sql IMMUTABLE AS $body$SELECT $1 {TAG}\n$body$",
-    f"CREATE AGGREGATE {RESTORED}({RESTORED})"
-    f" (SFUNC = {RESTORED}, STYPE = {RESTORED}, INITCOND = '{EXECUTOR_ROLE}')",
-    f"COMMENT ON AGGREGATE {RESTORED}({RESTORED}) IS"
-    f" 'Makes the role {EXECUTOR_ROLE} where a dump is restored.'",
-)
+"""The domain and the aggregate that make the role where a dump is restored: see make_role.sql."""
 
 
 @functools.cache
@@ -88,7 +73,7 @@ def script(api: int, server_version: int) -> str:
     views = list(_views(server_version))
     commands = [
         *bodies.helpers(schema=_SCHEMA, server_version=server_version),
-        *_MAKES_ROLE_ON_RESTORE,
+        sql("make_role", schema=OWN, restored=RESTORED, executor=EXECUTOR_ROLE, tag=TAG),
         *(definition for _, definition, _ in functions),
         *(definition for _, definition, _ in views),
         *(f"COMMENT ON FUNCTION {name} IS {comment}" for name, _, comment in functions),

@@ -1,7 +1,8 @@
-"""The SQL in `sql/`: functions that CREATE EXTENSION makes, and bodies of the API's functions.
+"""The SQL in `sql/`: what CREATE EXTENSION makes, the commands for it, and queries about it.
 
 Invariant: a placeholder, ``@{word}``, is replaced by what its caller gives for it, which is not
-searched for placeholders again. A file's first comment is about the file, and not part of the SQL.
+searched for placeholders again; or else by the file of that name, with the same words. A file's
+first comment is about the file, and not part of the SQL.
 """
 
 from __future__ import annotations
@@ -18,9 +19,14 @@ _OPENING: Final = re.compile(r"\A(?:--.*\n)+\n")
 def sql(name: str, **words: str) -> str:
     """The text of ``sql/<name>.sql``.
 
-    Raises KeyError for a placeholder that is not among the words.
+    Raises FileNotFoundError for a placeholder that is neither among the words nor a file.
     """
-    return _PLACEHOLDER.sub(lambda found: words[found[1]], _text(name))
+
+    def replacement(found: re.Match[str]) -> str:
+        word = found[1]
+        return words[word] if word in words else sql(word, **words)
+
+    return _PLACEHOLDER.sub(replacement, _text(name))
 
 
 @functools.cache
