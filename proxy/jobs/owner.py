@@ -143,7 +143,7 @@ class Owner(ABC):
         logger.debug("launched %r", job)
 
     def drop(self, job: Job) -> None:
-        """Stop a job whose launch was interrupted: its caller never learned of it."""
+        """Stop a job whose launch or fetch was interrupted, and that no caller can ask for."""
         self.jobs.remove(job)
         if not job.finished:
             self.service.cancel(job)

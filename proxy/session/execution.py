@@ -239,8 +239,7 @@ class Execution:
     def _interrupted(self, job: Job) -> None:
         """The fetch was interrupted. Cancel the job if no other way leads to it."""
         if not (job.has_handle or job.finished):
-            self._batch.session.jobs.remove(job)
-            self._batch.session.service.cancel(job)
+            self._batch.session.drop(job)
 
     async def _call(
         self, portal: Portal, statement: FunctionResult, arguments: bytes | None
