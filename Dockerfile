@@ -7,13 +7,16 @@ COPY pyproject.toml requirements.lock README.md LICENSE ./
 COPY protocol protocol
 COPY proxy proxy
 RUN pip install --no-cache-dir --only-binary :all: --require-hashes -r requirements.lock \
-    && pip install --no-cache-dir --no-deps --no-build-isolation . \
+    && pip install --no-cache-dir --no-deps --no-build-isolation '.[admin]' \
     && pip uninstall --yes setuptools \
     && rm -rf /src \
-    && useradd --system --uid 6543 --no-create-home --shell /usr/sbin/nologin pgbg
+    && groupadd --system --gid 6543 pgbg \
+    && useradd --system --uid 6543 --gid 6543 --no-create-home --shell /usr/sbin/nologin pgbg
 
+# It writes nothing, so the root file system may be read-only. By number, since Kubernetes cannot
+# tell otherwise that this is not root.
 WORKDIR /
-USER pgbg
-EXPOSE 6543
+USER 6543:6543
+EXPOSE 6543 6544
 ENTRYPOINT ["pg-background-proxy"]
 CMD ["serve", "--listen", "*:6543"]

@@ -1,8 +1,8 @@
 """``python -m bench``: the proxy measured beside PgBouncer, a direct connection, the extension.
 
 Each measure is a file with a ``run(bench)``: `select_only`, `bulk`, `connecting`, `launching`,
-`sustained`, `rows`, `memory`, `scaling`. They share the `harness` (turns and rounds), the `targets`
-(what is measured) and the `results` (numbers, compared with the `goals`).
+`history`, `sustained`, `rows`, `memory`, `scaling`. They share the `harness` (turns and rounds),
+the `targets` (what is measured) and the `results` (numbers, compared with the `goals`).
 
 Invariant: only values measured in the same run, in turns, are compared.
 """

@@ -24,6 +24,7 @@ import psutil
 from bench import (
     bulk,
     connecting,
+    history,
     launching,
     memory,
     plots,
@@ -32,6 +33,7 @@ from bench import (
     scaling,
     select_only,
     sustained,
+    watched,
 )
 from bench.effort import FULL, QUICK, TRIAL, Effort
 from bench.harness import FAILURES, Bench, Progress
@@ -42,9 +44,11 @@ FOLDER: Final = Path(__file__).parent / "results"
 
 MEASURES: Final[dict[str, Callable[[Bench], None]]] = {
     "launch": launching.run,
+    "history": history.run,
     "rows": rows.run,
     "bulk": bulk.run,
     "pgbench": select_only.run,
+    "watched": watched.run,
     "connecting": connecting.run,
     "sustained": sustained.run,
     "memory": memory.run,

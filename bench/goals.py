@@ -10,12 +10,17 @@ from typing import Final
 from bench.launching import PACES
 from bench.results import (
     BANDWIDTH,
+    CONNECTIONS,
     CPU_TRANSACTION,
     DIRECT,
+    EXTENSION,
+    LAUNCHES,
     MEDIAN,
     MEMORY,
     PGBOUNCER,
+    PLAIN,
     PROXY,
+    SERVER_CPU_JOB,
     TIME,
     TPS,
     Metric,
@@ -63,20 +68,26 @@ GOALS: Final = (
         goal
         for mode in ("simple", "prepared")
         for goal in (
-            Goal("pgbench", f"*-M {mode} -c 8", TPS, PGBOUNCER, 1.0, at_least=True),
-            Goal("pgbench", f"*-M {mode} -c 8", CPU_TRANSACTION, PGBOUNCER, 1.0),
+            Goal("pgbench", f"*-M {mode} -c 8", TPS, PGBOUNCER, 0.95, at_least=True),
+            Goal("pgbench", f"*-M {mode} -c 8", CPU_TRANSACTION, PGBOUNCER, 1.1),
         )
     ),
+    Goal("watched", "*", TPS, PLAIN, 0.98, at_least=True),
+    Goal("watched", "*", CPU_TRANSACTION, PLAIN, 1.02),
     Goal("bulk", "*", BANDWIDTH, DIRECT, 0.95, at_least=True),
     *(
         goal
         for pace in PACES
         for goal in (
-            Goal("launch", f"launch, {pace}", MEDIAN, DIRECT, 0.2),
-            Goal("launch", f"launch, then result, {pace}", MEDIAN, DIRECT, 0.3),
+            Goal("launch", f"launch, {pace}", MEDIAN, EXTENSION, 0.6),
+            Goal("launch", f"launch, then result, {pace}", MEDIAN, EXTENSION, 0.5),
+            Goal("launch", f"launch and detach in PL/pgSQL, {pace}", MEDIAN, EXTENSION, 1.0),
+            Goal("launch", f"launch, then result, {pace}", SERVER_CPU_JOB, DIRECT, 1.2),
         )
     ),
-    Goal("rows", "*pg_background_result", TIME, DIRECT, 1.1),
+    Goal("sustained", "*", LAUNCHES, EXTENSION, 1.5, at_least=True),
+    Goal("connecting", "*", CONNECTIONS, DIRECT, 0.9, at_least=True),
+    Goal("rows", "*pg_background_result", TIME, DIRECT, 1.05),
     Goal("memory", "* idle", MEMORY, None, 24),
 )
 

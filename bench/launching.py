@@ -1,8 +1,12 @@
 """How long a launch takes, beside what a program without pg_background does: open a connection.
 
-Each block is a series of launches, back to back (spares run out, and are opened while we wait) or
-paced (there is time to open them, as with a user at work). The yardstick is a fresh
-connection and ``SELECT 1`` on it, to the server directly. Times are measured in the client.
+Each block is a series of launches, back to back or paced (there is time to prepare for the next, as
+with a user at work). The yardstick is a fresh connection and ``SELECT 1`` on it, to the server
+directly. Times are measured in the client; CPU time is that of all server processes, and of the
+proxy, over a block.
+
+The proxy is measured twice: as it is, when a session's jobs share a backend, and with a new backend
+for each job, as every first job of a session has it.
 """
 
 from __future__ import annotations
@@ -10,32 +14,65 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from bench.client import Session
 from bench.harness import Bench, Turn, percentile
-from bench.results import DIRECT, MEDIAN, P99, Outcome
-from bench.targets import Target
+from bench.results import ALONE, CPU_JOB, DIRECT, MEDIAN, P99, SERVER_CPU_JOB, Outcome
+from bench.targets import Target, Usage, proxy
 
 LAUNCH: Final = "SELECT pg_background_launch('SELECT 1')"
 PACES: Final = {"back to back": 0.0, "10 ms apart": 0.01}
 WARM_UP: Final = 3
+AFTERWARDS: Final = 0.05
+"""Seconds until what a block has begun is over."""
+
+INSIDE: Final = "bench_inside"
+"""A database with the extension, functions and a table."""
+SET_UP: Final = (
+    "CREATE EXTENSION IF NOT EXISTS pg_background",
+    "CREATE TABLE IF NOT EXISTS bench_log (at timestamptz, what text)",
+    "CREATE TABLE IF NOT EXISTS bench_account (id int, balance int)",
+    "CREATE OR REPLACE FUNCTION bench_launch() RETURNS void LANGUAGE plpgsql AS"
+    " 'BEGIN PERFORM pg_background_detach(pg_background_launch(''SELECT 1'')); END'",
+    "CREATE OR REPLACE FUNCTION bench_audit() RETURNS trigger LANGUAGE plpgsql AS"
+    " 'BEGIN PERFORM pg_background_detach(pg_background_launch("
+    "format(''INSERT INTO bench_log VALUES (now(), %L)'', NEW.id))); RETURN NEW; END'",
+    "DROP TRIGGER IF EXISTS bench_audit ON bench_account",
+    "CREATE TRIGGER bench_audit BEFORE INSERT ON bench_account"
+    " FOR EACH ROW EXECUTE PROCEDURE bench_audit()",
+)
 
 
 def run(bench: Bench) -> None:
     """Each kind, at each pace."""
-    for pace, pause in PACES.items():
-        cases = {f"{kind}, {pace}": block for kind, block in KINDS.items()}
-        turns = [
-            Turn(tuple(cases), DIRECT, partial(_fresh, bench.targets.direct, bench, pause)),
-            *(
-                Turn((case,), target.name, partial(_launches, target, block, bench, pause))
-                for case, block in cases.items()
-                for target in bench.targets.launchers()
-            ),
-        ]
-        bench.alternate(turns)
+    with proxy(bench.targets.direct, "--reuse-lifetime", "0") as alone:
+        launchers = [*bench.targets.launchers(), replace(alone, name=ALONE)]
+        inside = [_inside(bench, target) for target in launchers]
+        for pace, pause in PACES.items():
+            kinds = [(kind, block, launchers) for kind, block in KINDS.items()]
+            kinds += [(kind, block, inside) for kind, block in KINDS_INSIDE.items()]
+            cases = tuple(f"{kind}, {pace}" for kind, *_ in kinds)
+            direct = bench.targets.direct
+            turns = [Turn(cases, DIRECT, partial(_fresh, bench, direct, pause))]
+            for case, (_, block, targets) in zip(cases, kinds, strict=True):
+                turns += [
+                    Turn((case,), target.name, partial(launches, bench, target, block, pause))
+                    for target in targets
+                ]
+            bench.alternate(turns)
+
+
+def _inside(bench: Bench, target: Target) -> Target:
+    """The same, where functions in the database may call; the C extension is where it is."""
+    if target is not bench.targets.extension:
+        target = target.has(INSIDE)
+    with target.connect() as session:
+        for sql in SET_UP:
+            session.value(sql)
+    return target
 
 
 def launch(session: Session) -> float:
@@ -61,15 +98,28 @@ def launch_and_detach(session: Session) -> float:
     return time.perf_counter() - started
 
 
+def statement(sql: str, session: Session) -> float:
+    """One statement, in which the database launches and detaches a job."""
+    started = time.perf_counter()
+    session.value(sql)
+    return time.perf_counter() - started
+
+
 def result(session: Session, pid: str) -> None:
     """Fetches the job's one row."""
     session.value(f"SELECT * FROM pg_background_result({pid}) AS (n int)")
 
 
-KINDS: Final[dict[str, Callable[[Session], float]]] = {
+Block = Callable[[Session], float]
+
+KINDS: Final[dict[str, Block]] = {
     "launch": launch,
     "launch, then result": launch_and_result,
     "launch, then detach": launch_and_detach,
+}
+KINDS_INSIDE: Final[dict[str, Block]] = {
+    "launch and detach in PL/pgSQL": partial(statement, "SELECT bench_launch()"),
+    "audit row by a trigger": partial(statement, "INSERT INTO bench_account VALUES (1, 2)"),
 }
 
 
@@ -81,22 +131,32 @@ def fresh_connection(target: Target) -> float:
         return time.perf_counter() - started
 
 
-def _fresh(target: Target, bench: Bench, pause: float) -> Outcome:
-    return _block(lambda: fresh_connection(target), bench.effort.launches, pause)
+def _fresh(bench: Bench, target: Target, pause: float) -> Outcome:
+    return _block(bench, target, lambda: fresh_connection(target), pause)
 
 
-def _launches(
-    target: Target, once: Callable[[Session], float], bench: Bench, pause: float
-) -> Outcome:
+def launches(bench: Bench, target: Target, once: Block, pause: float) -> Outcome:
+    """One block of a series, in a session of its own."""
     with target.connect() as session:
-        return _block(lambda: once(session), bench.effort.launches, pause)
+        return _block(bench, target, lambda: once(session), pause)
 
 
-def _block(once: Callable[[], float], count: int, pause: float) -> Outcome:
-    times = []
-    for number in range(WARM_UP + count):
+def _block(bench: Bench, target: Target, once: Callable[[], float], pause: float) -> Outcome:
+    for _ in range(WARM_UP):
         time.sleep(pause)
-        elapsed = once() * 1000
-        if number >= WARM_UP:
-            times.append(elapsed)
-    return {MEDIAN: statistics.median(times), P99: percentile(times, 0.99)}
+        once()
+    time.sleep(AFTERWARDS)
+    pid = bench.targets.server_pid
+    server, between = None if pid is None else Usage.of(pid), target.usage()
+    times = []
+    for _ in range(bench.effort.launches):
+        time.sleep(pause)
+        times.append(once() * 1000)
+    time.sleep(AFTERWARDS)
+    outcome = {MEDIAN: statistics.median(times), P99: percentile(times, 0.99)}
+    jobs = len(times)
+    if pid is not None and server is not None:
+        outcome[SERVER_CPU_JOB] = (Usage.of(pid).cpu - server.cpu) * 1000 / jobs
+    if (after := target.usage()) is not None and between is not None:
+        outcome[CPU_JOB] = (after.cpu - between.cpu) * 1000 / jobs
+    return outcome

@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from bench.results import DIRECT, EXTENSION, PGBOUNCER, PROXY, YARDSTICKS, Metric, Results, Spread
+from bench.results import (
+    ALONE,
+    DIRECT,
+    EXTENSION,
+    PGBOUNCER,
+    PLAIN,
+    PROXY,
+    YARDSTICKS,
+    Metric,
+    Results,
+    Spread,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,6 +24,8 @@ if TYPE_CHECKING:
 COLOURS: Final = {
     DIRECT: "#8a8a8a",
     PROXY: "#d1495b",
+    ALONE: "#e8a2ab",
+    PLAIN: "#e8a2ab",
     PGBOUNCER: "#30638e",
     EXTENSION: "#edae49",
 }

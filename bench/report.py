@@ -7,17 +7,33 @@ from pathlib import Path
 from typing import Final
 
 from bench import goals
-from bench.results import DIRECT, PGBOUNCER, TARGETS, YARDSTICKS, Metric, Results, Spread
+from bench.results import (
+    DIRECT,
+    EXTENSION,
+    PGBOUNCER,
+    PLAIN,
+    YARDSTICKS,
+    Metric,
+    Results,
+    Spread,
+)
 
 _NONE: Final = "–"
-_PROXY_OVER: Final = {DIRECT: "÷ direct", PGBOUNCER: "÷ PgBouncer"}
+_PROXY_OVER: Final = {
+    DIRECT: "÷ direct",
+    PGBOUNCER: "÷ PgBouncer",
+    EXTENSION: "÷ extension",
+    PLAIN: "÷ all off",
+}
 
 
 def terminal(results: Results) -> str:
     """Every measured row: medians, ratios with their range, goals."""
     blocks = [_about(results)]
     for measure in results.measures():
-        head = (f"{measure}{_yardstick(measure)}", "", *TARGETS, *_PROXY_OVER.values(), "goal", "")
+        targets = results.targets(measure)
+        over = [text for target, text in _PROXY_OVER.items() if target in targets]
+        head = (f"{measure}{_yardstick(measure)}", "", *targets, *over, "goal", "")
         rows = [_row(results, *row) for row in results.rows(measure)]
         blocks.append(_aligned(head, rows))
     if results.notes:
@@ -53,11 +69,13 @@ def _about(results: Results) -> str:
 
 def _row(results: Results, measure: str, case: str, metric: Metric) -> list[str]:
     verdict = goals.verdict(results, measure, case, metric)
+    targets = results.targets(measure)
+    over = [target for target in _PROXY_OVER if target in targets]
     return [
         case,
         str(metric),
-        *(_number(results.median(measure, case, metric, target)) for target in TARGETS),
-        *(_ratio(results.ratio(measure, case, metric, over)) for over in _PROXY_OVER),
+        *(_number(results.median(measure, case, metric, target)) for target in targets),
+        *(_ratio(results.ratio(measure, case, metric, target)) for target in over),
         "" if verdict is None else str(verdict.goal),
         "" if verdict is None else _said(verdict),
     ]

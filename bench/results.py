@@ -18,7 +18,11 @@ DIRECT: Final = "direct"
 PROXY: Final = "proxy"
 PGBOUNCER: Final = "PgBouncer"
 EXTENSION: Final = "extension"
-TARGETS: Final = (DIRECT, PROXY, PGBOUNCER, EXTENSION)
+ALONE: Final = "no reuse"
+"""The proxy with a new backend for each job."""
+PLAIN: Final = "all off"
+"""The proxy without a log, metrics and the like."""
+TARGETS: Final = (DIRECT, PROXY, ALONE, PLAIN, PGBOUNCER, EXTENSION)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ TPS: Final = Metric("throughput", "transactions/s")
 MEDIAN: Final = Metric("median", "ms")
 P99: Final = Metric("99th percentile", "ms")
 CPU_TRANSACTION: Final = Metric("CPU of the proxy", "µs/transaction")
+CPU_JOB: Final = Metric("CPU of the proxy", "ms/job")
+SERVER_CPU_JOB: Final = Metric("CPU of the server", "ms/job")
 CPU_MEGABYTE: Final = Metric("CPU of the proxy", "ms/MB")
 BANDWIDTH: Final = Metric("throughput", "MB/s")
 CONNECTIONS: Final = Metric("throughput", "connections/s")

@@ -2,20 +2,21 @@
 
 Each pgbench transaction launches a job and fetches its result, so the figure is completed jobs. The
 yardstick is a fresh connection to the server and ``SELECT 1`` on it: a backend for each job cannot
-be faster than the server starts backends.
+be faster than the server starts backends. The proxy is measured with one, too.
 """
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from bench import connecting, pgbench
 from bench.harness import Bench, Turn
-from bench.results import CONNECTIONS, DIRECT, LAUNCHES, Outcome
-from bench.targets import Target
+from bench.results import ALONE, CONNECTIONS, DIRECT, LAUNCHES, Outcome
+from bench.targets import Target, proxy
 
 CASE: Final = "launch and result, 4 sessions, no pause"
 SCRIPT: Final = """\
@@ -26,14 +27,13 @@ SELECT * FROM pg_background_result(:pid) AS (n int);
 
 def run(bench: Bench) -> None:
     """One long round."""
-    turns = [
-        Turn((CASE,), DIRECT, partial(_yardstick, bench)),
-        *(
-            Turn((CASE,), target.name, partial(_load, bench, target))
-            for target in bench.targets.launchers()
-        ),
-    ]
-    bench.alternate(turns, rounds=1)
+    with proxy(bench.targets.direct, "--reuse-lifetime", "0") as alone:
+        targets = [*bench.targets.launchers(), replace(alone, name=ALONE)]
+        turns = [
+            Turn((CASE,), DIRECT, partial(_yardstick, bench)),
+            *(Turn((CASE,), target.name, partial(_load, bench, target)) for target in targets),
+        ]
+        bench.alternate(turns, rounds=1)
 
 
 def _yardstick(bench: Bench) -> Outcome:

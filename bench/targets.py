@@ -95,10 +95,20 @@ class Target:
         """What the process in between has used; None without one."""
         return None if self.pid is None else Usage.of(self.pid)
 
+    def has(self, dbname: str) -> Target:
+        """The same in another database, which is created if it is not there."""
+        with psycopg.connect(self.conninfo(), autocommit=True) as connection:
+            if not connection.execute(
+                "SELECT 1 FROM pg_database WHERE datname = %s", [dbname]
+            ).fetchone():
+                connection.execute(f"CREATE DATABASE {dbname}")
+        return replace(self, dbname=dbname)
+
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process and its children have used so far: CPU seconds, resident bytes."""
+    """What a process and its children have used so far, those included that have ended: CPU
+    seconds, resident bytes."""
 
     cpu: float
     memory: int
@@ -111,7 +121,7 @@ class Usage:
         for process in (parent, *parent.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
-                cpu += times.user + times.system
+                cpu += times.user + times.system + times.children_user + times.children_system
                 memory += process.memory_info().rss
         return cls(cpu, memory)
 
@@ -145,6 +155,7 @@ class Targets:
     proxy: Target = field(init=False)
     pgbouncer: Target | None = field(init=False, default=None)
     extension: Target | None = field(init=False, default=None)
+    server_pid: int | None = None
 
     @property
     def pgbench(self) -> str:
@@ -206,7 +217,8 @@ def proxy(server: Target, *options: str) -> Iterator[Target]:
             options = ("--passfile", str(passfile), *options)
         upstream = f"host={server.host} port={server.port} sslmode=disable"
         # 2 seconds: sessions that we have given up must not delay the end.
-        process = stack.enter_context(Proxy(upstream, "--shutdown-timeout", "2s", *options))
+        own = ("--shutdown-timeout", "2s", "--spare-lifetime", "60s")
+        process = stack.enter_context(Proxy(upstream, *own, *options))
         yield replace(server, name=PROXY, host="127.0.0.1", port=process.port, pid=process.pid)
 
 
@@ -315,7 +327,8 @@ def _own_server(options: Options, stack: contextlib.ExitStack) -> Targets:
     with psycopg.connect(direct.conninfo(), autocommit=True) as connection:
         connection.execute("SET password_encryption = 'scram-sha-256'")
         connection.execute(f"CREATE ROLE {SCRAM_ROLE} LOGIN PASSWORD '{SCRAM_PASSWORD}'")
-    return Targets(options, direct, cluster.version, cluster.bin, own_server=True)
+    pid = int((cluster.data / "postmaster.pid").read_text().split()[0])
+    return Targets(options, direct, cluster.version, cluster.bin, own_server=True, server_pid=pid)
 
 
 def _running_server(options: Options, uri: str) -> Targets:

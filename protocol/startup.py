@@ -24,8 +24,7 @@ class StartupMessage:
     Attributes:
         parameters: ``user``, ``database``, ``options``, and settings, in the order of the wire.
             If one comes twice, the last counts, as in PostgreSQL.
-        version: major and minor version of the protocol. For a major version other than 3 the
-            parameters are not parsed, and empty.
+        version: major and minor version of the protocol; the major version is 3.
     """
 
     parameters: dict[bytes, bytes]
@@ -71,7 +70,15 @@ class CancelRequest:
         return _packet(self.code, wire.int32(self.pid) + self.secret_key)
 
 
-StartupPacket = StartupMessage | SSLRequest | GSSENCRequest | CancelRequest
+@dataclass(frozen=True, slots=True)
+class RefusedStartup:
+    """What every server refuses with an error: a StartupMessage of another major version than 3, or
+    one whose list of parameters does not end where the packet does."""
+
+    version: tuple[int, int]
+
+
+StartupPacket = StartupMessage | SSLRequest | GSSENCRequest | CancelRequest | RefusedStartup
 
 
 def startup_packet_length(header: bytes) -> int:
@@ -90,7 +97,7 @@ def parse_startup_packet(body: bytes) -> StartupPacket:
     """The packet with this body (what follows the length word).
 
     Raises:
-        ProtocolViolation: it is malformed.
+        ProtocolViolation: it is one that a server leaves unanswered.
     """
     if len(body) > MAX_STARTUP_PACKET_LENGTH:
         raise ProtocolViolation("invalid length of startup packet")
@@ -101,22 +108,28 @@ def parse_startup_packet(body: bytes) -> StartupPacket:
 
 
 def _read(reader: Reader, code: tuple[int, int]) -> StartupPacket:
-    if code == SSLRequest.code:
-        return SSLRequest()
-    if code == GSSENCRequest.code:
-        return GSSENCRequest()
     if code == CancelRequest.code:
         pid, secret_key = reader.int32(), reader.rest()
         if len(secret_key) > MAX_SECRET_KEY_LENGTH:
             raise ProtocolViolation(f"a secret key of {len(secret_key)} bytes")
         return CancelRequest(pid, secret_key)
-    if code[0] != 3:
-        reader.rest()
-        return StartupMessage({}, code)
-    parameters = {}
-    while name := reader.string():
-        parameters[name] = reader.string()
-    return StartupMessage(parameters, code)
+    rest = reader.rest()
+    if code == SSLRequest.code:
+        return SSLRequest()  # whatever follows the code
+    if code == GSSENCRequest.code:
+        return GSSENCRequest()
+    parameters = _parameters(rest) if code[0] == 3 else None
+    return RefusedStartup(code) if parameters is None else StartupMessage(parameters, code)
+
+
+def _parameters(data: bytes) -> dict[bytes, bytes] | None:
+    """Names and values; None if they end too early or too late. As in a server, the last byte is
+    the terminator, whatever it is."""
+    *strings, end = data[:-1].split(b"\0")
+    names, values = strings[::2], strings[1::2]
+    if not data or end or len(names) != len(values) or b"" in names:
+        return None
+    return dict(zip(names, values, strict=True))
 
 
 def _packet(code: tuple[int, int], body: bytes = b"") -> bytes:

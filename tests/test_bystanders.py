@@ -131,6 +131,9 @@ ATTACKS: Final[dict[str, list[str]]] = {
     "a job of many reports": [
         "SELECT pg_background_launch('" + "SELECT pg_background_progress(1); " * 3000 + "')"
     ],
+    "a job of 100 MB": [
+        "SELECT pg_background_launch('SELECT length($a$' || repeat('x''y\\', 25000000) || '$a$)')"
+    ],
     "many that are not served": [";".join(["SELECT 1 + pg_background_launch('x')"] * 1100)],
 }
 

@@ -333,6 +333,10 @@ NOT_ON_18 = {
     # Its implicit transaction goes on to Sync; ours ends with the Query.
     "a query with a call in the middle of a batch": "known difference: ReadyForQuery says T",
 }
+NOT_ON_19 = {
+    # Where the functions exist, the server says which of their arguments do not fit.
+    "functions that do not exist": "known difference: DETAIL says that there is no such function",
+}
 
 
 def comparable(messages: list[m.BackendMessage]) -> list[m.BackendMessage]:
@@ -404,6 +408,8 @@ def test_calls_are_answered_as_functions_are(
 ) -> None:
     if server.version >= 180000 and name in NOT_ON_18:
         pytest.skip(NOT_ON_18[name])
+    if server.version >= 190000 and name in NOT_ON_19:
+        pytest.skip(NOT_ON_19[name])
     with Frontend(server, database=native) as client:
         client.query("TRUNCATE log")
         direct = record(client, SCRIPTS[name], waiting=waiting)
@@ -582,11 +588,14 @@ async def test_asyncpg_gets_each_type_in_binary(proxy: Proxy) -> None:
             assert list(row) == [value for _, _, value in TYPES]
 
 
-async def test_asyncpg_is_told_what_has_no_binary_form(proxy: Proxy) -> None:
+async def test_asyncpg_gets_types_that_only_the_server_has_in_binary(proxy: Proxy) -> None:
+    sql = "SELECT int4range(n, 9), point(n, 2), n::bit(3), ARRAY[int4range(1, n)], 'x'::tsvector"
+    listed = "r int4range, p point, b bit(3), a int4range[], v tsvector"
+    sql += " FROM generate_series(1, 3) n"
     async with asyncpg_connection(proxy) as connection:
-        pid = await connection.fetchval("SELECT pg_background_launch('SELECT int4range(1, 2)')")
-        with pytest.raises(asyncpg.FeatureNotSupportedError):
-            await connection.fetch("SELECT * FROM pg_background_result($1) AS (r int4range)", pid)
+        pid = await connection.fetchval("SELECT pg_background_launch($1)", sql)
+        ours = await connection.fetch(f"SELECT * FROM pg_background_result($1) AS ({listed})", pid)
+        assert [tuple(row) for row in ours] == [tuple(row) for row in await connection.fetch(sql)]
         assert await connection.fetchval("SELECT 1") == 1
 
 

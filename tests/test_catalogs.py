@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import psycopg
 import pytest
 
 from proxy.extension import catalogs
 from tests.conftest import StartProxy
 from tests.support.api_clients import Gate
-from tests.support.background import failure, launch, message
+from tests.support.background import failure, launch, message, wait_until
 from tests.support.servers import Connection, Proxy, psql
 
 pytestmark = pytest.mark.every_server
@@ -79,11 +80,19 @@ def test_parameters_and_prepared_statements(conn: Connection, installed: None) -
         "SELECT extract(year FROM pg_extension) FROM (SELECT now() AS pg_extension) a",
         "SELECT 1 IS DISTINCT FROM pg_extension FROM (SELECT 2 AS pg_extension) a",
         "EXPLAIN (COSTS off) SELECT * FROM pg_extension",
+        "WITH pg_extension(x) AS (VALUES (1)) SELECT x FROM pg_extension",
+        "WITH pg_stat_activity(pid) AS (VALUES (1)) SELECT * FROM pg_stat_activity",
+        "WITH pg_extension (x, y) AS MATERIALIZED (VALUES (1, 2)) SELECT * FROM pg_extension",
+        "WITH RECURSIVE pg_extension(x) AS (VALUES (1) UNION SELECT x + 1 FROM pg_extension"
+        " WHERE x < 3) SELECT count(*) FROM pg_extension",
+        'WITH U&"pg\\005fextension" (x) AS (VALUES (1)) SELECT x FROM pg_extension',
     ],
 )
 def test_what_is_not_certain_is_as_direct(
     conn: Connection, observer: Connection, installed: None, query: str
 ) -> None:
+    if "MATERIALIZED" in query and conn.info.server_version < 120000:
+        pytest.skip("AS MATERIALIZED came with 12")
     assert rows(conn, query) == rows(observer, query)
 
 
@@ -190,6 +199,124 @@ def test_definitions_are_the_clients_own(
             through = stored
         link.execute("DROP VIEW seen; DROP MATERIALIZED VIEW kept; DROP FUNCTION looks()")
     assert through == stored
+
+
+BACKEND_TYPE = "SELECT backend_type FROM pg_stat_activity WHERE pid = {}"
+
+
+def test_backend_type_goes_by_pid(conn: Connection, gate: Gate) -> None:
+    pid = launch(conn, f"SET application_name = 'nightly'; {gate.sql}")
+    wait_until(
+        lambda: (
+            rows(conn, f"SELECT application_name FROM pg_stat_activity WHERE pid = {pid}")
+            == [("nightly",)]
+        )
+    )
+    conn.execute("SET application_name = 'pg_background'")
+    own = BACKEND_TYPE.format("pg_backend_pid()")
+    for ask in (rows, lambda conn, query: conn.execute(query, prepare=False).fetchall()):
+        assert ask(conn, BACKEND_TYPE.format(pid)) == [("pg_background",)]
+        assert ask(conn, own) == [("client backend",)]
+    conn.execute("RESET application_name")
+    gate.open()
+
+
+def test_prepared_query_finds_later_jobs(conn: Connection, gate: Gate) -> None:
+    query = BACKEND_TYPE.format("%s")
+    [[own]] = rows(conn, "SELECT pg_backend_pid()")
+    assert conn.execute(query, [own], prepare=True).fetchall() == [("client backend",)]
+    pid = launch(conn, gate.sql)
+    assert conn.execute(query, [pid], prepare=True).fetchall() == [("pg_background",)]
+    gate.open()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT count(*) FROM pg_stat_activity WHERE query = %(text)s",
+        "SELECT count(*) FROM pg_stat_activity WHERE query = %(text)s"
+        " AND backend_type = 'client backend' /* {} */",
+        "SELECT count(*) FROM (SELECT * FROM pg_stat_activity) a WHERE query = %(text)s /* {} */",
+        "SELECT count(*) FROM pg_stat_activity a WHERE (to_json(a) ->> 'query') = %(text)s",
+    ],
+)
+@pytest.mark.parametrize("filler", ["", "x" * 2000, "ä" * 2000, "x" + "€" * 400])
+def test_query_of_ones_own_is_ones_own(
+    conn: Connection, observer: Connection, gate: Gate, query: str, filler: str
+) -> None:
+    launch(conn, gate.sql)
+    query = query.replace("{}", filler)
+    for link in (conn, observer):
+        query += "\n"  # not what the other one has asked
+        text = query.replace("%(text)s", "$1")
+        shown = link.execute(
+            "SELECT left(%(text)s, n) FROM generate_series(1023, 0, -1) n"
+            " WHERE octet_length(left(%(text)s, n)) < 1024 LIMIT 1",
+            {"text": text},
+        ).fetchall()
+        found = link.execute(query.encode(), {"text": shown[0][0]}, prepare=True).fetchall()
+        assert found == [(1,)]
+    gate.open()
+
+
+def test_whole_message_is_the_query(conn: Connection, gate: Gate) -> None:
+    launch(conn, gate.sql)
+    text = " SELECT 1; SELECT query, * FROM pg_stat_activity WHERE pid = pg_backend_pid() ; "
+    cursor = conn.execute(text.encode())
+    cursor.nextset()
+    [row] = cursor.fetchall()
+    assert row[0] == text
+    gate.open()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT e.extname, e.extversion, count(*) FROM pg_extension e JOIN pg_depend d"
+        " ON d.refobjid = e.oid GROUP BY e.oid",
+        "SELECT e.oid AS o, e.extname FROM pg_extension e GROUP BY o",
+        "SELECT e.oid, e.extname FROM pg_extension e GROUP BY 1",
+    ],
+)
+def test_groups_by_the_primary_key(conn: Connection, observer: Connection, query: str) -> None:
+    assert outcome(conn, query) == outcome(observer, query)
+
+
+@pytest.mark.parametrize("relation", ["pg_stat_activity", "pg_extension"])
+def test_whole_rows_are_of_the_relations_type(
+    conn: Connection, gate: Gate, installed: None, relation: str
+) -> None:
+    launch(conn, gate.sql)
+    for item in (relation, f"{relation} a", f"pg_catalog.{relation} AS a"):
+        alias = "a" if item.endswith("a") else relation
+        query = f"SELECT DISTINCT pg_typeof({alias})::text FROM {item}"
+        assert rows(conn, query) == [(relation,)]
+    gate.open()
+
+
+def outcome(conn: Connection, query: str) -> object:
+    try:
+        return sorted(rows(conn, query))
+    except psycopg.Error as error:
+        return error.sqlstate, message(error)
+
+
+def test_view_for_definitions(
+    proxy: Proxy, conn: Connection, observer: Connection, installed: None, gate: Gate
+) -> None:
+    """In functions, on direct connections too, and for roles that were granted nothing."""
+    conn.execute(
+        "CREATE FUNCTION public.is_job(int) RETURNS bool LANGUAGE sql AS $$ SELECT EXISTS(SELECT"
+        " FROM pg_background_stat_activity WHERE backend_type = 'pg_background' AND pid = $1) $$"
+    )
+    pid = launch(conn, gate.sql)
+    query = f"SELECT public.is_job({pid}), public.is_job(pg_backend_pid())"
+    assert rows(conn, query) == rows(observer, query) == [(True, False)]
+    observer.execute("CREATE ROLE nobody_special")
+    observer.execute("SET ROLE nobody_special")
+    assert rows(observer, "SELECT count(*) > 0 FROM pg_background_stat_activity") == [(True,)]
+    observer.execute("RESET ROLE; DROP ROLE nobody_special; DROP FUNCTION public.is_job(int)")
+    gate.open()
 
 
 # --- turned off ------------------------------------------------------------------------------

@@ -83,11 +83,15 @@ def test_a_taken_port_is_one_line_and_exit_code_1(server: Server) -> None:
     assert re.search("address already in use", failures[0], re.IGNORECASE)
 
 
-def test_an_unreachable_upstream_is_one_line_and_exit_code_1() -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_required_server_that_is_not_there_is_one_line_and_exit_code_1(workers: str) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         port = nobody.getsockname()[1]
-        done = run("serve", "--listen", "127.0.0.1:0", "--upstream", f"host=127.0.0.1 port={port}")
+        done = run(
+            *("serve", "--listen", "127.0.0.1:0", "--upstream", f"host=127.0.0.1 port={port}"),
+            *("--server-required", "on", "--workers", workers),
+        )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     failures = [line for line in done.stderr.splitlines() if f"127.0.0.1:{port}" in line]
@@ -109,6 +113,7 @@ def test_it_runs_on_the_standard_loop_where_there_is_no_uvloop(
 ) -> None:
     (tmp_path / "uvloop.py").write_text("raise ImportError")
     proxy = start_proxy(env={"PYTHONPATH": str(tmp_path)})
+    proxy.wait_for_log("uvloop is not installed")
     with proxy.connect() as conn:
         assert conn.execute("SELECT 1").fetchone() == (1,)
     assert proxy.stop() == 0

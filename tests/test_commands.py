@@ -27,7 +27,10 @@ def parse(sql: bytes, encoding: str | None = None) -> Command | None:
 
 def replaced(sql: bytes, version: int) -> Substitute | None:
     one = statement(sql)
-    return None if one is None else catalogs.analyze(one, server_version=version)
+    jobs = catalogs.Jobs((1,), by_name=False)
+    if one is None:
+        return None
+    return catalogs.analyze(one, server_version=version, jobs=jobs, sent=sql)
 
 
 @pytest.mark.parametrize(
@@ -112,15 +115,9 @@ def test_what_is_replaced_in_a_query_is_all_that_changes(words: list[str], versi
             assert kept == b"" or kept.startswith(b"pg_")
             done = piece.end
         else:
-            assert piece.inserted.startswith(b"(SELECT ")
+            assert piece.inserted.startswith((b"(SELECT ", b"pg_catalog.unnest("))
     assert done == len(sql)
     assert found.tag is None
-
-
-@pytest.mark.parametrize("version", [90500, 90600, 190000])
-def test_servers_whose_columns_are_not_known(version: int) -> None:
-    sql = b"SELECT * FROM pg_extension"
-    assert replaced(sql, version) is None
 
 
 def test_positions_in_a_query_of_several_statements() -> None:
@@ -133,6 +130,6 @@ def test_positions_in_a_query_of_several_statements() -> None:
     whole = joined(sql, [(first, block), (second, query)])
     assert isinstance(whole, Substitute)
     text = whole.rewrite.sql.decode()
-    assert text.startswith("SELECT 'ä'; DO 'something longer'; SELECT * FROM (SELECT ")
+    assert text.startswith("SELECT 'ä'; DO 'something longer'; SELECT * FROM pg_catalog.unnest(")
     position = text.index("nope") + 1
     assert whole.rewrite.original_position(position, "utf-8") == sql.decode().index("nope") + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import re
 
 import pytest
 from hypothesis import given
@@ -14,20 +15,13 @@ from protocol.messages import NoticeResponse
 from protocol.values import parse_array
 from proxy.api.functions import FUNCTIONS
 from proxy.config.gucs import GUCS
-from proxy.extension.conversation import (
-    Answer,
-    Call,
-    Challenge,
-    Handover,
-    Message,
-    NotOursError,
-    Secrets,
-    identity,
-)
+from proxy.extension.conversation import Answer, Challenge, Handover, Secrets, new_word
+from proxy.extension.questions import Call, Message, NotOursError, identity, settings_of
 
 NONCE = b"0123456789abcdef" * 2
 SPEAKER = b"PL/pgSQL function ext._pg_background_say() line 22 at RAISE"
-VERSIONS = pytest.mark.parametrize("version", [90500, 110000])
+ROLES = b"10,16384"
+VERSIONS = pytest.mark.parametrize("version", [100000, 110000])
 
 
 def word(text: bytes | None) -> bytes:
@@ -47,8 +41,8 @@ def question(*arguments: bytes | None, name: str = "pg_background_launch") -> Me
     function = identity(FUNCTIONS[name][0]).encode()
     own = [b"16" for _ in GUCS]
     settings = [b"work_mem", b"64", b"application_name", b"x"]
-    count = b"%d" % len(arguments)
-    words = [b"role", b"session", function, b"UTF8", *own, count, *arguments, *settings]
+    counts = b"%d:%d" % (len(GUCS), len(arguments))
+    words = [b"role", b"session", function, b"UTF8", counts, *own, *arguments, *settings]
     return said(b"-", *map(word, words))
 
 
@@ -96,7 +90,13 @@ def test_only_the_extensions_function_speaks(context: bytes) -> None:
         said(b"0", verb=b"next", context=context)
 
 
-@pytest.mark.parametrize("verb", [b"call", b"custom", b"proof", b"next"])
+def test_a_proof_with_roles_of_somebody_else() -> None:
+    """The speaker adds its caller's to whatever it was told to say."""
+    with pytest.raises(NotOursError):
+        said(b"0" * 64, b"10", b"16384", verb=b"proof")
+
+
+@pytest.mark.parametrize("verb", [b"ask", b"settings", b"call", b"custom", b"proof", b"next"])
 def test_too_few_words(verb: bytes) -> None:
     with pytest.raises(NotOursError):
         said(verb=verb)
@@ -154,6 +154,79 @@ def test_an_answer_arrives(version: int, room: int, size: int) -> None:
         assert is_last == handover.is_last(number)
         number += 1
     assert parse_array(text) == answer
+
+
+def asked(proof: bytes = b"-", roles: bytes = ROLES) -> Message:
+    """The same question, as it comes with a proof."""
+    return said(*question(b"SELECT 1", b"0").words, b"4711", proof, roles, verb=b"ask")
+
+
+@VERSIONS
+def test_a_question_with_its_proof(version: int) -> None:
+    word_ = b"0" * 32
+    text = asked().text
+    assert text.endswith(b" 4711")
+    good = asked(hashed(word_ + text, version))
+    call = Call(good)
+    assert (good.channel, good.text, call.function.name) == (b"4711", text, "pg_background_launch")
+    challenge = Challenge(good, call, version, word_)
+    assert challenge.is_met_by(good, challenge.proof())
+    assert challenge.roles == {b"10", b"16384"}
+    for forged in (asked(), asked(hashed(text, version)), asked(hashed(b"1" * 32 + text, version))):
+        challenge = Challenge(forged, Call(forged), version, word_)
+        assert not challenge.is_met_by(forged, challenge.proof())
+    # The speaker's is the last word, whatever it was told to say before that.
+    words = question(b"SELECT 1", b"0").words
+    forged = said(*words, b"4711", hashed(word_ + text, version), b"1", b"2", verb=b"ask")
+    assert forged.roles == b"2"
+    challenge = Challenge(forged, call, version, word_)
+    assert not challenge.is_met_by(forged, challenge.proof())
+
+
+@VERSIONS
+def test_settings_come_with_a_proof_too(version: int) -> None:
+    word_ = b"0" * 32
+    good = asked(hashed(word_ + asked().text, version))
+    challenge = Challenge(good, Call(good), version, word_)
+    words = [*map(word, (b"work_mem", b"64", b"application_name", b"x", b"my.own")), b"-"]
+    text = said(*words, b"-", verb=b"settings").text
+    told = said(*words, hashed(word_ + text, version), verb=b"settings")
+    assert challenge.is_continued_by(told, challenge.proof_of(told))
+    # Not what belongs to the caller's connection, nor what is not set.
+    assert settings_of(told.words) == ((b"work_mem", b"64"),)
+    for forged in (
+        said(*words, hashed(text, version), verb=b"settings"),
+        said(*words, told.proof, verb=b"settings", nonce=b"f" * 32),
+        said(*words, told.proof, verb=b"settings", context=SPEAKER.replace(b"ext", b"evil")),
+        said(*words[:4], told.proof, verb=b"settings"),
+    ):
+        assert not challenge.is_continued_by(forged, challenge.proof_of(forged))
+
+
+@pytest.mark.parametrize("size", [0, 20, 33, 5000])
+def test_the_last_piece_comes_with_a_word(size: int) -> None:
+    secrets = Secrets()
+    signs = secrets.signs(NONCE, server_version=150000)
+    handover = Handover(
+        NONCE,
+        signs,
+        b"",
+        [b"v", b"x" * size],
+        may_offer=True,
+        encoding=b"UTF8",
+        server_version=150000,
+    )
+    handover.room = 1023
+    last = handover.after - 1
+    assert handover.is_last(last)
+    assert not any(handover.is_last(number) for number in range(last))
+    offer = new_word()
+    _, comment = handover.piece(last, offer)
+    found = re.match(rb"/[*][0-9a-f]*w([0-9a-f]{32}) (?:[A-Za-z0-9+/=]+ )?[*]/$", comment)
+    assert found is not None
+    assert found[1] == offer
+    assert len(comment) <= 1023 + len(b" */")
+    assert not any(b"w" + offer in handover.piece(number)[1] for number in range(last + 1))
 
 
 def test_locks_differ() -> None:

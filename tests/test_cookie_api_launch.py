@@ -182,7 +182,7 @@ def test_result_of_a_handle_by_its_pid_alone(client: Client) -> None:
 
 
 def test_handle_of_nulls_has_no_rows(client: Client) -> None:
-    assert client.rows("SELECT * FROM pg_background_result_v2(NULL, 1) AS (n int)") == []
+    assert client.rows("SELECT * FROM pg_background_result_v2(NULL, NULL) AS (n int)") == []
     assert client.rows("SELECT * FROM pg_background_result(1, NULL) AS (n int)") == []
 
 

@@ -317,7 +317,8 @@ def test_outcome_never_raises(client: Client) -> None:
             sql = f"SELECT * FROM pg_background_{name}({pid}, {cookie})"
             [row] = client.texts(sql)
             assert row == (str(pid), str(cookie), None, "f", "f", "f", *[None] * 6)
-    assert client.call("outcome", "NULL", 1) is None
+    assert client.call("outcome", "NULL", 1) == "(,1,,f,f,f,,,,,,)"
+    assert client.call("outcome", "NULL", "NULL") is None
     assert client.texts("SELECT * FROM pg_background_outcome(1, NULL)") == [(None,) * 12]
 
 
@@ -471,7 +472,7 @@ def test_full_sql(client: Client) -> None:
     handle = client.ended(sql)
     for name in ("full_sql_v2", "full_sql"):
         assert client.call(name, handle.sql) == sql
-    assert client.call("full_sql", "NULL", 1) is None
+    assert client.call("full_sql", "NULL", "NULL") is None
 
 
 def test_full_sql_is_cut_at_64_kib(conn: Connection) -> None:

@@ -221,7 +221,16 @@ def test_passfile_of_any_bytes_is_read(data: bytes) -> None:
     parse_passfile(data)
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can")
+def test_passfile_of_root_may_be_readable_by_its_group(tmp_path: Path) -> None:
+    """So Kubernetes mounts secrets, and systemd hands over credentials (by an ACL)."""
+    path = private_file(tmp_path / "passfile", b"*:*:*:*:" + PASSWORD)
+    for mode in (0o640, 0o440):
+        path.chmod(mode)
+        assert PassFile(path).lookup("h", 1, b"d", b"u") == PASSWORD
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o604, 0o660])
 def test_passfile_that_others_can_read_is_ignored_until_made_private(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
 ) -> None:

@@ -46,7 +46,7 @@ def start(temporary: Path, *args: str) -> subprocess.Popen[str]:
 
 def test_the_tour_shows_what_it_says(temporary: Path) -> None:
     with start(temporary, "proxy", "demo", "--once") as process:
-        said, _ = process.communicate(timeout=100)
+        said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert "INSERT 0 1000" in said
     assert "ERROR:  canceling statement due to user request" in said
@@ -137,7 +137,7 @@ def test_without_the_extra_the_demo_says_what_to_install() -> None:
 )
 def test_the_benchmark_runs(temporary: Path, tmp_path: Path, effort: str) -> None:
     with start(temporary, "bench", effort, "--results", str(tmp_path)) as process:
-        said, _ = process.communicate(timeout=100)
+        said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert "launch, then result" in said
     assert "pgbench -S -M prepared -c 8" in said

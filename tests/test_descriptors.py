@@ -49,8 +49,9 @@ def _open(process: psutil.Process) -> list[str]:
 
 
 @pytest.fixture
-def soft_limit() -> Iterator[int]:
+def soft_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A soft limit of ours, which children inherit, below the hard one."""
+    monkeypatch.setattr(Proxy, "forks", None)  # no children of ours
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lower = min(soft, 512)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lower, hard))

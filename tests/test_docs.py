@@ -26,7 +26,8 @@ import pytest
 
 from proxy import config
 from proxy.api.functions import DECLARED, VIEWS
-from proxy.extension.installed import COMPOSITE
+from proxy.extension.installed import COMPOSITE, HISTORY, STAT_ACTIVITY
+from tests.conftest import StartProxy
 from tests.support.pgbouncer import OURS
 from tests.support.servers import REPOSITORY, Proxy, Server, clean_environment, database, psql
 
@@ -72,7 +73,9 @@ def blocks(page: Path) -> list[Block]:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.name)
 )
-def test_examples(page: Path, server: Server, proxy: Proxy) -> None:
+def test_examples(page: Path, server: Server, proxy: Proxy, start_proxy: StartProxy) -> None:
+    if 'history = "all"' in page.read_text(encoding="utf-8"):
+        proxy = start_proxy("--history", "all")
     before, members_before = roles(server), members(server)
     with database(server, "mydb"):
         with server.connect(dbname="mydb") as conn:
@@ -171,7 +174,8 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))
 def test_functions_that_are_named_exist(page: Path) -> None:
-    known = {function.name for function in DECLARED} | {type.name for type in COMPOSITE} | {*VIEWS}
+    known = {function.name for function in DECLARED} | {type.name for type in COMPOSITE}
+    known |= {*VIEWS, STAT_ACTIVITY, HISTORY}
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"\bpg_background_[a-z_0-9]+\b", text)) <= known | {"pg_background_proxy"}
 
@@ -179,7 +183,8 @@ def test_functions_that_are_named_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))
 def test_configurations_can_be_read(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    (tmp_path / "passfile").touch(0o600)
+    for name in ("passfile", "replicas"):
+        (tmp_path / name).touch(0o600)
     file = tmp_path / "proxy.toml"
     for block in re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         file.write_text(block, encoding="utf-8")

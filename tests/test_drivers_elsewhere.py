@@ -145,3 +145,22 @@ def test_jdbc_launches_jobs(server: Server, proxy: Proxy, java: list[str], optio
     ]
     assert "57014, ERROR: canceling statement due to user request" in done.out
     assert "22012, ERROR: division by zero" in done.out
+
+
+@pytest.mark.parametrize(
+    "kind", sorted(JDBC_OPTIONS.keys() - {"simple"})
+)  # It has no CallableStatement.
+def test_jdbc_calls(server: Server, proxy: Proxy, java: list[str], kind: str) -> None:
+    """A statement without column definition list gives each result right, or none."""
+    with database(server, DATABASE):
+        done = run(proxy, *java, "calls", JDBC_OPTIONS[kind])
+    assert (done.code, done.err) == (0, "")
+    # Told what to make of the rows before there are any, it cannot know.
+    right = 0 if kind == "binary at once" else 16
+    words = "the columns of pg_background_result are not known" if not right else "cached plan must"
+    answers = [line for line in done.out.splitlines() if line.startswith("[")]
+    assert answers[:7] == ["[true]"] * 7
+    assert answers.count("[right]") == right
+    failed = [answer for answer in answers[7:] if answer != "[right]"]
+    assert len(failed) == 24 - right
+    assert all(answer.startswith(f"[0A000, ERROR: {words}") for answer in failed)

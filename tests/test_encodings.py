@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.sql.encodings import array_text, codec, parse_array
+from protocol.wire import ProtocolViolation
+from proxy.sql import encodings
+from proxy.sql.encodings import array_text, codec, parse_array, parse_array_in_turns
 
 # 表, ポ and 能 end in a backslash or a brace in SJIS; the others are what an array quotes.
 CHARACTERS = 'a表ポ能ソ{}",\\ \tNULL'
@@ -25,3 +27,47 @@ def test_quotes_are_not_seen_within_characters() -> None:
     text = b'{%b,"%b\\"",NULL}' % (ends_in_backslash, ends_in_backslash)
     expected = [ends_in_backslash, ends_in_backslash + b'"', None]
     assert parse_array(text, b"SJIS") == expected
+
+
+PARTS = st.sampled_from(["\\", '"', "'", ",", "{", "}", "a", "é", " ", "NULL", "1", '"1', "\\\\"])
+
+
+@given(
+    texts=st.lists(st.none() | st.lists(PARTS, max_size=8).map("".join)),
+    turn=st.integers(1, 12),
+    encoding=st.sampled_from([b"UTF8", b"SJIS", b"SQL_ASCII"]),
+)
+def test_an_array_that_is_read_in_turns_is_the_same(
+    texts: list[str | None], turn: int, encoding: bytes
+) -> None:
+    elements = [
+        None
+        if t is None
+        else t.replace("é", "ソ").encode("cp932")
+        if encoding == b"SJIS"
+        else t.encode()
+        for t in texts
+    ]
+    text = array_text(elements, encoding)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encodings, "_TURN", turn)
+        *turns, found = parse_array_in_turns(text, encoding)
+    assert found == elements
+    assert not any(turns)
+
+
+@given(text=st.lists(st.sampled_from(list('{},"\\ a0')), max_size=12), turn=st.integers(1, 6))
+def test_what_is_no_array_is_none_in_turns_either(text: list[str], turn: int) -> None:
+    literal = "".join(text).encode()
+    expected: list[bytes | None] | None
+    try:
+        expected = parse_array(literal, b"UTF8")
+    except ProtocolViolation:
+        expected = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encodings, "_TURN", turn)
+        try:
+            *_, found = parse_array_in_turns(literal, b"UTF8")
+        except ProtocolViolation:
+            found = None
+    assert found == expected

@@ -21,6 +21,7 @@ from protocol.messages import Query
 from protocol.startup import CancelRequest, StartupMessage
 from tests.conftest import StartProxy
 from tests.support.background import wait_until
+from tests.support.executors import executors
 from tests.support.servers import Connection, Proxy, Server, clean_environment, psql_path
 from tests.support.wire import Footprint, Gate, Monitor, Wire, error_of, gate, launch, value
 
@@ -281,19 +282,14 @@ def limited(server: Server) -> Iterator[str]:
     """A role that may launch jobs, if there are connections."""
     with server.connect() as direct:
         direct.execute("CREATE ROLE limited LOGIN")
-        had = value(direct, "SELECT count(*) FROM pg_roles WHERE rolname = 'pgbackground_role'")
-        if not had:
-            direct.execute("CREATE ROLE pgbackground_role NOLOGIN")
-        direct.execute("GRANT pgbackground_role TO limited")
-        yield "limited"
-        wait_until(
-            lambda: value(
-                direct, "SELECT count(*) = 0 FROM pg_stat_activity WHERE usename = 'limited'"
+        with executors(direct, "limited"):
+            yield "limited"
+            wait_until(
+                lambda: value(
+                    direct, "SELECT count(*) = 0 FROM pg_stat_activity WHERE usename = 'limited'"
+                )
             )
-        )
         direct.execute("DROP ROLE limited")
-        if not had:
-            direct.execute("DROP ROLE pgbackground_role")
 
 
 def assert_no_connection(conn: Connection, reason: str) -> None:
@@ -671,7 +667,8 @@ def test_cancel_request_while_a_result_is_half_read(
         f"SELECT repeat('x', {row_size}) FROM generate_series(1, {40_000_000 // row_size})"
     )
     wire.send_query(f"SELECT * FROM pg_background_result({pid}) AS (r text)")
-    wire.receive()
+    assert wire.message()[0] == "T"
+    wire.receive()  # the beginning of a row
     monitor.wait_until_full(pid)
     wire.request_cancel()
     answer = wire.until_ready()

@@ -92,6 +92,8 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_call_from(proxy: Proxy, scratch: str, observer: Connection, place: str) -> None:
+    if place == "procedure" and observer.info.server_version < 110000:
+        pytest.skip("procedures came with 11")
     job = JOB.format(place=place)
     script = PLACES[place].format(call=f"pg_background_launch({job})", job=job)
     done = psql(proxy.port, "-v", "ON_ERROR_STOP=1", input=script, dbname=scratch)
@@ -286,6 +288,15 @@ def test_a_result_is_read_with_the_styles_that_its_job_had(conn: Connection) -> 
     query = f"r::text FROM pg_background_result({pid}) AS r(a date, b interval)"
     assert inside(conn, query) == '(2026-02-01,"-1 days -02:03:00")'
     assert one(conn, "SHOW datestyle") == "ISO, MDY"
+
+
+def test_the_styles_of_a_job_that_has_not_ended(conn: Connection) -> None:
+    """Only the end of a batch brings a report of them."""
+    conn.execute("SET datestyle = 'SQL, DMY'")
+    pid = launch(conn, "SELECT DATE '2026-02-01' FROM generate_series(1, 20000)")
+    conn.execute("SET datestyle = 'ISO, MDY'")
+    query = f"min(a) || ' ' || max(a) FROM pg_background_result({pid}) AS r(a date)"
+    assert inside(conn, query) == "2026-02-01 2026-02-01"
 
 
 @pytest.mark.parametrize("rows", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
@@ -525,13 +536,55 @@ def test_execute_is_what_counts(
         assert failure(conn, "WITH q AS (SELECT pg_background_purge()) TABLE q").sqlstate == "42501"
 
 
+def test_a_revoked_right_holds_at_once(
+    proxy: Proxy, scratch: str, roles: tuple[str, str, str], observer: Connection
+) -> None:
+    """Though the channel shows the word for the next call since the last one. The server checks the
+    right for the function; what that calls is for everybody, and there the proxy does."""
+    login, _, _ = roles
+    function = "FUNCTION pg_background_detach_all()"
+    call = (
+        "DO $$ BEGIN PERFORM _pg_background_answer(_pg_background_ask("
+        "'pg_background_detach_all() integer', CAST(ARRAY[] AS text[])), NULL); END $$"
+    )
+    denied = ("42501", "permission denied for function pg_background_detach_all")
+    with proxy.connect(dbname=scratch, user=login) as conn:
+        for _ in range(2):
+            observer.execute(f"GRANT EXECUTE ON {function} TO {login}".encode())
+            for _ in range(3):
+                conn.execute(call.encode())
+            observer.execute(f"REVOKE EXECUTE ON {function} FROM {login}".encode())
+            assert message(failure(conn, call.encode())) == denied
+
+
+def test_a_proof_is_good_for_one_question(conn: Connection) -> None:
+    """Whatever was said in the session is worth nothing when it is said again."""
+    launch(conn, "SELECT 1")
+    before = launched(conn)
+    conn.execute(
+        "DO $$ DECLARE asked text[]; said text[]; BEGIN"
+        " asked := _pg_background_ask('pg_background_launch(sql, queue_size) integer',"
+        "  ARRAY['SELECT 1', '0']);"
+        " said := ARRAY[current_setting('pg_background_proxy.message')];"
+        " PERFORM _pg_background_answer(asked, ARRAY['work_mem', '64kB']);"
+        " said := said || current_setting('pg_background_proxy.message');"
+        " IF split_part(said[1], ' ', 3) <> 'ask' OR said[1] LIKE '% -'"
+        "  OR split_part(said[2], ' ', 3) <> 'settings' THEN RAISE EXCEPTION '%', said; END IF;"
+        " FOR i IN 0..5 LOOP"
+        "  PERFORM set_config('pg_background_proxy.message', said[i % 2 + 1], true);"
+        "  PERFORM _pg_background_say(); PERFORM pg_sleep(0.05); END LOOP;"
+        " PERFORM pg_background_launch('SELECT 1'); END $$"
+    )
+    assert launched(conn) == before + 2
+
+
 # The words of a call, as the functions of the extension say it.
 FORGED = """
 DO $$ DECLARE session text := current_setting('pg_background_proxy.session'); words text;
 BEGIN
   SELECT string_agg(coalesce(translate(encode(convert_to(w, 'UTF8'), 'base64'), chr(10), ''), '-'),
     ' ' ORDER BY n) INTO words FROM unnest(ARRAY[{words}]) WITH ORDINALITY u(w, n);
-  RAISE INFO '% % call %', left(session, 32), md5(random()::text), words;
+  RAISE INFO '% % {verb} %', left(session, 32), md5(random()::text), words;
   PERFORM pg_sleep(0.3);
 END $$
 """
@@ -545,16 +598,18 @@ def test_forged_messages(
     job = f"$j$INSERT INTO done VALUES ('{place}')$j$"
     function = "'pg_background_launch(sql, queue_size) integer', 'UTF8'"
     with proxy.connect(dbname=scratch, user=login) as conn, notices(conn) as heard:
-        for role in (login, stranger, "postgres", "nobody"):
+        for role, verb in itertools.product(
+            (login, stranger, "postgres", "nobody"), ("call", "ask", "settings")
+        ):
             words = f"{function}, '{role}', '{role}', '16', '64kB', '0', '2', {job}, '0'"
-            conn.execute(FORGED.format(words=words).encode())
+            conn.execute(FORGED.format(verb=verb, words=words).encode())
             words = f"{function}, '{role}', '{login}', '16', '64kB', '0', '2', {job}, '0'"
-            conn.execute(FORGED.format(words=words).encode())
+            conn.execute(FORGED.format(verb=verb, words=words).encode())
         for words in ("'x'", f"{function}, 'x'", "NULL", f"{function}, NULL, '', '', '', '', '-1'"):
-            conn.execute(FORGED.format(words=words).encode())
+            conn.execute(FORGED.format(verb="call", words=words).encode())
         assert conn.execute("SELECT 1").fetchone() == (1,)
         # Nothing that others say is a call.
-        assert len(heard) == 12
+        assert len(heard) == 28
         heard.clear()
         # A message that no function of the extension would send is not a call.
         said = ("next x", "narrow 1234567890", "call AA==", "call =", "custom", "", "other")
@@ -572,7 +627,9 @@ SPEAK = {
     "itself": "RAISE INFO '%', message;",
     "by the last helper": "PERFORM set_config('pg_background_proxy.message', message, true);"
     " PERFORM public._pg_background_say();",
-    "by the first": "PERFORM public._pg_background_ask('call', words);",
+    "by the first": "PERFORM public._pg_background_ask(words[1], words[7:]);",
+    "and by the next": "PERFORM public._pg_background_answer("
+    "public._pg_background_ask(words[1], words[7:]), ARRAY['work_mem', '64kB']);",
 }
 
 
@@ -638,7 +695,7 @@ def test_a_direct_connection_is_told_at_once(observer: Connection) -> None:
             "this session does not go through pg-background-proxy",
         )
         assert "pg-background-proxy" in str(error.diag.message_hint)
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < 10
 
 
 # --- in jobs -----------------------------------------------------------------------------------
@@ -693,7 +750,7 @@ def test_a_trigger_in_a_job(conn: Connection, observer: Connection) -> None:
 # --- sessions that are not as usual --------------------------------------------------------------
 
 HOSTILE = """
-SET search_path = evil, pg_catalog; SET standard_conforming_strings = off; SET array_nulls = off;
+SET search_path = evil, pg_catalog; SET array_nulls = off;
 SET transform_null_equals = on; SET bytea_output = 'escape'; SET datestyle = 'German, DMY';
 SET intervalstyle = 'sql_standard'; SET extra_float_digits = -15; SET client_min_messages = error;
 SET lock_timeout = '1ms'; SET backslash_quote = off; SET timezone = 'Asia/Kathmandu';
@@ -711,10 +768,14 @@ def test_a_session_with_hostile_settings(conn: Connection) -> None:
         " CREATE OPERATOR evil.<> (PROCEDURE = evil.fail, LEFTARG = text, RIGHTARG = text);"
         " CREATE OPERATOR evil.> (PROCEDURE = evil.fail, LEFTARG = int, RIGHTARG = int);"
         " CREATE FUNCTION evil.cardinality(text[]) RETURNS int LANGUAGE sql AS 'SELECT 1/0';"
-        " CREATE FUNCTION evil.unnest(text[]) RETURNS SETOF text LANGUAGE sql AS 'SELECT 1/0';"
-        " CREATE FUNCTION evil.format(text, text) RETURNS text LANGUAGE sql AS 'SELECT 1/0'"
+        " CREATE FUNCTION evil.unnest(text[]) RETURNS SETOF text LANGUAGE sql AS"
+        " 'SELECT (1/0)::text';"
+        " CREATE FUNCTION evil.format(text, text) RETURNS text LANGUAGE sql AS"
+        " 'SELECT (1/0)::text'"
     )
     conn.execute(HOSTILE)
+    if conn.info.server_version < 190000:  # since then it cannot be set to off
+        conn.execute("SET standard_conforming_strings = off")
     run = (
         "DO $d$ DECLARE h public.pg_background_handle; r record; BEGIN"
         " h := public.pg_background_launch_v2($j$SELECT 1, NULL::text, 'NULL'::text, DATE"
@@ -755,3 +816,32 @@ def test_a_superusers_session_as_somebody_else(
     who += " session_user)"
     assert rows(conn, who, "a name, b name, c bool")[0][::2] == (member, True)
     conn.execute("RESET ROLE")
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        "SET SESSION AUTHORIZATION {login}",
+        "SET SESSION AUTHORIZATION {login}; SET ROLE {member}",
+        "SET ROLE {member}; SET SESSION AUTHORIZATION {login}",
+        "SET LOCAL SESSION AUTHORIZATION {login}; SET LOCAL ROLE {member}",
+        "SET ROLE {member}",
+    ],
+)
+def test_a_call_leaves_the_session_its_roles(
+    conn: Connection, roles: tuple[str, str, str], commands: str
+) -> None:
+    """Its functions set other roles to prove which one calls, and undo that."""
+    login, member, _ = roles
+    conn.execute(f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO {login}, {member}".encode())
+    state = (
+        "SELECT current_user, session_user, current_setting('role'),"
+        " current_setting('session_authorization')"
+    )
+    untouched = conn.execute(state).fetchall()
+    with conn.transaction(force_rollback=True):
+        conn.execute(commands.format(login=login, member=member).encode())
+        before = conn.execute(state).fetchall()
+        assert rows(conn, "SELECT 1", "a int") == [(1,)]
+        assert conn.execute(state).fetchall() == before
+    assert conn.execute(state).fetchall() == untouched

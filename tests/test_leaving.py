@@ -22,12 +22,12 @@ from protocol import messages as m
 from protocol.framing import HEADER_SIZE, MessageBuffer, unpack_length
 from protocol.startup import SSLRequest, StartupMessage
 from proxy.net import connection as connection_module
-from proxy.net.connection import Connection
+from proxy.net.connection import Connection as Side
 from tests.conftest import StartProxy, upstream_of
 from tests.support.background import wait_until
 from tests.support.certificates import Certificates
 from tests.support.in_database import with_extension
-from tests.support.servers import Proxy, Server
+from tests.support.servers import Connection, Proxy, Server
 from tests.support.wire import Wire, gate
 from tests.test_tls import tls_options
 
@@ -360,7 +360,7 @@ def test_a_proxy_that_ends_leaves_no_function_waiting_for_it(
     proxy = start_proxy("--shutdown-timeout", "0")
     ask = "PERFORM inside('pg_background_launch(''SELECT 1'')')"
     with contextlib.ExitStack() as stack, server.connect() as conn:
-        for _ in range(20):
+        for _ in range(8):
             wire = Wire((proxy.host, proxy.port), database=extended, application_name="asking")
             stack.callback(wire.socket.close)
             wire.send_query(f"DO $$ BEGIN {ask}; RAISE INFO ''; LOOP {ask}; END LOOP; END $$")
@@ -368,6 +368,52 @@ def test_a_proxy_that_ends_leaves_no_function_waiting_for_it(
         wait_until(lambda: conn.execute(WAITING, ["asking"]).fetchone() != (0,))
         proxy.stop()
         Left(server, proxy, tls=False).nothing("asking")
+
+
+@pytest.fixture
+def late(server: Server, extended: str) -> str:
+    """A database with a function that asks after a while."""
+    with server.connect(dbname=extended) as conn:
+        conn.execute(
+            "CREATE FUNCTION late() RETURNS void LANGUAGE plpgsql AS $$"
+            " BEGIN PERFORM pg_sleep(1.5); PERFORM inside('pg_background_launch(''SELECT 1'')');"
+            " END $$"
+        )
+    return extended
+
+
+def _ask_late(proxy: Proxy, dbname: str, conn: Connection) -> Wire:
+    """A session whose backend is in that function, and has not asked."""
+    wire = Wire((proxy.host, proxy.port), database=dbname, application_name="late")
+    for sql in ("SELECT inside('pg_background_launch(''SELECT 1'')')", "SELECT 1"):
+        wire.query(sql)
+    wire.send_query("SELECT late()")
+    sleeping = (
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'late'"
+        " AND wait_event = 'PgSleep'"
+    )
+    wait_until(lambda: conn.execute(sleeping).fetchone() == (1,))
+    return wire
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_proxy_that_ends_leaves_no_function_that_asks_later(
+    server: Server, start_proxy: StartProxy, late: str, workers: str
+) -> None:
+    """It would not know that there is nobody any more, and ask for 18 seconds."""
+    proxy = start_proxy("--shutdown-timeout", "0", "--workers", workers)
+    with server.connect() as conn, _ask_late(proxy, late, conn):
+        proxy.stop()
+        Left(server, proxy, tls=False).nothing("late")
+
+
+@pytest.mark.parametrize("leave", LEAVING)
+def test_a_client_that_leaves_leaves_no_function_that_asks_later(
+    server: Server, proxy: Proxy, late: str, leave: Callable[[socket.socket], None]
+) -> None:
+    with server.connect() as conn:
+        leave(_ask_late(proxy, late, conn).socket)
+        Left(server, proxy, tls=False).nothing("late")
 
 
 async def test_a_closed_connection_is_aborted_if_nobody_takes_what_is_left(
@@ -384,9 +430,7 @@ async def test_a_closed_connection_is_aborted_if_nobody_takes_what_is_left(
 
     lost = loop.create_future()
     ours, theirs = socket.socketpair()
-    connection = Connection(
-        lambda data: None, lambda _: None, lambda _, error: lost.set_result(error)
-    )
+    connection = Side(lambda data: None, lambda _: None, lambda _, error: lost.set_result(error))
     await loop.create_unix_connection(lambda: connection, sock=ours)
     connection.write(b"x" * 10_000_000)
     with theirs, monkeypatch.context() as patched:

@@ -16,15 +16,17 @@ from proxy.api.functions import HANDLES
 from proxy.api.like import like
 from proxy.api.values import decode_argument
 from proxy.extension import catalogs, commands
+from proxy.jobs.output_settings import OutputSettings
 from proxy.jobs.progress import progress_statement
 from proxy.session.custom_settings import CustomSettings
 from proxy.sql import encodings, lexer
+from proxy.sql.rewrite import Piece, Rewrite
 from proxy.sql.tokens import Tokens
-from proxy.statements.plan import Piece, Rewrite, ScalarPlan
+from proxy.statements.plan import ScalarPlan
 from proxy.statements.standin import complaint
 from proxy.statements.triggers import may_be_ours
 from proxy.statements.unserved import unavailable, unserved
-from tests.support.growth import LINEAR, growth
+from tests.support.growth import LINEAR, cpu_time, growth
 from tests.support.sql import analyze as plan_in
 from tests.support.sql import statement as read_one
 
@@ -67,6 +69,10 @@ def job(sql: bytes) -> None:
         lexer.is_transaction_control(sql, statement)
         lexer.is_client_copy(sql, statement)
         progress_statement(sql, statement, b"marker")
+        settings = OutputSettings({})
+        settings.callers = [b"UTF8"] * 7
+        settings.look(sql, statement)
+        settings.last_statement(sql, statement, 1)
 
 
 # Each with the size of the text that it is given: within the budget, if it has one.
@@ -83,7 +89,14 @@ READERS: Final[dict[str, tuple[int, Reader]]] = {
     "split in GB18030": (LONG, lambda sql: lexer.split(sql, encoding="GB18030")),
     "analyze": (SHORT, analyze),
     "analyze over the budget": (LONG, analyze),
-    "catalogs": (SHORT, of_statement(lambda one: catalogs.analyze(one, server_version=180000))),
+    "catalogs": (
+        SHORT,
+        of_statement(
+            lambda one: catalogs.analyze(
+                one, server_version=180000, jobs=catalogs.Jobs((1,), by_name=True), sent=one.sql
+            )
+        ),
+    ),
     "commands": (SHORT, of_statement(commands.parse)),
     # A quarter of a quick sweep's, too, is more than split_in_turns reads in a turn.
     "job": (3 * LONG, job),
@@ -298,6 +311,51 @@ def names(size: int) -> bytes:
 )  # fmt: skip
 def test_time_is_linear(reader: Reader, make: Callable[[int], bytes], size: int) -> None:
     assert growth(reader, make, size) < LINEAR
+
+
+# --- one long constant ---------------------------------------------------------------------------
+
+MEGABYTES: Final = 4_000_000
+CONSTANTS: Final = (b"x", b"\xc3\xa9", b"x''yy\\ ", b"\\", b'"', b"''", b"_", b"pg_background ")
+
+
+@pytest.fixture
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few megabytes are many turns."""
+    monkeypatch.setattr(encodings, "_TURN", 64 * 1024)
+
+
+def argument(sql: bytes) -> None:
+    """What is read of a job's text as the argument of a direct call."""
+    for _ in encodings.parse_array_in_turns(sql, b"UTF8"):
+        pass
+
+
+def in_array(sql: bytes) -> bytes:
+    return b'{"' + sql.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"}'
+
+
+@pytest.mark.usefixtures("short_turns")
+@pytest.mark.parametrize("fragment", CONSTANTS)
+def test_time_is_linear_in_a_long_constant(fragment: bytes) -> None:
+    make = text_of(b"SELECT length('", fragment, b"')")
+    assert growth(job, make, MEGABYTES) < LINEAR
+    assert growth(argument, lambda size: in_array(make(size)), MEGABYTES) < LINEAR
+
+
+@pytest.mark.usefixtures("short_turns")
+@pytest.mark.parametrize(
+    ("fragment", "as_argument", "as_job"),
+    [(b"x", 10, 6), (b"\xc3\xa9", 10, 6), (b"pg_background ", 10, 6), (b"x''yy\\ ", 60, 20)],
+)
+def test_a_long_constant_is_read_a_few_times_only(
+    fragment: bytes, as_argument: int, as_job: int
+) -> None:
+    """In CPU time of putting it into lower case."""
+    sql = text_of(b"SELECT length('", fragment, b"')")(MEGABYTES)
+    unit = cpu_time(bytes.lower, sql, 1, 20)
+    assert cpu_time(job, sql, 1, 10) < as_job * unit
+    assert cpu_time(argument, in_array(sql), 1, 10) < as_argument * unit
 
 
 # --- the budget ----------------------------------------------------------------------------------

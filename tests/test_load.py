@@ -60,13 +60,13 @@ async def round_of(proxy: Proxy, jobs: int) -> int:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("jobs", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("jobs", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_200_sessions_with_many_jobs_each(server: Server, proxy: Proxy, jobs: int) -> None:
     footprint = Footprint(proxy)
     left = len(server.wait_for_no_clients())
     fds = footprint.fds
-    # Until as many ended jobs are known as are kept.
-    assert asyncio.run(round_of(proxy, 6)) == SESSIONS * 6
+    # Once, so that what so many sessions and jobs need at a time is there already.
+    assert asyncio.run(round_of(proxy, 3)) == SESSIONS * 3
     assert len(server.wait_for_no_clients()) == left == 0
     wait_until(lambda: footprint.fds <= fds)
     rss = footprint.rss

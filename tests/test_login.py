@@ -22,6 +22,7 @@ from protocol import messages as m
 from protocol.startup import StartupMessage
 from tests.conftest import StartProxy
 from tests.support.certificates import Certificates
+from tests.support.executors import executors
 from tests.support.servers import PASSWORDS, Connection, Proxy, Server, psql
 from tests.test_tls import raw, rest, tls_options
 
@@ -62,20 +63,12 @@ def tls_roles(tls_server: Server) -> Iterator[Server]:
 def _with_roles(server: Server, hba: list[str]) -> Iterator[None]:
     with server.connect() as conn:
         conn.execute("SET password_encryption = 'scram-sha-256'")
-        had = conn.execute("SELECT 1 FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone()
-        if had is None:
-            conn.execute("CREATE ROLE pgbackground_role")
         conn.execute("CREATE ROLE lookup LOGIN SUPERUSER PASSWORD 'lookup pass'")
-        roles = ", ".join((*PASSWORDS, "alice"))
-        conn.execute(f"GRANT pgbackground_role TO {roles}")
-    server.set_hba(hba)
-    yield
-    server.set_hba(None)
-    with server.connect() as conn:
-        conn.execute(f"REVOKE pgbackground_role FROM {roles}")
+        with executors(conn, *PASSWORDS, "alice"):
+            server.set_hba(hba)
+            yield
+            server.set_hba(None)
         conn.execute("DROP ROLE lookup")
-        if had is None:
-            conn.execute("DROP ROLE pgbackground_role")
 
 
 def secret_of(server: Server, role: str) -> str:

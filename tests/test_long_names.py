@@ -51,12 +51,15 @@ def answers(frontend: Frontend, messages: list[Sent]) -> object:
     return kinds(got), values, [(error.sqlstate, error.message) for error in errors(got)]
 
 
-# By default every third combination: each ending still meets each size.
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("encoding", "letter"),
-    [("UTF8", "A"), ("UTF8", "é"), ("UTF8", "ソ"), ("LATIN1", "é"), ("SJIS", "ソ"), ("GBK", "丗")],
+LETTERS = (
+    *(("UTF8", "A"), ("UTF8", "é"), ("UTF8", "ソ")),
+    *(("LATIN1", "é"), ("SJIS", "ソ"), ("GBK", "丗")),
 )
+
+
+# By default each letter has every sixth combination of size and ending, and all have others.
+@pytest.mark.parametrize("step", [len(LETTERS), pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("encoding", "letter"), LETTERS)
 def test_names_are_the_same_as_for_the_server(
     server: Server, proxy: Proxy, native: str, encoding: str, letter: str, step: int
 ) -> None:
@@ -71,7 +74,8 @@ def test_names_are_the_same_as_for_the_server(
         Frontend(server, database=native, client_encoding=encoding) as direct,
         Frontend(proxy, database="ours_names", client_encoding=encoding) as proxied,
     ):
-        for count, (begin, end, other) in combinations[::step]:
+        first = LETTERS.index((encoding, letter)) % step
+        for count, (begin, end, other) in combinations[first::step]:
             messages = script(begin + one * count + end, begin + one * count + other)
             assert answers(proxied, messages) == answers(direct, messages)
 

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import StartProxy
-from tests.support.background import failure, job_failure, launch, message, result, run, value
+from tests.support.background import (
+    failure,
+    job_failure,
+    launch,
+    message,
+    result,
+    run,
+    value,
+    wait_until,
+)
+from tests.support.in_database import with_extension
 from tests.support.pgbouncer import PgBouncer, pgbouncer
 from tests.support.servers import Connection, Proxy, Server
 
@@ -91,6 +101,18 @@ def test_every_job_has_the_role_and_settings_of_its_session(pooled: Proxy) -> No
             assert [got for _, got in seen] == [wanted for wanted, _ in seen]
 
 
+def test_nothing_starts_at_commit(pooled: Proxy) -> None:
+    """What a pooler lets others have is not listened on."""
+    with _connect(pooled) as conn, conn.transaction():
+        error = failure(conn, "SELECT pg_background_launch_at_commit('SELECT 1')")
+        assert message(error) == (
+            "0A000",
+            "background workers cannot start at commit behind a connection pooler",
+        )
+        assert error.diag.message_hint == "Have the proxy connect to the server itself."
+        conn.execute("ROLLBACK; BEGIN")
+
+
 def test_nothing_of_a_job_stays_with_the_server_connection(
     pooled: Proxy, bouncer: PgBouncer
 ) -> None:
@@ -106,6 +128,14 @@ def test_nothing_of_a_job_stays_with_the_server_connection(
                 # While the session has its own server connection, this gets the job's, if any.
                 look = "SELECT current_user, COALESCE(current_setting('my.own', true), '')"
                 assert other.execute(look).fetchone() == ("app", "")
+
+
+def test_a_result_is_printed_with_the_sessions_settings(pooled: Proxy) -> None:
+    query = "SELECT date '2024-01-02', interval '-1 day'"
+    with _connect(pooled) as conn, conn.transaction():
+        expected = conn.execute(query.encode()).fetchall()
+        for change in ("SET datestyle = 'sql, dmy'", "SET LOCAL intervalstyle = sql_standard"):
+            assert result(conn, launch(conn, f"{change}; {query}")) == expected
 
 
 @pytest.mark.parametrize(
@@ -189,8 +219,60 @@ def test_a_cancelled_job_ends(pooled: Proxy) -> None:
         assert row == ("canceled", True)
 
 
+def test_a_cancelled_job_that_catches_it_commits_nothing(pooled: Proxy, server: Server) -> None:
+    job = (
+        "INSERT INTO caught VALUES (1); DO $$ BEGIN PERFORM pg_sleep(60);"
+        " EXCEPTION WHEN query_canceled THEN NULL; END $$"
+    )
+    with server.connect() as observer, _connect(pooled) as conn:
+        observer.execute("CREATE TABLE caught (n int); GRANT ALL ON caught TO PUBLIC")
+        try:
+            run = "SELECT pid, state, sqlstate FROM pg_background_run_v2(%s, 0, 300)"
+            row = conn.execute(run, [job]).fetchone()
+            assert row is not None
+            assert row[1:] == ("canceled", "57014")
+            locks = "SELECT FROM pg_locks WHERE relation = 'caught'::regclass AND pid = %s"
+            wait_until(lambda: not observer.execute(locks, row[:1]).fetchall())
+            assert observer.execute("SELECT n FROM caught").fetchall() == []
+        finally:
+            observer.execute("DROP TABLE caught")
+
+
 @pytest.mark.parametrize("mode", ["statement"], indirect=False)
 def test_statement_pooling_is_refused(pooled: Proxy) -> None:
     with _connect(pooled) as conn:
         error = failure(conn, "SELECT pg_background_launch('SELECT 1')")
         assert "statement pooling" in (error.diag.message_detail or "")
+
+
+def test_calls_from_inside_the_database_are_refused_with_the_reason(
+    pooled: Proxy, server: Server, start_proxy: StartProxy, db: str
+) -> None:
+    """At once; in a session and in a job. Other errors of the function keep their words."""
+    refused = (
+        "55000",
+        "calls from inside the database are not possible behind a connection pooler",
+    )
+    call = "DO $$ BEGIN PERFORM pg_background_launch('SELECT 1'); END $$"
+    extension = with_extension(server, start_proxy(), db)
+    next(extension)
+    try:
+        with pooled.connect(dbname=db) as conn, server.connect(dbname=db) as direct:
+            conn.prepare_threshold = None
+            for error in (failure(conn, call), job_failure(conn, call)):
+                assert (error.sqlstate, error.diag.message_primary) == refused
+                assert "connection pooler" in str(error.diag.message_detail)
+                assert "itself" in str(error.diag.message_hint)
+            [outcome] = conn.execute(
+                "SELECT state, sqlstate, error_message FROM pg_background_run_v2(%s)", [call]
+            ).fetchall()
+            assert outcome == ("error", *refused)
+            # The call that the hint speaks of.
+            assert run(conn, "SELECT 1") == [(1,)]
+            error = failure(direct, call)
+            assert error.diag.message_primary == (
+                "this session does not go through pg-background-proxy"
+            )
+    finally:
+        server.wait_for_no_clients()
+        next(extension, None)

@@ -7,7 +7,6 @@ import shutil
 import socket
 import stat
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,22 +15,13 @@ import pytest
 from proxy import private
 from tests.conftest import StartProxy
 from tests.support.certificates import Certificates
-from tests.support.servers import REPOSITORY, Server, clean_environment
+from tests.support.servers import Server, run_program
 from tests.test_tls import tls_options
 
 
 def serve(*options: str) -> subprocess.CompletedProcess[str]:
     """A proxy that should not start."""
-    return subprocess.run(
-        [sys.executable, "-m", "proxy", "serve", "--listen", "127.0.0.1:0", *options],
-        cwd=REPOSITORY,
-        env=clean_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    return run_program("serve", "--listen", "127.0.0.1:0", *options)
 
 
 def status(mode: int, uid: int) -> os.stat_result:

@@ -14,6 +14,7 @@ from proxy.session.extension_state import ExtensionState
 from proxy.session.reader import SqlReader
 from proxy.sql import lexer
 from proxy.statements.plan import ScalarPlan, Substitute
+from proxy.statements.triggers import may_be_ours
 
 LAUNCH = "SELECT pg_background_launch('x')"
 
@@ -30,10 +31,14 @@ class Case:
             parameters=self.parameters,
             setting=lambda name: self.parameters.get(name, b""),
             settings_may_differ=False,
+            statements={},
+            portals={},
+            key=lambda name: name,
+            is_of_interest=may_be_ours,
         )
         self.relay = relay
         self.state = ExtensionState(self.services)
-        self.reader = SqlReader(relay, self.state, lambda: self.services.runtime.config)
+        self.reader = SqlReader(relay, self.state, lambda: self.services.runtime.config, lambda: ())
 
     def extension_changed(self) -> None:
         self.services.extension_changes += 1
@@ -85,7 +90,7 @@ def test_a_text_is_read_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     assert statements is not None
     [statement] = statements
     plan = case.reader.plan(statement)
-    assert case.reader.depends_on_api(statement)  # it returns a record in the second version
+    assert case.reader.may_call(statement)
     assert case.reader.plan(statement) is plan
     assert read == [LAUNCH.encode()]
 
@@ -127,7 +132,7 @@ def test_the_c_extension_serves_its_calls() -> None:
     case = Case(extension="server")
     assert not case.state.is_known
     [read] = case.reader.read(F.QUERY, query(LAUNCH))
-    assert case.reader.depends_on_api(read)
+    assert case.reader.may_call(read)
     case.state.learn(None, has_real=True)
     assert case.reader.plan(read) is None
 
@@ -147,3 +152,17 @@ def test_what_is_known_until_the_extension_changes(case: Case) -> None:
         known.append(case.state.is_known)
     assert known == [True, False, False, True, True, False]
     assert case.services.extension_changes == 2
+
+
+def test_code_of_one_text_is_read_up_to_a_budget(case: Case) -> None:
+    """Each block may hold as many tokens as the whole text; they are constants to it."""
+    block = "DO $$ BEGIN CREATE EXTENSION pg_background; END $$"
+    long = block.replace("END", f"PERFORM {'1, ' * 20_000} 1; END")
+    assert case.reader.has_call(case.reader.read(F.QUERY, query(block)))
+    read = case.reader.read(F.QUERY, query("; ".join([long] * 2 + [block] * 5)))
+    assert [case.reader.has_call([each]) for each in read[:2]] == [False, False]
+    assert [case.reader.has_call([each]) for each in read[2:]] == [True] * 5
+    many = case.reader.read(F.QUERY, query("; ".join([long] * 8 + [block] * 5)))
+    assert not case.reader.has_call(many)
+    # The budget is that of a text.
+    assert case.reader.has_call(case.reader.read(F.QUERY, query("; ".join([block] * 5))))

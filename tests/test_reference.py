@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from proxy import config
 from proxy.api.functions import DECLARED, VIEWS
-from proxy.api.reference import PAGES, configuration, functions, with_reference
+from proxy.api.reference import (
+    EXAMPLE,
+    PAGES,
+    configuration,
+    example,
+    functions,
+    with_reference,
+)
 from proxy.config.gucs import GUCS
 from tests.support.servers import REPOSITORY
 
@@ -15,6 +25,21 @@ from tests.support.servers import REPOSITORY
 def test_page_is_current(name: str) -> None:
     page = (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
     assert page == with_reference(page, PAGES[name]()), "run `python -m proxy.api.reference`"
+
+
+def test_example_is_current() -> None:
+    text = (REPOSITORY / EXAMPLE).read_text(encoding="utf-8")
+    assert text == example(), "run `python -m proxy.api.reference`"
+
+
+def test_example_has_the_defaults(tmp_path: Path) -> None:
+    """Each line that is not a comment for people is one, less its first character."""
+    lines = re.findall(r"^#(\w+) = (.*)$", example(), re.MULTILINE)
+    assert [name for name, _ in lines] == [field.name for field in config.SETTINGS]
+    defaults = {field.name for field in config.SETTINGS if field.metadata["default"]}
+    file = tmp_path / "proxy.toml"
+    file.write_text("\n".join(f"{name} = {text}" for name, text in lines if name in defaults))
+    assert config.load(file=file) == config.load()
 
 
 def test_reference_names_every_function_and_view() -> None:

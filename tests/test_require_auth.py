@@ -94,6 +94,7 @@ def looks_around(start_proxy: StartProxy, tmp_path: Path, conninfo: str) -> str:
     with pytest.raises(TimeoutError, match="cannot reach the server") as caught:
         start_proxy(
             *("--auth-user", "lookup", "--auth-file", auth_file(tmp_path, lookup=SECRET)),
+            *("--server-required", "on"),
             upstream=f"{conninfo} target_session_attrs=primary connect_timeout=2",
         )
     return str(caught.value)

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from protocol.errors import SQLError
+from proxy.config import Config
 from proxy.jobs.interrupts import Interrupts
+from proxy.jobs.queue import JobQueue
 from proxy.session.caller import SessionCaller
 
 
@@ -25,7 +28,12 @@ def test_a_launch_that_ends_as_its_wait_is_interrupted_leaves_no_job(first: str)
             await opened.wait()
             return job
 
-        session: Any = SimpleNamespace(launch=launch, drop=dropped.append, jobs=())
+        session: Any = SimpleNamespace(
+            launch=launch,
+            drop=dropped.append,
+            jobs=(),
+            service=SimpleNamespace(registry=SimpleNamespace(running=set())),
+        )
         caller = SessionCaller(session, SimpleNamespace(), Interrupts())  # type: ignore[arg-type]
         caller._context = SimpleNamespace()  # type: ignore[assignment]
         calling = asyncio.create_task(caller.launch(b"SELECT 1", 0))
@@ -40,3 +48,24 @@ def test_a_launch_that_ends_as_its_wait_is_interrupted_leaves_no_job(first: str)
 
     asyncio.run(scene())
     assert dropped == ([job] if first == "launched" else [])
+
+
+def test_a_queued_job_whose_launch_breaks_ends_with_an_error() -> None:
+    """Else it would be queued for ever, and hold its place in the bounds."""
+    ended: list[Any] = []
+    job: Any = SimpleNamespace(user=b"alice", end_with=ended.append)
+
+    async def scene() -> None:
+        queue = JobQueue(Config(max_queued_jobs=1))
+
+        async def launch() -> None:
+            raise RuntimeError
+
+        queue.add(job, 10, launch())
+        with pytest.raises(SQLError, match="too many queued"):
+            queue.check(b"alice", 10)
+        await asyncio.sleep(0.01)
+        queue.check(b"alice", 10)
+
+    asyncio.run(scene())
+    assert [error.sqlstate for error in ended] == ["XX000"]

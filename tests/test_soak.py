@@ -33,7 +33,7 @@ CLIENTS: Final = 20
 MEGABYTE: Final = 1 << 20
 
 LENGTHS: Final = [
-    pytest.param(6.0, marks=pytest.mark.timeout(240)),
+    pytest.param(4.0, marks=pytest.mark.timeout(240)),
     pytest.param(SECONDS, marks=[pytest.mark.slow, pytest.mark.timeout(SECONDS * 2 + 240)]),
 ]
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
 
 from tests.conftest import StartProxy
-from tests.support.background import launch, message, run, value, wait_until
+from tests.support.background import failure, launch, message, result, run, value, wait_until
+from tests.support.executors import executors
 from tests.support.servers import Connection, Server
 
+JOBS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background'"
 SPARE = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
 
 
@@ -60,6 +62,65 @@ def test_a_job_in_a_spare_is_the_sessions_own(
         *words, pid = str(value(conn, job)).split()
         assert words == ["postgres", "pg_catalog", "x", "pg_background"]
         assert int(pid) in before
+
+
+@pytest.fixture
+def own_role(server: Server, scratch: str) -> Iterator[str]:
+    """A role that alice may become, and that may launch and write to `kept`."""
+    with server.connect(dbname=scratch) as admin:
+        admin.execute("CREATE ROLE becomes; GRANT becomes TO alice")
+        admin.execute("CREATE TABLE kept (n int); GRANT ALL ON kept TO PUBLIC")
+        with executors(admin, "becomes", "alice"):
+            yield "becomes"
+        admin.execute("DROP TABLE kept; DROP ROLE becomes")
+
+
+@pytest.mark.parametrize("before", ["", "SELECT set_config('DateStyle', 'German', false); "])
+def test_no_job_runs_in_one_that_could_not_take_over(
+    server: Server,
+    start_proxy: StartProxy,
+    spares: Callable[[], set[int]],
+    scratch: str,
+    own_role: str,
+    before: str,
+) -> None:
+    """Whether its text goes along with the takeover, or needs to know what that has set."""
+    proxy = start_proxy("--spare-lifetime", "60s")
+    job = before + "INSERT INTO kept VALUES (1) RETURNING n"
+    with (
+        server.connect(dbname=scratch) as admin,
+        proxy.connect(user="alice", dbname=scratch) as conn,
+    ):
+        conn.execute(f"SET ROLE {own_role}")
+        assert run(conn, job) == [(1,)]
+        wait_until(lambda: len(spares()) == 2)
+        admin.execute(f"REVOKE {own_role} FROM alice")
+        try:
+            refused = failure(conn, "SELECT pg_background_launch(%s)", [job])
+            assert message(refused) == ("42501", f'permission denied to set role "{own_role}"')
+        finally:
+            admin.execute(f"GRANT {own_role} TO alice")
+        assert run(conn, job) == [(1,)]
+        wait_until(lambda: not admin.execute(JOBS).fetchall())
+        assert admin.execute("SELECT count(*) FROM kept").fetchone() == (2,)
+        [row] = conn.execute("SELECT workers_launched, workers_failed FROM pg_background_stats()")
+        assert row == (2, 0)
+    proxy.stop()
+
+
+@pytest.mark.parametrize("job", ["VACUUM", "CREATE DATABASE made_in_a_spare", "SELECT 1; SELECT 2"])
+def test_what_refuses_a_transaction_block_runs_in_one(
+    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]], job: str
+) -> None:
+    with start_proxy("--spare-lifetime", "60s").connect() as conn:
+        run(conn, "SELECT 1")
+        wait_until(lambda: len(spares()) == 2)
+        before = spares()
+        pid = launch(conn, job)
+        assert pid in before
+        expected = [(2,)] if "SELECT" in job else [(job.partition(" made")[0],)]
+        assert result(conn, pid, None if "SELECT" in job else "result text") == expected
+        conn.execute("DROP DATABASE IF EXISTS made_in_a_spare")
 
 
 def test_one_that_nobody_needs_is_closed(

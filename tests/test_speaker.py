@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from protocol.messages import NoticeResponse
-from proxy.extension.conversation import Message, NotOursError
+from proxy.extension.questions import Message, NotOursError
 
 pytestmark = pytest.mark.every_server
 

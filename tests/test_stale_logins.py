@@ -57,9 +57,12 @@ def _spares(admin: Connection) -> set[int]:
 
 
 def _warm(admin: Connection, conn: Connection) -> set[int]:
-    """Have two spares for a session; their pids."""
+    """Have two spares for a session; their pids. The first checks the login of the second."""
     run(conn, "SELECT 1")
     wait_until(lambda: len(_spares(admin)) == 2)
+    before = _spares(admin)
+    run(conn, "SELECT 1")
+    wait_until(lambda: len(_spares(admin) - before) == 1 and len(_spares(admin)) == 2)
     return _spares(admin)
 
 
@@ -165,6 +168,21 @@ def test_settings_of_the_login_are_those_of_a_new_one(
             admin.execute("ALTER ROLE ALL RESET work_mem")
 
 
+def test_event_triggers_on_login_are_those_of_a_new_one(
+    stale: Proxy, admin: Connection, db: str
+) -> None:
+    if admin.info.server_version < 170000:
+        pytest.skip("this server has no event triggers on login")
+    with stale.connect(dbname=db) as conn:
+        _warm(admin, conn)
+        conn.execute(
+            "CREATE FUNCTION at_login() RETURNS event_trigger LANGUAGE plpgsql AS"
+            " $$BEGIN PERFORM set_config('work_mem', '5MB', false); END$$;"
+            "CREATE EVENT TRIGGER at_login ON login EXECUTE FUNCTION at_login()"
+        )
+        assert value(conn, "SHOW work_mem") == "5MB"
+
+
 def test_what_changes_nothing_for_a_login_keeps_the_spares(
     stale: Proxy, admin: Connection, db: str
 ) -> None:
@@ -190,6 +208,7 @@ def test_a_role_whose_settings_set_its_role_has_spares(stale: Proxy, admin: Conn
         conn.execute("RESET ROLE; SET ROLE NONE")
         before = _warm(admin, conn)
         assert launch(conn, "SELECT 1") in before
+        assert value(conn, "SELECT current_user") == "eve"
 
 
 def test_a_real_failure_to_take_over_is_the_callers_on_a_spare_too(
@@ -207,6 +226,30 @@ def test_a_real_failure_to_take_over_is_the_callers_on_a_spare_too(
         assert error.sqlstate == "42501"
         conn.execute("RESET ROLE")
         assert launch(conn, "SELECT 1") in before
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_no_job_runs_in_one_whose_login_does_not_hold(
+    stale: Proxy, start_proxy: StartProxy, admin: Connection, db: str, count: int
+) -> None:
+    """One that is alone checks its own login, in front of the job: with a Sync between the two, the
+    job would run after the check has failed."""
+    proxy = start_proxy("--spare-lifetime", "60s", "--spares", str(count))
+    admin.execute("CREATE ROLE eve LOGIN IN ROLE pgbackground_role")
+    with stale.connect(dbname=db) as owner, proxy.connect(user="eve", dbname=db) as conn:
+        owner.execute("CREATE TABLE kept (n int); GRANT ALL ON kept TO eve")
+        job = "INSERT INTO kept VALUES (1) RETURNING n"
+        for _ in range(3):
+            assert run(conn, job) == [(1,)]
+            wait_until(lambda: len(_spares(admin)) == count)
+        admin.execute("ALTER ROLE eve NOLOGIN")
+        error = failure(conn, "SELECT pg_background_launch(%s)", [job])
+        assert error.sqlstate == "28000", message(error)
+        wait_until(lambda: not _spares(admin))
+        others = "SELECT FROM pg_stat_activity WHERE usename = 'eve' AND pid <> %s"
+        wait_until(lambda: not admin.execute(others, [conn.info.backend_pid]).fetchall())
+        assert owner.execute("SELECT count(*) FROM kept").fetchone() == (3,)
+    proxy.stop()
 
 
 INSIDE = "WITH l AS (SELECT pg_background_launch(%s) AS pid) SELECT pid FROM l"

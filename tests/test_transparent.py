@@ -299,7 +299,8 @@ every_script = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 def both(server: Server, proxy: Proxy, script: Script, **options: Any) -> list[m.BackendMessage]:
     """Runs a script direct and through the proxy, compares, and makes a call at the end."""
     with Frontend(server) as client:
-        direct = masked(record(client, script, **options), client.key.pid)
+        waiting = options.get("waiting", True)
+        direct = masked(record(client, script, waiting=waiting), client.key.pid)
     with Frontend(proxy) as client:
         proxied = masked(record(client, script, **options), client.key.pid)
         assert_same(direct, proxied)
@@ -312,6 +313,7 @@ def test_the_messages_are_the_same(server: Server, proxy: Proxy, script: Script)
     both(server, proxy, script)
 
 
+@pytest.mark.one_server
 @every_script
 def test_the_messages_are_the_same_sent_byte_by_byte(
     server: Server, proxy: Proxy, script: Script
@@ -326,6 +328,7 @@ def test_the_messages_are_the_same_sent_all_at_once(
     both(server, proxy, script, waiting=False)
 
 
+@pytest.mark.turns(3)
 @every_script
 def test_a_call_in_the_same_flight_comes_after_them(proxy: Proxy, script: Script) -> None:
     sent = [item for item in (*script, *END) if not isinstance(item, Wait)]
@@ -463,6 +466,7 @@ class Sink:
             self.end = (self.end + chunk)[-1000:]
 
 
+@pytest.mark.one_server
 def test_a_row_of_100_mb_is_streamed(proxy: Proxy, peak: list[int]) -> None:
     with Frontend(proxy) as client:
         client.send(q("SELECT repeat('x', 100000000)"))
@@ -473,6 +477,7 @@ def test_a_row_of_100_mb_is_streamed(proxy: Proxy, peak: list[int]) -> None:
         call(client)
 
 
+@pytest.mark.one_server
 def test_a_parameter_of_100_mb_is_streamed(proxy: Proxy, peak: list[int]) -> None:
     big = bytes(100_000_000).replace(b"\0", b"x")
     with Frontend(proxy) as client:
@@ -487,6 +492,7 @@ def test_a_parameter_of_100_mb_is_streamed(proxy: Proxy, peak: list[int]) -> Non
         call(client)
 
 
+@pytest.mark.one_server
 def test_100_mb_of_copy_are_streamed_both_ways(proxy: Proxy, peak: list[int]) -> None:
     piece = m.CopyData(b"pg_background_launch('x')" * 40 + b"\n").serialize() * 1000
     count = 100_000_000 // len(piece)
@@ -506,6 +512,7 @@ def test_100_mb_of_copy_are_streamed_both_ways(proxy: Proxy, peak: list[int]) ->
         call(client)
 
 
+@pytest.mark.one_server
 def test_a_slow_reader_stops_the_server(proxy: Proxy, server: Server, peak: list[int]) -> None:
     """Nothing is read until the backend waits for the client; then all of it is there."""
     with Frontend(proxy) as client, server.connect() as other:
@@ -520,6 +527,7 @@ def test_a_slow_reader_stops_the_server(proxy: Proxy, server: Server, peak: list
         call(client)
 
 
+@pytest.mark.one_server
 def test_a_slow_server_stops_the_client(start_proxy: StartProxy) -> None:
     """A client that writes to a server that does not read comes to a halt."""
     with fake_server() as (port, accepted):
@@ -720,11 +728,15 @@ def test_a_client_that_will_send_no_more_gets_the_answer_to_its_calls(
     assert server.wait_for_no_clients() == []
 
 
+@pytest.mark.one_server
 def test_a_server_that_closes_closes_the_client(start_proxy: StartProxy) -> None:
     """What it said last arrives, then the end; even in the middle of a message."""
     with fake_server() as (port, accepted):
         proxy = start_proxy(upstream=f"host=127.0.0.1 port={port} sslmode=disable")
-        for number, last in enumerate([b"", LOGIN, LOGIN + b"D\0\0\1\0half"], 1):
+        half = b"D\0\0\1\0half"
+        answer = b"Z\0\0\0\5I"  # to the query of the proxy's own
+        said = [(b"", b""), (LOGIN, LOGIN), (LOGIN + answer + half, LOGIN + half)]
+        for number, (last, expected) in enumerate(said, 1):
             with Frontend(proxy, login=False) as client:
                 client.send(StartupMessage({b"user": b"x"}))
                 with accepted(number) as backend:
@@ -733,7 +745,7 @@ def test_a_server_that_closes_closes_the_client(start_proxy: StartProxy) -> None
                 got = b""
                 while chunk := client.socket.recv(1000):
                     got += chunk
-                assert got == last
+                assert got == expected
 
 
 # --- any cut -----------------------------------------------------------------------------------
@@ -783,6 +795,9 @@ class Told:
 
     def statement_ended(self) -> None:
         self.events.append(("ended",))
+
+    def ready(self) -> None:
+        self.events.append(("ready",))
 
     def complaint(self, error: bytes) -> bytes | None:
         return b"E\0\0\0\5\0" if b"REPLACE" in error else None
@@ -919,6 +934,7 @@ def test_random_scripts_in_random_pieces(server: Server, proxy: Proxy) -> None:
         )
 
 
+@pytest.mark.one_server
 def test_the_buffer_of_the_recorder_is_empty_after_a_script(server: Server) -> None:
     """The recorder itself: it has read everything that was answered."""
     with Frontend(server) as client:
@@ -930,6 +946,7 @@ def test_the_buffer_of_the_recorder_is_empty_after_a_script(server: Server) -> N
         assert len(client._buffer) == 0
 
 
+@pytest.mark.one_server
 def test_a_proxy_that_is_stopped_says_goodbye(start_proxy: StartProxy) -> None:
     proxy = start_proxy("--shutdown-timeout", "0")
     with Frontend(proxy) as client:
@@ -939,12 +956,15 @@ def test_a_proxy_that_is_stopped_says_goodbye(start_proxy: StartProxy) -> None:
     assert [error.sqlstate for error in errors(closed.value.messages)] == ["57P01"]
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("length", [0, 3, -1, -5, -6, -(2**31), 2**30])
 @pytest.mark.parametrize("kind", "QPBDECS")
 def test_a_message_of_an_impossible_length_ends_the_session(
     server: Server, proxy: Proxy, kind: str, length: int
 ) -> None:
     """At rest and behind a message of the same batch; what follows looks like messages."""
+    if length == 2**30 and server.version < 140000:
+        pytest.skip("the server waits for so long a message")
     broken = kind.encode() + struct.pack(">i", length) + serialized([e(), S])
     for before in ((), (b(),)):
         said: list[list[m.BackendMessage]] = []

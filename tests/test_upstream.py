@@ -28,7 +28,7 @@ from proxy.demo.embedded import free_port
 from tests.conftest import StartProxy
 from tests.support.background import wait_until
 from tests.support.certificates import Certificates
-from tests.support.servers import REPOSITORY, Proxy, Server, clean_environment, psql
+from tests.support.servers import Proxy, Server, clean_environment, psql, run_program
 from tests.test_tls import raw, rest, tls_options
 
 JOB = "SELECT * FROM pg_background_result(pg_background_launch('SELECT 42')) AS (n int)"
@@ -44,17 +44,9 @@ def front(server: Server, certificates: Certificates) -> Iterator[Proxy]:
 
 def refused(upstream: str, *options: str) -> str:
     """The one line of a proxy that does not start."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "proxy", "serve", "--listen", "127.0.0.1:0"),
-            *("--upstream", upstream, *options),
-        ],
-        cwd=REPOSITORY,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
+    done = run_program(
+        *("serve", "--listen", "127.0.0.1:0"),
+        *("--upstream", upstream, "--server-required", "on", *options),
     )
     assert done.returncode in (1, 2), done.stderr
     (line,) = done.stderr.splitlines()

@@ -63,6 +63,11 @@ class NoBinaryForm(LookupError):  # noqa: N818 (it says what is the matter)
         return f"no binary form of type {self.type_oid} is known here"
 
 
+def has_binary_form(type_oid: int) -> bool:
+    """Whether `to_binary` converts this type."""
+    return type_oid in _CONVERSIONS or type_oid in oids.ARRAYS
+
+
 def to_binary(type_oid: int, text: bytes) -> bytes:
     """The binary form of a value, from its text form as PostgreSQL writes it.
 
@@ -82,4 +87,4 @@ def to_binary(type_oid: int, text: bytes) -> bytes:
     return Array.parse(text).to_binary(element_oid, _CONVERSIONS[element_oid])
 
 
-__all__ = ["NoBinaryForm", "parse_array", "to_binary"]
+__all__ = ["NoBinaryForm", "has_binary_form", "parse_array", "to_binary"]

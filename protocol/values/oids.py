@@ -24,6 +24,7 @@ XID: Final = 28
 CID: Final = 29
 JSON: Final = 114
 XML: Final = 142
+PG_NODE_TREE: Final = 194
 CIDR: Final = 650
 FLOAT4: Final = 700
 FLOAT8: Final = 701
@@ -45,6 +46,7 @@ VARBIT: Final = 1562
 NUMERIC: Final = 1700
 REGCLASS: Final = 2205
 RECORD: Final = 2249
+CSTRING: Final = 2275
 VOID: Final = 2278
 UUID: Final = 2950
 PG_LSN: Final = 3220
@@ -117,6 +119,7 @@ _SIZES: Final = {
     INTERVAL: 16,
     TIMETZ: 12,
     REGCLASS: 4,
+    CSTRING: -2,
     VOID: 4,
     UUID: 16,
     PG_LSN: 8,

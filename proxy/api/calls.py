@@ -10,32 +10,34 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from datetime import datetime
 from typing import Any, Final
 
 from protocol.errors import (
+    CONNECTION_FAILURE,
     FEATURE_NOT_SUPPORTED,
     INSUFFICIENT_PRIVILEGE,
     NULL_VALUE_NOT_ALLOWED,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
     UNDEFINED_OBJECT,
+    WARNING,
     SQLError,
 )
+from protocol.messages import NoticeResponse
 from proxy.api.like import like
-from proxy.config.gucs import MAX_WORKERS
+from proxy.config.gucs import LAUNCH_AT_COMMIT, MAX_WORKERS
 from proxy.jobs.context import Context
+from proxy.jobs.history import PastJob, Role
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
+from proxy.jobs.launcher import Launcher
 from proxy.jobs.owner import Owner
-from proxy.jobs.registry import Handle, JobRecord
+from proxy.jobs.registry import NO_PID, Handle, JobRecord
 from proxy.sql.text import EXECUTOR_ROLE
 
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 24 * HOUR_MS
-RUN_GRACE_MS: Final = 1000
-"""How long `run` waits for a job to stop after it has run out of time."""
-
 Row = tuple[Any, ...]
 
 _VOID: Final = b""
@@ -81,22 +83,119 @@ class Caller(ABC):
 
     async def known_jobs(self) -> Sequence[JobRecord]:
         """Jobs of all sessions, at least those that the current role may touch, also ended ones."""
-        return await self._owner.service.jobs_of(self.context.roles)
+        jobs, unanswered = await self._owner.service.jobs_of(self.context.roles)
+        if unanswered:
+            await self._say_incomplete("the list of background workers is incomplete", unanswered)
+        return jobs
 
     async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
         """The jobs with these handles, as they are now: of this session or of `known_jobs`."""
-        return await self._owner.service.find(self.jobs, handles)
+        jobs, unanswered = await self._owner.service.find(self.jobs, handles)
+        if unanswered:
+            [pid, *_] = [pid for (pid, _), job in zip(handles, jobs, strict=True) if job is None]
+            what = "a background worker has this cookie"
+            if pid != NO_PID:
+                what = f"PID {pid} is a background worker"
+            await self._say_incomplete(f"cannot tell whether {what}", unanswered)
+        return jobs
+
+    async def past(self, handles: Sequence[Handle] | None = None) -> list[PastJob]:
+        """What the history has of these jobs, or of all, the newest; nothing where there is none.
+        The server decides what the current role sees of it."""
+        history = self._owner.service.history
+        if not history.is_on or handles == []:
+            return []
+        launcher, encoding = self._launching
+        role = Role.of(launcher.login, self.context, encoding)
+        return await history.read(role, launcher.channel, self.cluster, handles)
+
+    @property
+    @abstractmethod
+    def _launching(self) -> tuple[Launcher, bytes]:
+        """What opens its backends, and client_encoding, as PostgreSQL names it."""
+
+    async def _say_incomplete(self, message: str, unanswered: int) -> None:
+        """Say that some of the other processes have not answered."""
+        warning = SQLError(
+            WARNING,
+            message,
+            detail=f"{unanswered} of the proxy's processes did not answer in time.",
+            hint="Call the function again later; a process that hangs is replaced.",
+            severity="WARNING",
+        )
+        await self._owner.inject(NoticeResponse(warning.response(self.codec).fields).serialize())
 
     @abstractmethod
     async def launch(
-        self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
+        self,
+        sql: bytes,
+        queue_size: int,
+        *,
+        label: bytes | None = None,
+        keep_rows: bool = True,
+        retries: int = 0,
+        may_queue: bool = False,
     ) -> Job:
-        """Start a job with the context's role and settings."""
+        """Start a job with the context's role and settings, when there is room for it.
+
+        `retries`: how many attempts may follow one that fails by chance; then no rows are kept.
+        `may_queue`: whether it is queued if there is no room and pg_background.queue is on.
+        """
+
+    async def _launched(self, launch: Coroutine[Any, Any, Job]) -> Job:
+        """The job of a launch, which is cancelled if the wait for it is interrupted."""
+        launching = asyncio.ensure_future(launch)
+        running = self._owner.service.registry.running  # who waits for room waits for them
+        try:
+            return await self._interrupts.for_future(launching, running)
+        except BaseException:
+            launching.cancel()
+            launching.add_done_callback(self._drop)
+            raise
+
+    def _drop(self, launching: asyncio.Future[Job]) -> None:
+        """Stop a job whose launch was interrupted, if it came to its end before that took effect:
+        the session may be gone, and the job would wait for a reader."""
+        if not launching.cancelled() and launching.exception() is None:
+            self._owner.drop(launching.result())
+
+    @abstractmethod
+    async def launch_at_commit(
+        self,
+        sql: bytes,
+        queue_size: int,
+        *,
+        label: bytes | None = None,
+        keep_rows: bool = True,
+        retries: int = 0,
+    ) -> Job:
+        """The same, but it waits for the commit of the calling transaction."""
+
+    @property
+    def launches_at_commit(self) -> bool:
+        """The setting pg_background.launch_at_commit; off for functions that do not know of it."""
+        if LAUNCH_AT_COMMIT.name not in self.context.own_settings:
+            return False
+        return bool(self._owner.launcher.setting(LAUNCH_AT_COMMIT, self.context))
+
+    async def check_may_wait(self, jobs: Iterable[JobRecord]) -> None:
+        """Raises SQLError 55000 if one of them waits for the calling transaction to commit."""
+        await self._owner.check_may_wait(jobs)
 
     async def cancel_job(self, job: JobRecord) -> None:
-        """Tell the server to stop it."""
-        if not job.finished:
-            await self._owner.service.cancel(job)
+        """Tell the server to stop it. Raises SQLError if the process that runs it hangs."""
+        if not (job.finished or await self._cancel(job)):
+            raise SQLError(
+                CONNECTION_FAILURE,
+                f"cannot cancel background worker with PID {job.pid}",
+                detail="The process of the proxy that runs it did not answer in time.",
+                hint="It is canceled when that process goes on."
+                f" Otherwise call pg_terminate_backend({job.pid}).",
+            )
+
+    async def _cancel(self, job: JobRecord) -> bool:
+        """The same; whether the server was told."""
+        return await self._owner.service.cancel(job)
 
     def limit(self, job: Job, timeout_ms: int) -> None:
         """Cancel the job when it has run that long."""
@@ -142,25 +241,29 @@ def permission_denied(name: str) -> SQLError:
 # Finding jobs
 
 
-def attached(caller: Caller, pid: int) -> Job:
-    """The session's job of this pid, if the current role may touch it. Raises SQLError."""
-    job = caller.jobs.get(pid)
+def attached(caller: Caller, pid: int, cookie: int | None = None) -> Job:
+    """The session's job of this pid, or without one of this cookie, if the current role may touch
+    it; of several the latest, unless one has this cookie. Raises SQLError."""
+    job = caller.jobs.get(pid, cookie)
     _check_role(caller, job)
     return job
 
 
 async def result(caller: Caller, pid: int, cookie: int | None = None) -> Job:
-    job = attached(caller, pid)
+    job = attached(caller, pid, cookie)
     if cookie is not None and cookie != job.cookie:
         raise SQLError(
             UNDEFINED_OBJECT, f"PID {pid} is not attached to this session (cookie mismatch)"
         )
+    which = "this cookie" if pid == NO_PID else f"PID {pid}"
     if not job.keeps_rows:
         raise SQLError(
-            FEATURE_NOT_SUPPORTED, f"results are disabled for PID {pid} (submitted via submit_v2)"
+            FEATURE_NOT_SUPPORTED, f"results are disabled for {which} (submitted via submit_v2)"
         )
+    if job.is_waiting:
+        await caller.check_may_wait([job])
     if job.consumed:
-        raise SQLError(UNDEFINED_OBJECT, f"results for PID {pid} have already been consumed")
+        raise SQLError(UNDEFINED_OBJECT, f"results for {which} have already been consumed")
     return job
 
 
@@ -184,7 +287,7 @@ async def _with_cookies(caller: Caller, handles: Sequence[Handle]) -> list[JobRe
 
 def _own_with_cookie(caller: Caller, pid: int, cookie: int) -> Job:
     """A job of this session. Raises SQLError."""
-    job = attached(caller, pid)
+    job = attached(caller, pid, cookie)
     if cookie != job.cookie:
         raise SQLError(
             OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -195,13 +298,17 @@ def _own_with_cookie(caller: Caller, pid: int, cookie: int) -> Job:
 
 
 def _may_touch(caller: Caller, job: JobRecord) -> bool:
+    if isinstance(job, PastJob):
+        return True  # else the server would not have shown it
     return job.cluster == caller.cluster and job.role_id in caller.context.roles
 
 
 def _check_role(caller: Caller, job: JobRecord) -> None:
     if not _may_touch(caller, job):
         raise SQLError(
-            INSUFFICIENT_PRIVILEGE, f'permission denied for background worker with PID "{job.pid}"'
+            INSUFFICIENT_PRIVILEGE,
+            "permission denied for background worker with "
+            + ("this cookie" if job.pid == NO_PID else f'PID "{job.pid}"'),
         )
 
 
@@ -213,27 +320,16 @@ def _own(caller: Caller) -> list[Job]:
 # Launching
 
 
-def _given(sql: bytes | None) -> bytes:
+def given(sql: bytes | None) -> bytes:
+    """What a job is to run. Raises SQLError for NULL."""
     if sql is None:
         raise SQLError(NULL_VALUE_NOT_ALLOWED, "sql must not be null")
     return sql
 
 
-async def launch(caller: Caller, sql: bytes, queue_size: int = 0) -> int:
-    return (await caller.launch(sql, queue_size)).pid
-
-
-async def launch_v2(
-    caller: Caller, sql: bytes | None, queue_size: int | None = 0, label: bytes | None = None
-) -> Handle:
-    return (await caller.launch(_given(sql), queue_size or 0, label=label)).handle
-
-
-async def submit(
-    caller: Caller, sql: bytes | None, queue_size: int | None = 0, label: bytes | None = None
-) -> Handle:
-    job = await caller.launch(_given(sql), queue_size or 0, label=label, keep_rows=False)
-    return job.handle
+def handle_of(job: JobRecord) -> Row:
+    """Its pid, None as long as it has none, and its cookie."""
+    return job.pid or None, job.cookie
 
 
 # Ending and forgetting
@@ -248,7 +344,7 @@ async def detach(caller: Caller, pid: int, cookie: int | None = None) -> bytes:
 async def cancel(caller: Caller, pid: int, cookie: int, grace_ms: int = 0) -> bytes:
     job = await _with_cookie(caller, pid, cookie)
     await caller.cancel_job(job)
-    await _wait_for([job], caller, min(max(grace_ms, 0), HOUR_MS))
+    await wait_for([job], caller, min(max(grace_ms, 0), HOUR_MS))
     return _VOID
 
 
@@ -258,17 +354,21 @@ async def cancel_by_label(caller: Caller, pattern: bytes, grace_ms: int = 0) -> 
         for job in _own(caller)
         if not job.finished and job.label is not None and like(job.label, pattern, caller.codec)
     ]
-    for job in jobs:
-        await caller.cancel_job(job)
-    await _wait_for(jobs, caller, min(max(grace_ms, 0), HOUR_MS))
+    await _cancel(caller, jobs)
+    await wait_for(jobs, caller, min(max(grace_ms, 0), HOUR_MS))
     return len(jobs)
 
 
 async def cancel_all(caller: Caller) -> int:
     jobs = [job for job in _own(caller) if not job.finished]
-    for job in jobs:
-        await caller.cancel_job(job)
+    await _cancel(caller, jobs)
     return len(jobs)
+
+
+async def _cancel(caller: Caller, jobs: list[Job]) -> None:
+    """Those that wait first: else they would start in the room that the others leave."""
+    for job in sorted(jobs, key=lambda job: not job.is_waiting):
+        await caller.cancel_job(job)
 
 
 async def detach_all(caller: Caller) -> int:
@@ -288,10 +388,18 @@ def _detach(caller: Caller, jobs: Sequence[JobRecord]) -> int:
 # Waiting
 
 
-async def _wait_for(jobs: Sequence[JobRecord], caller: Caller, timeout_ms: int | None) -> bool:
+async def wait_for(jobs: Sequence[JobRecord], caller: Caller, timeout_ms: int | None) -> bool:
     """Wait until all have ended, at most that long (None: for ever); whether they have."""
     loop = asyncio.get_running_loop()
     until = None if timeout_ms is None else loop.time() + timeout_ms / 1000
+    if timeout_ms != 0:
+        await caller.check_may_wait([job for job in jobs if job.is_waiting])
+    return await wait_until(jobs, caller, until)
+
+
+async def wait_until(jobs: Sequence[JobRecord], caller: Caller, until: float | None) -> bool:
+    """The same, until that time of the loop."""
+    loop = asyncio.get_running_loop()
     while running := [job for job in jobs if not job.finished]:
         if until is not None and loop.time() >= until:
             return False
@@ -299,13 +407,13 @@ async def _wait_for(jobs: Sequence[JobRecord], caller: Caller, timeout_ms: int |
     return True
 
 
-def _limit(timeout_ms: int) -> int | None:
+def time_limit(timeout_ms: int) -> int | None:
     """A timeout_ms of 0 or less means no limit."""
     return min(timeout_ms, DAY_MS) if timeout_ms > 0 else None
 
 
 async def wait(caller: Caller, pid: int, cookie: int, timeout_ms: int = 0) -> bool:
-    return await _wait_for([await _with_cookie(caller, pid, cookie)], caller, _limit(timeout_ms))
+    return await wait_for([await _with_cookie(caller, pid, cookie)], caller, time_limit(timeout_ms))
 
 
 async def wait_void(caller: Caller, pid: int, cookie: int) -> bytes:
@@ -315,18 +423,19 @@ async def wait_void(caller: Caller, pid: int, cookie: int) -> bytes:
 
 async def wait_timeout(caller: Caller, pid: int, cookie: int, timeout_ms: int) -> bool:
     job = await _with_cookie(caller, pid, cookie)
-    return await _wait_for([job], caller, min(max(timeout_ms, 0), DAY_MS))
+    return await wait_for([job], caller, min(max(timeout_ms, 0), DAY_MS))
 
 
-async def wait_any(caller: Caller, handles: list[Handle], timeout_ms: int = 0) -> Handle | None:
+async def wait_any(caller: Caller, handles: list[Handle], timeout_ms: int = 0) -> Row | None:
     jobs = await _with_cookies(caller, handles)
-    limit = _limit(timeout_ms)
+    limit = time_limit(timeout_ms)
     loop = asyncio.get_running_loop()
     until = None if limit is None else loop.time() + limit / 1000
+    await caller.check_may_wait([job for job in jobs if job.is_waiting])
     while jobs:
         ended = [job for job in jobs if job.finished]
         if ended:
-            return min(ended, key=lambda job: job.finished_at or job.launched_at).handle
+            return handle_of(min(ended, key=lambda job: job.finished_at or job.launched_at))
         if until is not None and loop.time() >= until:
             return None
         await caller.wait(jobs, until)
@@ -338,7 +447,7 @@ async def drain(caller: Caller, handles: list[Handle], timeout_ms: int = 0) -> l
     jobs = [job for job in found if job is not None and _may_touch(caller, job)]
     for job in set(caller.jobs).intersection(jobs):
         job.forget_output()
-    if not await _wait_for(jobs, caller, _limit(timeout_ms)):
+    if not await wait_for(jobs, caller, time_limit(timeout_ms)):
         await caller.find(handles)  # updates the jobs of other processes
     rows = [_outcome(caller, handle, job) for handle, job in zip(handles, found, strict=True)]
     _detach(caller, jobs)
@@ -353,13 +462,15 @@ async def list_jobs(caller: Caller) -> list[Row]:
 
 
 async def list_all(caller: Caller) -> list[Row]:
-    return [_list_row(job) for job in await caller.known_jobs() if _may_touch(caller, job)]
+    jobs = [job for job in await caller.known_jobs() if _may_touch(caller, job)]
+    known = {job.handle for job in jobs}
+    past = [job for job in await caller.past() if job.handle not in known]
+    return [_list_row(job) for job in (*past, *jobs)]
 
 
 def _list_row(job: JobRecord) -> Row:
     return (
-        job.pid,
-        job.cookie,
+        *handle_of(job),
         job.launched_at,
         job.role_id,
         job.queue_size,
@@ -375,8 +486,11 @@ async def activity(caller: Caller) -> list[Row]:
     if caller.context.extension is None:
         check_privilege(caller, "pg_background_activity")
     jobs = _own(caller)
-    backends = await caller.activity(jobs)
-    return [(*_list_row(job), *backends.get(job.pid, (None,) * 7)) for job in jobs]
+    running = [job for job in jobs if not job.finished]
+    backends = await caller.activity(running)
+    # The backend of one that has ended may wait for another, or run it already.
+    found = {job.handle: backends.get(job.backend_pid) for job in running}
+    return [(*_list_row(job), *(found.get(job.handle) or (None,) * 7)) for job in jobs]
 
 
 async def stats(caller: Caller) -> Row:
@@ -423,14 +537,14 @@ async def error_info(caller: Caller, pid: int, cookie: int) -> Row | None:
 
 def _outcome(caller: Caller, handle: Handle, job: JobRecord | None) -> Row:
     if job is None or not _may_touch(caller, job):
-        return (*handle, None, False, False, False, None, None, None, None, None, None)
+        pid, cookie = handle
+        return (pid or None, cookie, None, False, False, False, None, None, None, None, None, None)
     return outcome_of(job)
 
 
 def outcome_of(job: JobRecord) -> Row:
     return (
-        job.pid,
-        job.cookie,
+        *handle_of(job),
         job.state,
         job.consumed,
         job.finished,
@@ -444,13 +558,23 @@ def outcome_of(job: JobRecord) -> Row:
     )
 
 
+async def _known_or_past(caller: Caller, handle: Handle) -> JobRecord | None:
+    [job] = await caller.find([handle])
+    if job is None:
+        [job, *_] = [*await caller.past([handle]), None]
+    return job
+
+
 async def outcome(caller: Caller, pid: int, cookie: int) -> Row:
-    [job] = await caller.find([(pid, cookie)])
+    job = await _known_or_past(caller, (pid, cookie))
     return _outcome(caller, (pid, cookie), job)
 
 
 async def status(caller: Caller, pid: int, cookie: int) -> bytes:
-    row = zip(OUTCOME_NAMES, await outcome(caller, pid, cookie), strict=True)
+    job = await _known_or_past(caller, (pid, cookie))
+    row = [*zip(OUTCOME_NAMES, _outcome(caller, (pid, cookie), job), strict=True)]
+    if job is not None and job.attempts > 1 and _may_touch(caller, job):
+        row.append(("attempts", job.attempts))
     return json.dumps(
         {name: _json(value) for name, value in row}, ensure_ascii=False, separators=(", ", ": ")
     ).encode("utf-8", "surrogateescape")
@@ -480,48 +604,6 @@ def _json(value: object) -> object:
 
 async def full_sql(caller: Caller, pid: int, cookie: int) -> bytes:
     return (await _with_cookie(caller, pid, cookie)).full_sql
-
-
-# Launching and waiting in one call
-
-
-async def run(
-    caller: Caller,
-    sql: bytes | None,
-    queue_size: int | None = 0,
-    timeout_ms: int | None = 0,
-    label: bytes | None = None,
-) -> Row:
-    job = await caller.launch(_given(sql), queue_size or 0, label=label, keep_rows=False)
-    try:
-        timed_out = not await _wait_for([job], caller, _limit(timeout_ms or 0))
-        if timed_out:
-            job.timed_out = True
-            await caller.cancel_job(job)
-            await _wait_for([job], caller, RUN_GRACE_MS)
-    except BaseException:
-        # The caller is interrupted. Its job must not run on: nothing else could stop it.
-        await caller.cancel_job(job)
-        raise
-    finally:
-        caller.jobs.remove(job)
-    return (*outcome_of(job), timed_out, job.elapsed_ms)
-
-
-async def run_query(
-    caller: Caller,
-    sql: bytes | None,
-    queue_size: int | None = 0,
-    timeout_ms: int | None = 0,
-    label: bytes | None = None,
-    col_def: bytes | None = None,
-) -> Job:
-    job = await caller.launch(_given(sql), queue_size or 0, label=label)
-    job.has_handle = False
-    limit = _limit(timeout_ms or 0)
-    if limit is not None:
-        caller.limit(job, limit)
-    return job
 
 
 # In jobs, and for administrators

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from protocol.values import oids
-from proxy.api import calls
+from proxy.api import calls, launches, run_calls
+from proxy.jobs.registry import NO_PID
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,11 @@ RUN: Final = _composite(
     {column.name: column.type for column in OUTCOME.columns},
     {"timed_out": BOOL, "elapsed_ms": INT8},
 )
+RUN_WITH_RETRIES: Final = _composite(
+    "pg_background_run_retries",
+    {column.name: column.type for column in RUN.columns},
+    {"attempts": INT4},
+)
 _COUNTS: Final = ("workers_launched", "workers_completed", "workers_failed", "workers_canceled")
 _REST_OF_STATS: Final = {"workers_active": INT4, "avg_execution_ms": FLOAT8, "max_workers": INT4}
 STATS_1: Final = _composite("pg_background_stats_v2", dict.fromkeys(_COUNTS, INT8), _REST_OF_STATS)
@@ -128,12 +134,14 @@ REQUIRED: Final = _Required.REQUIRED
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """An input parameter; ``aliases`` are further names for it in named notation."""
+    """An input parameter; ``aliases`` are further names for it in named notation. ``null``: what a
+    strict function gets for a NULL; None if it is not called then."""
 
     name: str
     type: Type
     default: str | int | bool | Literal[_Required.REQUIRED] | None = REQUIRED
     aliases: tuple[str, ...] = ()
+    null: int | None = None
 
     @property
     def required(self) -> bool:
@@ -155,13 +163,16 @@ class Needs(enum.Flag):
     """It may wait for a job, until a cancel request or statement_timeout interrupts it."""
     PRIMARY = enum.auto()
     """The primary backend, so the rows of the statement are read first."""
+    COMMIT = enum.auto()
+    """The end of its transaction. So it has to be in that, and the rows are read first, too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
     """One overload of a function.
 
-    ``strict``: with a NULL argument it is not called; the result is NULL, or no rows.
+    ``strict``: with a NULL argument it is not called; the result is NULL, or no rows. A parameter
+    may make an exception (`Parameter.null`).
     ``run``: its coroutine; gets the caller, and the given arguments by name. For a function that
     returns records it returns the job whose rows these are.
     ``api``: the one ``api_version`` that has it; 0: each has it.
@@ -183,17 +194,24 @@ class Function:
         """The columns of its composite type; empty if the caller or the job determines them."""
         return self.result_type.columns
 
+    @property
+    def is_never_called_with_null(self) -> bool:
+        """Whether it is strict without exception, as the server has it."""
+        return self.strict and all(parameter.null is None for parameter in self.parameters)
+
 
 _SQL: Final = Parameter("sql", TEXT)
 _QUEUE_SIZE: Final = Parameter("queue_size", INT4, default=0)
 _PID: Final = Parameter("pid", INT4)
 _COOKIE: Final = Parameter("cookie", INT8)
-_HANDLE: Final = (_PID, _COOKIE)
+_HANDLE: Final = (Parameter("pid", INT4, null=NO_PID), _COOKIE)
 _HANDLES: Final = Parameter("handles", HANDLES)
 _GRACE: Final = Parameter("grace_ms", INT4, default=0)
 _TIMEOUT: Final = Parameter("timeout_ms", INT4, default=0)
 _LABELLED: Final = (_SQL, Parameter("queue_size", INT4), Parameter("label", TEXT))
-_RUN: Final = (_SQL, _QUEUE_SIZE, _TIMEOUT, Parameter("label", TEXT, default=None))
+_RETRIES: Final = Parameter("retries", INT4)
+_NO_LABEL: Final = Parameter("label", TEXT, default=None)
+_RUN: Final = (_SQL, _QUEUE_SIZE, _TIMEOUT, _NO_LABEL)
 
 _functions: list[Function] = []
 
@@ -224,8 +242,9 @@ def _declare(
 # Version 1
 
 _LAUNCHES: Final = Needs.SETTINGS
+_AT_COMMIT: Final = Needs.SETTINGS | Needs.COMMIT
 
-_declare("launch", (_SQL, _QUEUE_SIZE), INT4, calls.launch, needs=_LAUNCHES, api=1)(
+_declare("launch", (_SQL, _QUEUE_SIZE), INT4, launches.launch, needs=_LAUNCHES, api=1)(
     "Starts a job that runs `sql` in a backend of its own; returns that backend's pid."
 )
 _declare("result", (_PID,), RECORD, calls.result, returns_set=True, needs=Needs.TIME)(
@@ -259,21 +278,48 @@ for _names, _run, _summary in (
 
 # Versions 1.6 to 2.0
 
-_declare("launch_v2", (_SQL, _QUEUE_SIZE), HANDLE, calls.launch_v2, needs=_LAUNCHES)(
+_declare("launch_v2", (_SQL, _QUEUE_SIZE), HANDLE, launches.launch_v2, needs=_LAUNCHES)(
     "Starts a job; returns its pid and the cookie that goes with it."
 )
-_declare("launch", (_SQL, _QUEUE_SIZE), HANDLE, calls.launch_v2, needs=_LAUNCHES, api=2)(
+_declare("launch", (_SQL, _QUEUE_SIZE), HANDLE, launches.launch_v2, needs=_LAUNCHES, api=2)(
     "With `api_version = 2`: as `pg_background_launch_v2`."
 )
-_declare("launch_v2 launch", _LABELLED, HANDLE, calls.launch_v2, strict=False, needs=_LAUNCHES)(
+_declare("launch_v2 launch", _LABELLED, HANDLE, launches.launch_v2, strict=False, needs=_LAUNCHES)(
     "The same with a label, which shows in `application_name`; size and label may be NULL."
 )
-_declare("submit_v2 submit", (_SQL, _QUEUE_SIZE), HANDLE, calls.submit, needs=_LAUNCHES)(
+_declare("submit_v2 submit", (_SQL, _QUEUE_SIZE), HANDLE, launches.submit, needs=_LAUNCHES)(
     "Starts a job whose rows nobody wants: they are dropped as they come."
 )
-_declare("submit_v2 submit", _LABELLED, HANDLE, calls.submit, strict=False, needs=_LAUNCHES)(
+_declare("submit_v2 submit", _LABELLED, HANDLE, launches.submit, strict=False, needs=_LAUNCHES)(
     "The same with a label."
 )
+_declare(
+    "submit_v2 submit",
+    (*_LABELLED, _RETRIES),
+    HANDLE,
+    launches.submit,
+    strict=False,
+    needs=_LAUNCHES,
+)("The same, and up to `retries` further attempts if it fails by chance.")
+_declare(
+    "launch_at_commit",
+    (_SQL, _QUEUE_SIZE, _NO_LABEL),
+    HANDLE,
+    launches.launch_at_commit,
+    strict=False,
+    needs=_AT_COMMIT,
+)(
+    "Starts a job when the calling transaction commits, and never if it, or the savepoint, is"
+    " rolled back. The handle has no pid; its cookie is enough for all functions."
+)
+_declare(
+    "submit_at_commit",
+    (_SQL, _QUEUE_SIZE, _NO_LABEL),
+    HANDLE,
+    launches.submit_at_commit,
+    strict=False,
+    needs=_AT_COMMIT,
+)("The same for a job whose rows nobody wants.")
 _declare("result_v2 result", _HANDLE, RECORD, calls.result, returns_set=True, needs=Needs.TIME)(
     "Waits for the job and returns its rows; once for each job."
 )
@@ -329,14 +375,25 @@ _declare("outcome_v2 outcome", _HANDLE, OUTCOME, calls.outcome)(
     "All that is known of a job, in one row. Never raises: an unknown job has no state."
 )
 _declare("status_v2", _HANDLE, JSONB, calls.status)("The same as JSON.")
-_declare("run_v2 run", _RUN, RUN, calls.run, strict=False, needs=Needs.SETTINGS | Needs.TIME)(
+_declare("run_v2 run", _RUN, RUN, run_calls.run, strict=False, needs=Needs.SETTINGS | Needs.TIME)(
     "Starts a job, waits for its end or cancels it on time-out, and tells its outcome."
 )
+_declare(
+    "run_v2 run",
+    (
+        *(_SQL, Parameter("queue_size", INT4), Parameter("timeout_ms", INT4)),
+        *(Parameter("label", TEXT), _RETRIES),
+    ),
+    RUN_WITH_RETRIES,
+    run_calls.run_with_retries,
+    strict=False,
+    needs=Needs.SETTINGS | Needs.TIME,
+)("The same, with up to `retries` further attempts if it fails by chance.")
 _declare(
     "run_query_v2 run_query",
     (*_RUN, Parameter("col_def", TEXT, default=None)),
     RECORD,
-    calls.run_query,
+    run_calls.run_query,
     returns_set=True,
     strict=False,
     needs=Needs.SETTINGS | Needs.TIME,

@@ -1,14 +1,17 @@
-"""The reference pages, ``docs/functions.md`` and ``docs/configuration.md``, made from the code.
+"""The reference pages, ``docs/functions.md`` and ``docs/configuration.md``, and the example of a
+configuration file, ``deploy/pg-background-proxy.toml``, made from the code.
 
 Invariant: everything about a function or a setting comes from `functions` and `config`. The
 generated part of a page stands between two markers. ``python -m proxy.api.reference`` in a checkout
-rewrites it.
+rewrites all three.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, replace
 from itertools import groupby
@@ -17,7 +20,7 @@ from typing import Any, Final
 
 from proxy import config
 from proxy.api.functions import DECLARED, RECORD, VIEWS, Function, Parameter
-from proxy.config.gucs import GUCS, Guc
+from proxy.config.gucs import GUCS, Guc, Switch
 
 BEGIN: Final = "<!-- Made by python -m proxy.api.reference -->"
 END: Final = "<!-- End of what was made -->"
@@ -25,11 +28,14 @@ END: Final = "<!-- End of what was made -->"
 _HEADINGS: Final[Mapping[str, str]] = {
     "listen": "Addresses",
     "passfile": "Logins",
+    "allow_from": "Who may connect",
+    "admin_users": "Who may administer the proxy",
     "client_tls_sslmode": "TLS to clients",
     "client_login_timeout": "Connections and processes",
     "max_workers": "Jobs",
     "api_version": "The extension",
     "outcome_retention": "Memory and log",
+    "admin_listen": "Watching it",
 }
 """The headings of docs/configuration.md, each by the first setting below it."""
 
@@ -108,6 +114,8 @@ def _configured(field: Field[Any]) -> str:
 
 
 def _session_setting(setting: Guc) -> str:
+    if isinstance(setting, Switch):
+        return f"| `{setting.name}` | `{setting.default}` | `off` | `on` |"
     limits = f"`{_measure(setting, setting.minimum)}` | `{_measure(setting, setting.maximum)}`"
     return f"| `{setting.name}` | `{setting.default}` | {limits} |"
 
@@ -118,10 +126,34 @@ def _measure(setting: Guc, value: int) -> str:
     return f"{value} {setting.unit}".rstrip()
 
 
+def example() -> str:
+    """A configuration file with every setting, its default behind a comment sign; where there is
+    no default, what is to be put there, in capitals."""
+    lines = [
+        "# All settings of pg-background-proxy, and their defaults. See docs/configuration.md.",
+        "# Read by `pg-background-proxy serve --config FILE`; `pg-background-proxy check --config",
+        "# FILE` says what is wrong with it. SIGHUP has it read again.",
+    ]
+    for field in config.SETTINGS:
+        setting = field.metadata
+        if field.name in _HEADINGS:
+            lines += ["", "", f"# --- {_HEADINGS[field.name]} ".ljust(_WIDTH, "-")]
+        help = f"{setting['help'][0].upper()}{setting['help'][1:]}."
+        value = setting["default"] or setting["metavar"]
+        lines += ["", *(f"# {line}" for line in textwrap.wrap(help, _WIDTH - 2))]
+        lines.append(f"#{field.name} = {value if value.isdigit() else json.dumps(value)}")
+    return "\n".join((*lines, ""))
+
+
+_WIDTH: Final = 100
+
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "functions.md": functions,
     "configuration.md": configuration,
 }
+
+
+EXAMPLE: Final = Path("deploy") / "pg-background-proxy.toml"
 
 
 def with_reference(page: str, made: str) -> str:
@@ -133,13 +165,14 @@ def with_reference(page: str, made: str) -> str:
     return f"{before}{begin}\n{made}\n{end}{after}"
 
 
-def main(folder: Path) -> None:
-    """Rewrites the pages in a folder."""
+def main(checkout: Path) -> None:
+    """Rewrites the pages and the example in a checkout."""
     for name, make in PAGES.items():
-        page = folder / name
+        page = checkout / "docs" / name
         text = page.read_text(encoding="utf-8")
         page.write_text(with_reference(text, make()), encoding="utf-8")
+    (checkout / EXAMPLE).write_text(example(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "docs"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))

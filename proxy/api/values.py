@@ -17,6 +17,7 @@ from protocol.errors import (
 from protocol.values import parse_array
 from protocol.values.records import parse_record, record_text
 from proxy.api.functions import BOOL, HANDLES, TEXT, Type
+from proxy.jobs.registry import NO_PID
 
 _MAX_HANDLES_SIZE: Final = 256 * 1024
 """Of an array of handles as text; each has some thirty characters."""
@@ -39,7 +40,9 @@ def decode_argument(type: Type, text: bytes | None) -> Any:
         )
     try:
         handles = [parse_record(element or b"") for element in parse_array(text)]
-        return [(int(pid or b""), int(cookie or b"")) for pid, cookie in handles]
+        return [
+            (NO_PID if pid is None else int(pid), int(cookie or b"")) for pid, cookie in handles
+        ]
     except (ValueError, ProtocolViolation):
         raise SQLError(
             INVALID_TEXT_REPRESENTATION,

@@ -49,6 +49,7 @@ class Credentials:
         purpose: of the login, as errors say it.
         policy: what the server may ask for.
         is_ours: the password comes from a file of the proxy, not from the client.
+        source: where the password or secret comes from, for people to read; empty without any.
     """
 
     user: bytes
@@ -62,6 +63,7 @@ class Credentials:
     purpose: str = " to start a background worker with"
     policy: Policy = ANYTHING
     is_ours: bool = False
+    source: str = ""
 
     def scram_client(self) -> ScramClient | None:
         """For a login by SCRAM: with the password, else with the client's ClientKey."""
@@ -133,9 +135,13 @@ class CredentialStore:
         """All secrets of the auth_file."""
         return [] if self._auth_file is None else list(self._auth_file.content().values())
 
+    def secret_in_file(self, user: bytes) -> Secret | None:
+        """What the auth_file has for a name."""
+        return None if self._auth_file is None else self._auth_file.lookup(user)
+
     def secret(self, host: Host, database: bytes, user: bytes) -> Secret | None:
         """A role's secret in the files, to check a client with. The server still decides."""
-        secret = None if self._auth_file is None else self._auth_file.lookup(user)
+        secret = self.secret_in_file(user)
         if secret is None and self._passfile is not None:
             password = self._passfile.lookup(host.name, host.port, database, user)
             secret = None if password is None else Cleartext(password)
@@ -180,10 +186,15 @@ class CredentialStore:
         if not observer.accepted:
             raise ValueError("credentials are for a role that the server has let in")
         password = observer.password
+        source = "" if password is None else "the client's own password"
         if password is None and self._passfile is not None:
             password = self._passfile.lookup(host.name, host.port, database, user)
-        secret = None if self._auth_file is None else self._auth_file.lookup(user)
-        if secret is None:
+            source = "" if password is None else "its line in the passfile"
+        secret = self.secret_in_file(user)
+        if secret is not None:
+            source = source or "its line in the auth_file"
+        elif queried is not None:
+            source = source or "what auth_query has found"
             secret = queried
         if password is None and isinstance(secret, Cleartext):
             password = secret.password
@@ -197,4 +208,5 @@ class CredentialStore:
             has_auth_query=has_auth_query,
             policy=policy,
             is_ours=observer.password is None,
+            source=source,
         )

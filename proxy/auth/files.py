@@ -19,6 +19,7 @@ from typing import Final, Generic, TypeVar
 from proxy import private
 from proxy.auth.secret import Secret, parse_secret
 from proxy.log import logger
+from proxy.reasons import explain
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ class _WatchedFile(ABC, Generic[T]):
             self._check(self._path.stat())
             data = self._path.read_bytes()
         except OSError as error:
-            logger.warning("ignoring %s: %s", self._path, error.strerror)
+            logger.warning("ignoring %s: %s", self._path, explain(error))
             data = b""
         return self._parse(data)
 
@@ -143,9 +144,11 @@ class PassFile(_WatchedFile[tuple[PassFileEntry, ...]]):
 
     def _check(self, status: os.stat_result) -> None:
         super()._check(status)
-        if os.name == "posix" and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        if private.is_exposed(status):
             raise PermissionError(
-                errno.EPERM, "group or others have access to it; chmod 0600 makes it private"
+                errno.EPERM,
+                "group or others have access to it; chmod 0600 (or 0640, if root owns it) makes it"
+                " private",
             )
 
     def _parse(self, data: bytes) -> tuple[PassFileEntry, ...]:

@@ -139,6 +139,10 @@ class Login:
         asks_password: auth_type is plain. None if it is not; else whether this client's connection
             is fit for a password in clear text.
         policy: what the server may ask for.
+
+    Attributes:
+        sqlstate: of the error that the server has refused the client with; None as long as it has
+            not.
     """
 
     def __init__(
@@ -160,6 +164,7 @@ class Login:
         self._asks_password = asks_password
         self._policy = policy
         self._guard = Guard(policy)
+        self.sqlstate: str | None = None
         self._news = asyncio.Event()
         self._from_client = _Mailbox(client, self._news)
         self._from_server = _Mailbox(server, self._news)
@@ -244,6 +249,7 @@ class Login:
         message = frame(kind, body)
         if kind == B.ERROR_RESPONSE:
             error = ErrorResponse.parse(body)
+            self.sqlstate = error.sqlstate
             if self._preface is not None:
                 raise RefusedError(error, self._preface + message)
             if self._binding_lost and error.sqlstate == INVALID_AUTHORIZATION_SPECIFICATION:

@@ -20,7 +20,7 @@ from proxy.auth.secret import Secret, parse_secret
 from proxy.backends.upstream import Dialer
 from proxy.config import Config, Host
 from proxy.log import logger
-from proxy.net import tls
+from proxy.reasons import explain
 
 LIFETIME: Final = 10.0
 """Seconds that an answer is remembered."""
@@ -100,11 +100,11 @@ class AuthQuery:
             async with asyncio.timeout(self._config.connect_timeout or None):
                 return await self._ask(host, user)
         except (ServerError, ValueError) as error:
-            reason = str(error)
+            reason = explain(error)
         except SQLError as error:
             reason = error.detail or error.message
         except OSError as error:
-            reason = tls.explain(error) or "no answer in time"
+            reason = explain(error)
         role = user.decode("utf-8", "replace")
         self._warn(reason, 'auth_query for role "%s" failed: %s', role, reason)
         return None

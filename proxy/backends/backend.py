@@ -1,14 +1,14 @@
 """A server connection of our own: a side backend.
 
-Invariant: it logs in as the client's role with that role's own credentials, and serves one job.
-This file knows how to connect, log in, ask a query and cancel; what a job does with its
+Invariant: it logs in as the client's role with that role's own credentials, and serves one job at a
+time. This file knows how to connect, log in, ask a query and cancel; what a job does with its
 connection is said in `jobs`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar, cast
 
 from protocol import messages
@@ -27,7 +27,6 @@ from protocol.messages import (
     DataRow,
     ErrorResponse,
     Execute,
-    Flush,
     ParameterStatus,
     Parse,
     Query,
@@ -37,16 +36,14 @@ from protocol.messages import (
 from protocol.startup import CancelRequest, StartupMessage
 from proxy.auth.authenticator import Authenticator
 from proxy.auth.credentials import Credentials
-from proxy.backends.identity import IDENTITY_QUERY, Login, StaleLoginError, still_holds
+from proxy.backends.identity import Login, StaleLoginError, check_query
+from proxy.backends.takeover import Opening, Receiver, Row, Takeover, alone, in_front_of_query
 from proxy.net.descriptors import HINT, OutOfDescriptorsError
 from proxy.net.inbox import Inbox
+from proxy.reasons import explain
+from proxy.stats import counters
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
-Row = tuple[bytes | None, ...]
-
-# Parse of nothing, and Flush: answered at once, and nothing is done for it.
-_TAKE_UP: Final = Parse(b"", b"", ()).serialize() + Flush().serialize()
-
 _MAX_BEFORE_LOGIN: Final = 256 * 1024
 """Bytes of all messages until a backend is ready; a server's settings are a kilobyte or two."""
 
@@ -57,23 +54,15 @@ _read_buffer = memoryview(bytearray(READ_SIZE))
 """One for all: what was read is consumed before anything else is read into it."""
 
 
+class NoRoomError(SQLError):
+    """There is no connection to be had just now: the server has said so (class 53), or this
+    process has no file descriptor."""
+
+
 class Connect(Protocol):
     """Opens a connection to the server of the session. Raises OSError."""
 
     async def __call__(self, factory: Callable[[], P]) -> P: ...
-
-
-class Receiver(Protocol):
-    """Who gets what a backend sends."""
-
-    def feed(self, data: memoryview) -> None:
-        """Bytes that came in; the view is valid during the call only."""
-
-    def room(self) -> int:
-        """How many bytes feed() may be given next; asked when the connection is not paused."""
-
-    def close(self, error: Exception) -> None:
-        """The connection ended."""
 
 
 class _InboxReceiver(Inbox):
@@ -88,23 +77,35 @@ class Backend(asyncio.BufferedProtocol):
         pid: of the backend; behind a connection pooler at first a number that the pooler made up.
         is_pooled: whether there is a pooler in between; then a transaction is open for the job.
         ready: whether it has logged in.
+        logged_in: when, by the loop's clock.
+        asked: what the server asked for first in the login.
         parameters: of its ParameterStatus messages.
+        on_lost: is called when the connection ends.
         system_id: of its database cluster (`identity`); None if not asked for.
         own_settings: of a side backend, made up for it when it logged in.
-        identity: what its login was based on (`identity`); None if not asked for.
+        takeover: what it has to do before its job; None if that is done.
+        taken_over: the row of that, once it is done.
+        identity: what its login was based on, if it remembers that.
+        is_spent: whether it is to serve no other job than this one.
     """
 
     def __init__(self) -> None:
         self.pid = 0
         self.ready = False
+        self.logged_in = 0.0
+        self.asked: messages.AuthenticationRequest | None = None
         self._is_paused = False
         self.is_pooled = False
         self._key: BackendKeyData | None = None
         self.parameters: dict[bytes, bytes] = {}
         self.own_settings: dict[bytes, bytes] = {}
+        self.takeover: Takeover | None = None
+        self.taken_over: Row = ()
         self.identity: bytes | None = None
+        self.is_spent = False
         self.system_id: bytes | None = None
         self.receiver: Receiver | None = None
+        self.on_lost: Callable[[], None] | None = None
 
     # asyncio's side
 
@@ -118,6 +119,7 @@ class Backend(asyncio.BufferedProtocol):
         return _read_buffer[:room] if room < READ_SIZE else _read_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
+        counters.job_bytes += nbytes
         if self.receiver:
             self.receiver.feed(_read_buffer[:nbytes])
 
@@ -125,6 +127,8 @@ class Backend(asyncio.BufferedProtocol):
         if self.receiver:
             self.receiver.close(exc or ConnectionError("the server closed the connection"))
         self.receiver = None
+        if self.on_lost is not None:
+            self.on_lost()
 
     # our side
 
@@ -148,14 +152,15 @@ class Backend(asyncio.BufferedProtocol):
             elif kind == B.READY_FOR_QUERY:
                 self._inbox.bound(None)
                 self.ready = True
+                self.logged_in = asyncio.get_running_loop().time()
                 return
             elif kind == B.BACKEND_KEY_DATA:
                 self._key = BackendKeyData.parse(body)
                 self.pid = self._key.pid
             elif kind == B.AUTHENTICATION:
-                answer = authenticator.respond(
-                    cast(messages.AuthenticationRequest, messages.parse_backend(kind, body))
-                )
+                request = cast(messages.AuthenticationRequest, messages.parse_backend(kind, body))
+                self.asked = self.asked or request
+                answer = authenticator.respond(request)
                 if answer is not None:
                     self.transport.write(answer)
             elif kind == B.ERROR_RESPONSE:
@@ -186,34 +191,62 @@ class Backend(asyncio.BufferedProtocol):
             self._send(Query(sql))
         return await self._answer()
 
-    async def remember_identity(self, login: Login, at_first: bytes | None) -> None:
-        """Note what the login was based on. `at_first`: what it was right after the login.
+    async def transact(self, *commands: tuple[bytes, Sequence[bytes]]) -> list[Row]:
+        """All rows of several commands with parameters, sent at once: one transaction, unless they
+        say otherwise. After an error the rest is skipped. Raises as `rows` does."""
+        sent: list[messages.Message] = []
+        for sql, parameters in commands:
+            sent += [Parse(b"", sql), Bind(b"", b"", parameters=tuple(parameters)), Execute(b"")]
+        self._send(*sent, Sync())
+        return await self._answer()
 
-        Raises StaleLoginError if a new one would be different already; else as `row` does.
+    async def remember_identity(
+        self, login: Login, identity: bytes | None, greeting: bytes, *, discard: bool = False
+    ) -> Row:
+        """Have it check what the login was based on (`identity`), now and before it takes over.
+        Nothing else may be asked in between: the check is the unnamed prepared statement.
+
+        `identity`: what that was right after the login. `greeting`: a query that is asked before,
+        in the same round trip. Returns the row of that. `discard`: the session state is discarded
+        first.
+
+        Raises StaleLoginError if a new login would be different already; else as `row` does.
         """
-        self._send(Parse(b"", IDENTITY_QUERY), Bind(b"", b""), Execute(b""), Sync())
-        user, database, self.identity, *_ = _last(await self._answer(), 3)
-        if not (still_holds(at_first, self.identity) and login.is_of(user, database)):
-            raise StaleLoginError("the role or the database was changed")
-
-    async def row_as_before(self, sql: bytes) -> Row:
-        """The same as `row`, if a new login would still come to what this one did.
-
-        The same round trip finds that out. Nothing else may have been asked since
-        `remember_identity`: its query is still the unnamed prepared statement.
-
-        Raises StaleLoginError, after which nothing else may be asked; else as `row` does.
-        """
-        self._send(Bind(b"", b""), Execute(b""), Sync(), Query(sql))
+        if identity is None:
+            raise StaleLoginError("the server would not let it in now")
+        check = check_query(identity)
+        first = (Query(b"DISCARD ALL"),) if discard else ()
+        self._send(*first, Query(greeting), Parse(b"", check), Bind(b"", b""), Execute(b""), Sync())
+        if discard:
+            await self._answer()
+        row = _last(await self._answer(), 2)
         try:
-            *_, now = _last(await self._answer())
+            user, database, *_ = _last(await self._answer(), 3)
         except ServerError as error:
             if error.is_fatal:
                 raise
-            raise StaleLoginError(str(error)) from None  # the role is gone
-        if not still_holds(self.identity, now):
+            raise StaleLoginError(str(error)) from None
+        if not login.is_of(user, database):
             raise StaleLoginError("the role or the database was changed")
-        return _last(await self._answer())
+        self.identity = identity
+        return row
+
+    def rest(self) -> None:
+        """Its job has ended, and what it sends now is for nobody. `reset` comes next."""
+        self.receiver = self._inbox = _InboxReceiver(self.transport)
+        self.parameters, self.taken_over = dict(self.parameters), ()
+        self.resume_reading()
+
+    async def reset(self, login: Login, greeting: bytes) -> Row:
+        """Make a spare again of one whose job has ended: its session state is discarded.
+
+        Returns and raises what `remember_identity` does.
+        """
+        return await self.remember_identity(login, self.identity, greeting, discard=True)
+
+    async def next_message(self) -> tuple[int, bytes]:
+        """The next one, for who reads them all. Raises ConnectionError, ProtocolViolation."""
+        return await self._inbox.next()
 
     def _send(self, *sent: messages.Message) -> None:
         self.transport.write(b"".join(message.serialize() for message in sent))
@@ -241,14 +274,68 @@ class Backend(asyncio.BufferedProtocol):
         status = ParameterStatus.parse(body)
         self.parameters[status.name] = status.value
 
-    def start(self, sql: bytes, receiver: Receiver) -> None:
-        """Send a query whose answer somebody else reads.
+    async def take_over(self) -> None:
+        """Do what it has to do before its job.
 
-        The answer begins with a ParseComplete: the server sends it when it takes up the query, so
-        from then on the query can be seen in pg_stat_activity, and canceled.
+        Raises StaleLoginError: a new login would not come to what this one did; ServerError,
+        ConnectionError, ProtocolViolation.
         """
+        await self._open(None, self._inbox, lambda: None)
+
+    async def start(self, sql: bytes, receiver: Receiver, taken_up: Callable[[], object]) -> None:
+        """Send a query whose answer somebody else reads, behind what is to be done before it.
+
+        Returns when the server has taken the query up. `taken_up`: called then, before anything is
+        left to the receiver; may raise ProtocolViolation.
+
+        Raises the same as `take_over`; then the query will not run. But if the connection is lost,
+        it may have run, and that is for the receiver to say.
+        """
+        await self._open(sql, receiver, taken_up)
+
+    async def _open(
+        self, sql: bytes | None, receiver: Receiver, taken_up: Callable[[], object]
+    ) -> None:
+        if sql is not None and 0 in sql:
+            raise ValueError("a query cannot contain NUL")
+        if not self.is_alive:
+            raise ConnectionError("the server closed the connection")
+
+        def end(row: Row) -> None:
+            self.taken_over = row or self.taken_over
+            taken_up()
+
+        takeover, self.takeover = self.takeover, None
+        opening = Opening(
+            takeover,
+            receiver,
+            is_query_sent=sql is not None,
+            hand_over=self._receive_by,
+            parameter_status=self._parameter_status,
+            taken_up=end,
+        )
+        self.receiver = opening
+        if unread := self._inbox.take_rest():
+            opening.feed(memoryview(unread))
+        front = in_front_of_query(takeover) if sql is not None else alone(takeover)
+        if sql is None or len(sql) <= READ_SIZE:
+            self.transport.write(front if sql is None else front + Query(sql).serialize())
+        else:
+            # Without a copy of a text that may be very long.
+            header = bytes((Query.type,)) + (len(sql) + 5).to_bytes(4, "big")
+            for part in (front + header, sql, b"\0"):
+                self.transport.write(part)
+        del sql
+        await opening.done
+
+    def _receive_by(self, receiver: Receiver) -> None:
         self.receiver = receiver
-        self.transport.write(_TAKE_UP + Query(sql).serialize())
+
+    def forget_receiver(self) -> None:
+        """Nobody is to get what it sends; who waits for the start of a query waits no longer."""
+        if isinstance(self.receiver, Opening):
+            self.receiver.give_up()
+        self.receiver = None
 
     @property
     def is_alive(self) -> bool:
@@ -309,7 +396,7 @@ async def open_backend(
     """A new backend, logged in.
 
     Raises SQLError: 28000 and 28P01 if it could not log in, else one of class 53, with the
-    server's own reason as DETAIL.
+    server's own reason as DETAIL; NoRoomError if it is worth while to try again later.
     """
     backend: Backend | None = None
     try:
@@ -318,13 +405,14 @@ async def open_backend(
             await backend.login(startup, credentials)
             return backend
     except ServerError as error:
-        raise no_backend(error.message, error.sqlstate) from None
+        kind = NoRoomError if error.sqlstate.startswith("53") else SQLError
+        raise no_backend(error.message, error.sqlstate, kind=kind) from None
     except TimeoutError:
         raise no_backend(f"The server did not answer within {timeout:g} seconds.") from None
     except OutOfDescriptorsError as error:
-        raise no_backend(f"{error}", hint=HINT) from None
+        raise no_backend(explain(error), hint=HINT, kind=NoRoomError) from None
     except (OSError, ProtocolViolation) as error:
-        raise no_backend(f"{error}") from None
+        raise no_backend(explain(error)) from None
     finally:
         if backend is not None and not backend.ready:
             backend.transport.abort()
@@ -336,7 +424,9 @@ _NO_BACKEND: Final = (
 )
 
 
-def no_backend(reason: str, sqlstate: str = "", *, hint: str = _NO_BACKEND) -> SQLError:
+def no_backend(
+    reason: str, sqlstate: str = "", *, hint: str = _NO_BACKEND, kind: type[SQLError] = SQLError
+) -> SQLError:
     """The error of a launch that got no backend."""
     if sqlstate.startswith("28"):
         return SQLError(
@@ -345,7 +435,7 @@ def no_backend(reason: str, sqlstate: str = "", *, hint: str = _NO_BACKEND) -> S
             detail=reason,
             hint="Check the password that the proxy has for this role (passfile, auth_file).",
         )
-    return SQLError(
+    return kind(
         sqlstate if sqlstate == TOO_MANY_CONNECTIONS else INSUFFICIENT_RESOURCES,
         "could not start a background worker",
         detail=reason,

@@ -3,21 +3,24 @@
 Invariant: nothing is written anywhere. An answer stands in what pg_stat_get_activity() shows of a
 channel, an idle backend of ours with the session's login role, and is gone when the next one comes
 or the channel goes. A session has a channel to itself from its first call to the end of the
-statement; then another session of the same role may have it. What is shown is text without quotes
-or blanks, so it needs no escaping.
+statement; then another session of the same role may have it, and after a moment it shows nothing
+but a word for whoever asks next. What is shown is text without quotes, so it needs no escaping.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final
 
-from protocol.errors import ProtocolViolation, SQLError
-from proxy.backends.backend import Backend, Row, number
+from protocol.errors import ServerError, SQLError
+from proxy.backends.backend import Backend, number
 from proxy.backends.identity import IDENTITY, SYSTEM_ID_QUERY, Login
+from proxy.backends.takeover import Row
 from proxy.log import logger
+from proxy.reasons import explain
 
 Open = Callable[[], Awaitable[Backend]]
 Rows = list[Row]
@@ -38,12 +41,16 @@ _SET_UP: Final = (
 )
 
 _REST: Final = (
-    b"SELECT pg_catalog.set_config('application_name', '%b', false),"
-    b" pg_catalog.pg_advisory_unlock_all()" % APPLICATION_NAME
+    b"%%bSELECT pg_catalog.pg_advisory_unlock_all(),"
+    b" pg_catalog.set_config('application_name', '%b', false)" % APPLICATION_NAME
 )
 
 _LARGEST: Final = 16 * 1024
 """More is not shown at once, because each look copies that much of every backend."""
+
+_REST_AFTER: Final = 0.02
+"""Seconds after which an unused channel rests: a session that calls again and again does not have
+to wait for that."""
 
 _FULL_TIMEOUT: Final = 15.0
 """Seconds to wait for a channel that another session has, when the server takes no more."""
@@ -56,7 +63,10 @@ class Channel:
         room: how many characters of a query can be seen; 0 if none.
         system_id: of the database cluster (`identity`).
         identity: of its login, if that was for another session.
-        timer: closes it when it is no longer needed.
+        timer: lets it rest, or closes it, when it is no longer needed.
+        word: that it shows, and nobody has used yet.
+        comment: how it shows that, at the beginning of a query.
+        is_locked: whether it holds the lock that goes with the word.
     """
 
     def __init__(
@@ -74,6 +84,9 @@ class Channel:
         self.room = room
         self._backend = backend
         self.timer: asyncio.TimerHandle | None = None
+        self.word: bytes | None = None
+        self.comment = b""
+        self.is_locked = False
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[Rows]] = set()
 
@@ -82,15 +95,38 @@ class Channel:
 
         Raises ServerError, ConnectionError, ProtocolViolation.
         """
-        task = asyncio.get_running_loop().create_task(self._query(sql))
+        return await asyncio.shield(self.say(sql))
+
+    async def transact(self, *commands: tuple[bytes, Sequence[bytes]]) -> Rows:
+        """The rows of commands with parameters that are one transaction, as `Backend.transact` has
+        it; a block that they have begun, and that has failed, is ended. Raises as `query` does."""
+        task = asyncio.get_running_loop().create_task(self._transact(commands))
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return await asyncio.shield(task)
 
+    async def _transact(self, commands: Sequence[tuple[bytes, Sequence[bytes]]]) -> Rows:
+        async with self._lock:
+            if not self.is_alive:
+                raise ConnectionError("the channel is closed")
+            try:
+                return await self._backend.transact(*commands)
+            except ServerError as error:
+                if not error.is_fatal:
+                    await self._backend.rows(b"ROLLBACK")
+                raise
+
+    def say(self, sql: bytes) -> asyncio.Task[Rows]:
+        """The same for one whose rows nobody waits for."""
+        task = asyncio.get_running_loop().create_task(self._query(sql))
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
     def _done(self, task: asyncio.Task[Rows]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.debug("channel: %s", task.exception())
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.debug("channel: %s", explain(error))
 
     async def _query(self, sql: bytes) -> Rows:
         async with self._lock:
@@ -98,10 +134,35 @@ class Channel:
                 raise ConnectionError("the channel is closed")
             return await self._backend.rows(sql)
 
-    async def rest(self) -> None:
-        """Show nothing and lock nothing."""
-        await self.query(_REST)
+    def offer(self, word: bytes, comment: bytes) -> None:
+        """A word is about to be shown, by which the next question can be proven."""
+        self.word, self.comment = word, comment
+
+    def take_word(self) -> bytes | None:
+        """The word that is shown, for one use."""
+        word, self.word = self.word, None
+        self.comment = b""
+        return word
+
+    def when_lost(self, then: Callable[[], None]) -> None:
+        """Have something done if the connection ends while the session has it."""
+        self._backend.on_lost = then
+
+    def for_another(self) -> None:
+        """The session has done with it: another must be sure that the login still holds."""
+        self._backend.on_lost = None
         self.identity = self._identity or b""
+
+    def rest(self) -> asyncio.Task[Rows]:
+        """Show nothing but the word for the next question, and lock nothing. It is asked for at
+        once: who has the channel next comes after that."""
+        self.is_locked = False
+        return self.say(_REST % self.comment)
+
+    @property
+    def pid(self) -> int:
+        """Of its backend, as BackendKeyData has told it."""
+        return self._backend.pid
 
     @property
     def is_alive(self) -> bool:
@@ -110,7 +171,13 @@ class Channel:
 
     def terminate(self) -> None:
         """End it."""
+        self._backend.on_lost = None
         self._backend.terminate()
+
+
+def _end_broken(channel: Channel, task: asyncio.Task[Rows]) -> None:
+    if task.cancelled() or task.exception() is not None:
+        channel.terminate()
 
 
 class Channels:
@@ -129,7 +196,16 @@ class Channels:
         # What others have and may give back, or are about to have.
         self._lent: set[Channel] = set()
         self._opening: Counter[Login] = Counter()
-        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def idle(self) -> int:
+        """How many nobody uses."""
+        return sum(map(len, self._idle.values()))
+
+    @property
+    def lent(self) -> int:
+        """How many sessions have."""
+        return sum(channel.is_alive for channel in self._lent)
 
     async def lease(self, login: Login, open_one: Open) -> Channel:
         """A channel for one session.
@@ -143,10 +219,7 @@ class Channels:
         idle = self._idle.get(login, [])
         while idle:
             channel = idle.pop()
-            if channel.timer is not None:
-                channel.timer.cancel()
-            if channel.is_alive:
-                self._lent.add(channel)
+            if self._lend(channel):
                 return channel
         self._opening[login] += 1
         try:
@@ -171,6 +244,23 @@ class Channels:
         self._lent.add(channel)
         return channel
 
+    def take(self, login: Login, pid: int) -> Channel | None:
+        """The same for the idle one that has this pid and shows a word, if there is one."""
+        idle = self._idle.get(login, [])
+        for channel in idle:
+            if channel.pid == pid and channel.word is not None:
+                idle.remove(channel)
+                return channel if self._lend(channel) else None
+        return None
+
+    def _lend(self, channel: Channel) -> bool:
+        if channel.timer is not None:
+            channel.timer.cancel()
+        if not channel.is_alive:
+            return False
+        self._lent.add(channel)
+        return True
+
     def _may_be_returned(self, login: Login) -> bool:
         self._lent = {channel for channel in self._lent if channel.is_alive}
         return self._opening[login] > 1 or any(channel.login == login for channel in self._lent)
@@ -192,16 +282,10 @@ class Channels:
 
     def give_back(self, channel: Channel) -> None:
         """The session has done with it."""
-        task = asyncio.get_running_loop().create_task(self._take_back(channel))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _take_back(self, channel: Channel) -> None:
-        try:
-            await channel.rest()
-        except (SQLError, OSError, ProtocolViolation):
-            channel.terminate()
+        if not channel.is_alive:
+            self._lent.discard(channel)
             return
+        channel.for_another()
         for waiter in self._waiting.get(channel.login, ()):
             if not waiter.done():
                 waiter.set_result(channel)
@@ -209,7 +293,12 @@ class Channels:
         self._lent.discard(channel)
         self._idle.setdefault(channel.login, []).append(channel)
         loop = asyncio.get_running_loop()
+        channel.timer = loop.call_later(_REST_AFTER, self._let_rest, channel)
+
+    def _let_rest(self, channel: Channel) -> None:
+        loop = asyncio.get_running_loop()
         channel.timer = loop.call_later(self.lifetime, self._expire, channel)
+        channel.rest().add_done_callback(functools.partial(_end_broken, channel))
 
     def _expire(self, channel: Channel) -> None:
         idle = self._idle.get(channel.login, [])
@@ -218,6 +307,14 @@ class Channels:
             channel.terminate()
         if not idle:
             self._idle.pop(channel.login, None)
+
+    def overview(self) -> Iterator[tuple[Login, int, int, int]]:
+        """For each login: how many are idle, how many are lent, and how many sessions wait for one
+        that another has."""
+        lent = Counter(channel.login for channel in self._lent if channel.is_alive)
+        for login in {*self._idle, *lent, *self._waiting}:
+            idle = sum(channel.is_alive for channel in self._idle.get(login, ()))
+            yield login, idle, lent[login], len(self._waiting.get(login, ()))
 
     def give_way(self) -> bool:
         """Close those that are idle; whether there were any."""

@@ -2,7 +2,8 @@
 
 Invariant: a backend that logged in earlier is used only while a new login would give the same.
 PostgreSQL decides some things only at login: which role it is (by OID, whatever the name means by
-now), whether the role may log in, its ALTER ROLE … SET, and up to 15 whether it is a superuser.
+now), whether the role may log in, its ALTER ROLE … SET, what event triggers on login do, and up to
+15 whether it is a superuser.
 `IDENTITY` is all of that, as far as every role can see it. So its values at the login and now tell
 whether the login still holds. It does not show a new password, nor pg_hba.conf.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from proxy.backends.route import Route
+from proxy.sql.text import literal
 
 
 class Login(NamedTuple):
@@ -51,7 +53,11 @@ IDENTITY: Final = b"""
                       FROM pg_catalog.pg_db_role_setting s
                       WHERE s.setrole OPERATOR(pg_catalog.=) ANY (ARRAY[0, l.oid])
                       AND s.setdatabase OPERATOR(pg_catalog.=) ANY (ARRAY[0, d.oid])
-                      ORDER BY s.setdatabase, s.setrole)
+                      ORDER BY s.setdatabase, s.setrole),
+                ARRAY(SELECT CAST(ROW(t.oid, t.evtenabled) AS pg_catalog.text)
+                      FROM pg_catalog.pg_event_trigger t
+                      WHERE t.evtevent OPERATOR(pg_catalog.=) 'login'
+                      ORDER BY t.oid)
             ) AS pg_catalog.text) END
      FROM pg_catalog.pg_roles l, pg_catalog.pg_database d
      WHERE l.rolname OPERATOR(pg_catalog.=) session_user
@@ -62,8 +68,16 @@ or if the server would refuse a new login for a reason that can be seen.
 Planning it takes about 0.3 ms, a plan that exists 0.02 ms: who asks often prepares it. In each
 backend it is to be asked before its role is changed."""
 
-IDENTITY_QUERY: Final = b"SELECT session_user, pg_catalog.current_database()," + IDENTITY
-"""Asks for it, behind the names that it is about."""
+
+def check_query(at_login: bytes) -> bytes:
+    """A query that fails if a new login would not give this identity. Its row has the names that it
+    is about."""
+    return (
+        b"SELECT session_user, pg_catalog.current_database(), CAST(CASE WHEN %b"
+        b" OPERATOR(pg_catalog.=) %b THEN '0' ELSE 'the role or the database was changed' END"
+        b" AS pg_catalog.int4)" % (IDENTITY, literal(at_login))
+    )
+
 
 # Everybody may read it unless that was revoked, and a function that one may not call is an error
 # though it is never called. So the call is in a text that is not looked at before the condition is.
@@ -81,8 +95,3 @@ SYSTEM_ID_QUERY: Final = b"SELECT" + SYSTEM_ID
 
 class StaleLoginError(Exception):
     """A new login would give something else."""
-
-
-def still_holds(at_login: bytes | None, now: bytes | None) -> bool:
-    """Whether a new login would give the same identity."""
-    return at_login is not None and at_login == now

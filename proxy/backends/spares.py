@@ -3,10 +3,10 @@
 Invariant: a spare is what a new login would have been a moment ago, and serves one job like it. A
 session gets one only if the server has let it in as that role. None is opened for a role and
 database that never launch, none lives longer than `spare_lifetime`, and none takes a connection
-slot that is among the last free ones. Each remembers the `identity` of its login: the launch
-that takes one compares it with the present one, and retires all spares of that login if it has
-changed. What SQL cannot see, a new password or pg_hba.conf, takes effect after `spare_lifetime` at
-the latest.
+slot that is among the last free ones. Each remembers the `identity` of its login, and compares it
+with the present one before it does anything for a job; if it has changed, the launch that took it
+retires all spares of that login. What SQL cannot see, a new password or pg_hba.conf, takes effect
+after `spare_lifetime` at the latest.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 
 from protocol.errors import ProtocolViolation, SQLError
 from proxy.backends.backend import Backend, number
 from proxy.backends.channels import Channels, Open
 from proxy.backends.identity import IDENTITY, SYSTEM_ID, Login, StaleLoginError
 from proxy.log import logger
+from proxy.reasons import explain
 
 _RETRY: Final = 5.0
 """Seconds until spares are tried again for a role that could not have one."""
@@ -35,24 +36,45 @@ DATABASE_COMMANDS: Final = (b"drop", b"alter", b"create")
 _GIVE_WAY: Final = (0.02, 0.1, 0.3)
 """Seconds to wait for the server to free the slots of spares that gave way, at each try."""
 
+
+class Kept(Protocol):
+    """One that is kept for the next job of a session (`reuse`)."""
+
+    @property
+    def login(self) -> Login: ...
+    def close(self) -> None: ...
+
+
 Key = tuple[Login, tuple[tuple[bytes, bytes], ...]]
 """What a spare must have in common with who takes it: the login, and the settings of the startup
 packet."""
 
-_REPLACE_AFTER: Final = 0.002
-"""Seconds until a spare that was taken is replaced: the launch comes first."""
+_REPLACE_AFTER: Final = 0.01
+_REPLACE_LAST: Final = 0.002
+"""Seconds until a spare that was taken is replaced, and the last one: the launch comes first, and
+often the result of its job."""
 
-_WARM_UP: Final = b"""
-SELECT pg_catalog.pg_backend_pid(),
-       pg_catalog.set_config('application_name', 'pg_background spare', false),
-       LEAST(
+_LASTS: Final = 0.5
+"""Seconds for which it is taken to be so that the server has many free slots."""
+_MANY: Final = 20
+"""So many, besides those that are to be left free."""
+
+GREETING: Final = (
+    b"SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_postmaster_start_time(),"
+    b" CASE WHEN pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.<>) 0 THEN"
+    b" ARRAY[pg_catalog.set_config('application_name', 'pg_background spare', false)] END,"
+    b" pg_catalog.current_setting('client_encoding')"
+)
+"""Fills the backend's caches with what it will take over by."""
+
+_ROOM: Final = (
+    b"""
+SELECT LEAST(
            s.most OPERATOR(pg_catalog.-) s.reserved OPERATOR(pg_catalog.-) a.used
            OPERATOR(pg_catalog.-) (s.most OPERATOR(pg_catalog./) 10),
            CASE WHEN o.rolconnlimit OPERATOR(pg_catalog.>=) 0 OR
                      d.datconnlimit OPERATOR(pg_catalog.>=) 0 THEN 0 END
-       ),
-       %b,
-       %b
+       ), pg_catalog.pg_postmaster_start_time(), %b
 FROM (SELECT pg_catalog.current_setting('max_connections')::pg_catalog.int4 AS most,
              pg_catalog.current_setting('superuser_reserved_connections')::pg_catalog.int4
              OPERATOR(pg_catalog.+) CASE
@@ -65,31 +87,66 @@ FROM (SELECT pg_catalog.current_setting('max_connections')::pg_catalog.int4 AS m
      pg_catalog.pg_roles o, pg_catalog.pg_database d
 WHERE o.rolname OPERATOR(pg_catalog.=) session_user
   AND d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()
-""" % (SYSTEM_ID, IDENTITY)
-"""Fills the backend's caches; the third column is above 0 if the server can spare the slot."""
+"""
+    % SYSTEM_ID
+)
+"""How many slots the server has for spares, when it was started, and its system identifier. In a
+backend that has only just logged in this takes a millisecond: it is not asked for each of many."""
+
+
+class _Server(NamedTuple):
+    """What need not be asked for each spare.
+
+    Attributes:
+        started: what tells it from others, and from itself before a restart.
+        asked: when, by the loop's clock.
+        room: as `_ROOM` has it.
+    """
+
+    started: bytes | None
+    system_id: bytes | None
+    asked: float
+    room: int
 
 
 @dataclass(slots=True)
 class _Pool:
     """The spares of one login, oldest first, and those that are being opened.
 
+    ``identity``: of the last one that was opened (`identity`).
+    ``server``: what the last one that asked for it has heard.
     ``waiting``: launches that found none ready, and wait for one that is being opened.
     """
 
     ready: list[Backend] = field(default_factory=list)
+    identity: bytes | None = None
+    server: _Server | None = None
     opening: int = 0
     not_before: float = 0.0
     waiting: deque[asyncio.Future[Backend | None]] = field(default_factory=deque)
     refill: asyncio.TimerHandle | None = None
 
 
+def is_named(login: Login, sql: bytes) -> bool:
+    """Whether a statement, in lower case, that is about to drop, rename or copy databases seems to
+    name that of a login."""
+    sql = sql.replace(b'""', b'"')
+    names = sql + b" template1" if b"create" in sql else sql
+    return login.database.lower() in names
+
+
 class Spares:
-    """The spares of all roles and databases."""
+    """The spares of all roles and databases.
+
+    Attributes:
+        kept: backends that have run a job, of all sessions.
+    """
 
     def __init__(
         self,
         count: int,
         lifetime: float,
+        reuse_lifetime: float,
         channels: Channels,
         others_give_way: Callable[[], Awaitable[bool]],
     ) -> None:
@@ -97,6 +154,7 @@ class Spares:
         Args:
             count: how many to keep for each login; 0 for none at all.
             lifetime: seconds after which an unused one is closed, and not replaced.
+            reuse_lifetime: the same, for one that has run a job; 0 if none is used again.
             channels: idle ones give way as spares do.
             others_give_way: has the other processes close theirs; whether there were any.
         """
@@ -108,6 +166,18 @@ class Spares:
         # When the server may still be closing the last ones, by the loop's clock.
         self._closing_until = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
+        self.kept: set[Kept] = set()
+        self.reuse_lifetime = reuse_lifetime
+
+    @property
+    def ready(self) -> int:
+        """How many wait for a job."""
+        return len(self.kept) + sum(len(pool.ready) for pool in self._pools.values())
+
+    @property
+    def opening(self) -> int:
+        """How many are being opened."""
+        return sum(pool.opening for pool in self._pools.values())
 
     async def take(self, key: Key, open_one: Open) -> tuple[Backend, bool]:
         """A backend for a job, and whether it is a spare; others are opened to replace it.
@@ -121,7 +191,7 @@ class Spares:
         backend = spare or await self.open_now(open_one)
         if pool.refill is None:
             pool.refill = asyncio.get_running_loop().call_later(
-                _REPLACE_AFTER, self._fill, key, pool, open_one
+                _REPLACE_AFTER if pool.ready else _REPLACE_LAST, self._fill, key, pool, open_one
             )
         return backend, spare is not None
 
@@ -186,19 +256,20 @@ class Spares:
         ready = [backend for pool in self._pools.values() for backend in pool.ready]
         for backend in ready:
             backend.terminate()
+        kept = tuple(self.kept)
+        for one in kept:
+            one.close()
         for pool in self._pools.values():
             pool.ready.clear()
             pool.not_before = now + _RETRY
-        if tasks or ready or channels:
+        if tasks or ready or kept or channels:
             self._closing_until = now + sum(_GIVE_WAY)
         return now < self._closing_until
 
     def leave(self, sql: bytes) -> None:
         """Close the spares and unused channels in the databases that a statement, in lower case,
         seems to name, and open none there for a while."""
-        sql = sql.replace(b'""', b'"')
-        names = sql + b" template1" if b"create" in sql else sql
-        self._close_all(lambda login: login.database.lower() in names, pause=_RETRY)
+        self._close_all(lambda login: is_named(login, sql), pause=_RETRY)
 
     def retire(self, login: Login) -> None:
         """Close the spares and unused channels of a login that would now come to something else."""
@@ -207,6 +278,9 @@ class Spares:
     def _close_all(self, matches: Callable[[Login], bool], pause: float = 0.0) -> None:
         """`pause`: seconds in which no others are opened."""
         self._channels.retire(matches)
+        for kept in tuple(self.kept):
+            if matches(kept.login):
+                kept.close()
         until = asyncio.get_running_loop().time() + pause
         for (login, _), pool in self._pools.items():
             if matches(login):
@@ -238,15 +312,10 @@ class Spares:
         try:
             backend = await open_one()
             try:
-                row = await backend.row(_WARM_UP, 5)
-                if number(row[0]) != backend.pid:
-                    # It would say nothing of the connection that the job will get, or keep others
-                    # from having it.
-                    raise ConnectionError("there is a connection pooler before the server")
-                backend.system_id = row[3]
-                await backend.remember_identity(key[0], row[4])
+                server = await self._greet(key[0], pool, backend)
+                backend.system_id = server.system_id
                 taken = self._hand_on(pool, backend)
-                if not taken and number(row[2]) <= 0:
+                if not taken and server.room <= 0:
                     raise ConnectionError("the server has no connection to spare")
                 if not taken and loop.time() < pool.not_before:
                     raise ConnectionError("it is to give way by now")
@@ -257,8 +326,43 @@ class Spares:
                 pool.ready.append(backend)
                 loop.call_later(self.lifetime, self._expire, key, pool, backend)
         except (SQLError, StaleLoginError, OSError, ProtocolViolation) as error:
-            logger.debug("no spare backend: %s", error)
+            logger.debug("no spare backend: %s", explain(error))
             pool.not_before = loop.time() + _RETRY
+
+    async def _greet(self, login: Login, pool: _Pool, backend: Backend) -> _Server:
+        """Have a new one remember its login, and fill its caches; what is known of its server.
+
+        Most often both are those of the one before it: then it is asked for nothing else, in one
+        round trip.
+
+        Raises what `Backend.remember_identity` raises; ConnectionError if it will not do.
+        """
+        now = asyncio.get_running_loop().time()
+        server, identity = pool.server, pool.identity
+        if server is not None and (server.room <= _MANY or now > server.asked + _LASTS):
+            server = None
+        is_guess = identity is not None
+        while True:
+            if server is None:
+                room, started, system_id, *_ = await backend.row(_ROOM, 3)
+                server = _Server(started, system_id, now, number(room))
+            if not is_guess:
+                [identity, *_] = await backend.row(b"SELECT" + IDENTITY)
+            try:
+                greeting = await backend.remember_identity(login, identity, GREETING)
+            except StaleLoginError:
+                if not is_guess:
+                    raise
+                is_guess = False
+                continue
+            if number(greeting[0]) != backend.pid:
+                # It would say nothing of the connection that the job will get, or keep others from
+                # having it.
+                raise ConnectionError("there is a connection pooler before the server")
+            if greeting[1] == server.started:
+                pool.server, pool.identity = server, identity
+                return server
+            server = None  # it was restarted, or it is another one
 
     def _expire(self, key: Key, pool: _Pool, backend: Backend) -> None:
         if backend in pool.ready:
@@ -266,6 +370,12 @@ class Spares:
             backend.terminate()
         if not (pool.ready or pool.opening or pool.refill) and self._pools.get(key) is pool:
             del self._pools[key]
+
+    def overview(self) -> Iterator[tuple[Login, int, int, int]]:
+        """For each login: how many are ready, how many are being opened, and how many launches wait
+        for one."""
+        for (login, _), pool in list(self._pools.items()):
+            yield login, len(pool.ready), pool.opening, len(pool.waiting)
 
     def close(self) -> None:
         """Close them all."""

@@ -33,6 +33,8 @@ from proxy.config import Config, Host
 from proxy.log import logger
 from proxy.net import tls
 from proxy.net.descriptors import OutOfDescriptorsError, is_shortage, report
+from proxy.reasons import explain
+from proxy.stats import counters
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 
@@ -119,7 +121,7 @@ class Dialer:
 
     async def connect_by(self, route: Route, factory: Callable[[], P]) -> P:
         """Another connection the same way. Raises OSError."""
-        async with self._in_time(route.host):
+        async with _counted(), self._in_time(route.host):
             if route.encrypted:
                 return (await self._encrypted(route.host, factory, optional=False))[1]
             return await self._plain(route.host, factory)
@@ -155,7 +157,7 @@ class Dialer:
         except OSError as error:
             # Anybody can send such a request, any number of times.
             if self._complaints.take(None, asyncio.get_running_loop().time()) is not None:
-                reason = _reason(error) or "no answer in time"
+                reason = explain(error)
                 logger.warning("could not pass on a cancel request: %s", reason)
 
     async def check(self) -> Route:
@@ -230,7 +232,7 @@ class Dialer:
             async with self._in_time(host):
                 in_recovery, read_only, *_ = await backend.row(_STATE_QUERY, 2)
         except (ServerError, ProtocolViolation) as error:
-            raise ConnectionError(str(error)) from None
+            raise ConnectionError(explain(error)) from None
         finally:
             backend.terminate()
         return HostState(in_recovery == b"t", read_only == b"on")
@@ -239,7 +241,7 @@ class Dialer:
 
     async def _connect_host(self, host: Host, factory: Callable[[], P]) -> tuple[Route, P]:
         """By TLS or without, as the sslmode prefers."""
-        async with self._in_time(host):
+        async with _counted(), self._in_time(host):
             mode = "disable" if host.is_local else self._upstream.sslmode
             if mode not in ("disable", "allow"):
                 try:
@@ -310,7 +312,7 @@ class Dialer:
                 ssl_shutdown_timeout=tls.SHUTDOWN_TIMEOUT,
             )
         except OSError as error:
-            raise HandshakeError(tls.explain(error)) from None
+            raise HandshakeError(explain(error)) from None
         if encrypted is None:
             raise HandshakeError("the server closed the connection")
         return encrypted
@@ -325,7 +327,7 @@ class Dialer:
                 ssl_shutdown_timeout=tls.SHUTDOWN_TIMEOUT,
             )
         except ssl.SSLError as error:
-            raise HandshakeError(tls.explain(error)) from None
+            raise HandshakeError(explain(error)) from None
         self._upstream.keepalive.apply(transport.get_extra_info("socket"))
         if not tls.speaks_postgresql(transport):
             transport.abort()
@@ -360,12 +362,22 @@ class _Greeting(asyncio.Protocol):
             self._fail("received invalid response to SSL negotiation")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(str(exc or "the server closed the connection"))
+        self._fail(explain(exc) if exc else "the server closed the connection")
 
     def _fail(self, reason: str) -> None:
         if not self.answer.done():
             self.answer.set_exception(ConnectionError(reason))
             self.answer.exception()  # no warning if the caller is gone
+
+
+@contextlib.asynccontextmanager
+async def _counted() -> AsyncIterator[None]:
+    try:
+        yield
+    except OSError:
+        counters.failed_connects += 1
+        raise
+    counters.connects += 1
 
 
 def _address(host: Host) -> tuple[str, int]:
@@ -375,4 +387,4 @@ def _address(host: Host) -> tuple[str, int]:
 def _reason(error: OSError | SQLError) -> str:
     if isinstance(error, SQLError):
         return error.detail or error.message
-    return tls.explain(error)
+    return explain(error)

@@ -16,7 +16,8 @@ Invariant: nothing here opens a connection or knows of one.
 
 from proxy.config.addresses import Host, ListenAddress, parse_listen
 from proxy.config.keepalive import Keepalive
-from proxy.config.loading import ConfigError, Given, build, check_together, collect, load
+from proxy.config.loading import ConfigError, Given, build, check_together, collect, load, read
+from proxy.config.readers import Sender
 from proxy.config.settings import SETTINGS, Config
 from proxy.config.upstream import Upstream, parse_upstream
 
@@ -28,6 +29,7 @@ __all__ = [
     "Host",
     "Keepalive",
     "ListenAddress",
+    "Sender",
     "Upstream",
     "build",
     "check_together",
@@ -35,4 +37,5 @@ __all__ = [
     "load",
     "parse_listen",
     "parse_upstream",
+    "read",
 ]

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 DEFAULT_PORT: Final = 6543
+DEFAULT_ADMIN_PORT: Final = 6544
+
+PROXY_PROTOCOL: Final = "proxy_protocol"
+"""What asks for that, behind an address and in a socket unit."""
 
 _LISTEN: Final = re.compile(r"(?P<host>/.*?|\[[^\]]+\]|[^:\[\]/]*)(?::(?P<port>[0-9]*))?")
 
@@ -24,6 +28,8 @@ class ListenAddress:
     """A name, an address, a directory, or ``*`` for all interfaces."""
     port: int
     """0: any free port."""
+    proxy_protocol: bool = False
+    """Whether each connection begins with a header of the PROXY protocol."""
 
     @property
     def socket_path(self) -> Path | None:
@@ -32,7 +38,8 @@ class ListenAddress:
 
     def __str__(self) -> str:
         ipv6 = ":" in self.host and self.socket_path is None
-        return f"[{self.host}]:{self.port}" if ipv6 else f"{self.host}:{self.port}"
+        address = f"[{self.host}]:{self.port}" if ipv6 else f"{self.host}:{self.port}"
+        return f"{address}?{PROXY_PROTOCOL}=on" if self.proxy_protocol else address
 
 
 class Host(NamedTuple):
@@ -66,19 +73,37 @@ class Host(NamedTuple):
 
 def parse_listen(text: str) -> ListenAddress:
     """Reads ``host:port``, ``[ipv6]:port``, ``*:port``, ``/directory:port``; without a port, 6543.
+    Behind it may stand ``?proxy_protocol=on``.
 
     Raises:
         ValueError: it is malformed.
     """
-    match = _LISTEN.fullmatch(text.strip())
-    if match is None or not text.strip() or match[0].isdecimal():
+    address, mark, options = text.partition("?")
+    if mark and options not in (f"{PROXY_PROTOCOL}=on", f"{PROXY_PROTOCOL}=off"):
+        raise ValueError(
+            f'invalid address: "{text}" (behind the question mark: {PROXY_PROTOCOL}=on)'
+        )
+    match = _LISTEN.fullmatch(address.strip())
+    if match is None or not address.strip() or match[0].isdecimal():
         raise ValueError(
             f'invalid address: "{text}" (write host:port, [ipv6]:port or /directory:port)'
         )
     host = match["host"].removeprefix("[").removesuffix("]")
-    return ListenAddress(
-        host or "*", parse_port(match["port"], 0) if match["port"] else DEFAULT_PORT
-    )
+    port = parse_port(match["port"], 0) if match["port"] else DEFAULT_PORT
+    return ListenAddress(host or "*", port, options.endswith("=on"))
+
+
+def parse_admin_listen(text: str) -> ListenAddress:
+    """Reads an address for HTTP: as `parse_listen`, but no Unix socket; without a port, 6544.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    has_port = re.search(r":[0-9]+$", text.strip()) is not None
+    address = parse_listen(text)
+    if address.socket_path is not None or "?" in text:
+        raise ValueError(f'invalid address: "{text}" (write host:port or [ipv6]:port)')
+    return address if has_port else ListenAddress(address.host, DEFAULT_ADMIN_PORT)
 
 
 def parse_port(text: str, lowest: int = 1) -> int:

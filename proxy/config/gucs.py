@@ -63,9 +63,12 @@ def _parse(text: str, units: Mapping[str, float], default_unit: str) -> int:
         names = [f'"{name}"' for name in units]
         listed = f"{', '.join(names[:-1])}, and {names[-1]}"
         raise ValueError(f'invalid value: "{text}"; valid units are {listed}')
-    number = _number(match["number"]) * units[unit]
+    try:
+        number = _number(match["number"]) * units[unit]
+    except ValueError:
+        raise ValueError(f'invalid value: "{text}"') from None
     if not abs(number) < _LARGEST:
-        raise ValueError(f'invalid value: "{text}" exceeds the integer range')
+        raise ValueError(f'invalid value: "{text}"; value exceeds integer range')
     return round(number)  # halves to even, as rint() does
 
 
@@ -73,6 +76,8 @@ def _number(digits: str) -> float:
     sign, body = (-1, digits[1:]) if digits[0] == "-" else (1, digits.removeprefix("+"))
     if body[:2] in ("0x", "0X"):
         return sign * int(body, 16)
+    if re.match("0[0-7]*[89]", body):
+        raise ValueError("strtol() with base 0 stops there")
     if body.isdigit() and body[0] == "0" and set(body) <= set("01234567"):
         return sign * int(body, 8)  # strtol() with base 0
     return sign * (int(body) if body.isdigit() and len(body) < 20 else float(body))
@@ -104,6 +109,8 @@ class Guc:
         """
         try:
             value = _parse(text, _UNITS[self.unit], self.unit)
+            if self.maximum < 2**31 <= abs(value):  # an int to the server
+                raise ValueError("; value exceeds integer range")
         except ValueError as error:
             detail = str(error).partition("; ")[2]
             message = f'invalid value for parameter "{self.name}": "{text}"'
@@ -121,14 +128,48 @@ class Guc:
         return _format(self.parse(text), _UNITS[self.unit])
 
 
+class Switch(Guc):
+    """A setting that is on or off: 1 or 0."""
+
+    __slots__ = ()
+
+    def parse(self, text: str) -> int:
+        """Reads what PostgreSQL takes for a Boolean value, which may be the beginning of a word."""
+        word = text.strip().lower()
+        found = {
+            value
+            for name, value in _SWITCHES.items()
+            if word and name.startswith(word) and not (word == "o" and name in ("on", "off"))
+        }
+        if len(found) != 1:
+            raise ValueError(f'parameter "{self.name}" requires a Boolean value')
+        return found.pop()
+
+    def show(self, text: str) -> str:
+        return "on" if self.parse(text) else "off"
+
+
+_SWITCHES: Final = {"on": 1, "true": 1, "yes": 1, "1": 1, "off": 0, "false": 0, "no": 0, "0": 0}
+
 MAX_WORKERS: Final = Guc("pg_background.max_workers", "16", 1, 1000)
 DEFAULT_QUEUE_SIZE: Final = Guc("pg_background.default_queue_size", "64kB", 4096, 268_435_456, "B")
 WORKER_TIMEOUT: Final = Guc("pg_background.worker_timeout", "0", 0, 2_147_483_647, "ms")
+LAUNCH_TIMEOUT: Final = Guc("pg_background.launch_timeout", "0", 0, 2_147_483_647, "ms")
+LAUNCH_AT_COMMIT: Final = Switch("pg_background.launch_at_commit", "off", 0, 1)
+QUEUE: Final = Switch("pg_background.queue", "off", 0, 1)
 
+# Objects in databases know the first of these, so others go behind them.
 GUCS: Final[Mapping[str, Guc]] = {
-    guc.name: guc for guc in (MAX_WORKERS, DEFAULT_QUEUE_SIZE, WORKER_TIMEOUT)
+    guc.name: guc
+    for guc in (
+        MAX_WORKERS,
+        DEFAULT_QUEUE_SIZE,
+        WORKER_TIMEOUT,
+        LAUNCH_TIMEOUT,
+        LAUNCH_AT_COMMIT,
+        QUEUE,
+    )
 }
-
 SESSION_SETTING: Final = b"pg_background_proxy.session"
 """The setting that the proxy gives a session in its startup packet: 32 hexadecimal digits that its
 messages begin with, and 32 that are secret."""

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from proxy.config.readers import parse_file
+from proxy.config.readers import parse_file, parse_path
 from proxy.config.settings import DEFAULT_AUTH_QUERY, SETTINGS, Config
 from proxy.config.upstream import parse_upstream
+from proxy.reasons import explain
 
 
 class ConfigError(Exception):
@@ -75,27 +76,37 @@ def build(given: Given, environ: Mapping[str, str] | None = None) -> Config:
     """The second half of `load`: read the texts.
 
     Raises:
-        ConfigError: a value cannot be used.
+        ConfigError: a value cannot be used, or lacks another one that it needs.
     """
-    values: dict[str, Any] = {}
-    for field in SETTINGS:
-        if field.name not in given:
-            continue
-        where, texts = given[field.name]
-        read = field.metadata["read"]
-        if field.name == "upstream":
-            read = lambda text: parse_upstream(text, environ)  # noqa: E731
-        try:
-            read_values = tuple(read(text) for text in texts)
-        except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from None
-        values[field.name] = read_values if field.metadata["many"] else read_values[-1]
+    values = read(given, environ)
     timeout = values["upstream"].connect_timeout
     if timeout is not None:
         values.setdefault("connect_timeout", timeout)
     config = Config(**values)
     check_together(config)
     return config
+
+
+def read(given: Given, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The values of some settings, by field name.
+
+    Raises:
+        ConfigError: one cannot be used.
+    """
+    values: dict[str, Any] = {}
+    for field in SETTINGS:
+        if field.name not in given:
+            continue
+        where, texts = given[field.name]
+        reader = field.metadata["read"]
+        if field.name == "upstream":
+            reader = lambda text: parse_upstream(text, environ)  # noqa: E731
+        try:
+            read_values = tuple(reader(text) for text in texts)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        values[field.name] = read_values if field.metadata["many"] else read_values[-1]
+    return values
 
 
 def check_together(config: Config) -> None:
@@ -109,10 +120,23 @@ def check_together(config: Config) -> None:
     for name, missing in needed.items():
         if missing:
             raise ConfigError(f"client_tls_sslmode: {mode} needs {name}")
+    if any(address.proxy_protocol for address in config.listen) and not config.proxy_protocol_from:
+        raise ConfigError(
+            "listen: proxy_protocol=on needs proxy_protocol_from: the load balancers that are"
+            " believed"
+        )
     own_query = config.auth_query not in ("", DEFAULT_AUTH_QUERY)
     if config.auth_user and own_query and not config.auth_dbname:
         raise ConfigError(
             "auth_query: a query of your own needs auth_dbname: the database that has what it names"
+        )
+    if config.admin_listen is not None and config.watchers and config.auth_file is None:
+        name = "admin_users" if config.admins else "stats_users"
+        raise ConfigError(f"{name}: needs auth_file, which has their passwords or secrets")
+    if config.replica_secret_file is not None and not config.auth_user:
+        raise ConfigError(
+            "replica_secret_file: needs auth_user: the replicas speak with each other in the"
+            " database that it logs in to"
         )
     attrs = config.upstream.target_session_attrs
     if attrs != "any" and not config.auth_user:
@@ -128,7 +152,7 @@ def _read_file(file: Path) -> dict[str, list[str]]:
         with file.open("rb") as stream:
             content = tomllib.load(stream)
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+        raise ConfigError(f"cannot read {file}: {explain(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {error}") from None
     known = {field.name: field for field in SETTINGS}
@@ -141,7 +165,7 @@ def _read_file(file: Path) -> dict[str, list[str]]:
         if not values or not all(type(value) in (str, int, float) for value in values):
             wanted = "a string or a list of strings" if many else "a string or a number"
             raise ConfigError(f"{file}: {key}: must be {wanted}")
-        if known[key].metadata["read"] is parse_file:
+        if known[key].metadata["read"] in (parse_file, parse_path):
             # Relative paths in the file start from its folder.
             values = [str(file.parent / Path(str(value)).expanduser()) for value in values]
         found[key] = [str(value) for value in values]

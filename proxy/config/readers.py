@@ -5,14 +5,23 @@ Invariant: the message is one line and names the text, not the setting; the call
 
 from __future__ import annotations
 
+import ipaddress
+import math
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from proxy.config.gucs import parse_time_ms
+from proxy.reasons import explain
 
 MAX_PROCESSES: Final = 256
+
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+Sender: TypeAlias = Network | Literal["unix"]
+"""Who may send headers of the PROXY protocol: those of a network, or by a Unix socket."""
 
 
 def parse_seconds(text: str) -> float:
@@ -23,6 +32,50 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
+def parse_command(text: str) -> tuple[str, ...]:
+    """Reads a program and its arguments, quoted as for a shell."""
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"invalid command: {str(error).lower()}") from None
+    if not words:
+        raise ValueError("invalid command: it is empty")
+    return words
+
+
+def parse_network(text: str) -> Network:
+    """Reads an address or a network: ``192.0.2.7``, ``192.0.2.0/24``, ``2001:db8::/32``."""
+    try:
+        return ipaddress.ip_network(text.strip())
+    except ValueError as error:
+        raise ValueError(f"invalid network: {error}") from None
+
+
+def parse_timeout(text: str) -> float:
+    """Reads a time as `parse_seconds` does, or ``unlimited``, which is infinite."""
+    return math.inf if text.strip().lower() == "unlimited" else parse_seconds(text)
+
+
+def parse_path(text: str) -> Path:
+    """Takes the path of a file that need not be there."""
+    if not text.strip():
+        raise ValueError("invalid path: it is empty")
+    return Path(text).expanduser().absolute()
+
+
+def parse_sender(text: str) -> Sender:
+    """Reads an address or a network, or ``unix``."""
+    return "unix" if text.strip().lower() == "unix" else parse_network(text)
+
+
+def parse_min_duration(text: str) -> int:
+    """Reads a time in milliseconds from which on something is done; -1: never."""
+    milliseconds = parse_time_ms(text)
+    if milliseconds < -1:
+        raise ValueError(f'invalid value: "{text}" (-1 or more)')
+    return milliseconds
+
+
 def parse_file(text: str) -> Path:
     """Takes the path of a file that can be read."""
     path = Path(text).expanduser()
@@ -30,7 +83,7 @@ def parse_file(text: str) -> Path:
         with path.open("rb"):
             return path
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        raise ValueError(f"cannot read {path}: {explain(error)}") from None
 
 
 def parse_api_version(text: str) -> int:

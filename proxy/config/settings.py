@@ -7,23 +7,41 @@ The command line, the file's keys and docs/configuration.md are made from these 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from proxy.config.addresses import DEFAULT_PORT, ListenAddress, parse_listen
-from proxy.config.gucs import DEFAULT_QUEUE_SIZE, MAX_WORKERS, WORKER_TIMEOUT, parse_memory
+from proxy.config.addresses import DEFAULT_PORT, ListenAddress, parse_admin_listen, parse_listen
+from proxy.config.gucs import (
+    DEFAULT_QUEUE_SIZE,
+    LAUNCH_AT_COMMIT,
+    LAUNCH_TIMEOUT,
+    MAX_WORKERS,
+    QUEUE,
+    WORKER_TIMEOUT,
+    parse_memory,
+)
 from proxy.config.readers import (
+    Network,
+    Sender,
     one_of,
     parse_api_version,
+    parse_command,
     parse_count,
     parse_file,
+    parse_min_duration,
+    parse_network,
+    parse_path,
     parse_seconds,
+    parse_sender,
     parse_switch,
+    parse_timeout,
     parse_workers,
 )
 from proxy.config.upstream import SSL_MODES, Upstream, parse_upstream
+from proxy.log import FORMATS
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 DEFAULT_LOOKUP_DATABASE: Final = "postgres"
@@ -54,8 +72,9 @@ def _setting(
         many: whether it may be given more than once.
     """
     value = read(default) if default or read is str else None
+    values = (value,) if default else ()
     return dataclasses.field(
-        default=(value,) if many else value,
+        default=values if many else value,
         metadata={
             "read": read,
             "metavar": metavar,
@@ -78,7 +97,9 @@ class Config:
         "where clients connect: HOST:PORT, *:PORT for all interfaces, or /DIRECTORY:PORT for a Unix"
         " socket; may be given more than once",
         more='In a file it may be a list: `listen = ["127.0.0.1:6543", "[::1]:6543",'
-        ' "/run/pgbg:6543"]`.',
+        ' "/run/pgbg:6543"]`. With `?proxy_protocol=on` behind an address, each connection there'
+        " begins with a header of the PROXY protocol. See [Behind a load"
+        " balancer](operation.md#behind-a-load-balancer).",
         many=True,
     )
     upstream: Upstream = _setting(
@@ -96,7 +117,8 @@ class Config:
         parse_file,
         "FILE",
         "passwords for side backends, in the format of .pgpass; PGPASSFILE if not given",
-        more="Lines are `host:port:database:user:password`; the file's mode must be 0600."
+        more="Lines are `host:port:database:user:password`; the file's mode must be 0600, or 0640"
+        " if root owns it."
         " See [Logins](logins.md).",
     )
     auth_file: Path | None = _setting(
@@ -143,6 +165,83 @@ class Config:
         " runs with search_path = pg_catalog: name its schemas",
         more="It never logs in to a database that a client names.",
     )
+    password_command: tuple[str, ...] | None = _setting(
+        "",
+        parse_command,
+        "COMMAND",
+        "a command that prints the password or token of a role for side backends; {user}, {host},"
+        " {port} and {database} in its arguments are replaced; no shell",
+        more="It comes before all other sources, also the client's own password, which may be a"
+        " token that has run out. It may take `connect_timeout`. See [Logins](logins.md).",
+    )
+    password_ttl: float = _setting(
+        "10min",
+        parse_seconds,
+        "TIME",
+        "how long what password_command has printed is used again; 0: not at all",
+        more="A password that the server refuses is forgotten at once. A token of RDS IAM is good"
+        " for 15 minutes.",
+    )
+    proxy_protocol_from: tuple[Sender, ...] = _setting(
+        "",
+        parse_sender,
+        "NETWORK|unix",
+        "who may connect to listeners with proxy_protocol=on, and is believed what it says of its"
+        " clients: an address, or a network such as 192.0.2.0/24, or unix, for the Unix sockets"
+        " among them; may be given more than once; nobody if not given",
+        many=True,
+    )
+    allow_from: tuple[Network, ...] = _setting(
+        "",
+        parse_network,
+        "NETWORK",
+        "which clients may connect: an address, or a network such as 192.0.2.0/24; may be given"
+        " more than once; all if not given. Unix sockets always may",
+        many=True,
+    )
+    allow_roles: tuple[str, ...] = _setting(
+        "",
+        str,
+        "ROLE",
+        "which roles may log in through the proxy; may be given more than once; all if not given",
+        more="Whether they get in, the server decides.",
+        many=True,
+    )
+    allow_databases: tuple[str, ...] = _setting(
+        "",
+        str,
+        "DATABASE",
+        "which databases may be reached through the proxy; may be given more than once; all if not"
+        " given",
+        more="`replication` stands for physical replication, as in `pg_hba.conf`.",
+        many=True,
+    )
+    application_name_add_host: bool = _setting(
+        "off",
+        parse_switch,
+        "on|off",
+        "adds the client's address and port to the application_name that it connects with: psql -"
+        " 192.0.2.7:50000",
+        more="So `pg_stat_activity` and the server's log show who is behind the proxy. Not for"
+        " replication, where the name is that of a standby.",
+    )
+    admin_users: tuple[str, ...] = _setting(
+        "",
+        str,
+        "ROLE",
+        "who may administer the proxy; may be given more than once; nobody if not given",
+        more="By the password or secret that `auth_file` has for the name; the server need not"
+        " know it. See [The console](operation.md#the-console).",
+        many=True,
+    )
+    stats_users: tuple[str, ...] = _setting(
+        "",
+        str,
+        "ROLE",
+        "who may look at what the proxy does, and change nothing; may be given more than once;"
+        " nobody if not given",
+        many=True,
+    )
     client_tls_sslmode: str = _setting(
         "disable",
         one_of(*SSL_MODES),
@@ -173,6 +272,22 @@ class Config:
         "how many processes serve the clients; auto: one for each core",
         more="See [More than one core](operation.md#more-than-one-core).",
     )
+    hung_worker_timeout: float = _setting(
+        "30s",
+        parse_seconds,
+        "TIME",
+        "how long one of several processes may hang until it is killed and replaced; 0: for ever",
+        more="Its sessions and jobs are lost then. After 3 seconds new clients go to the others.",
+    )
+    replica_secret_file: Path | None = _setting(
+        "",
+        parse_file,
+        "FILE",
+        "a secret that all proxies in front of one server have, so that each can ask the others"
+        " about their jobs",
+        more="At least 32 bytes; the file's mode must be 0600, or 0640 if root owns it. Needs"
+        " `auth_user`. See [Several replicas](operation.md#several-replicas).",
+    )
     tcp_keepalive: int = _setting(
         "1",
         parse_count,
@@ -202,16 +317,42 @@ class Config:
     )
     shutdown_timeout: float = _setting(
         "30s",
-        parse_seconds,
+        parse_timeout,
         "TIME",
-        "how long sessions and jobs may go on after SIGTERM or SIGINT",
+        "how long sessions and jobs may go on after SIGTERM or SIGINT; unlimited: as long as they"
+        " want",
         more="A second signal ends them at once.",
+    )
+    takeover: Path | None = _setting(
+        "",
+        parse_path,
+        "PATH",
+        "a Unix socket by which a new process takes the listening sockets over from this one, in a"
+        " folder to which nobody else can write",
+        more="A process that is started with the path of one that runs takes over from it. See"
+        " [A new version, without a loss](operation.md#a-new-version-without-a-loss).",
+    )
+    takeover_timeout: float = _setting(
+        "unlimited",
+        parse_timeout,
+        "TIME",
+        "how long sessions and jobs may go on in a process that another has taken over from;"
+        " unlimited: as long as they want",
     )
     connect_timeout: float = _setting(
         "10s",
         parse_seconds,
         "TIME",
         "how long to wait for a connection to the server; 0 waits for ever",
+    )
+    server_required: bool = _setting(
+        "off",
+        parse_switch,
+        "on|off",
+        "whether serve ends with exit code 1 if the server cannot be reached at the start; off: it"
+        " looks for it until it is there, and refuses clients meanwhile",
+        more="Off by default, since services start in any order: systemd gives up on a unit that"
+        " fails five times in a row, and Kubernetes waits up to five minutes before the next try.",
     )
     max_workers: int = _setting(
         MAX_WORKERS.default,
@@ -233,6 +374,29 @@ class Config:
         "N",
         "how many jobs a session may have at the most, whatever it sets pg_background.max_workers"
         " to",
+    )
+    max_jobs: int = _setting(
+        "0",
+        parse_count,
+        "N",
+        "how many jobs may run at a time, in all sessions and processes; 0: any number",
+        more="A launch beyond that fails (`53400`) or waits: see [Waiting for"
+        " room](jobs.md#waiting-for-room).",
+    )
+    max_jobs_per_role: int = _setting(
+        "0", parse_count, "N", "the same, of one login role; 0: any number"
+    )
+    max_jobs_per_database: int = _setting(
+        "0", parse_count, "N", "the same, in one database; 0: any number"
+    )
+    max_pending_jobs: int = _setting(
+        "1000",
+        parse_count,
+        "N",
+        "how many jobs of one login role may wait for the commit of their transactions, in each"
+        " process; 0: none may",
+        more="Together they may have 64 MB of SQL. See [Starting at commit]"
+        "(jobs.md#starting-at-commit).",
     )
     max_queue_size: int = _setting(
         "256MB",
@@ -257,13 +421,45 @@ class Config:
         " unit is given; 0: the session's statement_timeout",
         more="It holds for each statement of a job; before PostgreSQL 13, for the whole string.",
     )
+    launch_timeout: str = _setting(
+        LAUNCH_TIMEOUT.default,
+        LAUNCH_TIMEOUT.show,
+        "TIME",
+        "default of pg_background.launch_timeout: how long a launch waits for room, in milliseconds"
+        " unless a unit is given; 0: not at all, it fails at once",
+        more="See [Waiting for room](jobs.md#waiting-for-room).",
+    )
+    launch_at_commit: str = _setting(
+        LAUNCH_AT_COMMIT.default,
+        LAUNCH_AT_COMMIT.show,
+        "on|off",
+        "default of pg_background.launch_at_commit: whether pg_background_launch and _submit start"
+        " jobs when the transaction that calls them commits",
+        more="See [Starting at commit](jobs.md#starting-at-commit).",
+    )
+    queue: str = _setting(
+        QUEUE.default,
+        QUEUE.show,
+        "on|off",
+        "default of pg_background.queue: whether pg_background_submit queues a job for which there"
+        " is no room",
+        more="See [Queued jobs](jobs.md#queued-jobs).",
+    )
+    max_queued_jobs: int = _setting(
+        "1000",
+        parse_count,
+        "N",
+        "how many jobs of one login role may be queued, in each process",
+        more="Their SQL may take as much memory as results: `queue_memory` in all,"
+        " `role_queue_memory` for one role.",
+    )
     spares: int = _setting(
         "2",
         parse_count,
         "N",
         "how many logged-in connections to keep ready for the next jobs of a role and database that"
         " has launched one; 0 for none",
-        more="The number holds for each of the `workers`. Each spare serves one job. None"
+        more="The number holds for each of the `workers`. None"
         " takes the last tenth of the server's connection slots, and there are none for"
         " roles or databases with a connection limit.",
     )
@@ -275,6 +471,16 @@ class Config:
         " that time at the latest",
         more="Everything else that a new login would meet holds for the next job at once:"
         " `NOLOGIN`, `NOSUPERUSER`, `VALID UNTIL`, `CONNECT`, `DROP ROLE`, `ALTER ROLE … SET`.",
+    )
+    reuse_lifetime: float = _setting(
+        "1s",
+        parse_seconds,
+        "TIME",
+        "how long a connection whose job has ended waits for the next job of the same session; 0:"
+        " each job gets a new one",
+        more="It is reset by `DISCARD ALL` at once, and used again when the session has fetched or"
+        " detached the last job. A session has at most as many as `spares`. What differs from a"
+        " new one is in [limits](limits.md).",
     )
     api_version: int = _setting(
         "1",
@@ -291,14 +497,16 @@ class Config:
         " server: the server, which needs the C extension's files",
         more="With `server`, calls go to the C extension where it is installed.",
     )
-    catalogs: bool = _setting(
+    catalogs: str = _setting(
         "on",
-        parse_switch,
-        "on|off",
+        one_of("on", "off", "definitions"),
+        "on|off|definitions",
         "whether queries on pg_extension list the extension that the proxy has made, and queries on"
-        " pg_stat_activity give pg_background as the backend_type of jobs",
+        " pg_stat_activity give pg_background as the backend_type of jobs; definitions: views and"
+        " functions that are created, too",
         more="`off`: every query is passed on as it is. See [What tools see]"
-        "(in-database.md#what-tools-see).",
+        "(in-database.md#what-tools-see), and for `definitions` [differences.md]"
+        "(differences.md#finding-out-whether-a-job-still-runs).",
     )
     outcome_retention: float = _setting(
         "10min",
@@ -306,14 +514,120 @@ class Config:
         "TIME",
         "how long a job's outcome stays known after its end, to other sessions of its role too",
     )
+    history: str = _setting(
+        "off",
+        one_of("off", "errors", "labeled", "all"),
+        "off|errors|labeled|all",
+        "which jobs' outcomes are written to pg_background_history, where the extension is; errors:"
+        " those of jobs that fail or are lost; labeled: of jobs with a label",
+        more="See [An outcome that stays](jobs.md#an-outcome-that-stays).",
+    )
+    history_sql: bool = _setting(
+        "on",
+        parse_switch,
+        "on|off",
+        "whether these rows have the SQL, 8 kB of it; off: a hash of that",
+    )
+    history_retention: float = _setting(
+        "30d", parse_seconds, "TIME", "how long rows that are written now stay there"
+    )
     log_level: str = _setting(
         "info", one_of(*LOG_LEVELS), "LEVEL", f"what is logged: {', '.join(LOG_LEVELS)}"
     )
+    log_format: str = _setting(
+        "text",
+        one_of(*FORMATS),
+        "FORMAT",
+        "text: lines like those of PostgreSQL's log; json: one JSON object a line",
+        more="See [The log](operation.md#the-log) for the keys.",
+    )
+    log_min_job_duration: int = _setting(
+        "0",
+        parse_min_duration,
+        "TIME",
+        "logs the end of each job that has run at least so long, in milliseconds unless a unit is"
+        " given, and of each that has failed; 0: of all; -1: of none",
+        more="All by default: nobody need be waiting for a job, and its outcome is forgotten after"
+        " `outcome_retention`.",
+    )
+    log_job_sql: bool = _setting(
+        "off",
+        parse_switch,
+        "on|off",
+        "whether these lines have the beginning of the job's SQL, 120 characters",
+        more="It may hold what should not be in a log, such as the password in `ALTER ROLE`.",
+    )
+    log_connections: bool = _setting(
+        "off",
+        parse_switch,
+        "on|off",
+        "logs each client that connects, that is let in, and that is refused, with its address",
+        more="The server's own log has the proxy's address.",
+    )
+    log_disconnections: bool = _setting(
+        "off",
+        parse_switch,
+        "on|off",
+        "logs the end of each session, with its duration",
+    )
+    admin_listen: ListenAddress | None = _setting(
+        "",
+        parse_admin_listen,
+        "HOST:PORT",
+        "where metrics, health checks and the page of jobs are served by HTTP, such as"
+        " 127.0.0.1:6544; off if not given",
+        more="Needs the extra `admin`. With `client_tls_sslmode` other than `disable` it is HTTPS,"
+        " with the same certificate. See [Metrics, health, a page of jobs]"
+        "(operation.md#metrics-health-a-page-of-jobs).",
+    )
+
+    @property
+    def admins(self) -> frozenset[str]:
+        """The names in admin_users."""
+        return frozenset(filter(None, self.admin_users))
+
+    @property
+    def watchers(self) -> frozenset[str]:
+        """Those in admin_users and stats_users."""
+        return self.admins | frozenset(filter(None, self.stats_users))
 
     @property
     def lookup_database(self) -> str:
         """The database that auth_user logs in to."""
         return self.auth_dbname or DEFAULT_LOOKUP_DATABASE
+
+    @property
+    def session_defaults(self) -> Mapping[str, str]:
+        """What the settings of a session are, by name, that nothing on the server has set; as SHOW
+        prints them."""
+        return _shown(
+            self.max_workers,
+            self.default_queue_size,
+            self.worker_timeout,
+            self.launch_timeout,
+            self.launch_at_commit,
+            self.queue,
+        )
+
+
+@functools.lru_cache(maxsize=8)  # each launch asks for them several times
+def _shown(
+    max_workers: int,
+    default_queue_size: str,
+    worker_timeout: str,
+    launch_timeout: str,
+    launch_at_commit: str,
+    queue: str,
+) -> Mapping[str, str]:
+    configured = {
+        MAX_WORKERS: str(max_workers),
+        DEFAULT_QUEUE_SIZE: default_queue_size,
+        WORKER_TIMEOUT: worker_timeout,
+        LAUNCH_TIMEOUT: launch_timeout,
+        LAUNCH_AT_COMMIT: launch_at_commit,
+        QUEUE: queue,
+    }
+    return {guc.name: guc.show(text) for guc, text in configured.items()}
 
 
 SETTINGS: Final = tuple(dataclasses.fields(Config))

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 HOST: Final = "127.0.0.1"
 START_TIMEOUT: Final = 60.0
@@ -113,7 +113,12 @@ class Cluster:
         hba: the lines of pg_hba.conf.
         private: whether its folder, and with it the Unix socket, is closed to other users. (For
             the port on loopback, see `hba` and listen_addresses.)
+
+    Attributes:
+        parent: the folder that theirs are made in; the system's for temporary files unless set.
     """
+
+    parent: ClassVar[Path | None] = None
 
     def __init__(
         self,
@@ -131,7 +136,7 @@ class Cluster:
         self._hba = tuple(hba)
         self._process: subprocess.Popen[bytes] | None = None
         self._user = _server_user()
-        self.directory = _temporary_directory(self._user, 0o700 if private else 0o755)
+        self.directory = _temporary_directory(self.parent, self._user, 0o700 if private else 0o755)
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD, "guard", str(self.directory)],
             stdin=subprocess.PIPE,
@@ -332,8 +337,8 @@ def _copy_programs(bin_dir: Path, target: Path) -> Path:
     return copied / bin_dir.name
 
 
-def _temporary_directory(owner: int | None, mode: int) -> Path:
-    path = Path(tempfile.mkdtemp(prefix="pgbg-"))
+def _temporary_directory(parent: Path | None, owner: int | None, mode: int) -> Path:
+    path = Path(tempfile.mkdtemp(prefix="pgbg-", dir=parent))
     if len(str(path)) > 80:  # a Unix socket's path has at most 107 characters
         path.rmdir()
         path = Path(tempfile.mkdtemp(prefix="pgbg-", dir="/tmp"))

@@ -30,7 +30,8 @@ from proxy.api.functions import (
     Needs,
 )
 from proxy.config.gucs import GUCS
-from proxy.extension.conversation import NAMES, identity
+from proxy.extension.conversation import NAMES
+from proxy.extension.questions import identity
 from proxy.extension.texts import sql
 
 _TYPES: Final = {
@@ -46,15 +47,13 @@ _TYPES: Final = {
 
 
 _HELPERS: Final = (
-    *("setting", "settings", "hash", "elements", "say", "xor", "seen", "ask", "call"),
+    *("setting", "settings", "elements", "say", "xor", "seen", "ask", "answer"),
     *("queries", "retry"),
 )
 """Files of `sql/` with a function that the bodies call."""
 
 _SHAPES: Final = {RECORD: "rows", LIST: "list", VOID: "void"}
 """Files with the body of functions that return this; `_shape` has the others."""
-
-_SETTING: Final = "SELECT pg_catalog.current_setting(name, true)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +90,9 @@ def body(function: Function, *, schema: str, server_version: int) -> Body:
     if Needs.SETTINGS in function.needs:
         settings = f"{own}._pg_background_settings()"
     call = (
-        f"{own}._pg_background_call(CAST('{identity(function)}' AS pg_catalog.text),"
-        f" CAST(ARRAY[{arguments}] AS pg_catalog.text[]), {settings})"
+        f"{own}._pg_background_answer({own}._pg_background_ask("
+        f"CAST('{identity(function)}' AS pg_catalog.text),"
+        f" CAST(ARRAY[{arguments}] AS pg_catalog.text[])), {settings})"
     )
     source = sql(
         _shape(function),
@@ -130,18 +130,20 @@ def helpers(*, schema: str, server_version: int) -> list[str]:
     keeps EXECUTE on them. Their names begin with ``_pg_background_``.
     """
     own = quoted(schema)
-    missing_ok = server_version >= 90600
     words = NAMES | {
         "schema": own,
-        "lang": "sql" if missing_ok else "plpgsql",
-        "setting": _SETTING if missing_ok else "\n" + sql("setting_9_5"),
         "own": ", ".join(f"{own}._pg_background_setting(CAST('{name}' AS text))" for name in GUCS),
+        "settings": str(len(GUCS)),
         "random": (
             "replace(CAST(gen_random_uuid() AS text), '-', '')"
             if server_version >= 130000
             else "md5(concat(secret, clock_timestamp(), random()))"
         ),
-        "hash": _hash("text", server_version),
+        "hash_of_question": _hash("secret || nonce", server_version),
+        "lock_of_word": f"CAST(CAST('x' || left({_hash('word', server_version)}, 16) AS bit(64))"
+        " AS int8)",
+        "proof": _hash("word || message", server_version),
+        "proof_of_settings": _hash("word || shown", server_version),
         "block": _hash("key || n", server_version),
         "fields": _raise_error(),
     }
@@ -152,7 +154,7 @@ def _hash(text: str, server_version: int) -> str:
     """As `conversation` has it."""
     if server_version >= 110000:
         return f"encode(sha256(convert_to({text}, 'UTF8')), 'hex')"
-    return f"md5({text} || 'a') || md5({text} || 'b')"
+    return f"(md5({text} || 'a') || md5({text} || 'b'))"
 
 
 def quoted(name: str) -> str:

@@ -1,14 +1,18 @@
 """The system catalogs as they would be if pg_background were the C extension.
 
-Invariant: a query sees more, and nothing is stored. In statements that begin as queries, a subquery
-with the same columns takes the place of these relations in FROM. So views and functions that the
-client defines are not affected, and what is not recognised for certain goes to the server as it
-came. Four relations are replaced:
+Invariant: a query sees more, and nothing is stored. In statements that begin as queries, rows of
+the same type take the place of these relations in FROM, if the query can show a difference. So
+views and functions that the client defines are not affected, and what is not recognised for certain
+goes to the server as it came. These relations are replaced:
 
 - ``pg_extension`` lists the extension; in a query that mentions it, ``pg_depend`` has the
   extension's objects, and ``pg_description`` its comment (psql's ``\\dx`` and ``\\dx+``);
-- ``pg_stat_activity`` says ``pg_background`` as the ``backend_type`` of jobs.
+- ``pg_stat_activity`` says ``pg_background`` as the ``backend_type`` of jobs; in the query's own
+  row, ``query`` is what the client has sent;
+- ``pg_prepared_statements`` and ``pg_cursors`` show the client's names and texts of what has a
+  call, if the session has such (`hidden`).
 
+The columns are the server's: rows of ours are made by jsonb_populate_record(), which knows them.
 Dumps must see what is really there: pg_dump is known by its application_name, and queries that use
 system columns (pg_dump's do) are left alone.
 """
@@ -16,20 +20,41 @@ system columns (pg_dump's do) are left alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from proxy.extension import installed
 from proxy.sql.lexer import RESERVED, Kind, identifier
+from proxy.sql.rewrite import Change, with_changes
+from proxy.sql.text import literal
 from proxy.sql.tokens import NESTING, Tokens
-from proxy.statements.plan import Piece, Rewrite, Substitute
-from proxy.statements.triggers import PG_EXTENSION, PG_STAT_ACTIVITY
+from proxy.statements.hidden import PREFIX, TEXT, TEXT_TAG
+from proxy.statements.plan import Substitute
+from proxy.statements.triggers import (
+    PG_CURSORS,
+    PG_EXTENSION,
+    PG_PREPARED_STATEMENTS,
+    PG_STAT_ACTIVITY,
+)
 
 TOOLS: Final = frozenset((b"pg_dump", b"pg_dumpall", b"pg_restore", b"pg_upgrade"))
 """The application_name of clients that see what is there."""
 
-_NEWEST: Final = 190000
-"""Of later servers the columns are not known."""
+
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """How the query's jobs are known.
+
+    Attributes:
+        pids: of the backends of those that run.
+        by_name: whether there may be others, which only their application_name shows: those of
+            other worker processes, and those that start before a prepared statement is executed.
+    """
+
+    pids: Collection[int]
+    by_name: bool
+
 
 # A subquery has none of these.
 _SYSTEM_COLUMNS: Final = frozenset((b"tableoid", b"ctid", b"xmin", b"xmax", b"cmin", b"cmax"))
@@ -37,43 +62,86 @@ _SYSTEM_COLUMNS: Final = frozenset((b"tableoid", b"ctid", b"xmin", b"xmax", b"cm
 _FROM_IN: Final = frozenset(("extract", "trim", "substring", "overlay", "position"))
 
 
-def analyze(statement: Tokens, *, server_version: int) -> Substitute | None:
+def analyze(
+    statement: Tokens, *, server_version: int, jobs: Jobs, sent: bytes, has_stand_ins: bool = False
+) -> Substitute | None:
     """A query with the catalogs replaced, None if it is to go as it is.
 
     Args:
         statement: one, as the session's server reads it.
         server_version: as server_version_num, e.g. 150004.
+        jobs: which backends are jobs.
+        sent: the text of the message that it is in, as pg_stat_activity is to show it.
+        has_stand_ins: whether the session may have prepared statements or portals with calls.
     """
     lower = statement.sql.lower()
-    if PG_EXTENSION not in lower and PG_STAT_ACTIVITY not in lower:
+    if not any(relation in lower for relation in _SHOWING):
         return None
-    if not 100000 <= server_version < _NEWEST:
-        return None
-    relations = _relations(server_version // 10000)
-    if PG_EXTENSION not in lower:
-        relations = {PG_STAT_ACTIVITY: relations[PG_STAT_ACTIVITY]}
-    return _Query(statement).replaced(relations)
+    major = server_version // 10000
+    return Query(statement).replaced(major, jobs, sent, has_stand_ins=has_stand_ins)
 
 
-class _Query(Tokens):
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A relation of ours in FROM: its tokens, and that of its alias if it has one."""
+
+    relation: bytes
+    first: int
+    last: int
+    alias: int | None
+
+
+class Query(Tokens):
     """The tokens of a statement; indices count them."""
 
     def __init__(self, statement: Tokens) -> None:
         super().__init__(statement.sql, statement.tokens, statement.encoding)
-        # U&"…" is not a name here.
         self.names = [identifier(self.sql, token, self.encoding) for token in self.tokens]
         self.openings, self.clauses = self.surroundings()
 
-    def replaced(self, relations: Mapping[bytes, bytes]) -> Substitute | None:
-        if not self.is_query() or self.locks_rows():
+    def replaced(
+        self, major: int, jobs: Jobs, sent: bytes, *, has_stand_ins: bool
+    ) -> Substitute | None:
+        if not self.is_query() or self.has_other_needs():
             return None
-        if not _SYSTEM_COLUMNS.isdisjoint(name for name in self.names if name is not None):
+        references = self.references()
+        if references is None:
             return None
-        pieces: list[Piece] = []
-        done = count = 0
+        sources = self.extension_sources(major)
+        if sources is None:
+            return None
+        activity = [each for each in references if each.relation == PG_STAT_ACTIVITY]
+        if (jobs.pids or jobs.by_name) and self.shows(b"backend_type", activity):
+            text = sent if self.shows(b"query", activity) else None
+            sources[PG_STAT_ACTIVITY] = _activity(major, jobs, text)
+        if has_stand_ins:
+            sources.update(_stand_ins(major))
+        return self.with_sources(sources, references)
+
+    def extension_sources(self, major: int) -> dict[bytes, bytes] | None:
+        """What takes the place of pg_extension and what says more about it, if it is mentioned;
+        None if that would differ."""
+        if PG_EXTENSION not in self.sql.lower():  # psql's \\dx+ has it in a constant only
+            return {}
+        with_oid = major < 12 and b"oid" in self.names
+        # It is not one of the columns that * stands for.
+        if self.may_group_by_key() or (with_oid and self.has_star()):
+            return None
+        return dict(_extension(major, with_oid))
+
+    def has_other_needs(self) -> bool:
+        """Whether it locks rows, uses system columns, or has names that could be any."""
+        return (
+            self.locks_rows()
+            or self.has_unread_names()
+            or not _SYSTEM_COLUMNS.isdisjoint(name for name in self.names if name is not None)
+        )
+
+    def references(self) -> list[Reference] | None:
+        """To our relations, None if some are not certain or there are too many."""
+        found: list[Reference] = []
         for at, name in enumerate(self.names):
-            subquery = relations.get(name or b"")
-            if subquery is None:
+            if name not in _RELATIONS:
                 continue
             first = self.first_of_relation(at)
             if first is None or (first < at and self.text(at + 1) == b"."):
@@ -82,17 +150,103 @@ class _Query(Tokens):
                 return None
             if not self.is_relation(first, at):
                 continue
-            count += 1
-            if count > _MAX_REPLACED:
-                return None
-            start = self.start(first)
-            alias = b"" if self.has_alias(at + 1) else b" AS " + (name or b"")
-            pieces += [Piece(done, start), Piece(start, start, b"(%b)%b" % (subquery, alias))]
-            done = self.end(at)
-        if not pieces:
+            alias = None
+            if self.has_alias(at + 1):
+                alias = at + 2 if self.keyword(at + 1) == "as" else at + 1
+            found.append(Reference(name, first, at, alias))
+        if len(found) > _MAX_REPLACED:
             return None
-        pieces.append(Piece(done, len(self.sql)))
-        return Substitute(Rewrite(self.sql, tuple(pieces)))
+        return found
+
+    def with_sources(
+        self, sources: Mapping[bytes, bytes], references: Iterable[Reference]
+    ) -> Substitute | None:
+        changes = self.changes(sources, references)
+        return Substitute(with_changes(self.sql, changes)) if changes else None
+
+    def changes(
+        self, sources: Mapping[bytes, bytes], references: Iterable[Reference]
+    ) -> list[Change] | None:
+        """What takes the place of these relations; None if that would differ."""
+        changes: list[Change] = []
+        for each in references:
+            source = sources.get(each.relation)
+            if source is None:
+                continue
+            if source.startswith(b"(") and self.uses_row(each):
+                return None  # a subquery's rows are of no named type
+            alias = b" AS " + each.relation if each.alias is None else b""
+            changes.append((self.start(each.first), self.end(each.last), source + alias))
+        return changes
+
+    # What can show a difference
+
+    def shows(self, column: bytes, references: Collection[Reference]) -> bool:
+        """Whether the query may look at a column of these."""
+        return bool(references) and (
+            column in self.names
+            or self.has_star()
+            or any(self.keyword(at) == "natural" for at in range(self.count))
+            or any(self.renames(each) or self.uses_row(each) for each in references)
+        )
+
+    def has_star(self) -> bool:
+        """Whether there is a star that is not count's; it may multiply."""
+        return any(
+            text == b"*" and not (self.text(at - 1) == b"(" and self.text(at + 1) == b")")
+            for at, text in enumerate(self.texts)
+        )
+
+    def renames(self, reference: Reference) -> bool:
+        """Whether its columns get other names."""
+        return reference.alias is not None and self.text(reference.alias + 1) == b"("
+
+    def uses_row(self, reference: Reference) -> bool:
+        """Whether its name may stand for a whole row somewhere."""
+        name = reference.relation
+        if reference.alias is not None:
+            name = self.names[reference.alias] or b""
+        return any(
+            each == name
+            and self.text(at + 1) != b"."
+            and self.text(at - 1) != b"."
+            and not self.is_in_from(at)
+            for at, each in enumerate(self.names)
+        )
+
+    def is_in_from(self, index: int) -> bool:
+        """Whether this is an item of FROM, or its alias; not within ON."""
+        before = self.text(index - 1) if self.keyword(index - 1) == "as" else None
+        first = index - 1 if before is not None else index
+        return self.is_relation(first, index) or (
+            self.names[first - 1] is not None
+            and self.keyword(self.clauses[index]) == "from"
+            and self.keyword(first - 1) not in RESERVED
+        )
+
+    def may_group_by_key(self) -> bool:
+        """Whether it may group by pg_extension's primary key, on which all its columns depend."""
+        if not any(self.keyword(at) == "group" for at in range(self.count)):
+            return False
+        return self.has_star() or any(
+            name == b"oid" and self.clause_of(at) not in ("from", "where")
+            for at, name in enumerate(self.names)
+        )
+
+    def clause_of(self, index: int) -> str:
+        """The word that begins the clause around a token, in its brackets or around them."""
+        while self.clauses[index] < 0 and self.openings[index] >= 0:
+            index = self.openings[index]
+        return self.keyword(self.clauses[index])
+
+    # What the tokens are
+
+    def has_unread_names(self) -> bool:
+        """U&"…", which could be any name."""
+        return any(
+            token.kind is Kind.QUOTED_IDENTIFIER and name is None
+            for token, name in zip(self.tokens, self.names, strict=True)
+        )
 
     def is_query(self) -> bool:
         first = next((at for at, text in enumerate(self.texts) if text != b"("), 0)
@@ -114,6 +268,8 @@ class _Query(Tokens):
         return None
 
     def is_common_table_expression(self, index: int) -> bool:
+        if self.text(index + 1) == b"(":  # its columns
+            index = self.closings.get(index + 1, index)
         return self.keyword(index + 1) == "as" and (
             self.text(index + 2) == b"(" or self.keyword(index + 2) in ("materialized", "not")
         )
@@ -155,6 +311,8 @@ class _Query(Tokens):
                 around.append((at, -1))
             elif self.keyword(at) in _CLAUSES:
                 around[-1] = (opening, at)
+            elif text == b";":
+                around[-1] = (opening, -1)
         return openings, clauses
 
     def has_alias(self, index: int) -> bool:
@@ -174,13 +332,20 @@ _CLAUSES: Final = frozenset(
 )
 
 
+_SHOWING: Final = (PG_EXTENSION, PG_STAT_ACTIVITY, PG_PREPARED_STATEMENTS, PG_CURSORS)
+_RELATIONS: Final = (*_SHOWING, b"pg_depend", b"pg_description")
+
+
 @functools.cache
-def _relations(major: int) -> dict[bytes, bytes]:
-    """What takes the place of each relation, by the server's major version."""
-    marker = f"(SELECT p.* {installed.FIND}) x"
+def _extension(major: int, with_oid: bool) -> dict[bytes, bytes]:
+    """What takes the place of pg_extension and of what says more about it.
+
+    Args:
+        major: the server's version.
+        with_oid: whether pg_extension has its hidden column; before version 12.
+    """
+    marker = f"(SELECT p.oid, p.proowner, p.pronamespace, p.prosrc {installed.FIND}) x"
     version = installed.VERSION.replace("p.", "x.")
-    # As the catalog's own columns, or the two could not be sorted together.
-    c = ' COLLATE pg_catalog."C"' if major >= 12 else ""
     extension_class = (
         "CAST(CAST('pg_catalog.pg_extension' AS pg_catalog.regclass) AS pg_catalog.oid)"
     )
@@ -191,47 +356,164 @@ def _relations(major: int) -> dict[bytes, bytes]:
             ("pg_proc", "p.oid", installed.functions),
             ("pg_type", "c.reltype", installed.types),
             ("pg_class", "c.oid", installed.views),
+            ("pg_class", "c.oid", installed.tables),
         )
     )
-    texts = {
-        "pg_extension": "SELECT r.oid, r.extname, r.extowner, r.extnamespace, r.extrelocatable,"
-        " r.extversion, r.extconfig, r.extcondition FROM pg_catalog.pg_extension r UNION ALL"
-        f" SELECT x.oid, CAST('{installed.NAME}' AS pg_catalog.name), x.proowner, x.pronamespace,"
-        f" true, {version}{c}, CAST(NULL AS pg_catalog.oid[]),"
-        f" CAST(NULL AS pg_catalog.text[]) FROM {marker} WHERE NOT {installed.REALLY}",
-        "pg_depend": "SELECT d.classid, d.objid, d.objsubid, d.refclassid, d.refobjid,"
-        " d.refobjsubid, d.deptype FROM pg_catalog.pg_depend d UNION ALL"
-        f" SELECT m.classid, m.objid, 0, {extension_class}, x.oid, 0,"
-        f" CAST('e' AS pg_catalog.\"char\") FROM {marker}, LATERAL ({members}) m",
-        "pg_description": "SELECT d.objoid, d.classoid, d.objsubid, d.description"
-        " FROM pg_catalog.pg_description d UNION ALL"
-        f" SELECT x.oid, {extension_class}, 0, d.description FROM {marker},"
-        " pg_catalog.pg_description d WHERE d.objoid OPERATOR(pg_catalog.=) x.oid"
-        " AND d.objsubid OPERATOR(pg_catalog.=) 0 AND d.classoid OPERATOR(pg_catalog.=)"
-        " CAST('pg_catalog.pg_proc' AS pg_catalog.regclass)",
-        "pg_stat_activity": _activity(major),
+    extension = _made(
+        "pg_extension",
+        oid="x.oid",
+        extname=f"CAST('{installed.NAME}' AS pg_catalog.text)",
+        extowner="x.proowner",
+        extnamespace="x.pronamespace",
+        extrelocatable="true",
+        extversion=version,
+    )
+    member = _made(
+        "pg_depend",
+        classid="m.classid",
+        objid="m.objid",
+        objsubid="0",
+        refclassid=extension_class,
+        refobjid="x.oid",
+        refobjsubid="0",
+        deptype="CAST('e' AS pg_catalog.text)",
+    )
+    comment = _made(
+        "pg_description",
+        objoid="x.oid",
+        classoid=extension_class,
+        objsubid="0",
+        description="d.description",
+    )
+    extensions = (
+        "FROM pg_catalog.pg_extension q",
+        f"FROM {marker}, {extension} WHERE NOT {installed.REALLY}",
+    )
+    return {
+        PG_EXTENSION: _rows(extensions, major, ("q.oid, ", "x.oid, ") if with_oid else ("", "")),
+        b"pg_depend": _subquery(
+            (
+                "FROM pg_catalog.pg_depend q",
+                f"FROM {marker}, LATERAL ({members}) m, {member}",
+            )
+        ),
+        b"pg_description": _subquery(
+            (
+                "FROM pg_catalog.pg_description q",
+                f"FROM {marker}, pg_catalog.pg_description d, {comment}"
+                " WHERE d.objoid OPERATOR(pg_catalog.=) x.oid"
+                " AND d.objsubid OPERATOR(pg_catalog.=) 0 AND d.classoid OPERATOR(pg_catalog.=)"
+                " CAST('pg_catalog.pg_proc' AS pg_catalog.regclass)",
+            )
+        ),
     }
-    return {name.encode(): text.encode() for name, text in texts.items()}
 
 
-def _activity(major: int) -> str:
-    """pg_stat_activity, where jobs are known by their application_name."""
-    columns = [
-        *("datid", "datname", "pid"),
-        *(["leader_pid"] if major >= 13 else []),
-        *("usesysid", "usename", "application_name", "client_addr", "client_hostname"),
-        *("client_port", "backend_start", "xact_start", "query_start", "state_change"),
-        *("wait_event_type", "wait_event", "state", "backend_xid", "backend_xmin"),
-        *(["query_id"] if major >= 14 else []),
-        "query",
-    ]
+def _activity(major: int, jobs: Jobs, sent: bytes | None) -> bytes:
+    """What takes the place of pg_stat_activity.
+
+    Args:
+        major: the server's version.
+        jobs: which backends are jobs.
+        sent: what ``query`` is in the session's own row, if the query may look at that.
+    """
+    pids = ",".join(map(str, sorted(jobs.pids)))
     is_job = (
-        "a.backend_type OPERATOR(pg_catalog.=) 'client backend' AND (a.application_name"
-        f" OPERATOR(pg_catalog.=) '{installed.NAME}' OR pg_catalog.left(a.application_name,"
-        f" {len(installed.NAME) + 1}) OPERATOR(pg_catalog.=) '{installed.NAME}:')"
-    )
+        f"a.pid OPERATOR(pg_catalog.=) ANY (CAST('{{{pids}}}' AS pg_catalog.int4[]))"
+        + (f" OR {installed.IS_NAMED}" if jobs.by_name else "")
+    ).encode()
+    changes = (
+        b"CASE WHEN a.backend_type OPERATOR(pg_catalog.=) 'client backend' AND (%b)"
+        b' THEN CAST(\'{"backend_type": "%b"}\' AS pg_catalog.jsonb)%b'
+        b" ELSE CAST('{}' AS pg_catalog.jsonb) END"
+    ) % (is_job, installed.NAME.encode(), b"" if sent is None else _OWN_QUERY % _shown(sent))
+    # Between the two there is the client's text, in the client's encoding.
+    before, after = _rows(
+        (f"FROM pg_catalog.pg_stat_activity a, {_populated('a', '@')}",), major
+    ).split(b"@")
+    return before + changes + after
+
+
+# Without track_activities it is empty.
+_OWN_QUERY: Final = (
+    b" WHEN a.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()"
+    b" AND a.query OPERATOR(pg_catalog.<>) ''"
+    b" THEN pg_catalog.jsonb_build_object('query', %b)"
+)
+_ALWAYS_SHOWN: Final = 99
+"""Bytes of a query that every server shows: track_activity_query_size is 100 at least."""
+
+
+def _shown(sent: bytes) -> bytes:
+    """An expression: as much of a text as pg_stat_activity shows, in whole characters."""
+    text = b"CAST(%b AS pg_catalog.text)" % literal(sent)
+    if len(sent) <= _ALWAYS_SHOWN and sent.isascii():
+        return text
     return (
-        f"SELECT {', '.join(f'a.{column}' for column in columns)},"
-        f" CASE WHEN {is_job} THEN '{installed.NAME}' ELSE a.backend_type END AS backend_type"
-        " FROM pg_catalog.pg_stat_activity a"
+        b"(SELECT pg_catalog.left(t.sent, n.n) FROM (SELECT %b AS sent,"
+        b" CAST(s.setting AS pg_catalog.int4) AS size FROM pg_catalog.pg_settings s"
+        b" WHERE s.name OPERATOR(pg_catalog.=) 'track_activity_query_size' OFFSET 0) t,"
+        b" LATERAL pg_catalog.generate_series(LEAST(pg_catalog.length(t.sent), t.size), 0, -1) n(n)"
+        b" WHERE pg_catalog.octet_length(pg_catalog.left(t.sent, n.n))"
+        b" OPERATOR(pg_catalog.<) t.size LIMIT 1)"
+    ) % text
+
+
+@functools.cache
+def _stand_ins(major: int) -> dict[bytes, bytes]:
+    """What takes the place of the catalogs that show prepared statements and portals: what has a
+    hidden name is left out, and a guard shows the client's text, and the stand-in's parameters."""
+    tag = f"pg_catalog.\"substring\"(s.statement, '{TEXT_TAG}')"
+    parts = f"s.statement, pg_catalog.concat('$', '{TEXT}', {tag}, '$'), 2"
+    shown = f"'statement', pg_catalog.split_part({parts})"
+    seen = f"pg_catalog.left(s.name, {len(PREFIX)}) OPERATOR(pg_catalog.<>) '{PREFIX}'"
+
+    def rows(relation: str, join: str, columns: str) -> bytes:
+        changes = (
+            f"CASE WHEN {tag} IS NULL THEN CAST('{{}}' AS pg_catalog.jsonb)"
+            f" ELSE pg_catalog.jsonb_build_object({columns}) END"
+        )
+        source = f"FROM pg_catalog.{relation} s{join}, {_populated('s', changes)} WHERE {seen}"
+        return _rows((source,), major)
+
+    join = (
+        " LEFT JOIN pg_catalog.pg_prepared_statements h ON h.name OPERATOR(pg_catalog.=)"
+        f" pg_catalog.concat('{PREFIX}', {tag})"
     )
+    types = ", 'parameter_types', h.parameter_types"
+    return {
+        PG_PREPARED_STATEMENTS: rows("pg_prepared_statements", join, shown + types),
+        PG_CURSORS: rows("pg_cursors", "", shown),
+    }
+
+
+def _made(relation: str, **columns: str) -> str:
+    """A row ``q`` of a relation, NULL where no expression is given."""
+    values = ", ".join(f"'{name}', {value}" for name, value in columns.items())
+    base = f"CAST(NULL AS pg_catalog.{relation})"
+    return _populated(base, f"pg_catalog.jsonb_build_object({values})")
+
+
+def _populated(base: str, changes: str) -> str:
+    return f"LATERAL pg_catalog.jsonb_populate_record({base}, {changes}) q"
+
+
+def _rows(sources: Iterable[str], major: int, hidden: Iterable[str] = ("", "")) -> bytes:
+    """An item of FROM, whose whole rows are of the relation's type where that has arrays.
+
+    Args:
+        sources: FROM and WHERE of the rows ``q``.
+        major: the server's version.
+        hidden: for each of them, what a subquery selects beside its columns.
+    """
+    if major < 14:
+        return _subquery(sources, hidden)
+    rows = " UNION ALL ".join(f"SELECT q {source}" for source in sources)
+    return f"pg_catalog.unnest(ARRAY({rows}))".encode()
+
+
+def _subquery(sources: Iterable[str], hidden: Iterable[str] = ("", "")) -> bytes:
+    """The same as a subquery: conditions reach the relation's indexes."""
+    parts = zip(sources, hidden, strict=False)
+    selects = (f"SELECT {first}q.* {source}" for source, first in parts)
+    return f"({' UNION ALL '.join(selects)})".encode()

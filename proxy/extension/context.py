@@ -4,18 +4,21 @@ Invariant: the primary backend is asked in the transaction of the call, in the s
 channel, before the call is served. Nothing about roles and settings is remembered from earlier,
 because functions, SET LOCAL, rollbacks and other sessions' GRANTs change them where a proxy cannot
 see it. All names in this SQL are schema-qualified, operators too: the client chooses search_path.
+
+A direct call's query is planned each time, since a prepared statement would be seen in the session.
+So it looks into system caches by functions, and into tables only where that is needed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from proxy.api.functions import Function
 from proxy.backends.identity import IDENTITY
 from proxy.config.gucs import GUCS
-from proxy.extension.conversation import SPEAKER
 from proxy.extension.installed import (
     Installed,
     installed_query,
@@ -23,6 +26,8 @@ from proxy.extension.installed import (
     parse_installed,
     speaks,
 )
+from proxy.extension.names import Meant, Name, is_there, meant_query, parse_meant
+from proxy.extension.questions import SPEAKER
 from proxy.extension.texts import sql
 from proxy.jobs.context import NOT_CARRIED_OVER, Context
 from proxy.sql.encodings import parse_array
@@ -35,50 +40,80 @@ _IS_EXECUTOR: Final = (
 )
 """Whether the role ``r`` may call the functions where the extension's objects are not there."""
 
+# The same for the current role, without looking into a table: that alone would take five times as
+# long as all of the context. A superuser has the rights of every role; nobody else has those of a
+# role that cannot be.
+_I_AM_EXECUTOR: Final = (
+    b"(pg_catalog.pg_has_role(CAST(0 AS pg_catalog.oid), 'USAGE') OR COALESCE("
+    b"pg_catalog.pg_has_role(CAST(pg_catalog.to_regrole(%b) AS pg_catalog.oid), 'MEMBER'), false))"
+    % literal(EXECUTOR_ROLE.encode())
+)
+_MY_OID: Final = (
+    b"CAST(CAST(pg_catalog.quote_ident(CAST(current_user AS pg_catalog.text))"
+    b" AS pg_catalog.regrole) AS pg_catalog.oid)"
+)
+
+_MANY_ROLES: Final = 16
+"""So many are asked about one by one, without a plan for a query."""
+
 
 @dataclass(frozen=True, slots=True)
 class CallContext(Context):
-    """The context of a direct call."""
+    """The context of a direct call.
 
+    Attributes:
+        extension: what the database has of ours.
+        meant: what it has besides, under the names that were written.
+        is_whole: whether these two are known. If not, there is something under these names.
+    """
+
+    is_whole: bool = True
     extension: Installed | None = None
+    meant: Meant = field(default_factory=Meant)
 
 
+@functools.lru_cache(maxsize=64)  # the same is asked again and again, in a few forms
 def context_query(
     *,
-    functions: Iterable[Function],
-    server_version: int,
-    roles: Iterable[int],
+    names: tuple[Name, ...],
+    closely: bool,
+    is_bare: bool,
+    roles: frozenset[int],
     settings: bool,
-    custom_settings: Sequence[bytes] = (),
+    custom_settings: tuple[bytes, ...] = (),
 ) -> bytes:
     """The SELECT whose one row is a `CallContext`; all columns are text.
 
     Args:
-        functions: what is called.
-        server_version: as server_version_num, e.g. 150004.
+        names: what is called.
+        closely: as in `meant_query`.
+        is_bare: whether the database seems to have nothing under our names, neither the extension
+            nor anything else. Then it is only asked whether that is so, at a fifth of the cost.
         roles: OIDs of roles, to learn which of them the current role has the rights of.
         settings: whether to read the session's settings, the expensive part (about 0.5 ms).
         custom_settings: names with a dot that the session may have set. pg_settings shows none of
             them, so their names must be known.
     """
-    # current_setting(name, missing_ok) came with 9.6.
-    missing_ok = b", true" if server_version >= 90600 else b""
-    if not missing_ok:
-        custom_settings = ()
     ours = b", ".join(
-        b"pg_catalog.current_setting(%b%b)" % (literal(name.encode()), missing_ok) for name in GUCS
+        b"pg_catalog.current_setting(%b, true)" % literal(name.encode()) for name in GUCS
     )
     columns = [
-        _IS_EXECUTOR,
-        b"r.oid, current_user, session_user, pg_catalog.current_setting('role')",
+        _I_AM_EXECUTOR,
+        _MY_OID,
+        b"current_user, session_user, pg_catalog.current_setting('role')",
         b"pg_catalog.current_setting('statement_timeout')",
         b"pg_catalog.current_setting('client_encoding'), pg_catalog.current_setting('TimeZone')",
         ours,
-        b"CAST(ARRAY(SELECT o FROM pg_catalog.unnest(CAST('{%b}' AS pg_catalog.oid[])) o"
-        b" WHERE pg_catalog.pg_has_role(o, 'USAGE')) AS pg_catalog.text)"
-        % b",".join(b"%d" % oid for oid in roles),
-        installed_query(functions).encode(),
+        _usable_roles(roles),
     ]
+    if is_bare:
+        columns.append(
+            b"NULL, CASE WHEN %b THEN NULL ELSE '{}' END"
+            % is_there(name.function for name in names)
+        )
+    else:
+        columns.append(installed_query(name.function for name in names).encode())
+        columns.append(meant_query(names, closely=closely))
     if settings:
         columns.append(
             b"CAST(ARRAY(SELECT pg_catalog.unnest(ARRAY[s.name, s.setting])"
@@ -90,15 +125,30 @@ def context_query(
             b"pg_catalog.current_setting(%b, true)" % literal(name) for name in custom_settings
         )
         columns.append(b"CAST(ARRAY[%b] AS pg_catalog.text)" % values)
-    return b"SELECT %b FROM pg_catalog.pg_roles r WHERE r.rolname OPERATOR(pg_catalog.=) %b" % (
-        b", ".join(columns),
-        b"current_user",
+    return b"SELECT " + b", ".join(columns)
+
+
+def _usable_roles(roles: frozenset[int]) -> bytes:
+    """An SQL expression: those roles whose rights the current role has, the text of an array."""
+    if not roles:
+        return b"'{}'"
+    if len(roles) <= _MANY_ROLES:
+        return b"CAST(ARRAY[%b] AS pg_catalog.text)" % b", ".join(
+            b"CASE WHEN pg_catalog.pg_has_role(CAST(%d AS pg_catalog.oid), 'USAGE')"
+            b" THEN CAST(%d AS pg_catalog.oid) END" % (oid, oid)
+            for oid in sorted(roles)
+        )
+    return (
+        b"CAST(ARRAY(SELECT o FROM pg_catalog.unnest(CAST('{%b}' AS pg_catalog.oid[])) o"
+        b" WHERE pg_catalog.pg_has_role(o, 'USAGE')) AS pg_catalog.text)"
+        % b",".join(b"%d" % oid for oid in roles)
     )
 
 
 def parse_context(
     values: Sequence[bytes | None],
     *,
+    names: Sequence[Name],
     custom_settings: Sequence[bytes] = (),
 ) -> CallContext:
     """The CallContext from the values of the row, in text format and the client's encoding."""
@@ -106,7 +156,7 @@ def parse_context(
         values
     )
     client_encoding = encoding or b""
-    own, (usable_roles, extension, *arrays) = rest[: len(GUCS)], rest[len(GUCS) :]
+    own, (usable_roles, extension, meant, *arrays) = rest[: len(GUCS)], rest[len(GUCS) :]
     settings: list[tuple[bytes, bytes]] = []
     if arrays:
         flat = [text or b"" for text in parse_array(arrays[0] or b"{}", client_encoding)]
@@ -128,12 +178,20 @@ def parse_context(
             if value is not None
         },
         usable_roles=frozenset(
-            int(oid or 0) for oid in parse_array(usable_roles or b"{}", client_encoding)
+            int(oid) for oid in parse_array(usable_roles or b"{}", client_encoding) if oid
         ),
         settings=tuple(settings),
+        is_whole=meant is not None,
         extension=None
         if extension is None
         else parse_installed(parse_array(extension, client_encoding)),
+        meant=parse_meant(
+            names,
+            (
+                (text or b"").decode("ascii", "replace")
+                for text in parse_array(meant or b"{}", client_encoding)
+            ),
+        ),
         client_encoding=client_encoding,
         time_zone=zone or b"",
     )

@@ -2,7 +2,7 @@
 
 Invariant: text proves nothing. A question counts only with the rights of a role that the server
 grants to the code that asks. `docs/security.md` has the model. There is no I/O here: `in_database`
-holds the conversation, `sql/ask.sql` is the functions' half of it, made with
+holds the conversation, `sql/ask.sql` and `sql/answer.sql` are the functions' half of it, made with
 the sizes and places defined here (`NAMES`).
 
 A function speaks by an INFO message, which the server sends at once, in the middle of a statement:
@@ -19,23 +19,45 @@ announced:
 
 ``tag`` tells the function that this is for it. The states:
 
+- ``hw``: the question is heard; wait for the lock that goes with its word. ``gw``: the same for the
+  lock that goes with the question. ``ht``: there is no lock, look again and again.
 - ``pw``, ``pt``: prove it. The channel's query has a fresh random word in it, which the function
   must read. With ``pw`` the channel holds an advisory lock on which the function can wait for the
   answer; with ``pt`` it could not get the lock, and the function looks again and again.
 - ``a``: an answer, here as data, 32 bytes; ``b``: the same, but there is more.
-- ``q`` and ``r``: the same, with the data in the channel's query, behind a mark.
+- ``x`` and ``y``: the same to a question that is not proven; the pad is made without a word.
+- ``q`` and ``r``: the same as ``a`` and ``b``, with the data in the channel's query, behind a mark.
 
-A question goes like this:
+A question is one message, if a channel shows a word in advance. Beside the last piece of an answer,
+and while it rests, a channel shows ``/*…w`` and a word that nobody has used yet. Until it rests, it
+holds the lock whose key is made of that word. One that has rested takes another when it is asked,
+since the function may be trying that one.
 
-1. ``call`` or ``custom``. Its first word says whose channel is to show the word to be read: ``-``
-   for the role that the session has logged in as. Code that cannot RESET ROLE (it runs as another
-   owner) names that owner instead, and the proxy logs in as him, if it has his credentials.
-2. The channel shows the word.
-3. ``proof``, with a hash of the word and of the whole first message, and the OIDs of the roles as
-   which the calling code can run, by RESET ROLE and RESET SESSION AUTHORIZATION too. If the
-   channel's login role is among them, the question counts from here on, with the rights of that
-   role and no others.
-4. The answer, piece by piece: ``next`` asks for the next one.
+1. ``ask``. Its first word says whose the channel is: ``-`` for the role that the session has logged
+   in as. Code that cannot RESET ROLE (it runs as another owner) names that owner instead. Behind
+   the call come the channel's PID, the proof, which is a hash of the word and of what the message
+   says before, and the OIDs of the roles as which the calling code can run, by RESET ROLE and RESET
+   SESSION AUTHORIZATION too. If the channel's login role is among them, the question counts, with
+   the rights of that role and no others. A word is good for one question.
+2. ``settings``, for a function that launches: the session's, with a proof by the same word. The
+   function gathers them when the question is on its way. If the session may have custom settings
+   that are not among them, the answer is ``c`` and their names; those follow by another
+   ``settings``, and from then on with the others.
+3. The answer, piece by piece: ``next`` asks for the next one.
+
+A function that waits and has not been heard, so far as it can see, says ``still`` at times, by
+which its server notices if the connection to the proxy is gone.
+
+Without such a word, or if it is used up or another session has the channel, it goes like this:
+
+1. ``ask`` with ``-`` for the proof, or with one that does not hold. The proxy takes or opens a
+   channel of the login, for an owner's with his credentials if it has them.
+2. The channel shows a word (``pw``).
+3. ``proof``, with a hash of the word and of the question, and the roles. ``settings`` follow.
+4. The answer.
+
+The functions that older proxies have created say ``call`` in place of ``ask``, with the settings in
+it and no proof, and tell custom settings with a question of its own, ``custom``.
 
 Tag, lock and mark come from the nonce and a secret that the session and the proxy share. Answers
 are enciphered with a pad that is made of secret, word and nonce, so they mean nothing to those who
@@ -49,9 +71,9 @@ lock for the next one, whose key is that of the first XOR the number, so the fun
 that at once.
 
 An answer is a text[]: ``e`` and the fields of an error; ``v`` and the value, those of a composite
-result, or the rows as a text[][]; ``n`` for no composite; ``c`` and names of custom settings, whose
-values the function tells with a question of its own, ``custom``; or a block of a result (`blocks`),
-after which the next piece is that of the next block.
+result, or the rows as a text[][]; ``n`` for no composite; ``c`` and names of custom settings;
+``l``, a channel and a word that the function is to send by NOTIFY, and the answer to a launch at
+commit; or a block of a result (`blocks`), after which the next piece is that of the next block.
 
 A member of pg_read_all_stats can read every word, and so can a role that inherits another, without
 becoming it. So only messages count that the extension's function `_pg_background_say` raises. It
@@ -64,33 +86,22 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC
 from typing import TYPE_CHECKING, Any, Final
 
-from protocol.errors import (
-    FEATURE_NOT_SUPPORTED,
-    INSUFFICIENT_PRIVILEGE,
-    OBJECT_NOT_IN_PREREQUISITE_STATE,
-    SQLError,
-)
-from protocol.messages import NoticeResponse
-from proxy.api.functions import DECLARED, Function, Needs
+from proxy.api.functions import Function
 from proxy.api.values import text_form
-from proxy.config.gucs import GUCS, session_secret
-from proxy.jobs.context import NOT_CARRIED_OVER
+from proxy.backends.channels import APPLICATION_NAME
+from proxy.config.gucs import session_secret
+from proxy.extension.questions import Call, Message
 from proxy.sql.encodings import array_2_text, array_text
 
 if TYPE_CHECKING:
-    from proxy.jobs.job import Job
+    pass
 
 Answer = list[bytes | None]
-
-SPEAKER: Final = "_pg_background_say"
-"""The function without arguments that raises all messages of the others."""
 
 # --- sizes and places, for both halves ---------------------------------------------------------
 
@@ -111,6 +122,10 @@ _DIGITS: Final = 4
 """Of the number of a piece in application_name and in a query."""
 
 _COMMENT: Final = "/*"
+
+_OFFER: Final = b"w%b "
+"""A word that is shown in advance. No data looks like that: the blank would be its 34th character,
+and base64 comes in fours."""
 
 
 def _part(text: str, part: slice) -> str:
@@ -135,221 +150,22 @@ NAMES: Final = {
     "number_pattern": "." * _DIGITS,
     "narrow_data": f"substr(state, {_DIGITS + 2})",
     "comment": _COMMENT,
+    "resting": APPLICATION_NAME.decode(),
+    "offer": f"substring(shown, '^/[*][0-9a-f]*w([0-9a-f]{{{_WORD}}}) ')",
+    "data": f"CASE WHEN substr(shown, {_WORD + 2}, 1) = ' ' THEN substr(shown, {_WORD + 3})"
+    " ELSE shown END",
 }
 """What the PL/pgSQL calls these, by the placeholder that stands for it there."""
 
 
-def identity(function: Function) -> str:
-    """What a call names its function by: name, parameters and result, so that an overload, and a
-    dump that was restored with another version of the proxy, are told apart."""
-    parameters = ", ".join(parameter.name for parameter in function.parameters)
-    return f"{function.name}({parameters}) {function.result_type.name}"
-
-
-_FUNCTIONS: Final = {identity(function).encode(): function for function in DECLARED}
-
 _NARROW: Final = 32
 """Bytes of an answer that application_name has room for."""
 
-_BEFORE_DATA: Final = len(_COMMENT) + _MARK.stop - _MARK.start + _DIGITS
-"""Characters of a query before the data: the comment's begin, the mark and the number."""
+_BEFORE_DATA: Final = len(_COMMENT) + _MARK.stop - _MARK.start + _DIGITS + len(_OFFER) - 2 + _WORD
+"""Characters of a query before the data: the comment's begin, the mark, the number, and a word."""
 
 _LEAST_ROOM: Final = 256
 """Characters of a query with less of which it is not used."""
-
-_LONGEST_NUMBER: Final = 9
-
-LARGEST_QUESTION: Final = 1024 * 1024
-"""Bytes of a question other than a call that carries SQL."""
-
-_LARGEST_STEP: Final = 1024
-"""Bytes of a message that goes on with a question."""
-
-_MOST_WORDS: Final = 8192
-
-LONGEST_LINE: Final = 1024
-"""Bytes of a line of CONTEXT that are looked at."""
-
-# The function in the first line of CONTEXT. Around it are words in whatever language; quotation
-# marks of theirs stand around the whole (Korean) or nowhere.
-_SIGNATURE: Final = rb'("(?:[^"]|"")*"|[a-z_][a-z0-9_]*)\.(?:%b|"%b")\(\)' % (
-    (SPEAKER.encode(),) * 2
-)
-_SPEAKER: Final = re.compile(rb'[^"]*?(?:%b(?!")|(?<= )"%b" )' % (_SIGNATURE, _SIGNATURE))
-
-
-# --- questions ---------------------------------------------------------------------------------
-
-
-class NotOursError(Exception):
-    """A message that no body of ours has sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A message of a function, taken apart, but not decoded.
-
-    Attributes:
-        text: the whole.
-        schema: of the function that speaks, as the server has told it.
-        nonce: made up for the question that it belongs to.
-        verb: what kind it is.
-        words: as they stand there.
-    """
-
-    text: bytes
-    schema: bytes
-    nonce: bytes
-    verb: bytes
-    words: tuple[bytes, ...]
-
-    @classmethod
-    def parse(cls, notice: NoticeResponse) -> Message:
-        """Raises NotOursError for what no function of ours has said."""
-        if notice.severity != "INFO" or notice.fields.get("R") != b"exec_stmt_raise":
-            raise NotOursError
-        line = notice.fields.get("W", b"")[:LONGEST_LINE].partition(b"\n")[0]
-        speaker = _SPEAKER.match(line)
-        if speaker is None:
-            raise NotOursError
-        schema = speaker[1] or speaker[2]
-        if schema.startswith(b'"'):
-            schema = schema[1:-1].replace(b'""', b'"')
-        text = notice.message
-        _, nonce, verb, *words = [*text.split(b" ", _MOST_WORDS), b"", b""]
-        del words[-2:]
-        if len(nonce) != 32 or not nonce.isalnum() or verb not in _VERBS:
-            raise NotOursError
-        if verb not in (b"call", b"custom") and len(text) > _LARGEST_STEP:
-            raise NotOursError
-        if len(words) < _VERBS[verb]:
-            raise NotOursError
-        return cls(text, schema, nonce, verb, tuple(words))
-
-
-_VERBS: Final = {b"call": 5, b"custom": 3, b"proof": 2, b"next": 1}
-"""How many words each has at least."""
-
-
-def parse_number(word: bytes) -> int:
-    """Of a piece. Raises NotOursError."""
-    if not word.isdigit() or len(word) > _LONGEST_NUMBER:
-        raise NotOursError
-    return int(word)
-
-
-def decoded(word: bytes) -> bytes | None:
-    """What a word says. Raises NotOursError."""
-    if word == b"-":
-        return None
-    try:
-        text = base64.b64decode(word, validate=True)
-    except ValueError:
-        raise NotOursError from None
-    if b"\0" in text:
-        raise NotOursError
-    return text
-
-
-class Call:
-    """A call, as its question says it.
-
-    Attributes:
-        encoding: the client_encoding of its words.
-        role, session_role: names of the current role, and of the session's.
-        argument_words: its arguments, not decoded.
-        own_settings: the ``pg_background.`` settings.
-        settings: of the session, if they are needed.
-        custom_settings: names of those whose values the function is asked for.
-        launched: the jobs that it has started.
-    """
-
-    def __init__(self, message: Message) -> None:
-        """Raises SQLError for what no function of ours has said, NotOursError."""
-        words = message.words
-        own = 5 + len(GUCS)
-        try:
-            role, session_role, name, encoding, *texts = map(decoded, words[1:own])
-            count = int(decoded(words[own]) or b"")
-            self.argument_words = words[own + 1 : own + 1 + count]
-            settings = [decoded(word) for word in words[own + 1 + count :]]
-            pairs = list(zip(settings[::2], settings[1::2], strict=True))
-        except (ValueError, LookupError):
-            raise NotOursError from None
-        if count < 0 or len(self.argument_words) != count:
-            raise NotOursError
-        self._function = _FUNCTIONS.get(name or b"")
-        self.encoding, self.role, self.session_role = (
-            encoding or b"",
-            role or b"",
-            session_role or b"",
-        )
-        self.own_settings = {
-            name: text.decode("utf-8", "replace")
-            for name, text in zip(GUCS, texts, strict=True)
-            if text is not None
-        }
-        self.settings = tuple(
-            (name or b"", value or b"")
-            for name, value in pairs
-            if name is not None and name not in NOT_CARRIED_OVER
-        )
-        self.custom_settings: tuple[bytes, ...] = ()
-        self.launched: list[Job] = []
-
-    @property
-    def function(self) -> Function:
-        """What is called. Raises SQLError if we do not know it."""
-        if self._function is None:
-            raise malformed()
-        return self._function
-
-    @property
-    def is_known(self) -> bool:
-        """Whether there is such a function."""
-        return self._function is not None
-
-    def check_size(self, size: int) -> None:
-        """Raises NotOursError for a message larger than the call can be."""
-        carries_sql = self._function is not None and Needs.SETTINGS in self._function.needs
-        if size > LARGEST_QUESTION and not carries_sql:
-            raise NotOursError
-
-
-def malformed() -> SQLError:
-    """What a call that is not in the table comes to."""
-    return SQLError(
-        FEATURE_NOT_SUPPORTED,
-        "pg-background-proxy does not know this function",
-        hint="The extension's objects may be of another version: ALTER EXTENSION pg_background"
-        " UPDATE.",
-    )
-
-
-def no_login(role: bytes, error: SQLError) -> SQLError:
-    """Why there is no channel of the role that the calling code runs as."""
-    if not error.sqlstate.startswith("28"):
-        return error
-    name = role.decode("utf-8", "replace")
-    return SQLError(
-        INSUFFICIENT_PRIVILEGE,
-        f'cannot start a background worker as role "{name}"',
-        detail=f'The calling code runs as "{name}" (as the owner of a SECURITY DEFINER function, a'
-        " table or an index), so the background worker must log in as that role, which failed:"
-        f" {(error.detail or error.message).rstrip('.')}.",
-        hint=f'Give the proxy the password of role "{name}" in its passfile or auth_file, or set'
-        " auth_query; the role must have LOGIN.",
-    )
-
-
-def unprovable() -> SQLError:
-    """The channel has no query to show a word in."""
-    return SQLError(
-        OBJECT_NOT_IN_PREREQUISITE_STATE,
-        "calls from inside the database are not served here",
-        detail="The server shows no queries, by which the calling code could prove its role.",
-        hint="Set track_activities to on.",
-    )
 
 
 # --- secrets and proof -------------------------------------------------------------------------
@@ -368,9 +184,9 @@ class Secrets:
         self.setting = setting or session_secret()
         self.token, self._secret = self.setting[_TOKEN], self.setting[_SECRET]
 
-    def signs(self, nonce: bytes, *, server_version: int) -> Signs:
+    def signs(self, nonce: bytes, *, server_version: int, first_lock: int | None = None) -> Signs:
         """What the function knows the answers to one question by; it cannot be guessed."""
-        return Signs(_hash(self._secret + nonce, server_version))
+        return Signs(_hash(self._secret + nonce, server_version), first_lock)
 
     def key(self, word: bytes, nonce: bytes) -> bytes:
         """What the answers to one question are enciphered with."""
@@ -385,14 +201,29 @@ class Signs:
         mark: what a query begins with, behind the comment's begin.
     """
 
-    def __init__(self, hash: bytes) -> None:
-        """`hash`: 64 hexadecimal digits."""
+    def __init__(self, hash: bytes, first_lock: int | None = None) -> None:
+        """
+        Args:
+            hash: 64 hexadecimal digits.
+            first_lock: the key of the lock for the first piece, if it was taken in advance.
+        """
         self.tag, self.mark = hash[_TAG], hash[_MARK]
-        self._lock = int.from_bytes(bytes.fromhex(hash[_LOCK].decode()), "big", signed=True)
+        self._lock = _lock_key(hash[_LOCK])
+        self._first_lock = self._lock if first_lock is None else first_lock
 
     def lock(self, number: int) -> int:
         """The key of the advisory lock for a piece."""
-        return self._lock ^ number
+        return self._lock ^ number if number else self._first_lock
+
+    def announce(self, *, take_lock: bool) -> bytes:
+        """The SELECT by which a channel tells the function to wait for the lock."""
+        if not take_lock:
+            return b"SELECT pg_catalog.set_config('application_name', '%bhw', false)" % self.tag
+        return (
+            b"SELECT pg_catalog.set_config('application_name', CASE WHEN"
+            b" pg_catalog.pg_try_advisory_lock(%d) THEN '%bgw' ELSE '%bht' END, false)"
+            % (self.lock(0), self.tag, self.tag)
+        )
 
     def ask_for_proof(self) -> bytes:
         """The SELECT by which a channel asks for the proof, and takes the lock for the answer."""
@@ -405,6 +236,20 @@ class Signs:
     def comment(self, text: bytes) -> bytes:
         """What the query begins with that shows a text."""
         return b"%b%b%b*/" % (_COMMENT.encode(), self.mark, text)
+
+
+def offered(word: bytes) -> bytes:
+    """How a channel shows a word in advance: what its query begins with."""
+    return b"%b%b*/" % (_COMMENT.encode(), _OFFER % word)
+
+
+def lock_of(word: bytes, server_version: int) -> int:
+    """The key of the advisory lock that goes with a word that is shown in advance."""
+    return _lock_key(_hash(word, server_version)[:16])
+
+
+def _lock_key(digits: bytes) -> int:
+    return int.from_bytes(bytes.fromhex(digits.decode()), "big", signed=True)
 
 
 def _hash(text: bytes, server_version: int) -> bytes:
@@ -425,6 +270,11 @@ def _enciphered(data: bytes, key: bytes, server_version: int) -> bytes:
     return number.to_bytes(len(data), "big")
 
 
+def new_word() -> bytes:
+    """One to be proven with, once."""
+    return secrets.token_hex(_WORD // 2).encode()
+
+
 class Challenge:
     """A question whose function has yet to prove the rights that it calls with.
 
@@ -432,14 +282,19 @@ class Challenge:
         question: the message.
         call: what it says.
         word: what a channel shows to those who have the rights of its login role.
+        lock: the key of the lock that goes with a word that was shown in advance.
         found: what the server says about the role that the question names; empty if there is none.
         roles: OIDs of those as which the calling code can run, once it is met.
     """
 
-    def __init__(self, question: Message, call: Call, server_version: int) -> None:
+    def __init__(
+        self, question: Message, call: Call, server_version: int, offered: bytes | None = None
+    ) -> None:
+        """`offered`: the word, if it was shown in advance; else a new one is made."""
         self.question = question
         self.call = call
-        self.word = secrets.token_hex(_WORD // 2).encode()
+        self.word = new_word() if offered is None else offered
+        self.lock = None if offered is None else lock_of(offered, server_version)
         self.found: tuple[bytes | None, ...] = ()
         self.roles: frozenset[bytes] = frozenset()
         self._server_version = server_version
@@ -451,14 +306,22 @@ class Challenge:
 
     def proof(self) -> bytes:
         """What only a function can say that has read the word."""
-        return _hash(self.word + self.question.text, self._server_version)
+        return self.proof_of(self.question)
+
+    def proof_of(self, message: Message) -> bytes:
+        """The same for a message that goes on with the question."""
+        return _hash(self.word + message.text, self._server_version)
 
     def is_met_by(self, message: Message, proof: bytes) -> bool:
         """Whether the message has the proof, and comes from where the question came from."""
+        self.roles = frozenset(message.roles.split(b","))
+        return self.is_continued_by(message, proof)
+
+    def is_continued_by(self, message: Message, proof: bytes) -> bool:
+        """The same of a message that tells no roles."""
         if (message.nonce, message.schema) != (self.question.nonce, self.question.schema):
             return False
-        self.roles = frozenset(message.words[1].split(b","))
-        return hmac.compare_digest(message.words[0], proof)
+        return hmac.compare_digest(message.proof, proof)
 
 
 # --- answers -----------------------------------------------------------------------------------
@@ -470,7 +333,9 @@ class Handover:
     Attributes:
         nonce: of the question.
         signs: what its pieces are known by.
+        may_offer: whether the function may be shown a word for the next question.
         narrow: whether the function may be unable to see the channel's query.
+        is_refusal: whether it answers a question that is not proven, whose word is not known.
         room: how many characters of a query the channel shows.
     """
 
@@ -481,24 +346,42 @@ class Handover:
         key: bytes,
         answer: Answer,
         *,
+        may_offer: bool = False,
         encoding: bytes,
         server_version: int,
     ) -> None:
-        """`key`: what the pieces are enciphered with. `encoding`: of the answer."""
+        """
+        Args:
+            nonce: of the question.
+            signs: of the question.
+            key: what the pieces are enciphered with.
+            answer: the first.
+            may_offer: whether the function may be shown a word beside the last piece.
+            encoding: of the answer.
+            server_version: as server_version_num, e.g. 150004.
+        """
+        self.may_offer = may_offer
         self.nonce = nonce
         self.signs = signs
-        self.narrow = False
+        self.narrow = self.is_refusal = False
         self.room = 0
         self._key = key
         self._encoding = encoding
         self._server_version = server_version
         self._answer = array_text(answer, encoding)
         self._first = 0  # the number of its first piece
+        # What was made ready: number and size of the piece, and its data.
+        self._ready: tuple[tuple[int, int], bytes] | None = None
 
     def go_on(self, answer: Answer, number: int) -> None:
         """The pieces from this number on are those of another block."""
+        self._ready = None
         self._answer = array_text(answer, self._encoding)
         self._first = number
+
+    @property
+    def _states(self) -> tuple[bytes, bytes]:
+        return (b"x", b"y") if self.is_refusal else (b"a", b"b")
 
     @property
     def is_narrow(self) -> bool:
@@ -509,22 +392,46 @@ class Handover:
     def _size(self) -> int:
         return _NARROW if self.is_narrow else (self.room - _BEFORE_DATA) // 4 * 3
 
+    def _data(self, number: int) -> bytes:
+        """Of one piece, as it is shown."""
+        start = (number - self._first) * self._size
+        key = b"%b%d " % (self._key, number)
+        data = _enciphered(self._answer[start : start + self._size], key, self._server_version)
+        return base64.b64encode(data)
+
+    def prepare(self, number: int) -> None:
+        """Make a piece ready while the function deals with the one before it."""
+        self._ready = ((number, self._size), self._data(number))
+
     def is_last(self, number: int) -> bool:
         """Whether it is the last one."""
         return len(self._answer) <= (number - self._first + 1) * self._size
 
-    def piece(self, number: int) -> tuple[bytes, bytes]:
-        """What application_name and the beginning of the query show of one piece."""
-        start = (number - self._first) * self._size
-        key = b"%b%d " % (self._key, number)
-        data = _enciphered(self._answer[start : start + self._size], key, self._server_version)
-        data = base64.b64encode(data)
+    @property
+    def after(self) -> int:
+        """The number behind that of its last piece."""
+        return self._first + max(1, -(-len(self._answer) // self._size))
+
+    def piece(self, number: int, offer: bytes | None = None) -> tuple[bytes, bytes]:
+        """What application_name and the beginning of the query show of one piece.
+
+        Args:
+            number: which one.
+            offer: a word for the next question, to be shown beside it.
+        """
+        place = (number, self._size)
+        if self._ready is None or self._ready[0] != place:
+            self._ready = (place, self._data(number))
+        data = self._ready[1]
         count = b"%0*d" % (_DIGITS, number % 10**_DIGITS)
         is_last = self.is_last(number)
         if self.is_narrow:
-            return self.signs.tag + (b"a" if is_last else b"b") + count + data, b""
+            comment = b"" if offer is None else offered(offer)
+            last, others = self._states
+            return self.signs.tag + (last if is_last else others) + count + data, comment
+        before = b"" if offer is None else _OFFER % offer
         # A blank, since the data may end in "/": comments nest.
-        comment = self.signs.comment(b"%b%b " % (count, data))
+        comment = self.signs.comment(b"%b%b%b " % (count, before, data))
         return self.signs.tag + (b"q" if is_last else b"r") + count, comment
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from proxy.api.functions import DECLARED
-from proxy.extension import installed, privileges
+from proxy.extension import history, installed, privileges
 from proxy.extension.installed import MARKER, RENAMED, TAG, VERSIONS, api_version, is_trusted
 from proxy.extension.objects import OWN, RESTORED, script, signature, types
 from proxy.extension.texts import sql
@@ -142,12 +142,17 @@ _WORDS: Final = {
     "functions": installed.functions("namespace"),
     "types": installed.types("namespace"),
     "views": installed.views("namespace"),
+    "tables": installed.tables("namespace"),
     "old_functions": installed.functions("old_namespace"),
     "old_types": installed.types("old_namespace"),
     "old_views": installed.views("old_namespace"),
+    "old_tables": installed.tables("old_namespace"),
     "function_name": "CAST(CAST(p.oid AS pg_catalog.regprocedure) AS pg_catalog.text)",
     "type_name": "CAST(CAST(c.reltype AS pg_catalog.regtype) AS pg_catalog.text)",
     "view_name": "CAST(CAST(c.oid AS pg_catalog.regclass) AS pg_catalog.text)",
+    "create_table": _execute(history.table(OWN)),
+    "history": installed.HISTORY,
+    "grant_history": _execute(f"GRANT SELECT ON {OWN}.{installed.HISTORY} TO PUBLIC"),
     "is_helper": installed.IS_HELPER,
     "is_trusted": is_trusted("n.nspowner"),
     "marker": MARKER,

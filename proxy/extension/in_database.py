@@ -17,50 +17,54 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any, Final, ParamSpec
+from typing import Final, ParamSpec
 
 from protocol.errors import (
     CONNECTION_FAILURE,
-    INSUFFICIENT_PRIVILEGE,
     QUERY_CANCELED,
-    UNDEFINED_OBJECT,
     ServerError,
     SQLError,
 )
 from protocol.messages import ErrorResponse, NoticeResponse
-from protocol.values import parse_array
-from proxy.api.calls import Caller, permission_denied
+from proxy.api.calls import permission_denied
 from proxy.api.functions import Needs
-from proxy.api.values import decode_argument
 from proxy.backends.channels import Channel, Rows
 from proxy.extension.blocks import Blocks
 from proxy.extension.context import role_query
 from proxy.extension.conversation import (
-    LARGEST_QUESTION,
-    LONGEST_LINE,
     Answer,
-    Call,
     Challenge,
     Handover,
-    Message,
-    NotOursError,
     Secrets,
     Signs,
     answer_of,
+    lock_of,
+    new_word,
+    offered,
+)
+from proxy.extension.inside_caller import WHOLE_AT_ONCE, InsideCaller, arguments, context_of
+from proxy.extension.questions import (
+    LARGEST_QUESTION,
+    LONGEST_LINE,
+    Call,
+    Message,
+    NotOursError,
+    Settings,
     decoded,
     malformed,
     no_login,
     parse_number,
+    settings_of,
     unprovable,
 )
 from proxy.jobs.context import Context
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
-from proxy.jobs.launcher import Launcher
 from proxy.jobs.owner import Owner
 from proxy.log import logger
+from proxy.reasons import explain
 from proxy.sql import encodings
 
 P = ParamSpec("P")
@@ -68,21 +72,27 @@ P = ParamSpec("P")
 _TURN: Final = 200
 """Messages that are read before others have their turn; each takes some 30 us."""
 
-_WHOLE_AT_ONCE: Final = 512 * 1024
-"""Bytes of a word that are decoded without a pause for others."""
+_ANNOUNCE_AFTER: Final = 0.1
+"""Seconds after which a function learns that there is somebody who deals with its question."""
 
-_ASK: Final = b"_pg_background_ask("
+_ASK: Final = re.compile(rb"_pg_background_(?:ask|answer)\(")
 _OWN_LINE: Final = re.compile(
-    rb"pg_background_(?:ask|call|elements)\(|\bpg_background_\w{1,63}\((?:integer|text|bigint|\)|[^\s(]{0,256}pg_background_handle)"
+    rb"pg_background_(?:ask|answer|call|elements)\(|\bpg_background_\w{1,63}\((?:integer|text|bigint|\)|[^\s(]{0,256}pg_background_handle)"
 )
 
 
 class Inside:
-    """The calls of one session that come from inside the database. There is one at a time."""
+    """The calls of one session that come from inside the database. There is one at a time.
+
+    Attributes:
+        secrets: what it has in common with the functions.
+        has_called: whether there has been any.
+    """
 
     def __init__(self, session: Owner, secrets: Secrets) -> None:
         self._session = session
         self.secrets = secrets
+        self.has_called = False
         self._interrupts = Interrupts()
         # From the first call in a statement to its end; as which role it has logged in, None for
         # the session's; whether code has proven that role; whether it holds the lock that the
@@ -94,10 +104,15 @@ class Inside:
         # What is done for a function that waits, and what waits for that to end; a question that
         # is not proven; what the function is told piece by piece.
         self._heard = 0
+        self._has_heard = False  # in this statement
         self._task: asyncio.Task[None] | None = None
         self._next_task: asyncio.Task[None] | None = None
         self._challenge: Challenge | None = None
         self._shown: Handover | None = None
+        # The settings that came last behind a question, and the question that custom ones are still
+        # to come for.
+        self._settings: asyncio.Future[Message] | None = None
+        self._incomplete: Challenge | None = None
         # A call that goes on with the next question: one that needs custom settings, or whose rows
         # are not all handed over.
         self._call: Call | None = None
@@ -121,9 +136,20 @@ class Inside:
         except NotOursError:
             return False
         self._heard += 1
-        if message.verb == b"call":
+        self._has_heard = self.has_called = True
+        if message.verb == b"still":
+            return True
+        if message.verb in (b"call", b"ask"):
             self._drop()
             self._refusal = None
+            if message.verb == b"ask":
+                self._settings = asyncio.get_running_loop().create_future()
+        elif message.verb == b"settings" and self._incomplete is None:
+            if self._settings is not None:
+                if self._settings.done():
+                    self._settings = asyncio.get_running_loop().create_future()
+                self._settings.set_result(message)
+            return True
         elif self._next_task is not None:
             return True  # A function waits for the answer before it asks again.
         work = self._guard(message, self._task)
@@ -157,8 +183,10 @@ class Inside:
 
     def statement_ended(self) -> None:
         """The server has sent an error, or is ready for the next query: no function waits."""
-        self._drop()
-        self._give_back()
+        if self._has_heard:  # else there is nothing; this is asked for each statement of all
+            self._has_heard = False
+            self._drop()
+            self._give_back()
 
     def _give_back(self) -> None:
         if self._channel is None:
@@ -178,7 +206,7 @@ class Inside:
     def complaint(self, error: bytes) -> bytes | None:
         """What replaces an ErrorResponse with this body: one that a function of ours has raised is
         shown as a direct call would show it, without the lines of CONTEXT about our functions."""
-        if _ASK not in error:
+        if _ASK.search(error) is None:
             return None
         response = ErrorResponse.parse(error)
         lines = response.fields.get("W", b"").split(b"\n")
@@ -186,17 +214,19 @@ class Inside:
         if refusal is not None and response.sqlstate == QUERY_CANCELED:
             reason = refusal.response(encodings.codec(self._session.client_encoding)).fields
             response = response.with_fields(**{code: reason.get(code, b"") for code in "CMDH"})
-            while lines and _ASK not in lines[0]:
+            while lines and _ASK.search(lines[0]) is None:
                 del lines[0]  # where in our function it was canceled
-        elif _ASK not in lines[0][:LONGEST_LINE]:
+        elif _ASK.search(lines[0][:LONGEST_LINE]) is None:
             return None
         own = itertools.takewhile(lambda line: _OWN_LINE.search(line[:LONGEST_LINE]), lines)
         del lines[: len(list(own))]
         told, self._error = self._error, None
-        if told is not None and told.fields.get("M") == response.message and "W" in told.fields:
-            lines.insert(0, told.fields["W"])
         fields = {code: value for code, value in response.fields.items() if value or code == "M"}
         fields.pop("W", None)
+        if told is not None and told.fields.get("M") == response.message and "W" in told.fields:
+            lines.insert(0, told.fields["W"])
+            # PL/pgSQL has no means to raise an error with these.
+            fields |= {code: told.fields[code] for code in "pq" if code in told.fields}
         if lines:
             fields["W"] = b"\n".join(lines)
         return ErrorResponse(fields).serialize()
@@ -206,8 +236,8 @@ class Inside:
         for task in (self._task, self._next_task, self._coming):
             if task is not None:
                 task.cancel()
-        self._task = self._next_task = self._coming = None
-        self._challenge = self._shown = self._call = None
+        self._task = self._next_task = self._coming = self._settings = None
+        self._challenge = self._incomplete = self._shown = self._call = None
         if self._blocks is not None:
             self._end_blocks(self._blocks)
 
@@ -232,11 +262,11 @@ class Inside:
         """Nothing can be shown. A function that has seen its channel finds that it is gone. One
         that has not would go on looking for it, so its statement is canceled; the client gets
         `error` as the reason."""
-        logger.info("no answer to a call from inside the database: %s", error)
+        logger.info("no answer to a call from inside the database: %s", explain(error))
         self._hang_up()
-        if message.verb in (b"call", b"custom"):
+        if message.verb in (b"call", b"ask", b"custom"):
             if not isinstance(error, SQLError):
-                error = SQLError(CONNECTION_FAILURE, str(error) or "no answer")
+                error = SQLError(CONNECTION_FAILURE, explain(error))
             self._refusal = error
             self._session.cancel_statement()
 
@@ -252,6 +282,18 @@ class Inside:
                 call = Call(message)
                 call.check_size(len(message.text))
                 await self._ask_for_proof(message, call)
+            case b"ask":
+                self._call = None
+                call = Call(message)
+                call.check_size(len(message.text))
+                if (challenge := await self._proven_in_advance(message, call)) is None:
+                    await self._ask_for_proof(message, call)
+                else:
+                    await self._serve_proven(challenge)
+            case b"settings":
+                challenge, self._incomplete = self._incomplete, None
+                if challenge is not None:
+                    await self._serve_completed(challenge, message)
             case b"custom":
                 # Only a call that has asked for them goes on with them; its function may ask
                 # twice, the second time as the owner of the calling code.
@@ -270,23 +312,70 @@ class Inside:
     async def _serve_proven(self, challenge: Challenge) -> None:
         self._is_proven = True
         question, call = challenge.question, challenge.call
-        answer = await self._or_error(call, self._answer, challenge)
-        self._show_answer(question.nonce, call, answer, challenge.word)
+        slow = asyncio.get_running_loop().call_later(_ANNOUNCE_AFTER, self._announce, challenge)
+        try:
+            answer = await self._or_error(call, self._answer, challenge)
+        finally:
+            slow.cancel()
+        self._show_answer(question.nonce, call, answer, challenge.word, challenge.lock)
         await self._show(0)
 
-    def _show_answer(self, nonce: bytes, call: Call, answer: Answer, word: bytes) -> None:
+    def _announce(self, challenge: Challenge) -> None:
+        """The function that has proven its question in advance is told that we are at it."""
+        if challenge.lock is not None and self._channel is not None:
+            signs = self._signs(challenge.question.nonce, challenge.lock)
+            self._channel.say(signs.announce(take_lock=False))
+
+    async def _serve_completed(self, challenge: Challenge, message: Message) -> None:
+        """The custom settings have come: go on with the call."""
+        shown, call = self._shown, challenge.call
+        assert shown is not None
+        answer = await self._or_error(call, self._completed, challenge, message)
+        number = shown.after
+        shown.go_on(answer, number)
+        await self._show(number)
+
+    async def _completed(self, challenge: Challenge, message: Message) -> Answer:
+        challenge.call.settings += await self._told(challenge, message)
+        return await self._run(
+            challenge.call, context_of(challenge, self._session_role(challenge.call))
+        )
+
+    async def _proven_settings(self, challenge: Challenge) -> Message:
+        """Those behind the question. If its word was not good any more, they have come with a
+        proof by that one first."""
+        while True:
+            arriving = self._settings
+            assert arriving is not None
+            message = await arriving
+            if challenge.is_continued_by(message, challenge.proof_of(message)):
+                return message
+            if self._settings is arriving:
+                self._settings = asyncio.get_running_loop().create_future()
+
+    async def _told(self, challenge: Challenge, message: Message) -> Settings:
+        """The settings in a message. Raises NotOursError if who asked has not sent it."""
+        if not challenge.is_continued_by(message, challenge.proof_of(message)):
+            raise NotOursError
+        return settings_of(message.words)
+
+    def _show_answer(
+        self, nonce: bytes, call: Call, answer: Answer, word: bytes, lock: int | None = None
+    ) -> None:
         self._call = call
         self._shown = Handover(
             nonce,
-            self._signs(nonce),
+            self._signs(nonce, lock),
             self.secrets.key(word, nonce),
             answer,
+            may_offer=call.is_asked,
             encoding=call.encoding,
             server_version=self._session.server_version,
         )
 
-    def _signs(self, nonce: bytes) -> Signs:
-        return self.secrets.signs(nonce, server_version=self._session.server_version)
+    def _signs(self, nonce: bytes, lock: int | None = None) -> Signs:
+        version = self._session.server_version
+        return self.secrets.signs(nonce, server_version=version, first_lock=lock)
 
     async def _or_error(
         self, call: Call, find: Callable[P, Awaitable[Answer]], *args: P.args, **kwargs: P.kwargs
@@ -298,7 +387,7 @@ class Inside:
             self._error = error.response(encodings.codec(call.encoding))
             return [b"e", *(self._error.fields.get(code) for code in "CMDHstcdn")]
         except ConnectionError as error:
-            return [b"e", CONNECTION_FAILURE.encode(), str(error).encode(), *[None] * 7]
+            return [b"e", CONNECTION_FAILURE.encode(), explain(error).encode(), *[None] * 7]
         except asyncio.CancelledError:
             # The function never learns of the job.
             for job in call.launched:
@@ -307,35 +396,49 @@ class Inside:
 
     async def _answer(self, challenge: Challenge) -> Answer:
         question, call = challenge.question, challenge.call
-        context = self._context(challenge)
+        context = context_of(challenge, self._session_role(call))
         if question.verb == b"custom":
             words = map(decoded, question.words[3:])
             pairs = zip(call.custom_settings, words, strict=False)
             settings = tuple((name, value) for name, value in pairs if value is not None)
             context = replace(context, settings=context.settings + settings)
             call.custom_settings = ()
-        elif Needs.SETTINGS in call.function.needs and self._has_missing_ok:
-            codec = encodings.codec(call.encoding)
-            call.custom_settings = tuple(
-                name for name in self._session.custom_settings if encodings.is_valid(name, codec)
-            )
+        elif question.verb == b"call" and Needs.SETTINGS in call.function.needs:
+            call.custom_settings = self._custom_names(call)
             if call.custom_settings:
                 return [b"c", *call.custom_settings]
+        elif Needs.SETTINGS in call.function.needs and context.may_call:
+            message = await self._proven_settings(challenge)
+            call.settings = settings_of(message.words)
+            context = replace(context, settings=call.settings)
+            told = set(map(decoded, message.words[::2]))
+            missing = [name for name in self._custom_names(call) if name not in told]
+            if missing:
+                self._incomplete = challenge
+                return [b"c", *missing]
+        return await self._run(call, context)
+
+    def _custom_names(self, call: Call) -> tuple[bytes, ...]:
+        """Those that the session may have set, as far as the function can say them."""
+        codec = encodings.codec(call.encoding)
+        return tuple(
+            name for name in self._session.custom_settings if encodings.is_valid(name, codec)
+        )
+
+    async def _run(self, call: Call, context: Context) -> Answer:
         if not context.may_call:
             raise permission_denied(call.function.name)
         launcher = self._session.launcher_for(self._login)
         caller = InsideCaller(self._session, launcher, self._interrupts, context, call)
-        value = await call.function.run(caller, **await _arguments(call))
+        given = await arguments(call)
+        value = None if given is None else await call.function.run(caller, **given)
         if isinstance(value, Job):
             self._blocks = Blocks(
                 value, call.encoding, notice=self._session.inject, wait=caller.wait_for
             )
             return await self._block(self._blocks)
-        return answer_of(value, call.function, call.encoding)
-
-    @property
-    def _has_missing_ok(self) -> bool:
-        return self._session.server_version >= 90600
+        answer = answer_of(value, call.function, call.encoding)
+        return answer if call.notification is None else [b"l", *call.notification, *answer]
 
     async def _block(self, blocks: Blocks) -> Answer:
         """The next block of a result."""
@@ -356,6 +459,53 @@ class Inside:
             self._session.drop(job)
 
     # Through the channel
+
+    async def _proven_in_advance(self, question: Message, call: Call) -> Challenge | None:
+        """What a question with a proof comes to that was made with the word that a channel shows;
+        None if that does not hold, and a proof is to be asked for.
+        """
+        if not (question.channel.isdigit() and call.is_known):
+            return None
+        channel = self._offering(decoded(question.words[0]), int(question.channel[:10]))
+        if channel is None or (word := channel.take_word()) is None:
+            return None
+        session = self._session
+        challenge = Challenge(question, call, session.server_version, word)
+        if not challenge.is_met_by(question, await _proof(challenge)):
+            return None
+        # The function cannot see yet who answers, so it would go on looking.
+        lost = ConnectionError("the channel is gone")
+        channel.when_lost(lambda: self._give_up(question, lost))
+        self._is_locked, channel.is_locked = channel.is_locked, False
+        sql = self._role_query(question, call)
+        if not self._is_locked:
+            challenge.lock = None
+        if not self._is_locked or Needs.TIME in call.function.needs:
+            signs = self._signs(question.nonce, challenge.lock)
+            sql += b"; " + signs.announce(take_lock=not self._is_locked)
+        try:
+            found, *announced = await self._channel_query(sql)
+        except ServerError as error:
+            # The server shall say what a new login comes to.
+            logger.debug("the channel's login does not hold any more: %s", error)
+            self._retire_channel()
+            return None
+        if announced:
+            self._is_locked = (announced[0][0] or b"").endswith(b"w")
+        challenge.found = found[:-1]
+        return challenge
+
+    def _offering(self, login: bytes | None, pid: int) -> Channel | None:
+        """The channel with this pid, for this session from now on, if it is one of the login's
+        that shows a word."""
+        if self._channel is None or (self._login, self._channel.pid) != (login, pid):
+            channel = self._session.idle_channel(login, pid)
+            if channel is None:
+                return None
+            self._give_back()
+            self._channel, self._login = channel, login
+            self._is_locked = self._is_proven = False
+        return self._channel if self._channel.is_alive else None
 
     async def _ask_for_proof(self, question: Message, call: Call) -> None:
         """Show the word that the function must read, and have the server say what its role may do.
@@ -386,25 +536,29 @@ class Inside:
     async def _show_word(self, question: Message, call: Call) -> None:
         """Show it. Raises ServerError if the channel's login does not hold any more."""
         assert self._channel is not None
+        signs = self._signs(question.nonce)
+        # Before the function can have read it.
+        challenge = self._challenge = Challenge(question, call, self._session.server_version)
+        checks = self._role_query(question, call)
+        shows = signs.comment(challenge.word) + checks + b"; " + signs.ask_for_proof()
+        self._channel.take_word()
+        *found, (_, state) = await self._channel_query(shows)
+        self._is_locked = (state or b"").endswith(b"w")
+        if found:
+            challenge.found = found[0][:-1]
+
+    def _role_query(self, question: Message, call: Call) -> bytes:
+        assert self._channel is not None
         session = self._session
-        roles = session.service.roles.union(job.role_id for job in session.jobs)
-        checks = role_query(
+        return role_query(
             call.role,
             self._session_role(call),
             call.function,
             question.schema,
             encoding=call.encoding,
-            roles=roles,
+            roles=session.service.roles.union(job.role_id for job in session.jobs),
             identity=self._channel.identity,
         )
-        signs = self._signs(question.nonce)
-        # Before the function can have read it.
-        challenge = self._challenge = Challenge(question, call, session.server_version)
-        shows = signs.comment(challenge.word) + checks + b"; " + signs.ask_for_proof()
-        *found, (_, state) = await self._channel_query(shows)
-        self._is_locked = (state or b"").endswith(b"w")
-        if found:
-            challenge.found = found[0][:-1]
 
     def _retire_channel(self) -> None:
         if self._channel is not None:
@@ -429,45 +583,8 @@ class Inside:
         self._show_answer(question.nonce, call, await self._or_error(call, answer), b"")
         assert self._shown is not None
         self._shown.narrow = True
+        self._shown.is_refusal = call.is_asked
         await self._show(0)
-
-    def _context(self, challenge: Challenge) -> Context:
-        """What the server has said about the role. Raises SQLError."""
-        call = challenge.call
-        if not challenge.found:
-            raise SQLError(UNDEFINED_OBJECT, "the current role does not exist")
-        role_id, may_become, may_call, usable_roles, trusted, login_id = challenge.found
-        if trusted != b"t":
-            raise SQLError(
-                INSUFFICIENT_PRIVILEGE,
-                "calls from inside the database are not served here",
-                detail="The extension's functions must be committed. They and their schema must"
-                " belong to a superuser, to the owner of the database, or to the role that calls.",
-                hint="Commit CREATE EXTENSION first, and let a superuser or the owner of the"
-                " database say it.",
-            )
-        if login_id not in challenge.roles:
-            raise SQLError(
-                INSUFFICIENT_PRIVILEGE,
-                "a background worker may not run as a role that the calling code may not become",
-            )
-        if may_become != b"t":
-            raise SQLError(
-                INSUFFICIENT_PRIVILEGE,
-                f'the session\'s role may not become "{call.role.decode("utf-8", "replace")}"',
-            )
-        session_role = self._session_role(call)
-        return Context(
-            may_call=may_call == b"t",
-            role_id=int(role_id or 0),
-            role=call.role,
-            session_role=session_role,
-            set_role=b"none" if call.role == session_role else call.role,
-            statement_timeout=b"0",
-            own_settings=call.own_settings,
-            usable_roles=frozenset(int(oid or 0) for oid in parse_array(usable_roles or b"{}")),
-            settings=call.settings,
-        )
 
     def _session_role(self, call: Call) -> bytes:
         """The session_user of the job; a job of an owner has a session of that owner."""
@@ -489,19 +606,33 @@ class Inside:
         assert self._channel is not None
         assert shown is not None
         assert call is not None
-        shown.room = self._channel.room
+        channel, version = self._channel, self._session.server_version
+        shown.room = channel.room
         signs, is_last = shown.signs, shown.is_last(number)
-        name, comment = shown.piece(number)
+        has_more = not is_last or self._blocks is not None or self._incomplete is not None
+        word = new_word() if shown.may_offer and not has_more else None
+        name, comment = shown.piece(number, word)
         columns = [b"pg_catalog.set_config('application_name', '%b', false)" % name]
         if self._is_locked:
             columns.append(b"pg_catalog.pg_advisory_unlock(%d)" % signs.lock(number))
-        if has_more := not is_last or self._blocks is not None:
-            columns.insert(0, b"pg_catalog.pg_try_advisory_lock(%d)" % signs.lock(number + 1))
-            if is_last and self._blocks is not None:
-                # It is made while the function deals with this one.
-                coming = self._or_error(call, self._block, self._blocks)
-                self._coming = asyncio.get_running_loop().create_task(coming)
-        [row] = await self._channel_query(b"%bSELECT %b" % (comment, b", ".join(columns)))
+        lock = signs.lock(number + 1) if has_more else None
+        if word is not None:
+            channel.offer(word, offered(word))
+            lock = lock_of(word, version)
+        if lock is not None:
+            columns.insert(0, b"pg_catalog.pg_try_advisory_lock(%d)" % lock)
+        if is_last and self._blocks is not None:
+            # It is made while the function deals with this one.
+            coming = self._or_error(call, self._block, self._blocks)
+            self._coming = asyncio.get_running_loop().create_task(coming)
+        # The function may ask on before this is answered. Nobody else can have taken a lock whose
+        # key nobody knew.
+        channel.is_locked = word is not None
+        showing = channel.say(b"%bSELECT %b" % (comment, b", ".join(columns)))
+        if not is_last:
+            await asyncio.sleep(0)  # it is sent first
+            shown.prepare(number + 1)
+        [row] = await asyncio.shield(showing)
         self._is_locked = has_more and row[0] == b"t"
 
     async def _channel_query(self, sql: bytes) -> Rows:
@@ -511,81 +642,6 @@ class Inside:
 
 
 async def _proof(challenge: Challenge) -> bytes:
-    if challenge.size <= _WHOLE_AT_ONCE:
+    if challenge.size <= WHOLE_AT_ONCE:
         return challenge.proof()
     return await asyncio.to_thread(challenge.proof)
-
-
-async def _long_word(word: bytes) -> bytes | None:
-    """What a word of many megabytes says: others get their turn in between."""
-    parts = []
-    for start in range(0, len(word), _WHOLE_AT_ONCE):
-        if start:
-            await asyncio.sleep(0)
-        parts.append(decoded(word[start : start + _WHOLE_AT_ONCE]))
-    if len(parts) == 1:
-        return parts[0]
-    return b"".join(part or b"" for part in parts)
-
-
-async def _arguments(call: Call) -> dict[str, Any]:
-    """By name. Raises SQLError."""
-    texts = [await _long_word(word) for word in call.argument_words]
-    try:
-        return {
-            parameter.name: decode_argument(parameter.type, text)
-            for parameter, text in zip(call.function.parameters, texts, strict=True)
-        }
-    except ValueError:
-        raise malformed() from None
-
-
-class InsideCaller(Caller):
-    """Makes calls from inside the database."""
-
-    def __init__(
-        self,
-        session: Owner,
-        launcher: Launcher,
-        interrupts: Interrupts,
-        context: Context,
-        call: Call,
-    ) -> None:
-        super().__init__(session, interrupts)
-        self._launcher = launcher
-        self._context = context
-        self._call = call
-
-    @property
-    def context(self) -> Context:
-        return self._context
-
-    @property
-    def codec(self) -> str:
-        return encodings.codec(self._call.encoding)
-
-    async def launch(
-        self, sql: bytes, queue_size: int, *, label: bytes | None = None, keep_rows: bool = True
-    ) -> Job:
-        job = await self._owner.launch(
-            sql,
-            queue_size,
-            self.context,
-            launcher=self._launcher,
-            client_encoding=self._call.encoding,
-            label=label,
-            keep_rows=keep_rows,
-        )
-        self._call.launched.append(job)
-        return job
-
-    # The functions that would ask for these need no proxy (`privileges`, the view's own SQL).
-
-    async def activity(self, jobs: Sequence[Job]) -> dict[int, tuple[bytes | None, ...]]:
-        raise malformed()
-
-    async def change_privileges(self, verb: str, role: bytes, *, print_commands: bool) -> bool:
-        raise malformed()
-
-    async def drop_executor_role(self) -> bool:
-        raise malformed()

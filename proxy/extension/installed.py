@@ -30,6 +30,7 @@ from proxy.api.functions import (
     RESULT_INFO_1,
     RESULT_INFO_2,
     RUN,
+    RUN_WITH_RETRIES,
     STATS_1,
     STATS_2,
     VIEWS,
@@ -40,6 +41,11 @@ from proxy.extension.texts import sql
 from proxy.sql.text import EXECUTOR_ROLE
 
 NAME: Final = "pg_background"
+IS_NAMED: Final = (
+    f"(a.application_name OPERATOR(pg_catalog.=) '{NAME}' OR"
+    f" pg_catalog.left(a.application_name, {len(NAME) + 1}) OPERATOR(pg_catalog.=) '{NAME}:')"
+)
+"""Whether a row ``a`` of pg_stat_activity has the name of a job."""
 MARKER: Final = "_pg_background_version"
 """The function that says that the extension is here."""
 TAG: Final = "-- pg-background-proxy"
@@ -108,9 +114,6 @@ REALLY: Final = (
 )
 """Whether the server has the C extension in this database."""
 
-VERSION_QUERY: Final = f"SELECT (SELECT {VERSION} {FIND}), {REALLY}".encode()
-"""The extension's version or NULL, and whether the server has the C extension."""
-
 
 def api_version(version: str) -> int:
     """Which version of the API a version of the extension has, 1 or 2."""
@@ -126,6 +129,7 @@ class Installed:
 
     Attributes:
         version: one of CREATE EXTENSION's.
+        marker: the OID of its marker.
         schema: its name, in the client's encoding.
         in_search_path: whether an unqualified name finds what is in there.
         usable: whether the current role may use the schema.
@@ -133,6 +137,7 @@ class Installed:
     """
 
     version: str
+    marker: bytes
     schema: bytes
     in_search_path: bool
     usable: bool
@@ -147,6 +152,10 @@ class Installed:
         """Whether the current role may call it, or select from the view that it is."""
         return _key(function) in self.allowed
 
+    def finds(self, schema: bytes | None) -> bool:
+        """Whether a name with this schema, or with none, finds what is in the extension's."""
+        return self.in_search_path if schema is None else schema == self.schema
+
     def check(self, function: Function, schema: bytes | None) -> None:
         """Raises SQLError if the current role does not find the function, or may not call it.
 
@@ -155,9 +164,8 @@ class Installed:
             schema: what the call says, if anything.
         """
         is_view = VIEWS.get(function.name) is function
-        found = self.in_search_path if schema is None else schema == self.schema
         own = self.schema.decode("utf-8", "replace")
-        if not found:
+        if not self.finds(schema):
             types = ", ".join(parameter.type.name for parameter in function.parameters)
             raise SQLError(
                 UNDEFINED_TABLE if is_view else UNDEFINED_FUNCTION,
@@ -201,9 +209,10 @@ def installed_query(functions: Iterable[Function]) -> str:
 
 def parse_installed(values: Sequence[bytes | None]) -> Installed:
     """From the elements of the array that `installed_query` gives."""
-    version, in_search_path, usable, schema, *allowed = (value or b"" for value in values)
+    version, marker, in_search_path, usable, schema, *allowed = (value or b"" for value in values)
     return Installed(
         version.decode("ascii", "replace"),
+        marker,
         schema,
         in_search_path == b"true",
         usable == b"true",
@@ -231,7 +240,7 @@ def may_execute(name: str, parameters: str, role: str) -> str:
 # --- its objects -----------------------------------------------------------------------------
 
 COMPOSITE: Final = (
-    *(HANDLE, PROGRESS, OUTCOME, RUN),
+    *(HANDLE, PROGRESS, OUTCOME, RUN, RUN_WITH_RETRIES),
     *(RESULT_INFO_1, RESULT_INFO_2, ERROR_INFO_1, ERROR_INFO_2, STATS_1, STATS_2),
 )
 """The types that the extension has beside its views'."""
@@ -246,6 +255,16 @@ RENAMED: Final = {
     ERROR_INFO_2: (f"{ERROR_INFO_2.name}_2", ERROR_INFO_2.name),
 }
 """Types whose names in the two versions of the API differ."""
+
+HISTORY: Final = "pg_background_history"
+"""The view that shows what became of jobs."""
+
+HISTORY_TABLE: Final = "_pg_background_history"
+"""The table behind it, its owner's alone."""
+
+STAT_ACTIVITY: Final = "pg_background_stat_activity"
+"""A view that is the server's alone: pg_stat_activity for definitions, which the proxy leaves as
+they are."""
 
 
 def type_name(type: Type, api: int) -> str:
@@ -273,7 +292,12 @@ def types(namespace: str) -> str:
 
 def views(namespace: str) -> str:
     """FROM and WHERE of its views' rows in pg_class, as ``c``."""
-    return _relations(namespace, VIEWS, "v")
+    return _relations(namespace, (*VIEWS, STAT_ACTIVITY, HISTORY), "v")
+
+
+def tables(namespace: str) -> str:
+    """The same for its table, which is there only if this version of the proxy has made it."""
+    return _relations(namespace, (HISTORY_TABLE,), "r")
 
 
 def _relations(namespace: str, names: Iterable[str], kind: str) -> str:

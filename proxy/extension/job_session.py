@@ -38,6 +38,7 @@ class JobSession(Owner):
         # Those that its session had.
         self.custom_settings = tuple(owner.custom_settings)
         self._output: OutputQueue | None = None
+        self._backend = backend
         self.inside = Inside(self, Secrets(backend.own_settings[SESSION_SETTING]))
 
     # What the job tells
@@ -59,10 +60,15 @@ class JobSession(Owner):
         """No function waits for an answer any more."""
         self.inside.statement_ended()
 
-    def close(self) -> None:
-        """The job has ended."""
+    def close(self, *, is_idle: bool) -> None:
+        """The job has ended. `is_idle`: its backend has said so."""
         self.inside.statement_ended()
+        if is_idle:  # the backend may go on, with another job
+            self.transaction_ended()
+        else:
+            self.transaction_lost(self._launcher.pid)
         self.jobs.clear()
+        self._launcher.reuse.close()
 
     # What its calls ask for
 
@@ -80,6 +86,7 @@ class JobSession(Owner):
         return b"UTF8"
 
     def cancel_statement(self) -> None:
+        self._backend.is_spent = True  # the request may come late
         self.service.cancel_statement(self._launcher.route, self._key)
 
     async def inject(self, message: bytes) -> None:

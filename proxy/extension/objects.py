@@ -8,6 +8,7 @@ be replaced.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
@@ -32,8 +33,16 @@ from proxy.api.functions import (
     Parameter,
     Type,
 )
-from proxy.extension import bodies, privileges
-from proxy.extension.installed import COMPOSITE, TAG, type_name
+from proxy.extension import bodies, history, privileges
+from proxy.extension.installed import (
+    COMPOSITE,
+    HISTORY,
+    IS_NAMED,
+    NAME,
+    STAT_ACTIVITY,
+    TAG,
+    type_name,
+)
 from proxy.extension.texts import sql
 from proxy.sql.text import EXECUTOR_ROLE, literal
 
@@ -57,6 +66,25 @@ _TYPE_NAMES: Final = {
 }
 _NAME: Final = Type("name", 19, 64)
 
+# What every version has, in one order, so that the view can be replaced after an upgrade.
+_STAT_ACTIVITY_COLUMNS: Final = (
+    *("datid", "datname", "pid", "usesysid", "usename", "application_name", "client_addr"),
+    *("client_hostname", "client_port", "backend_start", "xact_start", "query_start"),
+    *("state_change", "wait_event_type", "wait_event", "state", "backend_xid", "backend_xmin"),
+    "query",
+)
+_STAT_ACTIVITY: Final = (
+    f"SELECT {', '.join(f'a.{name}' for name in _STAT_ACTIVITY_COLUMNS)},"
+    " CASE WHEN a.backend_type OPERATOR(pg_catalog.=) 'client backend'"
+    f" AND {IS_NAMED} THEN '{NAME}' ELSE a.backend_type END AS backend_type"
+    " FROM pg_catalog.pg_stat_activity a"
+)
+_STAT_ACTIVITY_COMMENT: Final = "'pg_stat_activity, with the backend_type of jobs'"
+
+_SOURCE: Final = re.compile(
+    rf"CREATE (?:OR REPLACE )?FUNCTION {OWN}\.(\w+)\(.*?\$body\$(.*?)\$body\$", re.DOTALL
+)
+
 RESTORED: Final = f"{OWN}._pg_background_restored"
 """The domain and the aggregate that make the role where a dump is restored: see make_role.sql."""
 
@@ -70,16 +98,30 @@ def script(api: int, server_version: int) -> str:
         server_version: as server_version_num, e.g. 150004.
     """
     functions = list(_functions(api, server_version))
-    views = list(_views(server_version))
+    views = list(_views())
     commands = [
         *bodies.helpers(schema=_SCHEMA, server_version=server_version),
+        history.record(OWN),
         sql("make_role", schema=OWN, restored=RESTORED, executor=EXECUTOR_ROLE, tag=TAG),
         *(definition for _, definition, _ in functions),
         *(definition for _, definition, _ in views),
         *(f"COMMENT ON FUNCTION {name} IS {comment}" for name, _, comment in functions),
         *(f"COMMENT ON VIEW {name} IS {comment}" for name, _, comment in views),
+        f"GRANT SELECT ON {OWN}.{STAT_ACTIVITY} TO PUBLIC",
     ]
     return "".join(f"{command};\n" for command in commands)
+
+
+def sources(api: int, server_version: int, schema: str) -> frozenset[tuple[str, str]]:
+    """Names and bodies of all functions that the script creates.
+
+    Args:
+        api: the version of the API, 1 or 2.
+        server_version: as server_version_num, e.g. 150004.
+        schema: the extension's, as quote_ident() gives it.
+    """
+    found = _SOURCE.findall(script(api, server_version))
+    return frozenset((name, body.replace(OWN, schema)) for name, body in found)
 
 
 def types(api: int) -> Iterator[tuple[str, str]]:
@@ -120,11 +162,12 @@ def _function(function: Function, api: int, language: str, source: str) -> tuple
     parameters = ", ".join(_parameter(parameter) for parameter in function.parameters)
     result = function.result_type
     returned = f"{OWN}.{type_name(result, api)}" if result in COMPOSITE else _type(result)
+    strict = " STRICT" if function.is_never_called_with_null else ""
     assert "$body$" not in source, function.name
     definition = (
         f"CREATE OR REPLACE FUNCTION {OWN}.{function.name}({parameters})"
         f" RETURNS {'SETOF ' if function.returns_set else ''}{returned} LANGUAGE {language}"
-        f"{' STRICT' if function.strict else ''} AS $body${source}\n{TAG}\n$body$"
+        f"{strict} AS $body${source}\n{TAG}\n$body$"
     )
     comment = literal(function.summary.replace("`", "").encode()).decode()
     return signature(function), definition, comment
@@ -146,29 +189,28 @@ def _type(type: Type) -> str:
     return "pg_catalog.name" if type == _NAME else _TYPE_NAMES[type]
 
 
-def _views(server_version: int) -> Iterator[tuple[str, str, str]]:
+def _views() -> Iterator[tuple[str, str, str]]:
     """Of each view its name, its CREATE VIEW, and its comment as a constant."""
     listed = ", ".join(f"{column.name} {_type(column.type)}" for column in LIST.columns)
     source = f"{OWN}.pg_background_list_v2() AS l({listed})"
     ours = [f"l.{column.name}" for column in LIST.columns]
     renamed = zip(ours, ACTIVITY.columns, strict=False)
     theirs = [
-        # The wait events came with 9.6.
-        f"CAST(NULL AS pg_catalog.text) AS {column.name}"
-        if column.name.startswith("wait_event") and server_version < 90600
-        else "a.state AS backend_state"
-        if column.name == "backend_state"
-        else f"a.{column.name}"
+        "a.state AS backend_state" if column.name == "backend_state" else f"a.{column.name}"
         for column in ACTIVITY.columns[len(ours) :]
     ]
     selects = {
         "pg_background_list": f"SELECT {', '.join(ours)} FROM {source}",
         "pg_background_activity": "SELECT "
         + ", ".join([*(f"{name} AS {column.name}" for name, column in renamed), *theirs])
+        # The backend of one that has ended may wait for another, or run it already.
         + f" FROM {source} LEFT JOIN pg_catalog.pg_stat_activity a"
-        " ON a.pid OPERATOR(pg_catalog.=) l.pid",
+        " ON a.pid OPERATOR(pg_catalog.=) l.pid AND l.state OPERATOR(pg_catalog.=) 'running'",
     }
     for name, view in VIEWS.items():
         comment = literal(view.summary.encode()).decode()
         definition = f"CREATE OR REPLACE VIEW {OWN}.{name} AS {selects[name]}"
         yield f"{OWN}.{name}", definition, comment
+    name = f"{OWN}.{STAT_ACTIVITY}"
+    yield name, f"CREATE OR REPLACE VIEW {name} AS {_STAT_ACTIVITY}", _STAT_ACTIVITY_COMMENT
+    yield f"{OWN}.{HISTORY}", history.view(OWN), history.COMMENT

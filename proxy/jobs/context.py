@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from proxy.jobs.output_settings import COLUMNS
 from proxy.sql.text import literal
 
 NOT_CARRIED_OVER: Final = frozenset(
@@ -67,14 +68,15 @@ def takeover_query(
 ) -> bytes:
     """The SELECT that gives a fresh side backend the settings and the role of a session.
 
-    Its first column is the backend's pid. If that is not `pid`, the one that BackendKeyData has
+    Its first column is the backend's pid, and from the third on there are the `output_settings`
+    that the job begins with. If that is not `pid`, the one that BackendKeyData has
     told, there is a connection pooler in between, and nothing is set: it would stay with a server
     connection that the next transaction of another client may get, and this one may not.
     """
     return (
         b"SELECT pg_catalog.pg_backend_pid(),"
-        b" CASE WHEN pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) %d THEN %b END"
-        % (pid, _set_all(context, login_role, overrides, local=False))
+        b" CASE WHEN pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) %d THEN %b END, %b"
+        % (pid, _set_all(context, login_role, overrides, local=False), COLUMNS)
     )
 
 
@@ -84,9 +86,10 @@ def takeover_block(context: Context, login_role: bytes, overrides: dict[bytes, b
     For what is behind a connection pooler: none gives the server connection of an open transaction
     to another client. The row is that of `takeover_query`.
     """
-    return b"BEGIN%b; SELECT pg_catalog.pg_backend_pid(), %b" % (
+    return b"BEGIN%b; SELECT pg_catalog.pg_backend_pid(), %b, %b" % (
         b"".join(_TRANSACTION_MODES.get(pair, b"") for pair in context.settings),
         _set_all(context, login_role, overrides, local=True),
+        COLUMNS,
     )
 
 
@@ -119,8 +122,8 @@ def _set_all(
     settings += overrides.items()
     if context.session_role != login_role:
         settings.append((b"session_authorization", context.session_role))
-    if context.set_role != b"none":
-        settings.append((b"role", context.set_role))
+    # Also if it is none: ALTER ROLE … SET role has made the login another.
+    settings.append((b"role", context.set_role))
     return b"ARRAY[%b]" % b", ".join(
         b"pg_catalog.set_config(%b, %b, %b)"
         % (literal(name), literal(value), b"true" if local else b"false")
@@ -128,13 +131,11 @@ def _set_all(
     )
 
 
-def activity_query(pids: Sequence[int], server_version: int) -> bytes:
+def activity_query(pids: Sequence[int]) -> bytes:
     """What pg_stat_activity has on these backends: pid, and the columns that the view
     pg_background_activity takes from there."""
-    # The wait events came with 9.6.
-    waits = b"wait_event_type, wait_event" if server_version >= 90600 else b"NULL, NULL"
     return (
-        b"SELECT pid, state, %b, xact_start, query_start, backend_start, query"
-        b" FROM pg_catalog.pg_stat_activity WHERE pid OPERATOR(pg_catalog.=)"
-        b" ANY (CAST('{%b}' AS pg_catalog.int4[]))" % (waits, b",".join(b"%d" % p for p in pids))
+        b"SELECT pid, state, wait_event_type, wait_event, xact_start, query_start, backend_start,"
+        b" query FROM pg_catalog.pg_stat_activity WHERE pid OPERATOR(pg_catalog.=)"
+        b" ANY (CAST('{%b}' AS pg_catalog.int4[]))" % b",".join(b"%d" % p for p in pids)
     )

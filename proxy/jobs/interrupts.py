@@ -10,13 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Collection, Iterator, Sequence
+from typing import Final, Protocol, TypeVar
 
 from protocol.errors import QUERY_CANCELED, SQLError
 from proxy.jobs.registry import JobRecord
 
 T = TypeVar("T")
+
+PATIENCE: Final = 0.1
+"""Seconds that a call waits before the server waits too."""
+
+
+class ServerWait(Protocol):
+    """Has the server wait while a call does."""
+
+    def may_wait_for(self, jobs: Collection[JobRecord]) -> bool:
+        """Whether it may, in a wait for these jobs."""
+
+    async def until(self, done: asyncio.Future[None]) -> None:
+        """Wait in the server until this is done. Raises what has ended the call."""
 
 
 class Interrupts:
@@ -38,6 +51,8 @@ class Interrupts:
         self._waits_for_jobs = False
         # A word that came between two waits.
         self._interrupt: SQLError | None = None
+        self._server_wait: ServerWait | None = None
+        self._in_server: asyncio.Task[None] | None = None
         # Ends the call that is being made, if it takes its statement_timeout.
         self._limited = False
         self._timer: asyncio.TimerHandle | None = None
@@ -51,14 +66,25 @@ class Interrupts:
             yield
         finally:
             self.is_calling = self.is_waiting = False
-            self._interrupt = None
+            self._interrupt = self._server_wait = None
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
 
-    def start_timer(self, timeout_ms: int) -> None:
-        """The session's statement_timeout is known now; 0 is none."""
-        if self._limited and timeout_ms and self._timer is None:
+    def wait_in_server(self, wait: ServerWait) -> None:
+        """The server has done its part; from now on it waits too when the call does."""
+        self.is_waiting = True
+        self._server_wait = wait
+
+    @property
+    def is_in_server(self) -> bool:
+        """Whether the server waits too, so that a cancel request ends something there."""
+        return self._in_server is not None
+
+    def start_timer(self, timeout_ms: int, *, limited: bool = False) -> None:
+        """The session's statement_timeout is known now; 0 is none. `limited`: it ends the call,
+        whatever was said before."""
+        if (self._limited or limited) and timeout_ms and self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(timeout_ms / 1000, self._time_out)
 
@@ -80,7 +106,7 @@ class Interrupts:
             job.add_waiter(waiter)
         self._waits_for_jobs = True
         try:
-            await self._wait(waiter)
+            await self._wait(waiter, jobs)
         finally:
             self._waits_for_jobs = False
             for job in jobs:
@@ -88,20 +114,58 @@ class Interrupts:
             if timer is not None:
                 timer.cancel()
 
-    async def for_future(self, future: asyncio.Future[T]) -> T:
-        """Wait for its result."""
+    async def for_future(self, future: asyncio.Future[T], jobs: Collection[JobRecord] = ()) -> T:
+        """Wait for its result. `jobs`: those for whose end that may wait."""
         waiter = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda _: _resolve(waiter))
-        await self._wait(waiter)
+        await self._wait(waiter, jobs)
         return future.result()
 
-    async def _wait(self, waiter: asyncio.Future[None]) -> None:
+    @contextlib.contextmanager
+    def for_room(self) -> Iterator[None]:
+        """What is waited for waits for the end of jobs now."""
+        self._waits_for_jobs = True
+        if self.client_ended:
+            self.fail(_client_gone())
+        try:
+            yield
+        finally:
+            self._waits_for_jobs = False
+
+    async def _wait(self, waiter: asyncio.Future[None], jobs: Collection[JobRecord] = ()) -> None:
         self.check_for_interrupts()
         self._waiter = waiter
+        timer = None
+        if (wait := self._server_wait) is not None and not self.held:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(PATIENCE, self._wait_in_server, wait, waiter, jobs)
         try:
             await waiter
         finally:
             self._waiter = None
+            if timer is not None:
+                timer.cancel()
+            if self._in_server is not None:
+                try:
+                    await self._in_server
+                except BaseException:
+                    # It is what the client was told. To further requests, as in a wait for the end
+                    # of a job that is cancelled now, the server would not answer.
+                    self._server_wait = None
+                    raise
+                finally:
+                    self._in_server = None
+
+    def _wait_in_server(
+        self, wait: ServerWait, waiter: asyncio.Future[None], jobs: Collection[JobRecord]
+    ) -> None:
+        def end(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                _resolve(waiter)
+
+        if wait.may_wait_for(jobs):
+            self._in_server = asyncio.ensure_future(wait.until(waiter))
+            self._in_server.add_done_callback(end)
 
     # What ends it
 

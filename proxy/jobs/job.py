@@ -6,27 +6,23 @@ refuses transaction blocks. (Behind a connection pooler it may not: there the tr
 already, and is committed after the message.) Only the last statement's rows are results; earlier
 ones are dropped as they arrive, and output that is not fetched stays in the server (`rows`). A
 message longer than the queue (or `LONGEST`) is cut as it arrives, and when the session is done with
-a job, only what others may ask for is kept (`registry`).
+a job, only what others may ask for is kept (`registry`). Statements of ours come behind a string
+that may change how its result is printed (`output_settings`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Final, Protocol, TypeVar
 
 from protocol.errors import (
-    ACTIVE_SQL_TRANSACTION,
-    CONFIGURATION_LIMIT_EXCEEDED,
-    CONNECTION_FAILURE,
+    ADMIN_SHUTDOWN,
     FEATURE_NOT_SUPPORTED,
-    INVALID_PARAMETER_VALUE,
-    INVALID_TRANSACTION_TERMINATION,
-    UNDEFINED_OBJECT,
     ProtocolViolation,
+    ServerError,
     SQLError,
 )
 from protocol.framing import HEADER_SIZE, LongMessage, bad_length, skip_run, unpack_length
@@ -37,36 +33,39 @@ from protocol.messages import (
     ErrorResponse,
     Field,
     NoticeResponse,
+    ParameterStatus,
     Query,
     RowDescription,
 )
 from protocol.startup import CancelRequest
+from proxy.backends import pooler
 from proxy.backends.backend import READ_SIZE, Backend
+from proxy.backends.reuse import Free, Keep, is_remembered
 from proxy.backends.route import Route
-from proxy.config.gucs import MAX_WORKERS
-from proxy.jobs.progress import parse_progress, progress_statement
+from proxy.jobs import output_settings
+from proxy.jobs.job_text import JobText
+from proxy.jobs.output_settings import OutputSettings
+from proxy.jobs.progress import progress_statement, reported
 from proxy.jobs.registry import (
     FULL_SQL_SIZE,
     LISTED_SQL_SIZE,
-    TEXT_SIZE,
+    NO_PID,
+    RUNNING,
     JobRecord,
     cut_fields,
     kept_error,
-    shortened,
+    new_cookie,
 )
 from proxy.jobs.rows import Budget, Notice, OutputQueue, Rows
+from proxy.jobs.termination import Lease, Termination, canceled, lost_connection
 from proxy.sql import lexer
 from proxy.sql.lexer import LexError
-
-MIN_QUEUE_SIZE: Final = 64
-MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024
+from proxy.sql.rewrite import Piece
 
 LONGEST: Final = 1024 * 1024
 """Bytes that an error or a notice may have, whatever the queue size."""
 
 _IDLE: Final = bytes([TransactionStatus.IDLE])
-
-_REFUSES_BLOCKS: Final = (ACTIVE_SQL_TRANSACTION, INVALID_TRANSACTION_TERMINATION)
 
 ReportT = TypeVar("ReportT", ErrorResponse, NoticeResponse)
 
@@ -87,8 +86,8 @@ class JobSession(Protocol):
     def statement_ended(self) -> None:
         """No function waits for an answer any more."""
 
-    def close(self) -> None:
-        """The job has ended."""
+    def close(self, *, is_idle: bool) -> None:
+        """The job has ended. `is_idle`: its backend has said so."""
 
 
 class Job(JobRecord):
@@ -96,32 +95,40 @@ class Job(JobRecord):
 
     Attributes:
         route: to its server.
+        user, database: what its backend has logged in to.
         output: rows and notices that have not been fetched yet.
         keeps_rows: whether its rows are kept for somebody to fetch.
         columns: of the result; None as long as they are not known, and if there are none.
         parameters: what its backend has reported (ParameterStatus).
         has_handle: whether anybody knows it by one; if not, only its reader can stop it.
+        lease: a channel that may terminate its backend, while it runs.
+        termination: of its backend, once it is tried.
+        is_abandoned: whether the proxy has hung up on it while it ran; what became of it, only the
+            server knows.
+        is_lost: whether the server has not said why the connection ended.
+        cut_off: the error of a job whose backend went without a word when it was terminated, if
+            it turns out that it may have committed before.
     """
 
     def __init__(
         self,
-        backend: Backend,
         sql: bytes,
         *,
         queue_size: int,
         role_id: int,
         cluster: bytes,
         route: Route,
+        user: bytes,
+        database: bytes,
+        lease: Lease,
         label: bytes | None = None,
-        marker: bytes,
         keep_rows: bool = True,
         budgets: Sequence[Budget] = (),
-        session: JobSession | None,
         on_finish: Callable[[Job], None],
     ) -> None:
         super().__init__(
-            backend.pid,
-            int.from_bytes(secrets.token_bytes(8), "big", signed=True),
+            NO_PID,
+            new_cookie(),
             sql,
             queue_size=queue_size,
             role_id=role_id,
@@ -129,53 +136,108 @@ class Job(JobRecord):
             label=label,
         )
         self.route = route
+        self.user = user
+        self.database = database
+        self.lease: Lease | None = lease
+        self.termination: Termination | None = None
         self.keeps_rows = keep_rows
         self.columns: tuple[Field, ...] | None = None
         self.has_handle = True
-        self.parameters = backend.parameters
-        # None once it has ended: many are known for a while after that.
-        self._backend: Backend | None = backend
+        self.is_abandoned = self.is_lost = False
         self._on_finish: Callable[[Job], None] | None = on_finish
-        self.output = OutputQueue(queue_size, backend, budgets)
+        self._free: Free | None = None
+        self._left = False
+        self._afterwards: list[Callable[[], object]] = []
+        # The whole error, for a fetch of the result; `error` is what is kept of it.
+        self._whole_error: ErrorResponse | None = None
+        # None before it has one, and once it has ended: many are known for a while after that.
+        self._backend: Backend | None = None
+        self._session: JobSession | None = None
+        self.parameters: dict[bytes, bytes] = {}
+        self.output = OutputQueue(queue_size, budgets)
         if not keep_rows:
             self.output.drop()
+        self.cut_off: ErrorResponse | None = None
+
+    def take(
+        self,
+        backend: Backend,
+        sql: bytes,
+        *,
+        marker: bytes,
+        session: JobSession | None,
+        keep_backend: Keep,
+    ) -> None:
+        """It is about to run on a backend.
+
+        Args:
+            backend: that nothing else uses.
+            sql: the whole string, of which a job keeps what others may ask for.
+            marker: the word by which messages of pg_background_progress are known.
+            session: serves what its SQL calls.
+            keep_backend: takes the backend when the job has ended.
+        """
+        self.pid, self.unfinished_state = backend.pid, RUNNING
+        self.launched_at = datetime.now(UTC)
+        self._sql = sql
+        self._run_on(backend, marker, session, keep_backend)
+
+    def wait_again(self, state: bytes) -> None:
+        """The backend has not run it, and another may: it waits for one, in this state."""
+        self._let_go(is_idle=False)
+        self.pid, self.unfinished_state = NO_PID, state
+
+    def _run_on(
+        self, backend: Backend, marker: bytes, session: JobSession | None, keep_backend: Keep
+    ) -> None:
+        """Nothing of the string has run on this backend. The arguments are those of `take`."""
+        self._keep_backend = keep_backend
+        self.parameters = backend.parameters
+        self._backend = backend
+        backend.is_spent = is_remembered(self._sql)
+        self.output.read(backend)
         if session is not None:
             session.begin(self.output)
         self._statements = 0
         self._statements_done = 0
         self._taken_up = False
-        # Whether the string has run, and its transaction is being committed.
+        self._output_settings = OutputSettings(backend.parameters)
+        # Whether the string has run, and its transaction commits; or has, and a query of ours runs.
         self._commits = False
-        self._left = False
-        self._afterwards: list[Callable[[], object]] = []
-        # The whole error, for a fetch of the result; `error` is what is kept of it.
-        self._whole_error: ErrorResponse | None = None
-        # Statements, by their place, that stand for a call of pg_background_progress, and the word
-        # by which its messages are known.
-        self._progress_calls: frozenset[int] = frozenset()
+        self._is_committed = False
+        self._text = JobText(self._sql, backend.parameters, marker)
         self._marker = marker
         self._session = session
-        # Reading: a message that is not whole yet, and how much of it is missing; a long one; or
-        # bytes still to come of a long row, which is passed on in pieces.
+        # Reading: what is behind the last message, and how much of the next one is missing; a long
+        # one; or bytes still to come of a long row, which is passed on in pieces.
         self._partial = b""
         self._missing = 0
         self._long: LongMessage | None = None
         self._rest_of_row = 0
         # What the server said before it closed the connection.
         self._fatal: ErrorResponse | None = None
+        self.cut_off = None
 
     # Its life
 
     async def start(self) -> None:
         """Run the string, unless it holds a statement that a job may not run.
 
-        Returns when the backend has taken it up.
+        Returns when the backend has taken it up. Raises what `Backend.start` raises: nothing of it
+        has run.
         """
         backend = self._backend
         assert backend is not None
+        if backend.takeover is None:
+            self._output_settings.callers = output_settings.read(backend.taken_over[2:])
         try:
-            sql = await self._prepared(backend.parameters)
+            if backend.takeover is not None and backend.takeover.changes_reading:
+                await self._take_over(backend)
+            sql = await self._prepared(backend)
+        except ServerError:
+            raise
         except SQLError as refusal:
+            await self._take_over(backend)
             if not self.finished:
                 self._fail(refusal.response())
                 self._finish()
@@ -185,30 +247,48 @@ class Job(JobRecord):
         else:
             if self.finished:
                 return  # it was abandoned meanwhile
-            if not backend.is_alive:
+            if not backend.is_alive and backend.takeover is None:
                 self.close(ConnectionError("the server closed the connection"))
                 return
-            backend.start(sql, self)
             self._sql = self._sql[: FULL_SQL_SIZE + 1]
-            while not (self._taken_up or self.finished):
-                waiter = asyncio.get_running_loop().create_future()
-                self.add_waiter(waiter)
-                await waiter
+            await backend.start(sql, self, functools.partial(self._take_up, backend))
 
-    async def _prepared(self, parameters: dict[bytes, bytes]) -> bytes:
+    async def _take_over(self, backend: Backend) -> None:
+        """Have the backend do what it has to do before a job, now, if that is not done."""
+        if backend.takeover is not None:
+            await backend.take_over()
+            if not self.finished:
+                self._output_settings.callers = output_settings.read(backend.taken_over[2:])
+
+    def _take_up(self, backend: Backend) -> None:
+        self._output_settings.callers = output_settings.read(backend.taken_over[2:])
+        self._text.taken_up()
+        self._taken_up = True
+        if self._left:
+            self.leave()
+
+    def withdraw(self) -> None:
+        """It has not run, and will not: nobody is to know of it."""
+        self._on_finish = None
+        self._finish()
+
+    async def _prepared(self, backend: Backend) -> bytes:
         """The string for the server. Its statements are counted, and looked at one by one; it may
         be long, and others have their turn between them.
 
         What cannot be lexed is left to the server, which will say what is wrong with it. Raises
-        SQLError for a statement that would break the job's transaction or the protocol.
+        SQLError for a statement that would break the job's transaction or the protocol; else what
+        `Backend.take_over` raises.
         """
+        parameters = backend.parameters
         conforming = parameters.get(b"standard_conforming_strings") != b"off"
         encoding = parameters.get(b"client_encoding", b"").decode("ascii", "replace")
         sql = self._sql
         refusal: str | None = None
         count = end = 0
-        blocks: set[int] = set()
-        parts: list[bytes] = []
+        blocks: dict[int, tuple[Piece, ...]] = {}
+        pieces: list[Piece] = []
+        last: lexer.Statement | None = None
         try:
             for statement in lexer.split_in_turns(
                 sql, standard_conforming_strings=conforming, encoding=encoding
@@ -217,11 +297,14 @@ class Job(JobRecord):
                     await asyncio.sleep(0)
                 if statement is None:
                     continue
-                refusal = refusal or _refused(sql, statement)
+                if last is not None and count - 1 not in blocks:
+                    self._output_settings.look(sql, last)
+                last = statement
+                refusal = refusal or self._refused(sql, statement)
                 block = progress_statement(sql, statement, self._marker, encoding=encoding)
                 if block is not None:
-                    blocks.add(count)
-                    parts += [sql[end : statement.start], block]
+                    blocks[count] = block
+                    pieces += [Piece(end, statement.start), *block]
                     end = statement.end
                 count += 1
         except LexError:
@@ -229,23 +312,32 @@ class Job(JobRecord):
         if refusal is not None:
             raise SQLError(FEATURE_NOT_SUPPORTED, refusal)
         self._statements = count
-        self._progress_calls = frozenset(blocks)
-        return b"".join([*parts, sql[end:]])
+        if last is None or not self.keeps_rows or count - 1 in blocks:
+            pieces.append(Piece(end, len(sql)))
+        else:
+            if self._output_settings.may_need_callers(sql, last):
+                await self._take_over(backend)
+            if self.finished:
+                return b""  # it was abandoned meanwhile
+            pieces.append(Piece(end, last.start))
+            pieces += self._output_settings.last_statement(sql, last, count - 1)
+            self._statements += self._output_settings.added_statements
+        return self._text.sent(pieces, blocks)
 
-    def _finish(self) -> None:
+    def _refused(self, sql: bytes, statement: lexer.Statement) -> str | None:
+        """Why a job may not run this, if that is so."""
+        if lexer.is_transaction_control(sql, statement):
+            return "transaction control statements are not allowed in pg_background"
+        if lexer.is_client_copy(sql, statement):
+            return "COPY protocol not allowed in pg_background"
+        return None
+
+    def _finish(self, *, is_idle: bool = False) -> None:
         self.finished = True
         self._sql = self._sql[: FULL_SQL_SIZE + 1]
         self.finished_at = datetime.now(UTC)
-        self._partial = b""
-        self._long = None
-        if self._backend is not None:
-            self._backend.receiver = None
-            self._backend.terminate()
-            self._backend = None
-        self.output.end()
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        self._let_go(is_idle=is_idle)
+        self.lease = None
         self._wake()
         for then in self._afterwards:
             then()
@@ -254,6 +346,26 @@ class Job(JobRecord):
             # Drop the callback: a finished job must not keep its session alive.
             on_finish, self._on_finish = self._on_finish, None
             on_finish(self)
+
+    def _let_go(self, *, is_idle: bool) -> None:
+        """Of what it runs on."""
+        self._partial = b""
+        self._long = None
+        if self._backend is not None:
+            backend, self._backend = self._backend, None
+            backend.forget_receiver()
+            if self.termination is not None:
+                self.termination.let_go(backend)
+            elif not is_idle or self.canceled:
+                backend.terminate()
+            elif (free := self._keep_backend(backend)) and (self._left or not self.keeps_rows):
+                free()  # of what was submitted only the outcome is of use, by its cookie
+            else:
+                self._free = free
+        self.output.end()
+        if self._session is not None:
+            self._session.close(is_idle=is_idle)
+            self._session = None
 
     def when_finished(self, then: Callable[[], object]) -> None:
         """Have something done when it has ended, or at once."""
@@ -265,7 +377,22 @@ class Job(JobRecord):
     def abandon(self) -> None:
         """The proxy stops: hang up."""
         if not self.finished:
+            self.is_abandoned = True
             self._finish()
+
+    @property
+    def backend_pid(self) -> int:
+        """Of the backend that it runs on, which is another one after an attempt that failed."""
+        return self.pid if self._backend is None else self._backend.pid
+
+    def stop_trying(self) -> bool:
+        """It is not to be tried again; whether it has ended by that."""
+        return False
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether, while it runs, there is a pooler in between."""
+        return self._backend is not None and self._backend.is_pooled
 
     def cancel_request(self) -> CancelRequest:
         """What makes the server cancel it, while it runs."""
@@ -277,8 +404,14 @@ class Job(JobRecord):
     def leave(self) -> None:
         """Its session is done with it: of what it holds only the outcome is of use, to others."""
         self._left = True
-        self.forget_output()
+        if self._free is not None:
+            self._free()
+            self._free = None
+        if not self.canceled:  # else that follows when the server was told
+            self.forget_output()
         self._sql = self._sql[:LISTED_SQL_SIZE]
+        if self.pid != NO_PID:
+            self._text.forget()
         # Who is in the middle of the result has its own.
         self._whole_error = self.columns = None
         self.tags = self.tags[-1:]
@@ -354,6 +487,8 @@ class Job(JobRecord):
                 else:
                     self._missing = end - size
                 break
+            if kind == B.READY_FOR_QUERY:
+                self._partial = data[end:]
             self._message(kind, data[position + HEADER_SIZE : end])
             if self.finished:
                 return
@@ -369,17 +504,30 @@ class Job(JobRecord):
     def _is_last_statement(self) -> bool:
         return self._statements_done == self._statements - 1
 
+    @property
+    def _is_behind(self) -> bool:
+        return self._statements_done == self._statements and self._output_settings.compares
+
     def _message(self, kind: int, body: bytes) -> None:
         if kind == B.ROW_DESCRIPTION:
             if self._is_last_statement and not self._left:
                 self.columns = RowDescription.parse(body).fields
+                if self.keeps_rows and (question := self._output_settings.question(self.columns)):
+                    self._send(question)
         elif kind == B.COMMAND_COMPLETE and self._commits:
             pass
+        elif kind == B.COMMAND_COMPLETE and self._is_behind:
+            self._output_settings.compared(CommandComplete.parse(body).tag)
         elif kind == B.COMMAND_COMPLETE:
             self._statement_ended()
-            is_progress = self._statements_done in self._progress_calls
+            is_progress = self._statements_done in self._text.progress_calls
+            tag = b"SELECT 1" if is_progress else CommandComplete.parse(body).tag
+            self._add_tag(self._output_settings.tag(self._statements_done, tag))
             self._statements_done += 1
-            self._add_tag(b"SELECT 1" if is_progress else CommandComplete.parse(body).tag)
+        elif kind == B.PARAMETER_STATUS:
+            status = ParameterStatus.parse(body)
+            if status.name == b"client_encoding":
+                self._output_settings.reported_encoding(status.value)
         elif kind == B.NOTICE_RESPONSE:
             is_call = self._session is not None and self._session.notice(body)
             if is_call and self._session is not None and self._session.is_talkative:
@@ -392,15 +540,13 @@ class Job(JobRecord):
             error = ErrorResponse.parse(body)
             if error.severity in ("FATAL", "PANIC"):
                 self._fatal = error
-            else:
+            elif self.error is None and not self._is_committed:
                 self._fail(self._explained(error))
         elif kind == B.COPY_IN_RESPONSE:
             # A COPY that the lexer did not recognise; without this the server waits for ever.
             assert self._backend is not None
             refusal = CopyFail(b"not allowed in pg_background")
             self._backend.transport.write(refusal.serialize())
-        elif kind == B.PARSE_COMPLETE:
-            self._taken_up = True
         elif kind == B.READY_FOR_QUERY:
             self._ready(body)
 
@@ -408,11 +554,27 @@ class Job(JobRecord):
         """The string has run. The transaction that was open for it is committed; if it has failed,
         that ends it, too."""
         assert self._backend is not None
+        settings = self._output_settings
+        if settings.asks_behind:
+            settings.asks_behind = False  # the next ReadyForQuery is that of the comparison
+            self._is_committed = not self._backend.is_pooled
+            return
+        if self.keeps_rows and self.columns is not None and self.error is None:
+            fault = settings.fault(self.columns)
+            if fault is not None:
+                self._fail(fault.response())
         if self._backend.is_pooled and status != _IDLE and not self._commits:
             self._commits = True
-            self._backend.transport.write(Query(b"COMMIT").serialize())
+            if self.canceled and self.error is None:
+                self._fail(canceled(None))  # its code has caught it
+            self._send(b"ROLLBACK" if self.canceled else b"COMMIT")
         else:
-            self._finish()
+            self._finish(is_idle=status == _IDLE and not (self._backend.is_pooled or self._partial))
+
+    def _send(self, sql: bytes) -> None:
+        """A query of ours, behind the job's."""
+        assert self._backend is not None
+        self._backend.transport.write(Query(sql).serialize())
 
     def _fail(self, error: ErrorResponse) -> None:
         whole = self._with_context(error)
@@ -420,8 +582,10 @@ class Job(JobRecord):
         if not self._left:
             self._whole_error = whole
 
-    def _add_tag(self, tag: bytes) -> None:
-        if self._left:
+    def _add_tag(self, tag: bytes | None) -> None:
+        if tag is None:
+            pass
+        elif self._left:
             self.tags = [tag]
         else:
             # A long string has many statements, and most of them end in the same way.
@@ -433,51 +597,50 @@ class Job(JobRecord):
 
     def _report_progress(self, notice: bytes) -> bool:
         """What a call of pg_background_progress has said; false if it is something else."""
-        if self._marker not in notice:
-            return False
-        message = NoticeResponse.parse(notice).message
-        if not message.startswith(self._marker):
-            return False
-        try:
-            percentage, text = parse_progress(message, self._marker)
-        except ValueError:
-            return False
-        clamped = None if percentage is None else min(max(percentage, 0), 100)
-        self.progress = (clamped, None if text is None else shortened(text, TEXT_SIZE))
-        return True
+        report = reported(notice, self._marker)
+        self.progress = report or self.progress
+        return report is not None
 
     def _explained(self, error: ErrorResponse) -> ErrorResponse:
-        """With a word about the transaction block if that is what a statement has refused."""
-        assert self._backend is not None
-        if not (self._backend.is_pooled and error.sqlstate in _REFUSES_BLOCKS):
-            return error
-        return error.with_fields(
-            H=b"The proxy reaches the server through a connection pooler, so background workers run"
-            b" in a transaction block. Have the proxy connect to the server itself."
-        )
+        error = self._text.located(error, self._statements_done)
+        return pooler.explained_of_job(error) if self.is_pooled else error
 
     def notice(self, output: Notice) -> bytes:
         """A message of the job as its caller gets it: the whole NoticeResponse."""
-        return self._with_context(NoticeResponse.parse(output.data)).serialize()
+        notice = self._text.located(NoticeResponse.parse(output.data))
+        return self._with_context(notice).serialize()
 
     def _with_context(self, report: ReportT) -> ReportT:
+        if self.pid == NO_PID:
+            return report
         line = b"background worker, pid %d" % self.pid
         context = report.fields.get("W")
         return report.with_fields(W=context + b"\n" + line if context else line)
 
     def close(self, error: Exception) -> None:
         """The connection ended before the job did."""
-        if self.finished:
+        if self.finished or self.cut_off:
             return
         self.output.drop_cut_row()
-        reason = self._fatal.message.decode("utf-8", "replace") if self._fatal else str(error)
-        lost = SQLError(
-            CONNECTION_FAILURE,
-            f"lost connection to worker process with PID {self.pid}",
-            detail=f"{reason[:1].upper()}{reason[1:]}.",
-        )
-        self.error = self._whole_error = kept_error(lost.response())
-        self._finish()
+        lost = lost_connection(self.pid, error, self._fatal)
+        self.is_lost = self._fatal is None
+        if self.termination is None or not self.termination.is_sent:
+            self.end_with(lost)
+        elif self._is_committed:
+            self._finish()
+        elif self._fatal is None and self._taken_up:
+            self.cut_off = lost
+            self._wake()
+        elif self._fatal is None or self._fatal.sqlstate == ADMIN_SHUTDOWN:
+            self.end_with(canceled(self._fatal))
+        else:
+            self.end_with(lost)
+
+    def end_with(self, error: ErrorResponse) -> None:
+        """Its backend is gone, for this reason, if it has not ended already."""
+        if not self.finished:
+            self._fail(error)
+            self._finish()
 
 
 def _whole(message: LongMessage) -> bytes:
@@ -485,136 +648,3 @@ def _whole(message: LongMessage) -> bytes:
     if message.kind not in (B.ERROR_RESPONSE, B.NOTICE_RESPONSE):
         raise ProtocolViolation(f"message of type {chr(message.kind)!r} is too long")
     return cut_fields(message.body)
-
-
-def _refused(sql: bytes, statement: lexer.Statement) -> str | None:
-    """Why a job may not run this, if that is so."""
-    if lexer.is_transaction_control(sql, statement):
-        return "transaction control statements are not allowed in pg_background"
-    if lexer.is_client_copy(sql, statement):
-        return "COPY protocol not allowed in pg_background"
-    return None
-
-
-@dataclass(slots=True)
-class Counts:
-    """How many jobs a session had, and how they ended; active is how many run now."""
-
-    launched: int = 0
-    completed: int = 0
-    failed: int = 0
-    canceled: int = 0
-    timed_out: int = 0
-    total_ms: int = 0
-
-    @property
-    def active(self) -> int:
-        """Those that have not ended."""
-        return self.launched - self._ended
-
-    @property
-    def mean_ms(self) -> float:
-        """Of those that have ended; 0 if there are none."""
-        return self.total_ms / self._ended if self._ended else 0.0
-
-    @property
-    def _ended(self) -> int:
-        return self.completed + self.failed + self.canceled
-
-    def ended(self, job: Job) -> None:
-        """One more has ended."""
-        self.total_ms += job.elapsed_ms
-        self.timed_out += job.timed_out
-        if job.state == b"canceled":
-            self.canceled += 1
-        elif job.error is not None:
-            self.failed += 1
-        else:
-            self.completed += 1
-
-
-class Jobs:
-    """The jobs of one session that it has launched and not yet fetched or detached, by pid."""
-
-    MOST: Final = 2_000
-    """How many it has at the most, as long as some have ended: the oldest of those is detached, as
-    they do not seem to be fetched."""
-
-    def __init__(self) -> None:
-        self._jobs: dict[int, Job] = {}
-        self.counts = Counts()
-
-    def __iter__(self) -> Iterator[Job]:
-        return iter(tuple(self._jobs.values()))
-
-    def __contains__(self, job: JobRecord) -> bool:
-        return self._jobs.get(job.pid) is job
-
-    def check_limit(self, max_workers: int, most: int) -> None:
-        """Raises SQLError 53400 if as many as that are running: the session's setting, and what
-        the proxy's configuration allows at the most."""
-        running = sum(not job.finished for job in self._jobs.values())
-        if running >= most and most < max_workers:
-            raise SQLError(
-                CONFIGURATION_LIMIT_EXCEEDED,
-                "too many background workers",
-                detail=f"This session runs {running} background workers, and the proxy allows"
-                f" {most} (max_session_workers), whatever {MAX_WORKERS.name} is.",
-                hint="Wait for some to finish, or fetch or detach their results.",
-            )
-        if running >= max_workers:
-            raise SQLError(
-                CONFIGURATION_LIMIT_EXCEEDED,
-                "too many background workers",
-                detail=f"This session runs {running} background workers, and"
-                f" {MAX_WORKERS.name} is {max_workers}.",
-                hint="Wait for some to finish, fetch or detach their results, or increase"
-                f" {MAX_WORKERS.name}.",
-            )
-
-    def add(self, job: Job) -> None:
-        """Attach a job. An older one of the same pid is history: its backend is gone."""
-        if job.pid in self._jobs:
-            self.remove(self._jobs[job.pid])
-        self._jobs[job.pid] = job
-        self.counts.launched += 1
-        if len(self._jobs) > self.MOST:
-            ended = next((job for job in self._jobs.values() if job.finished), None)
-            if ended is not None:
-                self.remove(ended)
-
-    def get(self, pid: int) -> Job:
-        """The job of this pid. Raises SQLError 42704."""
-        try:
-            return self._jobs[pid]
-        except KeyError:
-            raise SQLError(UNDEFINED_OBJECT, f"PID {pid} is not attached to this session") from None
-
-    def remove(self, job: JobRecord) -> None:
-        """The session is done with it. If it runs, it runs on to its end. Those of other sessions
-        are not touched."""
-        if job in self:
-            self._jobs.pop(job.pid).leave()
-
-    def clear(self) -> None:
-        """The session ends."""
-        for job in self:
-            self.remove(job)
-
-
-def checked_queue_size(queue_size: int, default: int) -> int:
-    """The queue size in bytes for what a launch asks for; 0 or less is the default.
-
-    Raises SQLError 22023.
-    """
-    if queue_size <= 0:
-        return default
-    if queue_size < MIN_QUEUE_SIZE:
-        raise SQLError(
-            INVALID_PARAMETER_VALUE, f"queue size must be at least {MIN_QUEUE_SIZE} bytes"
-        )
-    if queue_size > MAX_QUEUE_SIZE:
-        raise SQLError(
-            INVALID_PARAMETER_VALUE, f"queue size must not exceed {MAX_QUEUE_SIZE} bytes"
-        )
-    return queue_size

@@ -1,30 +1,57 @@
 """Launching a job on a spare or a new backend, with the launching session's role and settings.
 
 Invariant: the backend logs in as the client did, with the same startup packet, and takes over what
-the session has changed since. If any of that fails the launch fails; a job never runs with another
-role or other settings than its session had, even behind a connection pooler.
+the session has changed since: a spare in the write that brings its job (`backends/takeover`). If
+any of that fails the launch fails; a job never runs with another role or other settings than its
+session had, even behind a connection pooler.
 """
 
 from __future__ import annotations
 
 import functools
 import secrets
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
-from protocol.errors import INVALID_PARAMETER_VALUE, ProtocolViolation, ServerError, SQLError
+from protocol.errors import (
+    INVALID_PARAMETER_VALUE,
+    INVALID_PASSWORD,
+    ProtocolViolation,
+    ServerError,
+    SQLError,
+)
 from protocol.startup import StartupMessage
 from proxy.auth.observer import LoginObserver
 from proxy.backends.backend import Backend, no_backend, number, open_backend
 from proxy.backends.channels import APPLICATION_NAME, Channel
 from proxy.backends.identity import Login, StaleLoginError
+from proxy.backends.listener import APPLICATION_NAME as LISTENER_NAME
+from proxy.backends.reuse import STYLES, Keep, Reuse
 from proxy.backends.route import Route
-from proxy.config.gucs import JOB_SETTING, SESSION_SETTING, WORKER_TIMEOUT, Guc, session_secret
+from proxy.backends.takeover import Takeover
+from proxy.config.gucs import (
+    GUCS,
+    JOB_SETTING,
+    SESSION_SETTING,
+    WORKER_TIMEOUT,
+    Guc,
+    session_secret,
+)
 from proxy.jobs.context import Context, takeover_block, takeover_query
 from proxy.jobs.service import JobService
 from proxy.log import logger
+from proxy.reasons import explain
+from proxy.sql.lexer import READING
+
+T = TypeVar("T")
 
 
 class Launcher:
-    """Opens the backends for the jobs of one session, or of one job."""
+    """Opens the backends for the jobs of one session, or of one job.
+
+    Attributes:
+        reuse: its backends whose jobs have ended.
+    """
 
     def __init__(
         self,
@@ -33,6 +60,7 @@ class Launcher:
         route: Route,
         observer: LoginObserver,
         pid: int,
+        reuse: Reuse,
     ) -> None:
         """
         Args:
@@ -41,6 +69,7 @@ class Launcher:
             route: to its server.
             observer: of its login.
             pid: of its primary backend, or the job's.
+            reuse: its backends whose jobs have ended.
         """
         self._service = service
         self._startup = startup
@@ -49,24 +78,39 @@ class Launcher:
         self._login = Login(route, startup.get(b"database") or self.user, self.user)
         self._observer = observer
         self.pid = pid
+        self.reuse = reuse
 
-    async def backend(
+    @property
+    def login(self) -> Login:
+        """That of the jobs' backends."""
+        return self._login
+
+    @property
+    def database(self) -> bytes:
+        """That it logs in to."""
+        return self._login.database
+
+    async def launch(
         self,
+        begin: Callable[[Backend, Keep], Awaitable[T]],
         context: Context,
         *,
         client_encoding: bytes,
         label: bytes | None,
         system_id: bytes | None,
-    ) -> Backend:
-        """A backend that is ready for a job.
+    ) -> T:
+        """Begin a job on a backend that is ready for it.
 
         Args:
+            begin: sends the job, and has the backend kept at its end. It may be called again, on
+                another backend, if it raises what `Backend.start` raises.
             context: of the call.
             client_encoding: of the SQL, and of the results.
             label: of the job.
             system_id: of the session's database cluster, if it is known.
 
-        Raises SQLError: there is none to be had, or it cannot take over the session's settings.
+        Raises SQLError: there is no backend to be had, or it cannot take over the session's
+        settings.
         """
         login = StartupMessage(
             {
@@ -77,22 +121,9 @@ class Launcher:
             }
         )
         name = b"pg_background" if label is None else b"pg_background:%b:%d" % (label, self.pid)
-        overrides = {b"application_name": name}
+        overrides = {b"application_name": name, **self._own_settings(context)}
         if worker_timeout := self.setting(WORKER_TIMEOUT, context):
             overrides[b"statement_timeout"] = b"%d" % worker_timeout
-        return await self._taken_over(login, context, overrides, system_id)
-
-    async def _taken_over(
-        self,
-        login: StartupMessage,
-        context: Context,
-        overrides: dict[bytes, bytes],
-        system_id: bytes | None,
-    ) -> Backend:
-        """A spare or, if none will do, a new backend, that has taken over the session's state.
-
-        Raises SQLError.
-        """
         open_one = functools.partial(self._open_side_backend, login)
         key = (self._login, tuple(login.parameters.items()))
         spares = self._service.spares
@@ -100,15 +131,20 @@ class Launcher:
         while True:
             if is_stale:
                 backend, is_spare = await spares.open_now(open_one), False
+            elif (kept := self.reuse.take(key)) is not None:
+                backend, is_spare = kept, True
             else:
                 backend, is_spare = await spares.take(key, open_one)
+            is_begun = False
             try:
                 if is_spare and system_id and backend.system_id not in (system_id, b""):
                     raise StaleLoginError("another server has the address now")
-                await self._take_over(backend, context, overrides, is_spare=is_spare)
+                await self._make_ready(backend, context, overrides, is_spare=is_spare)
+                is_begun = True
+                return await begin(backend, functools.partial(self.reuse.keep, key))
             except StaleLoginError as error:
                 # Let the server judge a new login. The other spares are no better.
-                logger.debug("the spares of %s are retired: %s", self._login, error)
+                logger.debug("the spares of %s are retired: %s", self._login, explain(error))
                 backend.terminate()
                 spares.retire(self._login)
                 is_stale = True
@@ -117,41 +153,57 @@ class Launcher:
                 if isinstance(error, ServerError) and not error.is_fatal:
                     raise
                 if not is_spare:
-                    raise no_backend(str(error)) from None
+                    raise no_backend(explain(error)) from None
                 # The spare had died unnoticed; try the next one.
             except BaseException:
-                backend.terminate()
+                if not is_begun:  # else a hang-up would not stop what was sent
+                    backend.terminate()
                 raise
-            else:
-                return backend
 
-    async def _take_over(
+    async def _make_ready(
         self, backend: Backend, context: Context, overrides: dict[bytes, bytes], *, is_spare: bool
     ) -> None:
-        """Give a backend the session's role and settings.
+        """Have a backend take over the session's role and settings: a spare when its job begins, in
+        the same write; another at once.
 
         Behind a connection pooler the next query may be for another server connection, unless a
         transaction is open: there the job runs in the transaction that has taken over.
 
-        Raises StaleLoginError, ServerError, ConnectionError, ProtocolViolation.
+        Raises ServerError, ConnectionError, ProtocolViolation.
         """
-        ask = backend.row_as_before if is_spare else backend.row
-        row = await ask(takeover_query(context, self.user, overrides, backend.pid))
+        query = takeover_query(context, self.user, overrides, backend.pid)
+        if is_spare:
+            reading = [(name, value) for name, value in context.settings if name in READING]
+            changes = any(backend.parameters.get(name) != value for name, value in reading)
+            backend.takeover = Takeover(query, changes)
+            # The server reports them when the job has ended, but its rows may be read before.
+            styles = {name: value for name, value in context.settings if name in STYLES}
+            backend.parameters.update(styles)
+            return
+        row = await backend.row(query)
         if number(row[0]) != backend.pid:
             # The pooler may have kept what the startup packet says from the server.
-            overrides = overrides | backend.own_settings
+            overrides = overrides | backend.own_settings | {SESSION_SETTING: b""}
             row = await backend.row(takeover_block(context, self.user, overrides))
             backend.pid = number(row[0])
             backend.is_pooled = True
+        backend.taken_over = row
 
     def setting(self, setting: Guc, context: Context) -> int:
         """A setting of ours, as it is in a session. Raises SQLError 22023."""
-        default = self._service.runtime.own_settings[setting.name]
-        text = context.own_settings.get(setting.name, default)
         try:
-            return setting.parse(text)
+            return setting.parse(self._text(setting.name, context))
         except ValueError as error:
             raise SQLError(INVALID_PARAMETER_VALUE, str(error)) from None
+
+    def _text(self, name: str, context: Context) -> str:
+        # RESET ALL leaves a setting empty that nothing on the server has set.
+        default = self._service.runtime.config.session_defaults[name]
+        return context.own_settings.get(name) or default
+
+    def _own_settings(self, context: Context) -> dict[bytes, bytes]:
+        """Ours, for a job's session, which has the default of none."""
+        return {name.encode(): self._text(name, context).encode() for name in GUCS}
 
     async def channel(self) -> Channel:
         """A channel to answer calls from inside the database.
@@ -167,16 +219,28 @@ class Launcher:
             self._login, functools.partial(self._service.spares.open_now, open_one)
         )
 
+    async def open_listener(self) -> Backend:
+        """A backend that may listen. Raises SQLError."""
+        _, database, user = self._login
+        name = LISTENER_NAME
+        login = StartupMessage({b"user": user, b"database": database, b"application_name": name})
+        return await self._service.spares.open_now(functools.partial(self._open, login))
+
+    def idle_channel(self, pid: int) -> Channel | None:
+        """The same, if the one with this pid is idle and shows a word."""
+        return self._service.channels.take(self._login, pid)
+
     def for_job(self, pid: int) -> Launcher:
         """One for what a job launches, whose backend has this PID."""
-        return Launcher(self._service, self._startup, self.route, self._observer, pid)
+        reuse = Reuse(self._service.spares)
+        return Launcher(self._service, self._startup, self.route, self._observer, pid, reuse)
 
     def for_login(self, role: bytes) -> Launcher:
         """One for what code launches that runs as another role than the session's: it logs in with
         what the proxy has for that role, and with nothing of the session's."""
         startup = {**self._startup, b"user": role, b"database": self._login.database}
         observer = LoginObserver.of_code()
-        return Launcher(self._service, startup, self.route, observer, self.pid)
+        return Launcher(self._service, startup, self.route, observer, self.pid, self.reuse)
 
     async def _open_side_backend(self, login: StartupMessage) -> Backend:
         """One that has its words from the startup packet: in SQL, monitors and the server's log
@@ -191,9 +255,16 @@ class Launcher:
 
     async def _open(self, login: StartupMessage) -> Backend:
         runtime = self._service.runtime
-        return await open_backend(
-            functools.partial(runtime.dialer.connect_by, self.route),
-            login,
-            await runtime.credentials_of(*self._login, self._observer),
-            runtime.config.connect_timeout,
-        )
+        credentials = await runtime.credentials_of(*self._login, self._observer)
+        try:
+            return await open_backend(
+                functools.partial(runtime.dialer.connect_by, self.route),
+                login,
+                credentials,
+                runtime.config.connect_timeout,
+            )
+        except SQLError as error:
+            if error.sqlstate == INVALID_PASSWORD:
+                _, database, user = self._login
+                runtime.password_command.forget(self.route.host, database, user)
+            raise

@@ -7,19 +7,51 @@ how its settings are known.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypedDict, TypeVar
 
-from proxy.backends.backend import Backend
+from protocol.errors import OBJECT_NOT_IN_PREREQUISITE_STATE, ProtocolViolation, SQLError
+from proxy.backends.backend import Backend, NoRoomError, no_backend
 from proxy.backends.channels import Channel
+from proxy.backends.identity import StaleLoginError
+from proxy.backends.reuse import Keep
 from proxy.backends.spares import LONGEST_COMMAND
-from proxy.config.gucs import DEFAULT_QUEUE_SIZE, JOB_SETTING, MAX_WORKERS
+from proxy.config.gucs import (
+    DEFAULT_QUEUE_SIZE,
+    JOB_SETTING,
+    LAUNCH_TIMEOUT,
+    MAX_WORKERS,
+    QUEUE,
+)
+from proxy.jobs import job_log
+from proxy.jobs.at_commit import Notification, Pending, rolled_back
+from proxy.jobs.attached import Jobs, Start, checked_queue_size
 from proxy.jobs.context import Context
-from proxy.jobs.job import Counts, Job, Jobs, JobSession, checked_queue_size
+from proxy.jobs.history import Role
+from proxy.jobs.job import Job, JobSession
 from proxy.jobs.launcher import Launcher
+from proxy.jobs.registry import NO_PID, PENDING, QUEUED, JobRecord
+from proxy.jobs.retries import LONGEST_PAUSE, RetriedJob
+from proxy.jobs.room import FOR_EVER, FullError, Patience, Waiting
 from proxy.jobs.service import JobService
-from proxy.log import logger
+from proxy.jobs.termination import canceled
+from proxy.reasons import explain
+from proxy.stats import counters, error_class
+
+T = TypeVar("T")
+
+
+class _Options(TypedDict):
+    """Of `Owner.launch`."""
+
+    client_encoding: bytes
+    label: bytes | None
+    keep_rows: bool
+    retries: int
 
 
 class Owner(ABC):
@@ -28,6 +60,7 @@ class Owner(ABC):
     Attributes:
         service: the jobs of all owners.
         jobs: those that it launched and has not fetched or detached.
+        pending: jobs that start when its transaction commits.
         custom_settings: names with a dot that it may have set.
         system_id: the system identifier of its database cluster; empty if that cannot be known,
             None if not asked for yet.
@@ -38,6 +71,7 @@ class Owner(ABC):
     def __init__(self, service: JobService) -> None:
         self.service = service
         self.jobs = Jobs()
+        self.pending: set[Pending] = set()
         self.system_id: bytes | None = None
 
     @property
@@ -87,8 +121,12 @@ class Owner(ABC):
         client_encoding: bytes | None = None,
         label: bytes | None = None,
         keep_rows: bool = True,
+        waiting: Waiting = contextlib.nullcontext,
+        retries: int = 0,
+        may_queue: bool = False,
     ) -> Job:
-        """Start a job on a spare or a new backend, with the owner's role and settings.
+        """Start a job on a spare or a new backend, with the owner's role and settings; as soon as
+        there is room for it, if that is soon enough for pg_background.launch_timeout.
 
         Args:
             sql: what it runs.
@@ -98,55 +136,395 @@ class Owner(ABC):
             client_encoding: of the SQL, and of the results, if it is not the owner's.
             label: of the job.
             keep_rows: whether its rows are kept for somebody to fetch.
+            waiting: entered while it waits for room.
+            retries: how many attempts may follow one that fails by chance; then no rows are kept.
+            may_queue: whether it is queued if there is no room and pg_background.queue is on. Then
+                all jobs count that the owner has launched and that run, attached or not: who queues
+                jobs often detaches them at once, or leaves.
 
         Raises SQLError.
         """
-        service, launcher = self.service, launcher or self.launcher
-        config = service.runtime.config
-        self.jobs.check_limit(launcher.setting(MAX_WORKERS, context), config.max_session_workers)
-        if b"database" in (lower := sql[: LONGEST_COMMAND + 1].lower()):
-            service.leave_databases(lower)
-        size = checked_queue_size(queue_size, launcher.setting(DEFAULT_QUEUE_SIZE, context))
-        backend = await launcher.backend(
-            context,
-            client_encoding=client_encoding or self.client_encoding,
+        launcher = launcher or self.launcher
+        began = time.monotonic()
+        try:
+            queues = may_queue and bool(launcher.setting(QUEUE, context))
+            seconds = 0 if queues else launcher.setting(LAUNCH_TIMEOUT, context) / 1000
+            patience = Patience(seconds, waiting)
+            arguments = sql, queue_size, context, launcher, patience
+            options: _Options = {
+                "client_encoding": client_encoding or self.client_encoding,
+                "label": label,
+                "keep_rows": keep_rows,
+                "retries": retries,
+            }
+            try:
+                job = await self._launch(*arguments, **options, count_all=queues)
+            except (FullError, NoRoomError):
+                if not queues:
+                    raise
+                return await self._queue(*arguments, **options)
+        except SQLError as error:
+            counters.not_launched[error_class(error.sqlstate)] += 1
+            raise
+        counters.latency.observe(time.monotonic() - began - patience.waited)
+        return job
+
+    async def _launch(
+        self,
+        sql: bytes,
+        queue_size: int,
+        context: Context,
+        launcher: Launcher,
+        patience: Patience,
+        *,
+        client_encoding: bytes,
+        label: bytes | None,
+        keep_rows: bool,
+        retries: int,
+        count_all: bool,
+    ) -> Job:
+        size = self._checked_size(queue_size, launcher, context)
+        self._leave_databases(sql)
+        launch_by = self._launch_by(launcher, context, client_encoding, label)
+
+        async def begin(start: Start, backend: Backend, keep_backend: Keep) -> Job:
+            job = self._new(
+                *(sql, size, context, launcher, launch_by),
+                label=label,
+                keep_rows=keep_rows,
+                retries=retries,
+            )
+            self._give(job, sql, launcher, backend, keep_backend)
+            await self._start(job, start)
+            self._follow(job, context, launcher, client_encoding, patience)
+            return job
+
+        return await self._in_room(
+            begin, context, launcher, launch_by, patience, count_all=count_all
+        )
+
+    async def _queue(
+        self,
+        sql: bytes,
+        queue_size: int,
+        context: Context,
+        launcher: Launcher,
+        tried: Patience,
+        *,
+        client_encoding: bytes,
+        label: bytes | None,
+        keep_rows: bool,
+        retries: int,
+    ) -> Job:
+        """The same for a job that is launched when there is room for it, some time. `tried`: in
+        vain. Raises SQLError."""
+        size = self._checked_size(queue_size, launcher, context)
+        queue = self.service.queue
+        queue.check(launcher.user, len(sql))
+        launch_by = self._launch_by(launcher, context, client_encoding, label)
+        job = self._new(
+            *(sql, size, context, launcher, launch_by),
+            label=label,
+            keep_rows=keep_rows,
+            retries=retries,
+        )
+        job.unfinished_state = QUEUED
+        self._known(job)
+        patience = Patience(FOR_EVER, since=tried)
+        arguments = job, sql, context, launcher, launch_by, client_encoding, patience
+        queue.add(job, len(sql), self._start_waiting(*arguments))
+        try:
+            await self.service.peers.announce(job.role_id)
+        except asyncio.CancelledError:
+            self.drop(job)
+            raise
+        return job
+
+    def _launch_by(
+        self, launcher: Launcher, context: Context, client_encoding: bytes, label: bytes | None
+    ) -> Callable[..., Awaitable[Any]]:
+        """`Launcher.launch`, for one job."""
+        return functools.partial(
+            launcher.launch,
+            context=context,
+            client_encoding=client_encoding,
             label=label,
             system_id=self.system_id,
         )
-        job = Job(
-            backend,
+
+    def _checked_size(self, queue_size: int, launcher: Launcher, context: Context) -> int:
+        """A queue size in bytes. Raises SQLError."""
+        size = checked_queue_size(queue_size, launcher.setting(DEFAULT_QUEUE_SIZE, context))
+        return min(size, self.service.runtime.config.max_queue_size)
+
+    def _follow(
+        self, job: Job, context: Context, launcher: Launcher, encoding: bytes, patience: Patience
+    ) -> None:
+        role = Role.of(launcher.login, context, encoding)
+        self.service.history.follow(job, role, launcher.channel, waited=patience.waited)
+
+    def _leave_databases(self, sql: bytes) -> None:
+        if b"database" in (lower := sql[: LONGEST_COMMAND + 1].lower()):
+            self.service.leave_databases(lower)
+
+    def _new(
+        self,
+        sql: bytes,
+        queue_size: int,
+        context: Context,
+        launcher: Launcher,
+        launch_by: Callable[..., Awaitable[Any]],
+        *,
+        label: bytes | None,
+        keep_rows: bool,
+        retries: int,
+    ) -> Job:
+        """A job without a backend."""
+        make: Callable[..., Job] = Job
+        if retries:
+            relaunch = functools.partial(_relaunch, self.service, launcher, launch_by)
+            make = functools.partial(RetriedJob, retries=retries, relaunch=relaunch)
+        return make(
             sql,
-            queue_size=min(size, config.max_queue_size),
+            queue_size=queue_size,
             role_id=context.role_id,
             cluster=self.cluster,
             route=launcher.route,
+            user=launcher.user,
+            database=launcher.database,
+            lease=launcher.channel,
             label=label,
-            marker=backend.own_settings[JOB_SETTING],
             keep_rows=keep_rows,
-            budgets=service.budgets.of_role(launcher.user),
-            session=self.job_session(launcher.for_job(backend.pid), backend),
+            budgets=self.service.budgets.of_role(launcher.user),
             # Not of the owner, which may be gone before the job.
-            on_finish=functools.partial(_ended, self.jobs.counts, service),
+            on_finish=functools.partial(_ended, self.jobs, self.service),
         )
-        await self._start(job)
-        return job
 
-    async def _start(self, job: Job) -> None:
-        self.service.registry.add(job)
-        self.jobs.add(job)
+    def _give(
+        self, job: Job, sql: bytes, launcher: Launcher, backend: Backend, keep_backend: Keep
+    ) -> None:
+        """Have a job run on this backend."""
+        session = self.job_session(launcher.for_job(backend.pid), backend)
+        if isinstance(job, RetriedJob):
+            assert isinstance(session, Owner)
+            job.next_session = functools.partial(_next_session, session, launcher)
+        job.take(
+            backend,
+            sql,
+            marker=backend.own_settings[JOB_SETTING],
+            session=session,
+            keep_backend=keep_backend,
+        )
+        job_log.started(job, self.service.runtime.config)
+
+    async def _in_room(
+        self,
+        begin: Callable[[Start, Backend, Keep], Awaitable[T]],
+        context: Context,
+        launcher: Launcher,
+        launch_by: Callable[..., Awaitable[T]],
+        patience: Patience,
+        *,
+        count_all: bool,
+    ) -> T:
+        """Begin a job on a backend when there is room for it. Raises SQLError."""
+        service = self.service
+
+        async def launch(start: Start) -> T:
+            slot = await service.slots.take(launcher.user, launcher.database, patience)
+            try:
+                return await launch_by(functools.partial(begin, start))
+            finally:
+                give_back = functools.partial(service.slots.give_back, slot)
+                if start.job is None:
+                    give_back()
+                else:
+                    start.job.when_finished(give_back)
+
+        max_workers = launcher.setting(MAX_WORKERS, context)
+        most = service.runtime.config.max_session_workers
+        async with self.jobs.room(max_workers, most, patience, count_all=count_all) as start:
+            attempt = functools.partial(launch, start)
+            return await service.room.launch(launcher.login, attempt, patience)
+
+    async def _start(self, job: Job, start: Start) -> None:
+        self._known(job)
+        start.job = job
         try:
             await job.start()
             await self.service.peers.announce(job.role_id)
         except asyncio.CancelledError:
             self.drop(job)
+            counters.launched += 1
             raise
-        logger.debug("launched %r", job)
+        except (StaleLoginError, SQLError, OSError, ProtocolViolation):
+            if job.canceled:  # it is not to be tried again
+                job.end_with(canceled(None))
+            if not job.finished:
+                self._withdraw(job)
+                start.job = None
+                raise
+        counters.launched += 1
+
+    def _known(self, job: Job) -> None:
+        self.service.registry.add(job)
+        self.service.counts_of(job.database).launched += 1
+        self.jobs.add(job)
+
+    def _withdraw(self, job: Job) -> None:
+        self.service.registry.withdraw(job)
+        self.service.counts_of(job.database).launched -= 1
+        self.jobs.withdraw(job)
+
+    # At commit
+
+    async def launch_at_commit(
+        self,
+        sql: bytes,
+        queue_size: int,
+        context: Context,
+        *,
+        launcher: Launcher | None = None,
+        client_encoding: bytes | None = None,
+        label: bytes | None = None,
+        keep_rows: bool = True,
+        retries: int = 0,
+    ) -> tuple[Job, Notification]:
+        """The same, when a transaction commits that sends this notification.
+
+        Raises SQLError.
+        """
+        launcher = launcher or self.launcher
+        size = self._checked_size(queue_size, launcher, context)
+        encoding = client_encoding or self.client_encoding
+        launch_by = self._launch_by(launcher, context, encoding, label)
+        job = self._new(
+            *(sql, size, context, launcher, launch_by),
+            label=label,
+            keep_rows=keep_rows,
+            retries=retries,
+        )
+        pending = Pending(
+            job,
+            len(sql),
+            mine=self.pending,
+            start=functools.partial(
+                self._start_waiting,
+                *(job, sql, context, launcher, launch_by, encoding),
+            ),
+            forget=functools.partial(self._forget, job),
+        )
+        try:
+            notification = await self.service.pending.add(
+                launcher.login, launcher.open_listener, pending
+            )
+        except BaseException:
+            pending.let_go()
+            raise
+        job.unfinished_state = PENDING
+        self._known(job)
+        try:
+            await self.service.peers.announce(job.role_id)
+        except asyncio.CancelledError:
+            self.drop(job)
+            raise
+        return job, notification
+
+    def _forget(self, job: Job) -> None:
+        """The transaction that has launched it was rolled back."""
+        job.error = rolled_back().response()
+        self._withdraw(job)
+        self.service.withdrawn(job)
+
+    async def _start_waiting(
+        self,
+        job: Job,
+        sql: bytes,
+        context: Context,
+        launcher: Launcher,
+        launch_by: Callable[..., Awaitable[None]],
+        encoding: bytes,
+        promised: Patience | None = None,
+    ) -> None:
+        """Run a job that is known already, as soon as there is room for it. If it cannot run, it
+        ends with the error: nobody could be told of it otherwise.
+
+        `promised`: if it did not come just now.
+        """
+        job.unfinished_state = QUEUED
+
+        async def begin(start: Start, backend: Backend, keep_backend: Keep) -> None:
+            if job.finished:
+                backend.terminate()
+                return
+            self._give(job, sql, launcher, backend, keep_backend)
+            self.service.registry.add(job)
+            self.jobs.begun(job)
+            start.job = job
+            try:
+                await job.start()
+            except (StaleLoginError, SQLError, OSError, ProtocolViolation):
+                if job.canceled:  # it is not to be tried again
+                    job.end_with(canceled(None))
+                if not job.finished:
+                    self.jobs.waits_again(job)
+                    job.wait_again(QUEUED)
+                    self.service.registry.add(job)
+                    start.job = None
+                    raise
+            counters.launched += 1
+            self._follow(job, context, launcher, encoding, patience)
+
+        self._leave_databases(sql)
+        patience = promised or Patience(FOR_EVER)
+        starting = asyncio.ensure_future(
+            self._in_room(begin, context, launcher, launch_by, patience, count_all=True)
+        )
+        job.when_finished(lambda: job.pid == NO_PID and starting.cancel())
+        try:
+            await starting
+        except asyncio.CancelledError:
+            if not job.finished:
+                raise
+        except SQLError as error:
+            counters.not_launched[error_class(error.sqlstate)] += 1
+            job.end_with(error.response())
+            self._follow(job, context, launcher, encoding, patience)
+        except (OSError, ProtocolViolation) as error:
+            job.end_with(no_backend(explain(error)).response())
+            self._follow(job, context, launcher, encoding, patience)
+
+    def transaction_ended(self) -> None:
+        """Its transaction has, and so has each before that."""
+        if self.pending:
+            self.service.pending.transaction_ended(tuple(self.pending))
+            self.pending.clear()
+
+    def transaction_lost(self, pid: int) -> None:
+        """It has no session any more; the backend of that, of this PID, may still be committing."""
+        if self.pending:
+            self.service.pending.owner_gone(tuple(self.pending), pid)
+            self.pending.clear()
+
+    async def check_may_wait(self, jobs: Iterable[JobRecord]) -> None:
+        """Raises SQLError 55000 for a job that waits until this transaction commits."""
+        waited_for = set(jobs)
+        mine = {pending for pending in self.pending if pending.job in waited_for}
+        if mine:
+            # A procedure may have committed, which is not heard yet.
+            await self.service.pending.catch_up(mine)
+        if mine & self.pending:
+            raise SQLError(
+                OBJECT_NOT_IN_PREREQUISITE_STATE,
+                "the background worker starts when this transaction commits",
+                hint="Wait for it after COMMIT.",
+            )
 
     def drop(self, job: Job) -> None:
         """Stop a job whose launch or fetch was interrupted, and that no caller can ask for."""
-        self.jobs.remove(job)
         if not job.finished:
             self.service.cancel(job)
+        self.jobs.remove(job)
 
     def launcher_for(self, login: bytes | None) -> Launcher:
         """Opens the backends of jobs that log in as another role; None: as the owner's."""
@@ -161,12 +539,42 @@ class Owner(ABC):
 
         Raises SQLError, OSError.
         """
-        channel = await self.launcher_for(login).channel()
+        return self._known_by(await self.launcher_for(login).channel())
+
+    def idle_channel(self, login: bytes | None, pid: int) -> Channel | None:
+        """The same, if the one with this pid is idle and shows a word."""
+        channel = self.launcher_for(login).idle_channel(pid)
+        return None if channel is None else self._known_by(channel)
+
+    def _known_by(self, channel: Channel) -> Channel:
         if self.system_id is None:
             self.system_id = channel.system_id
         return channel
 
 
-def _ended(counts: Counts, service: JobService, job: Job) -> None:
-    counts.ended(job)
+async def _relaunch(
+    service: JobService,
+    launcher: Launcher,
+    launch_by: Callable[..., Awaitable[None]],
+    begin: Callable[[Backend, Keep], Awaitable[None]],
+) -> None:
+    """Begin another attempt, behind the launches that wait for room. Raises SQLError."""
+    launch = functools.partial(launch_by, begin)
+    await service.room.launch(launcher.login, launch, Patience(LONGEST_PAUSE))
+
+
+def _next_session(first: Owner, launcher: Launcher, backend: Backend) -> JobSession:
+    """What serves the calls of another attempt; `first` has served those of the first one."""
+    return first.job_session(launcher.for_job(backend.pid), backend)
+
+
+def _ended(jobs: Jobs, service: JobService, job: Job) -> None:
+    if job.pid == NO_PID:  # what ends counts as launched
+        counters.launched += 1
+    job_log.ended(job, service.runtime.config)
+    jobs.ended(job)
+    service.counts_of(job.database).ended(job)
+    state = "abandoned" if job.is_abandoned else job.state.decode()
+    sqlstate = None if job.error is None else job.error.sqlstate
+    counters.job_ended(state, sqlstate, job.elapsed_ms / 1000)
     service.ended(job)

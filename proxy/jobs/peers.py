@@ -24,16 +24,18 @@ class Peers:
     def roles(self) -> Set[int]:
         return frozenset()
 
-    async def find(self, handles: Sequence[Handle]) -> dict[Handle, JobRecord]:
-        """Those of these jobs that they know."""
-        return {}
+    async def find(self, handles: Sequence[Handle]) -> tuple[dict[int, JobRecord], int]:
+        """Those of these jobs that they know, by cookie; how many did not answer of those that may
+        know the rest."""
+        return {}, 0
 
-    async def jobs_of(self, roles: Collection[int]) -> list[JobRecord]:
-        """All that they know of jobs of these roles."""
-        return []
+    async def jobs_of(self, roles: Collection[int]) -> tuple[list[JobRecord], int]:
+        """All that they know of jobs of these roles; how many did not answer."""
+        return [], 0
 
-    async def cancel_job(self, job: RemoteJob) -> None:
-        """Have its process tell the server to stop it."""
+    async def cancel_job(self, job: RemoteJob) -> bool:
+        """Have its process tell the server to stop it; whether it has answered."""
+        return False
 
     async def cancel(self, request: CancelRequest) -> bool:
         """Have one of them do what a cancel request asks for, if it is for one of its sessions;

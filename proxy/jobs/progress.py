@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from typing import Final
 
-from proxy.sql.lexer import MAX_TOKENS, Statement
+from protocol.messages import NoticeResponse
+from proxy.jobs.registry import TEXT_SIZE, shortened
+from proxy.sql.lexer import MAX_TOKENS, Statement, identifier, keyword
+from proxy.sql.rewrite import Piece
 from proxy.sql.text import do_block, literal
 from proxy.sql.tokens import NotRecognizedError, Tokens
 
 _FUNCTIONS: Final = (b"pg_background_progress", b"pg_background_report_progress")
 
+_SHORTEST: Final = 5
+"""Tokens: SELECT, the name, brackets, and pct between them."""
+
 # The parameters, and a function of pg_catalog that resolves and converts as theirs would.
 _PARAMETERS: Final = {
-    "pct": b"CAST(pg_catalog.int4up(%b) AS pg_catalog.text)",
-    "msg": b"pg_catalog.textcat('=', pg_catalog.textcat(%b, ''))",
+    "pct": (b"CAST(pg_catalog.int4up(", b") AS pg_catalog.text)"),
+    "msg": (b"pg_catalog.textcat('=', pg_catalog.textcat(", b", ''))"),
 }
 
 # A query in a loop, because then the arguments stand where they stood: they may use aggregates, and
@@ -32,7 +38,7 @@ _BLOCK: Final = (
 
 def progress_statement(
     sql: bytes, statement: Statement, marker: bytes, *, encoding: str | None = None
-) -> bytes | None:
+) -> tuple[Piece, ...] | None:
     """The block in place of a statement. parse_progress() reads its message.
 
     Args:
@@ -44,18 +50,34 @@ def progress_statement(
     Returns:
         None if the statement is anything but one such call.
     """
-    if len(statement.tokens) > MAX_TOKENS or not any(
-        name in sql[statement.start : statement.end].lower() for name in _FUNCTIONS
-    ):
+    if len(statement.tokens) > MAX_TOKENS or not _begins_as_report(sql, statement, encoding):
         return None
     try:
         given = _arguments(Tokens(sql, statement.tokens, encoding))
     except NotRecognizedError:
         return None
-    words = [literal(marker + b" "), given["pct"], b"' '"]
-    if "msg" in given:
-        words.append(given["msg"])
-    return do_block(_BLOCK % b", ".join(words))
+    start = statement.start
+    before, after = do_block(_BLOCK % b"\0").split(b"\0")
+    pieces = [Piece(start, start, before + literal(marker + b" "))]
+    for name, between in (("pct", b", "), ("msg", b", ' ', ")):
+        opening, closing = _PARAMETERS[name]
+        if name in given:
+            first, end = given[name]
+            pieces.append(Piece(first, first, between + opening))
+            pieces.append(Piece(first, end))
+            pieces.append(Piece(end, end, closing))
+    return (*pieces, Piece(start, start, after if "msg" in given else b", ' '" + after))
+
+
+def _begins_as_report(sql: bytes, statement: Statement, encoding: str | None) -> bool:
+    """A quick look at its first tokens: the text may be long."""
+    tokens = statement.tokens
+    if keyword(sql, tokens[0]) != "select" or len(tokens) < _SHORTEST:
+        return False
+    at = 2 if keyword(sql, tokens[1]) == "all" else 1
+    while at + 2 < len(tokens) and sql[tokens[at + 1].start : tokens[at + 1].end] == b".":
+        at += 2
+    return identifier(sql, tokens[at], encoding) in _FUNCTIONS
 
 
 def parse_progress(message: bytes, marker: bytes) -> tuple[int | None, bytes | None]:
@@ -69,8 +91,8 @@ def parse_progress(message: bytes, marker: bytes) -> tuple[int | None, bytes | N
     return int(pct) if pct else None, text[1:] if text else None
 
 
-def _arguments(tokens: Tokens) -> dict[str, bytes]:
-    """What each parameter gets, as text. Raises NotRecognizedError."""
+def _arguments(tokens: Tokens) -> dict[str, tuple[int, int]]:
+    """Where what each parameter gets begins and ends. Raises NotRecognizedError."""
     at = 2 if tokens.keyword(1) == "all" else 1
     while tokens.text(at + 1) == b"." and tokens.name(at) is not None:
         at += 2
@@ -85,7 +107,7 @@ def _arguments(tokens: Tokens) -> dict[str, bytes]:
     if end != tokens.count:
         raise NotRecognizedError("not a report alone")
     names = list(_PARAMETERS)
-    given: dict[str, bytes] = {}
+    given: dict[str, tuple[int, int]] = {}
     by_name = False
     for place, item in enumerate(tokens.list_items(at + 2, close)):
         name, first, last = tokens.argument(*item)
@@ -97,7 +119,22 @@ def _arguments(tokens: Tokens) -> dict[str, bytes]:
             called = tokens.text(inner + 1) == b"(" and tokens.name(inner)
             if called and b"pg_background" in called and tokens.keyword(inner - 1) != "as":
                 raise NotRecognizedError("a call in an argument")
-        given[name] = _PARAMETERS[name] % tokens.sql[tokens.start(first) : tokens.end(last)]
+        given[name] = tokens.start(first), tokens.end(last)
     if "pct" not in given:
         raise NotRecognizedError("not its parameters")
     return given
+
+
+def reported(notice: bytes, marker: bytes) -> tuple[int | None, bytes | None] | None:
+    """What the body of a NoticeResponse reports, percentage and text; None if it is no report."""
+    if marker not in notice:
+        return None
+    message = NoticeResponse.parse(notice).message
+    if not message.startswith(marker):
+        return None
+    try:
+        percentage, text = parse_progress(message, marker)
+    except ValueError:
+        return None
+    clamped = None if percentage is None else min(max(percentage, 0), 100)
+    return clamped, None if text is None else shortened(text, TEXT_SIZE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,25 +40,43 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 JobT = TypeVar("JobT", bound="JobRecord")
 
 Handle = tuple[int, int]
-"""Pid and cookie."""
+"""Pid and cookie. No pid, `NO_PID`, means the job of the cookie, whatever its pid is."""
+
+NO_PID: Final = 0
+"""The pid of a job that waits for a backend; to users NULL."""
+
+RUNNING: Final = b"running"
+PENDING: Final = b"pending"
+QUEUED: Final = b"queued"
+"""States of a job that has not ended. `PENDING`: it waits for the commit of its caller; `QUEUED`:
+for room."""
+
+
+def new_cookie() -> int:
+    """A number that tells a job from all others, and that nobody can guess."""
+    return int.from_bytes(secrets.token_bytes(8), "big", signed=True)
 
 
 class JobRecord:
     """One job, as those see it who do not read its rows.
 
     Attributes:
-        pid, cookie: of its backend, and a random number that tells it from others of that pid.
+        pid: of its backend; `NO_PID` as long as it waits for one.
+        cookie: a random number that tells it from all others.
+        unfinished_state: its state until it ends: `RUNNING`, or what it waits for.
         label: what its launcher called it.
         role_id: OID of the current role at launch.
         cluster: what tells the database cluster of that role from others.
         queue_size: bytes of output that are held at the most.
-        launched_at, finished_at: in UTC.
+        launched_at, finished_at: in UTC; as long as it waits for a backend, the first is when it
+            was asked for.
         tags: the command tag of each statement that has ended.
         progress: percentage and message that it has last reported.
         finished: whether the backend is done, one way or the other.
         canceled, timed_out: whether it was told to stop, and because it took too long.
         error: what went wrong; fields as the server sent them, CONTEXT extended.
         consumed: whether somebody has begun to fetch the result.
+        attempts: how many times it was started; more than once with `retries`.
     """
 
     def __init__(
@@ -73,6 +92,7 @@ class JobRecord:
     ) -> None:
         self.pid = pid
         self.cookie = cookie
+        self.unfinished_state = RUNNING
         self.label = None if label is None else kept_label(label)
         self.role_id = role_id
         self.cluster = cluster
@@ -86,6 +106,7 @@ class JobRecord:
         self.timed_out = False
         self.error: ErrorResponse | None = None
         self.consumed = False
+        self.attempts = 1
         self._sql = sql
         self._waiters: set[asyncio.Future[None]] = set()
 
@@ -97,11 +118,20 @@ class JobRecord:
         """Pid and cookie."""
         return self.pid, self.cookie
 
+    def is_meant_by(self, pid: int) -> bool:
+        """Whether a handle with its cookie and this pid is one of it."""
+        return pid in (NO_PID, self.pid)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits for a backend."""
+        return self.pid == NO_PID and not self.finished
+
     @property
     def state(self) -> bytes:
-        """running, stopped, canceled or error."""
+        """pending, queued, running, stopped, canceled or error."""
         if not self.finished:
-            return b"running"
+            return self.unfinished_state
         if self.error is None:
             return b"stopped"
         canceled = self.canceled and self.error.sqlstate == QUERY_CANCELED
@@ -130,9 +160,8 @@ class JobRecord:
     @property
     def preview(self) -> bytes:
         """The beginning of its SQL: 120 characters."""
-        return self._sql.decode("utf-8", "surrogateescape")[:PREVIEW_SIZE].encode(
-            "utf-8", "surrogateescape"
-        )
+        beginning = self._sql[:LISTED_SQL_SIZE].decode("utf-8", "surrogateescape")
+        return beginning[:PREVIEW_SIZE].encode("utf-8", "surrogateescape")
 
     @property
     def full_sql(self) -> bytes:
@@ -163,6 +192,7 @@ class JobRecord:
         return {
             "pid": self.pid,
             "cookie": self.cookie,
+            "unfinished_state": _text(self.unfinished_state),
             "label": _text(self.label),
             "role_id": self.role_id,
             "cluster": _text(self.cluster),
@@ -182,6 +212,7 @@ class JobRecord:
                 if whole or code in _LISTED_FIELDS
             },
             "consumed": self.consumed,
+            "attempts": self.attempts,
             "sql": _text(self._sql[:sql_size]),
         }
 
@@ -204,13 +235,15 @@ class RemoteJob(JobRecord):
             label=_bytes(snapshot["label"]),
         )
         self.owner = owner
-        self.launched_at = datetime.fromisoformat(snapshot["launched_at"])
         self.update(snapshot)
 
     def update(self, snapshot: dict[str, Any]) -> Self:
         """What its process says now."""
         finished_at, tag, error = snapshot["finished_at"], snapshot["tag"], snapshot["error"]
         percentage, message = snapshot["progress"]
+        self.pid = snapshot["pid"]
+        self.unfinished_state = base64.b64decode(snapshot["unfinished_state"])
+        self.launched_at = datetime.fromisoformat(snapshot["launched_at"])
         self.finished_at = None if finished_at is None else datetime.fromisoformat(finished_at)
         self.tags = [] if tag is None else [base64.b64decode(tag)]
         self.progress = (percentage, _bytes(message))
@@ -223,6 +256,7 @@ class RemoteJob(JobRecord):
             else ErrorResponse({code: base64.b64decode(text) for code, text in error.items()})
         )
         self.consumed = snapshot["consumed"]
+        self.attempts = snapshot["attempts"]
         # A list has less of it than others have asked for; it never changes.
         self._sql = max(self._sql, base64.b64decode(snapshot["sql"]), key=len)
         if self.finished:
@@ -266,7 +300,13 @@ def kept_error(error: ErrorResponse) -> ErrorResponse:
     """What is kept of an error after its result was fetched, or will not be."""
     if all(len(text) <= TEXT_SIZE for text in error.fields.values()):
         return error
-    return ErrorResponse({code: shortened(text, TEXT_SIZE) for code, text in error.fields.items()})
+    return ErrorResponse(
+        {
+            code: shortened(text, TEXT_SIZE)
+            for code, text in error.fields.items()
+            if code != "q" or len(text) <= TEXT_SIZE  # a part of it would not fit the position
+        }
+    )
 
 
 def cut_fields(body: bytes) -> bytes:
@@ -283,11 +323,16 @@ def _beginning(text: bytes, size: int) -> bytes:
 
 
 class JobRegistry(Generic[JobT]):
-    """The jobs of all sessions of this process: those that run, and for a while those that have
-    ended.
+    """The jobs of all sessions of this process: those that wait or run, and for a while those that
+    have ended.
 
     So another session of the same role can follow a job and stop it. What is kept of one that has
     ended is how it went, never its rows.
+
+    Attributes:
+        retention: seconds for which a job that has ended is known.
+        running: those that have a backend.
+        waiting: those that wait for one.
     """
 
     MOST = 2_000
@@ -301,12 +346,14 @@ class JobRegistry(Generic[JobT]):
         """
         self.retention = retention
         self._role_gone = role_gone
-        self._jobs: dict[Handle, JobT] = {}
+        # By cookie, as in the next but one.
+        self._jobs: dict[int, JobT] = {}
         # How many of them each role has launched: every call asks about their roles.
         self._roles: Counter[int] = Counter()
         # When those that have ended did so, in that order.
-        self._ended: dict[Handle, float] = {}
+        self._ended: dict[int, float] = {}
         self.running: set[JobT] = set()
+        self.waiting: set[JobT] = set()
 
     def __iter__(self) -> Iterator[JobT]:
         self._forget()
@@ -318,32 +365,55 @@ class JobRegistry(Generic[JobT]):
         self._forget()
         return set(self._roles)
 
+    @property
+    def unfinished(self) -> int:
+        """How many wait or run."""
+        return len(self.running) + len(self.waiting)
+
     def get(self, pid: int, cookie: int) -> JobT | None:
         """The job of this handle, if it is known."""
         self._forget()
-        return self._jobs.get((pid, cookie))
+        job = self._jobs.get(cookie)
+        return job if job is not None and job.is_meant_by(pid) else None
 
     def add(self, job: JobT) -> None:
-        """A new one."""
-        self._jobs[job.handle] = job
-        self._roles[job.role_id] += 1
-        self.running.add(job)
+        """A new one, or one that has got a backend, or that waits for one again."""
+        if job.cookie not in self._jobs:
+            self._jobs[job.cookie] = job
+            self._roles[job.role_id] += 1
+        here, elsewhere = self.running, self.waiting
+        if job.pid == NO_PID:
+            here, elsewhere = elsewhere, here
+        here.add(job)
+        elsewhere.discard(job)
+
+    def withdraw(self, job: JobT) -> None:
+        """It has not run, and will not."""
+        self._unlist(job)
+        self._remove(job.cookie)
 
     def ended(self, job: JobT) -> None:
         """It has ended; it will be forgotten later."""
-        self.running.discard(job)
-        self._ended[job.handle] = time.monotonic()
+        self._unlist(job)
+        self._ended[job.cookie] = time.monotonic()
         self._forget()
+
+    def _unlist(self, job: JobT) -> None:
+        self.running.discard(job)
+        self.waiting.discard(job)
 
     def _forget(self) -> None:
         too_old = time.monotonic() - self.retention
         while self._ended:
-            handle, when = next(iter(self._ended.items()))
+            cookie, when = next(iter(self._ended.items()))
             if when > too_old and len(self._ended) <= self.MOST:
                 break
-            del self._ended[handle]
-            role_id = self._jobs.pop(handle).role_id
-            self._roles[role_id] -= 1
-            if not self._roles[role_id]:
-                del self._roles[role_id]
-                self._role_gone(role_id)
+            del self._ended[cookie]
+            self._remove(cookie)
+
+    def _remove(self, cookie: int) -> None:
+        role_id = self._jobs.pop(cookie).role_id
+        self._roles[role_id] -= 1
+        if not self._roles[role_id]:
+            del self._roles[role_id]
+            self._role_gone(role_id)

@@ -105,10 +105,10 @@ class OutputQueue:
 
     __slots__ = ("_budgets", "_dropping", "_held", "_items", "_limit", "_paused", "_source")
 
-    def __init__(self, limit: int, source: Source, budgets: Sequence[Budget] = ()) -> None:
+    def __init__(self, limit: int, budgets: Sequence[Budget] = ()) -> None:
         self._limit = limit
         self._budgets = budgets
-        self._source: Source | None = source
+        self._source: Source | None = None
         self._items: deque[Output] = deque()
         self._held = 0
         self._paused = False
@@ -129,6 +129,11 @@ class OutputQueue:
             self._held += len(output.data)
             for budget in self._budgets:
                 budget.held += len(output.data)
+
+    def read(self, source: Source) -> None:
+        """What comes is from there."""
+        self._source = source
+        self._paused = False
 
     def stop_if_full(self) -> None:
         """Stop the source when the queue is full; take() lets it go on."""

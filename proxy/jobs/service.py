@@ -7,22 +7,47 @@ ended; what sessions know of it they ask for here, and here the other processes 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
-from typing import Final
+import contextlib
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
+from typing import Any, Final, TypeVar
 
+from protocol.errors import ProtocolViolation, SQLError
 from protocol.startup import CancelRequest
-from proxy.backends.channels import Channels
+from proxy.backends.channels import Channel, Channels
 from proxy.backends.route import Route
-from proxy.backends.spares import DATABASE_COMMANDS, LONGEST_COMMAND, Spares
+from proxy.backends.spares import DATABASE_COMMANDS, LONGEST_COMMAND, Spares, is_named
+from proxy.jobs.at_commit import PendingJobs
+from proxy.jobs.attached import Counts
+from proxy.jobs.history import History
 from proxy.jobs.job import Job
 from proxy.jobs.peers import Peers
+from proxy.jobs.queue import JobQueue
 from proxy.jobs.registry import Handle, JobRecord, JobRegistry, RemoteJob
+from proxy.jobs.room import ServerRoom
 from proxy.jobs.rows import Budgets
+from proxy.jobs.slots import Limits, OwnSlots, SlotSource
+from proxy.jobs.termination import Termination, canceled
+from proxy.log import logger
+from proxy.reasons import explain
 from proxy.runtime import Runtime
+
+T = TypeVar("T")
+
+_MOST_DATABASES: Final = 1_000
+"""Whose jobs are counted each by itself."""
 
 _CANCEL_AGAIN: Final = 0.02
 _CANCEL_SELDOM: Final = 1.0
 """Seconds between cancel requests to a job that goes on: the first time, and at most."""
+
+_MOST_AT_ONCE: Final = 8
+"""Terminations, each with a connection for a moment."""
+
+_WRITE_PATIENCE: Final = 2.0
+"""Seconds for the history at the proxy's end."""
+
+_LOGIN_PATIENCE: Final = 1.0
+"""Seconds in which a termination should have been sent; it may need a login."""
 
 
 class JobService:
@@ -31,13 +56,26 @@ class JobService:
         runtime: what the configuration has been made into; replaced by a reload.
         peers: the other processes.
         registry: the jobs of all sessions.
+        history: what became of them, in their databases.
+        counts: of all jobs so far, by the database that they have logged in to.
+        room: launches for which the server has no connection.
+        slots: where they get the slots that the proxy has for all.
+        pending: those that wait for a commit.
+        queue: those that were submitted when there was no room.
     """
 
-    def __init__(self, runtime: Runtime, channel_setup: bytes, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        channel_setup: bytes,
+        find_history: bytes,
+        on_end: Callable[[], None],
+    ) -> None:
         """
         Args:
             runtime: what the configuration has been made into.
             channel_setup: SQL that each channel runs first.
+            find_history: SQL that finds the history (`jobs/history`).
             on_end: called when a job has ended.
         """
         config = runtime.config
@@ -46,13 +84,24 @@ class JobService:
         self.registry: JobRegistry[Job] = JobRegistry(
             config.outcome_retention, lambda role_id: self.peers.role_gone(role_id)
         )
+        self.counts: dict[bytes, Counts] = {}
         self.channels = Channels(config.spare_lifetime, channel_setup)
         self.spares = Spares(
-            config.spares, config.spare_lifetime, self.channels, lambda: self.peers.give_way()
+            config.spares,
+            config.spare_lifetime,
+            config.reuse_lifetime,
+            self.channels,
+            self._others_give_way,
         )
+        self.room = ServerRoom()
+        self.slots: SlotSource = OwnSlots(Limits.of(config))
+        self.pending = PendingJobs(config.max_pending_jobs, config.spare_lifetime)
+        self.queue = JobQueue(config)
         self.budgets = Budgets(config.queue_memory, config.role_queue_memory)
+        self.history = History(lambda: self.runtime.config, self.channels.give_back, find_history)
         self._on_end = on_end
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._terminating = asyncio.Semaphore(_MOST_AT_ONCE)
         # Those of `cancel_statement`.
         self._cancels: set[asyncio.Task[None]] = set()
 
@@ -63,50 +112,153 @@ class JobService:
         self.runtime = runtime
         if moved:
             self.spares.give_way()
+        self.slots.change(Limits.of(config))
         self.registry.retention = config.outcome_retention
         self.budgets.change(config.queue_memory, config.role_queue_memory)
         self.spares.count = config.spares
+        self.spares.reuse_lifetime = config.reuse_lifetime
         self.spares.lifetime = self.channels.lifetime = config.spare_lifetime
+        self.pending.lifetime = config.spare_lifetime
+        self.pending.most = config.max_pending_jobs
+        self.queue.config = config
+
+    def give_way(self) -> bool:
+        """Close connections that only save time; whether there were any."""
+        listeners = self.pending.give_way()
+        return self.spares.give_way() or listeners
+
+    async def _others_give_way(self) -> bool:
+        listeners = self.pending.give_way()
+        return await self.peers.give_way() or listeners
+
+    def counts_of(self, database: bytes) -> Counts:
+        """Of the jobs in a database; of those beyond the first many together, under no name."""
+        if database not in self.counts and len(self.counts) >= _MOST_DATABASES:
+            database = b""
+        return self.counts.setdefault(database, Counts())
 
     @property
     def roles(self) -> set[int]:
         """OIDs of the roles whose jobs are known, here or elsewhere."""
         return self.registry.roles | self.peers.roles
 
-    async def find(self, own: Iterable[Job], handles: Sequence[Handle]) -> list[JobRecord | None]:
-        """Jobs by their handles: the caller's own, those of this process, those of the others.
+    async def find(
+        self, own: Iterable[Job], handles: Sequence[Handle]
+    ) -> tuple[list[JobRecord | None], int]:
+        """Jobs by their handles: the caller's own, those of this process, those of the others; and
+        how many processes did not answer that may know those which were not found.
 
         A caller's own are known to it until it detaches them.
         """
-        here = {job.handle: job for job in own}
-        found: dict[Handle, JobRecord | None] = {
-            handle: here.get(handle) or self.registry.get(*handle) for handle in handles
-        }
-        if missing := [handle for handle, job in found.items() if job is None]:
-            found |= await self.peers.find(missing)
-        return [found[handle] for handle in handles]
+        here = {job.cookie: job for job in own}
 
-    async def jobs_of(self, roles: Collection[int]) -> list[JobRecord]:
-        """What is known of the jobs of these roles; and of all others of this process."""
-        return [*self.registry, *await self.peers.jobs_of(roles)]
+        def known(handle: Handle) -> JobRecord | None:
+            job = here.get(handle[1])
+            if job is not None and job.is_meant_by(handle[0]):
+                return job
+            return self.registry.get(*handle)
+
+        found: dict[Handle, JobRecord | None] = {handle: known(handle) for handle in handles}
+        unanswered = 0
+        if missing := [handle for handle, job in found.items() if job is None]:
+            theirs, unanswered = await self.peers.find(missing)
+            found |= {handle: theirs.get(handle[1]) for handle in missing}
+        return [found[handle] for handle in handles], unanswered
+
+    async def jobs_of(self, roles: Collection[int]) -> tuple[list[JobRecord], int]:
+        """What is known of the jobs of these roles, and of all others of this process; and how many
+        processes did not answer."""
+        theirs, unanswered = await self.peers.jobs_of(roles)
+        return [*self.registry, *theirs], unanswered
 
     def ended(self, job: Job) -> None:
         """Its backend is done."""
         self.registry.ended(job)
         self.peers.job_ended(job)
+        self.room.changed()
         self._on_end()
 
-    def cancel(self, job: JobRecord) -> asyncio.Task[None]:
-        """Tell the server to stop a job. The task ends when it was told once; it is told again
-        until the job ends, since a backend that has only just got its query does not listen."""
+    def withdrawn(self, job: Job) -> None:
+        """It was to run, and will not."""
+        self.peers.job_ended(job)
+        self._on_end()
+
+    def cancel(self, job: JobRecord) -> asyncio.Task[bool]:
+        """Have the server stop a job for certain. The task ends when it was told; its result is
+        false if the process does not answer that has to tell."""
         if isinstance(job, RemoteJob):
             return self._spawn(self.peers.cancel_job(job))
         assert isinstance(job, Job)
         job.canceled = True
+        return self._spawn(self._stop(job))
+
+    async def _stop(self, job: Job) -> bool:
+        """Terminate its backend. Where that cannot be, or takes long: a cancel request, again and
+        again until the job ends, since a backend that has only just got its query does not listen.
+
+        Behind a connection pooler the server connection may be another's by then; there, the
+        transaction is open until we end it (`Job`). The output is dropped last: before, a job that
+        waits for its reader would run on, and commit.
+        """
+        if job.is_waiting:
+            job.end_with(canceled(None))
+        if job.finished or job.stop_trying():
+            return True
+        told = not job.is_pooled and await self._is_terminating(job)
+        if not (told or job.finished):
+            await self._tell(job)
+            self._spawn(self._cancel_until_finished(job))
         job.forget_output()
-        told = self._spawn(self._tell(job))
-        self._spawn(self._cancel_until_finished(job))
-        return told
+        return True
+
+    async def _is_terminating(self, job: Job) -> bool:
+        """Whether the server was told to terminate its backend."""
+        if job.termination is None:
+            job.termination = Termination(job.backend_pid)
+            self._spawn(self._terminate(job, job.termination))
+        sent = job.termination.sent
+        await asyncio.wait([sent], timeout=_LOGIN_PATIENCE)
+        return sent.done() and sent.result()
+
+    async def _terminate(self, job: Job, termination: Termination) -> None:
+        """Terminate the backend of a job, and find out whether it has committed before, if the
+        server does not tell."""
+        sent = termination.sent
+        try:
+            async with self._terminating, self._channel(job) as channel:
+                if channel is not None:
+                    await termination.send(channel)
+            sent.set_result(True)
+            while not (job.finished or job.cut_off):
+                waiter = asyncio.get_running_loop().create_future()
+                job.add_waiter(waiter)
+                await waiter
+            async with self._channel(job) as channel:
+                if channel is not None and await termination.has_rolled_back(channel):
+                    job.end_with(canceled(None))
+        except (SQLError, OSError, ProtocolViolation) as error:
+            termination.is_sent = False
+            logger.info("cannot terminate the backend of a canceled job: %s", explain(error))
+        finally:
+            if not sent.done():
+                sent.set_result(job.finished)
+            if job.cut_off:
+                job.end_with(job.cut_off)
+
+    @contextlib.asynccontextmanager
+    async def _channel(self, job: Job) -> AsyncIterator[Channel | None]:
+        """A channel of the job's login role; None if the job has ended.
+
+        Raises SQLError, OSError, ProtocolViolation.
+        """
+        if job.lease is None:
+            yield None
+            return
+        channel = await job.lease()
+        try:
+            yield None if job.finished else channel
+        finally:
+            self.channels.give_back(channel)
 
     def _tell(self, job: Job) -> Coroutine[object, object, None]:
         return self.runtime.dialer.cancel(job.route, job.cancel_request())
@@ -138,25 +290,34 @@ class JobService:
         return task
 
     async def end_all(self) -> None:
-        """Cancel the jobs that run, once, and let go of their backends."""
-        jobs = tuple(self.registry.running)
-        await asyncio.gather(*self._cancels, *map(self._tell, jobs))
+        """Cancel the jobs that wait or run, and let go of their backends."""
+        jobs = (*self.registry.waiting, *self.registry.running)
+        for job in jobs:
+            job.canceled = True
+        await asyncio.gather(*self._cancels, *map(self._stop, jobs))
         for job in jobs:
             job.abandon()
+        await self.history.finish(_WRITE_PATIENCE)
 
     def close(self) -> None:
         """Close what is idle."""
         self.spares.close()
         self.channels.give_way()
+        self.pending.give_way()
 
     def leave_databases(self, sql: bytes) -> None:
         """Close what waits in databases that a statement, in lower case, may be about to drop,
         rename or copy: the server waits 5 seconds for others to be gone, and then refuses."""
         if len(sql) <= LONGEST_COMMAND and any(verb in sql for verb in DATABASE_COMMANDS):
-            self.spares.leave(sql)
+            self.leave(sql)
             self.peers.leave_databases(sql)
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+    def leave(self, sql: bytes) -> None:
+        """The same for this process alone."""
+        self.spares.leave(sql)
+        self.pending.leave(lambda login: is_named(login, sql))
+
+    def _spawn(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

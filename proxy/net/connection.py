@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import select
+import socket
 import ssl
+import struct
 from collections.abc import Callable
 from typing import cast
 
 from proxy.net import tls
+from proxy.net.peer import Peer
 
 _WRITE_BUFFER = 256 * 1024
 """Bytes that may wait to be written before the opposite connection is not read any more."""
@@ -29,6 +32,12 @@ _LOOK = 1.0
 
 _HUNG_UP = getattr(select, "POLLRDHUP", 0)
 """poll()'s event for an end of file behind data that was not read; Linux only."""
+
+_AT_ONCE = 32 * 1024
+"""Bytes that are gathered before they are sent (`Connection.gather`)."""
+
+_HELD = 0.05
+"""Seconds that a part of an answer waits for the next one at the most."""
 
 # Why a connection is not being read; it is read when no reason is left.
 _OPPOSITE_IS_FULL = 1
@@ -45,9 +54,11 @@ class Connection(asyncio.Protocol):
         full: resolved once the write buffer has drained; None if it is not full.
         is_open: from connection_made() to connection_lost().
         is_encrypted: whether it has TLS.
+        peer: of a client, where it is.
     """
 
     transport: asyncio.Transport
+    peer: Peer
     opposite: Connection | None = None
     data_received: Callable[[bytes], None]  # type: ignore[assignment]  # callers say no data=
 
@@ -76,6 +87,9 @@ class Connection(asyncio.Protocol):
         self._stopped = 0
         self._looks = False
         self.full: asyncio.Future[None] | None = None
+        self._gathers = False
+        self._gathered = bytearray()
+        self._flush: asyncio.Handle | None = None
 
     # Called by asyncio
 
@@ -87,7 +101,7 @@ class Connection(asyncio.Protocol):
         self.is_open = True
         # Both directions of the relay call the transport itself: a method between costs a
         # twentieth of what passing on a short query does.
-        self.write = self.transport.write
+        self.write = self._gather if self._gathers else self.transport.write
         if self._stopped:
             self._pause()
 
@@ -133,9 +147,55 @@ class Connection(asyncio.Protocol):
         if self.is_open:
             self.transport.set_protocol(self)  # uvloop looks the method up only then
 
+    def gather(self) -> None:
+        """From now on, what is written in one turn of the event loop is sent together: each piece
+        that is sent wakes the peer."""
+        self._gathers = True
+        if self.is_open:
+            self.write = self._gather
+
+    def send_at_once(self) -> None:
+        """From now on, what is written is sent at once, as before `gather`."""
+        self.flush()
+        self._gathers = False
+        if self.is_open:
+            self.write = self.transport.write
+
+    def hold(self, data: bytes) -> None:
+        """Send it with what is written next, while that is gathered."""
+        if not self._gathers:
+            self.write(data)
+            return
+        self._gathered += data
+        if self._flush is None:
+            self._flush = asyncio.get_running_loop().call_later(_HELD, self.flush)
+
+    def _gather(self, data: bytes) -> None:
+        self._gathered += data
+        if len(self._gathered) > _AT_ONCE:
+            self.flush()
+        elif self._flush is None or isinstance(self._flush, asyncio.TimerHandle):
+            self._cancel_flush()
+            self._flush = asyncio.get_running_loop().call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Send what is gathered."""
+        self._cancel_flush()
+        if self._gathered:
+            data, self._gathered = bytes(self._gathered), bytearray()
+            if self.is_open:
+                self.transport.write(data)
+
+    def _cancel_flush(self) -> None:
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
+
     def _gone(self) -> None:
         self.is_open = False
         self.write = _lose
+        self._gathered.clear()
+        self._cancel_flush()
 
     @property
     def can_write_eof(self) -> bool:
@@ -144,6 +204,7 @@ class Connection(asyncio.Protocol):
 
     def write_eof(self) -> None:
         """Pass on an end of file."""
+        self.flush()
         if self.is_open and self.can_write_eof:
             self.transport.write_eof()
 
@@ -171,26 +232,38 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close once everything is written, or once the peer takes no more."""
+        self.flush()
         if self.is_open:
+            # Asked first: closed TLS whose connection is lost does not answer.
+            left = self.transport.get_write_buffer_size()
             self.transport.close()
-            self._linger()
+            self._linger(left)
 
-    def _linger(self) -> None:
-        left = self.transport.get_write_buffer_size()
+    def _linger(self, left: int) -> None:
         if left:
             asyncio.get_running_loop().call_later(LINGER, self._abort_unless_less_than, left)
 
     def _abort_unless_less_than(self, size: int) -> None:
         if not self.is_open:
             return
-        if self.transport.get_write_buffer_size() < size:
-            self._linger()
+        left = self.transport.get_write_buffer_size()
+        if left < size:
+            self._linger(left)
         else:
             self.transport.abort()
 
     def abort(self) -> None:
         """Close at once."""
         if self.is_open:
+            self.transport.abort()
+
+    def reset(self) -> None:
+        """Close at once, so that the first byte that the peer sends fails. After a mere close it
+        would be the second."""
+        if self.is_open:
+            sock = self.transport.get_extra_info("socket")
+            if sock is not None and sock.fileno() >= 0 and sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
 
     def pause_reading(self) -> None:
@@ -230,11 +303,11 @@ class Connection(asyncio.Protocol):
         self._looks = False
         if not (self._stopped and self.is_open and self._hung_up is not None):
             return
-        socket = self.transport.get_extra_info("socket")
-        if socket is None or socket.fileno() < 0:
+        sock = self.transport.get_extra_info("socket")
+        if sock is None or sock.fileno() < 0:
             return  # closed already below TLS; connection_lost() follows
         poll = select.poll()
-        poll.register(socket.fileno(), _HUNG_UP)
+        poll.register(sock.fileno(), _HUNG_UP)
         events = poll.poll(0)
         if events and events[0][1] & (select.POLLERR | select.POLLHUP):
             self.transport.abort()

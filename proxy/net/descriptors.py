@@ -16,6 +16,7 @@ from typing import Final
 
 from protocol.errors import TOO_MANY_CONNECTIONS, SQLError
 from proxy.log import logger
+from proxy.reasons import explain
 
 HINT: Final = (
     "The proxy has as many open files as it may have, two or more a session and one a job: raise"
@@ -43,7 +44,7 @@ def raise_limit() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ValueError, OSError) as error:
-        logger.warning("could not raise the limit of open files from %d: %s", soft, error)
+        logger.warning("could not raise the limit of open files from %d: %s", soft, explain(error))
         return
     logger.debug("raised the limit of open files from %d to %d", soft, hard)
 

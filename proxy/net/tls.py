@@ -14,6 +14,7 @@ from typing import Final, cast
 
 from proxy import private
 from proxy.config import Config, ConfigError, Upstream
+from proxy.reasons import explain
 
 ALPN_PROTOCOL: Final = "postgresql"
 
@@ -49,6 +50,23 @@ def client_context(config: Config) -> ssl.SSLContext | None:
     if mode.startswith("verify-"):
         context.verify_mode = ssl.CERT_REQUIRED
         _load_authorities(context, "client_tls_ca_file", str(config.client_tls_ca_file))
+    return context
+
+
+def http_context(config: Config) -> ssl.SSLContext | None:
+    """For HTTPS, with the certificate that clients get; None if TLS is disabled. Nobody is asked
+    for a certificate there.
+
+    Raises:
+        ConfigError: as for `client_context`.
+    """
+    if config.client_tls_sslmode == "disable":
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _set_minimum(context)
+    context.set_alpn_protocols(["http/1.1"])
+    files = str(config.client_tls_cert_file), str(config.client_tls_key_file)
+    _load_certificate(context, "client_tls_cert_file", files[0], "client_tls_key_file", files[1])
     return context
 
 
@@ -95,14 +113,13 @@ def _load_certificate(
             with Path(file).expanduser().open("rb"):
                 pass
         except OSError as error:
-            raise ConfigError(f"{name}: cannot read {file}: {error.strerror}") from None
+            raise ConfigError(f"{name}: cannot read {file}: {explain(error)}") from None
     if private.is_exposed(Path(key).expanduser().stat()):
         raise ConfigError(f"{key_name}: {private.exposed(key)}")
     try:
         context.load_cert_chain(Path(cert).expanduser(), Path(key).expanduser(), password=encrypted)
     except (ValueError, OSError) as error:
-        said = error.reason if isinstance(error, ssl.SSLError) else str(error)
-        raise ConfigError(f"{cert_name} and {key_name}: {said or error}") from None
+        raise ConfigError(f"{cert_name} and {key_name}: {explain(error)}") from None
 
 
 def _load_authorities(context: ssl.SSLContext, name: str, file: str) -> None:
@@ -111,7 +128,7 @@ def _load_authorities(context: ssl.SSLContext, name: str, file: str) -> None:
     except ssl.SSLError:
         raise ConfigError(f"{name}: {file} has no certificate in PEM format") from None
     except OSError as error:
-        raise ConfigError(f"{name}: cannot read {file}: {error.strerror}") from None
+        raise ConfigError(f"{name}: cannot read {file}: {explain(error)}") from None
 
 
 def is_encrypted(transport: asyncio.BaseTransport) -> bool:
@@ -123,12 +140,3 @@ def speaks_postgresql(transport: asyncio.BaseTransport) -> bool:
     """Whether both sides of a TLS connection have named the protocol, as direct TLS demands."""
     tls = cast("ssl.SSLObject | None", transport.get_extra_info("ssl_object"))
     return tls is not None and tls.selected_alpn_protocol() == ALPN_PROTOCOL
-
-
-def explain(error: OSError) -> str:
-    """Why connecting failed, without OpenSSL's internals."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate verify failed: {error.verify_message}"
-    if isinstance(error, ssl.SSLError) and error.reason:
-        return f"TLS: {error.reason.lower().replace('_', ' ')}"
-    return error.strerror or str(error)

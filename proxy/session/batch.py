@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 
 from protocol.framing import frame
 from protocol.kinds import ENDS_CLOSE, ENDS_COPY_IN, ENDS_EXECUTE, B, F, TransactionStatus
-from protocol.messages import Close, CommandComplete, Execute
+from protocol.messages import Close, CommandComplete, Execute, NoticeResponse
 from proxy.api.functions import Needs
+from proxy.extension.definitions import VIEW_QUERY
 from proxy.jobs.interrupts import Interrupts
 from proxy.net.connection import Connection
 from proxy.net.inbox import Inbox
 from proxy.session.caller import SessionCaller
 from proxy.session.client_session import ClientSession
 from proxy.session.exchange import FLUSH, Exchange, ResponseHandler, drop
+from proxy.session.prepared import Command
+from proxy.sql.lexer import READING
 from proxy.statements.plan import Plan, Statement, Substitute
-from proxy.statements.reading import READING, depends_on_settings
+from proxy.statements.reading import depends_on_settings
 from proxy.statements.triggers import may_be_ours
+from proxy.stats import counters
 
 
 class ClientMessages(Inbox):
@@ -31,7 +36,11 @@ class ClientMessages(Inbox):
         super().__init__(client)
         self.feed(data)
         self._ahead: deque[tuple[int, bytes]] = deque()
-        client.receive = self.feed
+        client.receive = self._received
+
+    def _received(self, data: bytes) -> None:
+        counters.client_bytes += len(data)
+        self.feed(data)
 
     def next_nowait(self) -> tuple[int, bytes] | None:
         """The next message if it is here already."""
@@ -101,6 +110,7 @@ class Batch:
         message = self.messages.next_nowait()
         if message is None:
             self.primary.push()
+            self.client.flush()
             message = await self.messages.next()
         return message
 
@@ -109,7 +119,7 @@ class Batch:
         call: then the server's transaction, and its snapshot, end before the call is made."""
         if self.executed or self.relay.status != TransactionStatus.IDLE:
             return False
-        return Needs.PRIMARY not in plan.needs and plan.has_no_side_effects
+        return not plan.needs & (Needs.PRIMARY | Needs.COMMIT) and plan.has_no_side_effects
 
     # What is known of the server
 
@@ -123,15 +133,33 @@ class Batch:
         await self.primary.ask_settings(*READING)
         self.settings_known = True
 
-    async def know_api(self, statement: Statement, *, apart: bool = False) -> None:
-        """Ask the server what a function returns, if that is not known yet and this may be a call
-        of one where it makes a difference. `apart`: the batch has not begun."""
-        if (
-            not self.session.extension_state.is_known
-            and self.relay.status != TransactionStatus.FAILED
-            and self.session.reader.depends_on_api(statement)
-        ):
-            await self.caller.ask_api(apart=apart)
+    async def know_names(self, statement: Statement, *, apart: bool = False) -> None:
+        """Ask the server what the calls in a statement mean, if that is not known yet: which
+        version of the API it has, and whether it has objects of its own under these names.
+        `apart`: the batch has not begun."""
+        session, reader = self.session, self.session.reader
+        if self.relay.status == TransactionStatus.FAILED or not reader.may_call(statement):
+            return
+        if not session.extension_state.is_known:
+            await self.caller.ask_state(apart=apart)
+        plan = reader.plan(statement)
+        if isinstance(plan, Plan) and session.extension_state.may_mean_others(plan):
+            statement.is_others = await self.caller.means_others(plan, apart=apart)
+
+    async def know_view(self, statements: Sequence[Statement], *, apart: bool = False) -> None:
+        """Ask the server what is to be done about definitions that look for jobs, if there are
+        some. `apart`: the batch has not begun."""
+        reader = self.session.reader
+        undecided = [
+            statement
+            for statement in statements
+            if isinstance(plan := reader.plan(statement), Substitute) and plan.is_undecided
+        ]
+        if not undecided or self.relay.status == TransactionStatus.FAILED:
+            return
+        [[schema, level, real]] = await self.primary.query(VIEW_QUERY, apart=apart)
+        for statement in undecided:
+            reader.decide(statement, schema, level or b"", has_real=real == b"t")
 
     # Executing
 
@@ -167,15 +195,28 @@ class Batch:
         self.primary.send(Close(b"P", b"").serialize(), ENDS_CLOSE, drop)
         self.primary.send(Close(b"S", b"").serialize(), ENDS_CLOSE, closed)
 
-    def pass_as(self, tag: bytes | None) -> ResponseHandler:
-        """Passes on the answer to Execute or Query, with this command tag if there is one."""
+    def pass_as(
+        self, plan: Plan | Substitute | None, command: Command | None = None
+    ) -> ResponseHandler:
+        """Passes on the answer to Execute or Query, with the command tag and the notice that a
+        substitute has, if any. `command`: as which it is prepared; the notice is given once."""
+        if isinstance(plan, Substitute) and plan.blocks:
+            self.session.extension_state.change()  # even if it fails: it may have committed
 
         async def handler(kind: int, body: bytes) -> None:
-            if kind == B.COMMAND_COMPLETE and tag is not None:
-                self.session.extension_state.change()
-                await self.primary.write(CommandComplete(tag).serialize())
-            else:
+            if kind != B.COMMAND_COMPLETE or not isinstance(plan, Substitute):
                 await self.pass_execution(kind, body)
+                return
+            if plan.notice is not None and not (command is not None and command.is_told):
+                fields = plan.notice.response(self.session.codec).fields
+                await self.primary.write(NoticeResponse(fields).serialize())
+            if command is not None:
+                command.is_told = True
+            if plan.tag is None:
+                await self.primary.pass_on(kind, body)
+            else:
+                self.session.extension_state.change()
+                await self.primary.write(CommandComplete(plan.tag).serialize())
 
         return handler
 

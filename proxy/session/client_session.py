@@ -16,7 +16,8 @@ from proxy.session.extension_state import ExtensionState
 from proxy.session.reader import SqlReader
 from proxy.session.relay import Hooks, Relay
 from proxy.sql import encodings
-from proxy.statements.reading import READING, Reading
+from proxy.sql.lexer import READING
+from proxy.statements.reading import Reading
 
 
 class ClientSession(Owner, Hooks):
@@ -27,6 +28,7 @@ class ClientSession(Owner, Hooks):
         relay: passes bytes on, once the client has logged in.
         reader: reads its SQL, from then on too.
         extension_state: which pg_background its database has.
+        has_been_warned: that the server has the C extension too.
     """
 
     client: Connection
@@ -35,6 +37,7 @@ class ClientSession(Owner, Hooks):
     reader: SqlReader
     custom_settings: CustomSettings
     extension_state: ExtensionState
+    has_been_warned = False
 
     @property
     def client_encoding(self) -> bytes:

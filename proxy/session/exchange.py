@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,17 +32,25 @@ from proxy.net.connection import Connection
 from proxy.net.inbox import Inbox
 from proxy.session.client_session import ClientSession
 from proxy.sql.text import raise_block
-from proxy.statements.plan import Plan, Substitute
+from proxy.statements.plan import Block, Plan, Substitute
 from proxy.statements.standin import complaint
 
 OWN_NAME: Final = b"_pg_background_proxy"
 """The name of our own statement and portal in the primary backend; closed after use."""
+
+_BIND_OWN: Final = Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize()
+_EXECUTE_OWN: Final = Execute(OWN_NAME, 0).serialize()
+_CLOSE_PORTAL: Final = Close(b"P", OWN_NAME).serialize()
+_CLOSE_STATEMENT: Final = Close(b"S", OWN_NAME).serialize()
 
 SYNC_MESSAGE: Final = Sync().serialize()
 FLUSH: Final = Flush().serialize()
 SYNC_AHEAD: Final = SYNC_MESSAGE + FLUSH
 """Sync, and a message that does nothing. It stops the idle_session_timeout that begins at Sync, so
 that the server does not end a session that waits for us."""
+
+_LONG: Final = 64 * 1024
+"""Bytes that are sent as they are, not with others in one write."""
 
 ResponseHandler = Callable[[int, bytes], Awaitable[None]]
 """Handles one message of an answer, given as type and body."""
@@ -60,6 +68,22 @@ class _Reply:
     offset: int = 0
     undo: Undo | None = None
     is_block: bool = False
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether a block of ours is executed, by itself or within one of the client's."""
+        return self.is_block or (isinstance(self.plan, Substitute) and bool(self.plan.blocks))
+
+    def fields(self, fields: dict[str, bytes]) -> dict[str, bytes]:
+        """The fields of an error or notice, less what they tell of blocks of ours."""
+        if self.is_block:
+            return _without_context(fields)
+        context = fields.get("W", b"")
+        blocks = self.plan.blocks if isinstance(self.plan, Substitute) else ()
+        for block in blocks:
+            if block.text in context:
+                return {**_without_context(fields), "W": _as_written(context, block)}
+        return fields
 
 
 class BatchFailedError(Exception):
@@ -127,22 +151,67 @@ class Exchange:
 
     def push(self) -> None:
         """Send what is queued, without asking for the answers yet."""
-        if self._out:
-            self._server.write(b"".join(self._out))
-            self._out.clear()
+        self._write_out()
 
-    def ask(self, sql: bytes, handler: ResponseHandler) -> None:
-        """Queue a query of ours, within the client's batch."""
+    def _write_out(self, end: bytes = b"") -> None:
+        """Send what is queued, and `end`; long messages without a copy."""
+        out, self._out = self._out, []
+        if sum(map(len, out)) <= _LONG:
+            out = [b"".join([*out, end])]
+        else:
+            out.append(end)
+        for data in out:
+            if data:
+                self._server.write(data)
+
+    def ask(
+        self,
+        sql: bytes,
+        handler: ResponseHandler = drop,
+        parameters: Sequence[bytes] = (),
+        formats: Sequence[int] = (),
+    ) -> int:
+        """Queue a query of ours, within the client's batch; returns how many answers it has."""
+        before = len(self._replies)
+        bind = _BIND_OWN
+        if parameters or formats:
+            bind = Bind(OWN_NAME, OWN_NAME, (), tuple(parameters), tuple(formats)).serialize()
         self.send(Parse(OWN_NAME, sql, ()).serialize(), ENDS_PARSE, drop)
-        self.send(Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize(), ENDS_BIND, drop)
-        self.send(Execute(OWN_NAME, 0).serialize(), ENDS_EXECUTE, handler)
-        self.send(Close(b"P", OWN_NAME).serialize(), ENDS_CLOSE, drop)
+        self.send(bind, ENDS_BIND, drop)
+        self.send(_EXECUTE_OWN, ENDS_EXECUTE, handler)
+        self.send(_CLOSE_PORTAL, ENDS_CLOSE, drop)
         self.send(
-            Close(b"S", OWN_NAME).serialize(),
+            _CLOSE_STATEMENT,
             ENDS_CLOSE,
             drop,
             undo=lambda _: self.unclosed.add(OWN_NAME),
         )
+        return len(self._replies) - before
+
+    async def query(
+        self,
+        sql: bytes,
+        parameters: Sequence[bytes] = (),
+        formats: Sequence[int] = (),
+        *,
+        apart: bool = False,
+    ) -> list[tuple[bytes | None, ...]]:
+        """The rows of a query of ours, within the client's batch. `apart`: before that begins, as a
+        batch of its own."""
+        rows: list[tuple[bytes | None, ...]] = []
+
+        async def handler(kind: int, body: bytes) -> None:
+            if kind == B.DATA_ROW:
+                rows.append(DataRow.parse(body).values)
+
+        self.ask(sql, handler, parameters, formats)
+        if apart:
+            self.synced = True
+            await self.settle(SYNC_MESSAGE)
+            await self.reopen()
+        else:
+            await self.settle()
+        return rows
 
     async def ask_settings(self, *names: bytes) -> None:
         """Have the relay know what these settings are now, after all that was executed. SHOW takes
@@ -159,13 +228,19 @@ class Exchange:
             self.ask(b"SHOW " + name, noting(name))
         await self.settle()
 
-    async def ask_apart(self, sql: bytes, handler: ResponseHandler) -> None:
-        """Ask before the client's batch begins, as a batch of its own."""
-        self.ask(sql, handler)
-        self.synced = True
-        await self.settle(SYNC_MESSAGE)
+    async def reopen(self) -> bool:
+        """Begin another transaction if that of the batch has ended with a Sync ahead; whether it
+        has. To be ended with `sync_ahead`, or the client's own Sync."""
+        if not self.synced:
+            return False
         await self._until_ready()
         self.synced = False
+        return True
+
+    def sync_ahead(self) -> None:
+        """Send Sync ahead of the client's own."""
+        self._server.write(SYNC_AHEAD)
+        self.synced = True
 
     async def ask_marked(self, sql: bytes, marker: str) -> bool:
         """Run a block of ours; whether it has raised its marker as INFO (it is not passed on)."""
@@ -185,16 +260,15 @@ class Exchange:
 
     # Answers
 
-    async def settle(self, end: bytes = FLUSH) -> None:
-        """Send what is queued and deal with the answers, in order.
+    async def settle(self, end: bytes = FLUSH, *, leave: int = 0) -> None:
+        """Send what is queued and deal with the answers, in order, but for the last `leave`.
 
         Raises BatchFailedError if the server answers with an error, and what takers raise.
         """
         if self._replies:
             # What was pushed is not flushed yet, so `end` is due even if nothing else is.
-            self._server.write(b"".join(self._out) + end)
-            self._out.clear()
-        while self._replies:
+            self._write_out(end)
+        while len(self._replies) > leave:
             kind, body = await self.next_message()
             reply = self._replies[0]
             if kind == B.ERROR_RESPONSE:
@@ -228,9 +302,9 @@ class Exchange:
                 pass
             elif self._marker and kind == B.NOTICE_RESPONSE and self._is_marker(body):
                 self._marked = True
-            elif kind == B.NOTICE_RESPONSE and self._replies and self._replies[0].is_block:
-                notice = NoticeResponse.parse(body)
-                self._client.write(NoticeResponse(_without_context(notice.fields)).serialize())
+            elif kind == B.NOTICE_RESPONSE and self._replies and self._replies[0].has_blocks:
+                fields = self._replies[0].fields(NoticeResponse.parse(body).fields)
+                self._client.write(NoticeResponse(fields).serialize())
             else:
                 self._client.write(frame(kind, body))
 
@@ -239,9 +313,8 @@ class Exchange:
 
     def _server_failed(self, reply: _Reply, body: bytes) -> None:
         """Pass an error on, in the words and with the position of the client's own text."""
-        error = ErrorResponse.parse(body)
-        if reply.is_block:
-            error = ErrorResponse(_without_context(error.fields))
+        body = self._relay.hidden.restored(body)
+        error = ErrorResponse(reply.fields(ErrorResponse.parse(body).fields))
         position = int(error.fields.get("P", b"0"))
         codec = self._session.codec
         if reply.plan is not None:
@@ -250,8 +323,11 @@ class Exchange:
                 error = error.with_fields(M=words)
             if position:
                 position = reply.plan.rewrite.original_position(position, codec)
-        elif (replaced := self._session.complaint(body)) is not None:
-            error = ErrorResponse.parse(replaced[5:])
+        if (
+            not (reply.is_block or isinstance(reply.plan, Plan))
+            and (replaced := self._session.complaint(body)) is not None
+        ):
+            error = ErrorResponse(reply.fields(ErrorResponse.parse(replaced[5:]).fields))
         if position:
             error = error.with_fields(P=b"%d" % (position + reply.offset))
         self._client.write(error.serialize())
@@ -284,8 +360,8 @@ class Exchange:
             self.unclosed.add(OWN_NAME)
             self._server.write(
                 Parse(OWN_NAME, raise_block(error), ()).serialize()
-                + Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize()
-                + Execute(OWN_NAME, 0).serialize()
+                + _BIND_OWN
+                + _EXECUTE_OWN
                 + FLUSH
             )
             while (await self.next_message())[0] != B.ERROR_RESPONSE:
@@ -321,6 +397,11 @@ class Exchange:
         self._client.write(frame(kind, body))
         await self._drained()
 
+    def hold(self, data: bytes) -> None:
+        """Send to the client, together with what comes next."""
+        self._interrupts.check_for_interrupts()
+        self._client.hold(data)
+
     async def write(self, data: bytes, *, cut: bool = False) -> None:
         """Send to the client, and wait while it is slow. `cut`: the last message goes on."""
         self._interrupts.check_for_interrupts()
@@ -331,6 +412,17 @@ class Exchange:
     async def _drained(self) -> None:
         if self._client.full is not None:
             await self._interrupts.for_future(self._client.full)
+
+
+def _as_written(context: bytes, block: Block) -> bytes:
+    """CONTEXT with what the client wrote in the place of a block, and nothing from within that."""
+    before, _, after = context.partition(block.text)
+    if not block.is_executed:
+        first, newline, rest = after.partition(b"\n")
+        second, more, others = rest.partition(b"\n")
+        second = second.replace(b" at EXECUTE", b" at SQL statement")
+        after = first + newline + second + more + others
+    return before.rpartition(b"\n")[2] + block.written + after
 
 
 def _without_context(fields: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -7,12 +7,20 @@ undo (`Batch.is_alone`); otherwise the transaction stays open until the call has
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from protocol.errors import FEATURE_NOT_SUPPORTED, QUERY_CANCELED, ProtocolViolation, SQLError
 from protocol.kinds import ENDS_DESCRIBE, B, F
-from protocol.messages import CommandComplete, DataRow, Describe, PortalSuspended, RowDescription
+from protocol.messages import (
+    CommandComplete,
+    DataRow,
+    Describe,
+    Field,
+    PortalSuspended,
+    RowDescription,
+)
 from protocol.values import NoBinaryForm
 from proxy.api.functions import TEXT, Column, Needs, Type
 from proxy.jobs.job import Job
@@ -28,8 +36,13 @@ from proxy.session.prepared import (
     format_of,
     misread,
 )
-from proxy.session.results import Result, Table, encode, with_formats
+from proxy.session.results import Means, Result, Table, encode, with_formats
+from proxy.session.visible_wait import VisibleWait
 from proxy.statements.plan import ScalarPlan
+
+_MOST_KEPT: Final = 1000
+"""Rows whose calls are made after the server's whole answer; the calls of more are made as they
+come."""
 
 
 class Execution:
@@ -54,7 +67,7 @@ class Execution:
                 await self.fetch(name, portal, statement, max_rows, sync=sync)
             case command:
                 plan = command.plan
-                handler = self._batch.pass_as(plan.tag)
+                handler = self._batch.pass_as(plan, command)
                 self._batch.send_execute(name, max_rows, handler, plan=plan)
 
     def _ends_batch(self, portal: Portal, statement: WithCalls) -> bool:
@@ -78,7 +91,7 @@ class Execution:
                 statement.described(RowDescription.parse(body).fields)
                 if formats is not None and statement.has_columns:
                     fields = with_formats(statement.client_fields(), formats)
-                    await self._primary.write(RowDescription(fields).serialize())
+                    self._primary.hold(RowDescription(fields).serialize())
 
         return handler
 
@@ -91,25 +104,57 @@ class Execution:
         needs = plan.needs
         kept: list[tuple[int, bytes]] = []
         may_set = not plan.has_no_side_effects
+        streams = False
+
+        def waits() -> bool:
+            """Calls that may wait come after the server's answer, so that it can wait with them."""
+            return Needs.TIME in needs or batch.caller.may_wait_for_room
 
         async def handler(kind: int, body: bytes) -> None:
-            if kept or Needs.PRIMARY in needs or (may_set and _has_other_letters(plan, kind, body)):
-                kept.append((kind, body))
-            else:
+            nonlocal streams
+            if streams or not (
+                kept
+                or waits()
+                or not batch.caller.has_whole_context
+                or batch.caller.may_use_primary(plan)
+                or (may_set and _has_other_letters(plan, kind, body))
+            ):
                 await self._row(portal, statement, kind, body)
+                return
+            kept.append((kind, body))
+            if (
+                len(kept) > _MOST_KEPT
+                and not (may_set or batch.caller.may_use_primary(plan))
+                and batch.caller.has_whole_context
+            ):
+                streams = True
+                await self._rows(portal, statement, kept)
 
         sync = may_sync and self._ends_batch(portal, statement)
-        batch.caller.ask_context(plan, first=not batch.executed)
+        batch.caller.ask_context(plan, first=not batch.executed, marker=statement.marker)
         batch.send_execute(name, max_rows, handler, plan=plan, offset=portal.offset)
         if portal.in_query:
             batch.close_unnamed()
         self._primary.synced = sync
         with batch.interrupts.calling(limited=Needs.TIME in needs):
             await self._primary.settle(SYNC_AHEAD if sync else FLUSH)
+            await self._complete_context(portal)
             if kept and may_set:
                 await self._check_encoding()
-            for kind, body in kept:
-                await self._row(portal, statement, kind, body)
+            if waits():
+                batch.interrupts.wait_in_server(self._visible_wait(statement))
+            await self._rows(portal, statement, kept)
+
+    def _visible_wait(self, statement: WithCalls) -> VisibleWait:
+        text = statement.plan.rewrite.original
+        return VisibleWait(self._primary, text, self._batch.session.codec)
+
+    async def _rows(
+        self, portal: Portal, statement: RowCalls, kept: list[tuple[int, bytes]]
+    ) -> None:
+        for kind, body in kept:
+            await self._row(portal, statement, kind, body)
+        kept.clear()
 
     async def _check_encoding(self) -> None:
         """Raises SQLError if a stand-in has changed the encoding of its own rows, perhaps between
@@ -137,7 +182,7 @@ class Execution:
         for column in statement.plan.columns:
             place = column.index % len(values)
             results[place] = await caller.evaluate(
-                column.call, caller.arguments(column.call, values[place]), results
+                column.call, await caller.arguments(column.call, values[place]), results
             )
         types = statement.types
         row: list[bytes | None] = []
@@ -179,9 +224,9 @@ class Execution:
 
         `describe`: the client has asked for its columns too. `sync`: Sync goes along.
         """
-        async with self._result(name, portal, statement, sync=sync) as result:
+        async with self._result(name, portal, statement, sync=sync, redescribe=describe) as result:
             if describe or (portal.in_query and not statement.has_columns):
-                await self._primary.write(RowDescription(result.fields).serialize())
+                await self._describe(statement, result, portal)
             sent = await result.send(max_rows)
             if max_rows and sent == max_rows:
                 await self._primary.write(PortalSuspended().serialize())
@@ -190,16 +235,28 @@ class Execution:
 
     async def describe(self, name: bytes, portal: Portal, statement: FunctionResult) -> None:
         """Send the columns of a portal, which only its job knows."""
-        async with self._result(name, portal, statement) as result:
-            await self._primary.write(RowDescription(result.fields).serialize())
+        async with self._result(name, portal, statement, redescribe=True) as result:
+            await self._describe(statement, result, portal)
+
+    async def _describe(self, statement: FunctionResult, result: Result, portal: Portal) -> None:
+        if not portal.in_query:
+            statement.told = result.fields
+        self._primary.hold(RowDescription(result.fields).serialize())
 
     @contextlib.asynccontextmanager
     async def _result(
-        self, name: bytes, portal: Portal, statement: FunctionResult, *, sync: bool = False
+        self,
+        name: bytes,
+        portal: Portal,
+        statement: FunctionResult,
+        *,
+        sync: bool = False,
+        redescribe: bool = False,
     ) -> AsyncIterator[Result]:
         """The result of a portal, begun if it was not yet, its columns known and checked."""
         batch, plan = self._batch, statement.plan
-        batch.caller.ask_context(plan, first=not batch.executed)
+        batch.caller.ask_context(plan, first=not batch.executed, marker=statement.marker)
+        told = () if redescribe else statement.told
         rows: list[tuple[bytes | None, ...]] = []
         if portal.result is None:
 
@@ -216,15 +273,26 @@ class Execution:
         self._primary.synced = sync
         with batch.interrupts.calling(limited=Needs.TIME in plan.needs):
             await self._primary.settle(SYNC_AHEAD if sync else FLUSH)
-            batch.interrupts.is_waiting = True
+            await self._complete_context(portal)
+            batch.interrupts.wait_in_server(self._visible_wait(statement))
             try:
                 if portal.result is None:
                     if [len(row) for row in rows] != [len(statement.fields)]:
                         raise misread()
-                    arguments = rows[0][-1]
+                    [row] = rows
+                    arguments = row[-1]
+                    if statement.has_columns:
+                        told = statement.client_fields()
                     if not (plan.has_no_side_effects or (arguments or b"").isascii()):
                         await self._check_encoding()
-                    portal.result = await self._call(portal, statement, arguments)
+                    portal.result = await self._call(
+                        portal, statement, arguments, statement.defined(row), told=told
+                    )
+                portal.result.means = Means(
+                    self._primary.write,
+                    batch.caller.wait_for,
+                    functools.partial(self._ask, portal),
+                )
                 await portal.result.describe()
                 yield portal.result
             except BaseException as error:
@@ -241,40 +309,68 @@ class Execution:
         if not (job.has_handle or job.finished):
             self._batch.session.drop(job)
 
+    async def _ask(
+        self, portal: Portal, sql: bytes, parameters: Sequence[bytes], formats: Sequence[int]
+    ) -> Sequence[Sequence[bytes | None]]:
+        """A `conversion.Ask`. If Sync went ahead, what is asked begins a transaction again, which
+        the client's own Sync ends: the first one had nothing that could be lost."""
+        await self._reopen(portal)
+        interrupts = self._batch.interrupts
+        interrupts.is_waiting = False  # it is the server that a cancel request must reach
+        try:
+            return await self._primary.query(sql, parameters, formats)
+        finally:
+            interrupts.is_waiting = True
+
+    async def _reopen(self, portal: Portal) -> None:
+        if await self._primary.reopen() and not portal.in_query:
+            self._batch.messages.put_back(F.SYNC, b"")
+
+    async def _complete_context(self, portal: Portal) -> None:
+        if not self._batch.caller.has_whole_context:
+            await self._reopen(portal)
+            await self._batch.caller.complete_context()
+
     async def _call(
-        self, portal: Portal, statement: FunctionResult, arguments: bytes | None
+        self,
+        portal: Portal,
+        statement: FunctionResult,
+        arguments: bytes | None,
+        defined: Sequence[Field],
+        *,
+        told: Sequence[Field],
     ) -> Result:
-        """Call the function in FROM; `arguments`: as the stand-in has them."""
+        """Call the function in FROM; `arguments`: as the stand-in has them. `defined`, `told`: see
+        `Fetch`."""
         plan, caller = statement.plan, self._batch.caller
         function = plan.call.function
-        value = await caller.evaluate(plan.call, caller.arguments(plan.call, arguments))
+        value = await caller.evaluate(plan.call, await caller.arguments(plan.call, arguments))
         if isinstance(value, Job):
             return Fetch(
                 value,
-                plan.outputs,
-                defined=statement.defined,
+                plan,
+                defined=defined,
+                described=told,
                 formats=portal.formats,
-                write=self._primary.write,
-                wait=caller.wait_for,
+                client_encoding=self._batch.session.client_encoding,
             )
         if function.returns_set:
             rows = value or []
         else:
-            rows = [value or (None,) * len(function.columns)]
-        columns: Sequence[Column] = function.columns
+            rows = [value or (None,) * len(statement.columns)]
+        columns = statement.columns
         if not columns:
             # A job whose pid is NULL has no rows, of whatever columns.
-            fields = statement.defined or (text_field(),)
+            fields = defined or (text_field(),)
             columns = [Column(field.name.decode(), TEXT) for field in fields]
-        elif statement.defined:
-            columns = as_defined(columns, statement.defined)
+        elif defined:
+            columns = as_defined(columns, defined)
         return Table(
             rows,
             columns,
             plan.outputs,
             portal.formats,
             zone=self._batch.session.zone,
-            write=self._primary.write,
         )
 
 

@@ -1,25 +1,48 @@
 """The messages of the extended protocol in a batch with a call.
 
 Invariant: the proxy's account of a statement or portal follows the server's. It is changed when the
-message is sent, and changed back if the server fails before it has carried that out (`undo`).
+message is sent, and changed back if the server fails before it has carried that out (`undo`). What
+the server has under which names: see `hidden`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
+from protocol import wire
 from protocol.errors import FEATURE_NOT_SUPPORTED, SQLError
 from protocol.framing import frame
-from protocol.kinds import ENDS_BIND, ENDS_CLOSE, ENDS_DESCRIBE, ENDS_PARSE, F
-from protocol.messages import Bind, Close, Describe, Execute, Parse
+from protocol.kinds import (
+    ENDS_BIND,
+    ENDS_CLOSE,
+    ENDS_DESCRIBE,
+    ENDS_PARSE,
+    B,
+    F,
+    TransactionStatus,
+)
+from protocol.messages import Bind, Close, Describe, Execute, Parse, RowDescription
 from proxy.session.batch import Batch
-from proxy.session.exchange import ResponseHandler
+from proxy.session.exchange import OWN_NAME, ResponseHandler, Undo, drop
 from proxy.session.execution import Execution
 from proxy.session.prepared import Command, FunctionResult, Portal, Prepared, WithCalls, prepare
 from proxy.session.simple_query import as_comment
 from proxy.sql import encodings
-from proxy.statements.plan import Statement, Substitute
+from proxy.sql.lexer import Kind
+from proxy.sql.rewrite import Piece, Rewrite
+from proxy.statements.hidden import GUARD_COLUMN, portal_guard, statement_guard
+from proxy.statements.plan import Plan, Statement
+
+_STILL_THERE: Final = (
+    b"SELECT p.name FROM pg_catalog.pg_prepared_statements p WHERE NOT p.from_sql"
+    b" AND p.name OPERATOR(pg_catalog.=) ANY (CAST($1 AS pg_catalog.text[]))"
+)
+"""Of some names those under which the protocol has made a statement."""
+
+_LOOK_EACH: Final = 64
+"""Statements with calls, after which it is seen which ones are still there."""
 
 
 class ExtendedQuery:
@@ -30,6 +53,8 @@ class ExtendedQuery:
         self._execution = execution
         self._relay = batch.relay
         self._primary = batch.primary
+        # Hidden portals whose guards are there for certain: bound, and nothing executed since.
+        self._certain: set[bytes] = set()
         self._serve = {
             F.BIND: self._bind,
             F.DESCRIBE: self._describe,
@@ -43,17 +68,22 @@ class ExtendedQuery:
 
     async def parse(self, body: bytes, read: Sequence[Statement]) -> None:
         """Serve Parse; `read`: its text, if the relay has read it."""
-        session, statements = self._batch.session, self._relay.statements
+        session, relay = self._batch.session, self._relay
+        statements = relay.statements
         lowered = body.lower()
         session.custom_settings.mentioned(lowered)
+        relay.read(lowered)
         await self._batch.know_settings(body)
         if b"set_config" in lowered:
-            self._relay.setters.add(self._relay.key(body.partition(b"\0")[0]))
+            relay.setters.add(relay.key(body.partition(b"\0")[0]))
         [statement] = read or session.reader.read(F.PARSE, body)
         message = Parse.parse(body)
-        await self._batch.know_api(statement)
+        await self._batch.know_names(statement)
+        await self._batch.know_view([statement])
+        if statements and len(statements) % _LOOK_EACH == 0:
+            await self._look_at_all()
         plan = session.reader.plan(statement)
-        key = self._relay.key(message.statement)
+        key = relay.key(message.statement)
         old = statements.pop(key, None)
 
         def undo(was_read: bool) -> None:
@@ -62,22 +92,119 @@ class ExtendedQuery:
             if old is not None and (key or not was_read):
                 statements[key] = old
 
-        parse = frame(F.PARSE, body)
-        prepared: Prepared | None = None
-        if plan is not None:
-            query = plan.rewrite.sql
-            if not isinstance(plan, Substitute) or plan.tag is not None:
-                query += as_comment(plan.rewrite.unsent)
-                prepared = Command(plan) if isinstance(plan, Substitute) else prepare(plan)
-                statements[key] = prepared
-            parse = replace(message, query=query).serialize()
-        self._primary.send(parse, ENDS_PARSE, self._primary.pass_on, plan=plan, undo=undo)
-        if prepared is None or isinstance(prepared, Command):
+        if isinstance(plan, Plan):
+            prepared = prepare(plan, session.extension_state.composites)
+            if (
+                plan.is_servers_too
+                and not statement.voids
+                and session.extension_state.has_functions
+            ):
+                prepared.native = replace(message, statement=OWN_NAME)
+            statements[key] = prepared
+            self._parse_call(message, prepared, _parameters(message, statement), undo)
+        else:
+            parse = frame(F.PARSE, body)
+            if plan is not None:
+                query = plan.rewrite.sql
+                if plan.is_followed:
+                    query += as_comment(plan.rewrite.unsent)
+                    statements[key] = Command(plan, server_name=self._short(message.statement))
+                parse = replace(message, query=query).serialize()
+            self._primary.send(parse, ENDS_PARSE, self._primary.pass_on, plan=plan, undo=undo)
+        self._close_stand_in(old)
+
+    def _parse_call(self, message: Parse, prepared: WithCalls, parameters: int, undo: Undo) -> None:
+        """Queue the Parse of a statement with calls, and a Describe for us."""
+        plan, primary, name = prepared.plan, self._primary, message.statement
+        stand_in = plan.rewrite.sql + as_comment(plan.rewrite.unsent)
+        prepared.server_name = hidden = self._hidden(name) if name else b""
+
+        def undo_hidden(was_read: bool) -> None:
+            undo(was_read)
+            self._relay.hidden.forget(hidden)
+
+        primary.send(
+            replace(message, statement=hidden, query=stand_in).serialize(),
+            ENDS_PARSE,
+            drop if hidden else primary.pass_on,
+            plan=plan,
+            undo=undo_hidden,
+        )
+        if hidden:
+
+            def undo_both(was_read: bool) -> None:
+                undo_hidden(was_read)
+                if was_read:
+                    primary.unclosed.add(hidden)
+
+            own = statement_guard(self._short(name), hidden, message.query, parameters)
+            if prepared.native is not None:
+                own = message.query, message.parameter_types
+            primary.send(
+                Parse(name, *own).serialize(),
+                ENDS_PARSE,
+                primary.pass_on,
+                plan=_as_it_is(plan, own[0]),
+                undo=undo_both,
+            )
+        describe = Describe(b"S", hidden).serialize()
+        primary.send(describe, ENDS_DESCRIBE, self._execution.describes(prepared), plan=plan)
+
+    def _hidden(self, name: bytes) -> bytes:
+        """A new name in the server for a statement or portal of the client's."""
+        return self._relay.hidden.new(self._short(name))
+
+    def _short(self, name: bytes) -> bytes:
+        return encodings.short_name(name, self._batch.session.client_encoding)
+
+    def _close_stand_in(self, statement: Prepared | None) -> None:
+        """Queue the Close of the stand-in of a statement that is gone."""
+        if isinstance(statement, WithCalls) and statement.server_name:
+            self._close_hidden(b"S", statement.server_name)
+
+    def _close_portal(self, portal: Portal | None) -> None:
+        """The same for a portal."""
+        if portal is not None and portal.is_hidden:
+            self._close_hidden(b"P", portal.server_name, portal)
+
+    def _close_hidden(self, kind: bytes, name: bytes, portal: Portal | None = None) -> None:
+        async def closed(kind: int, body: bytes) -> None:
+            self._relay.hidden.forget(name)
+            if portal is not None:
+                portal.close()
+
+        self._primary.send(Close(kind, name).serialize(), ENDS_CLOSE, closed)
+
+    async def _look_again(self, name: bytes) -> None:
+        """If SQL may have deallocated a statement, see which ones are still there."""
+        relay = self._relay
+        statements = relay.statements
+        if not (relay.is_doubtful and name and relay.key(name) in statements):
             return
-        name = encodings.short_name(message.statement, session.client_encoding)
-        describe = Describe(b"S", name).serialize()
-        handler = self._execution.describes(prepared)
-        self._primary.send(describe, ENDS_DESCRIBE, handler, plan=plan)
+        if relay.status == TransactionStatus.FAILED and not self._batch.executed:
+            # It cannot be asked. If there is no such statement, that is its error.
+            describe = Describe(b"S", self._short(name)).serialize()
+            self._primary.send(describe, ENDS_DESCRIBE, drop)
+            return
+        names = [name for name in statements if name and self._is_text(name)]
+        array = encodings.array_text(names, self._batch.session.client_encoding)
+        found = {name for (name,) in await self._primary.query(_STILL_THERE, (array,))}
+        relay.is_doubtful = False
+        for name in names:
+            if name not in found:
+                self._close_stand_in(statements.pop(name))
+
+    async def _look_at_all(self) -> None:
+        """Close the stand-ins of what SQL has deallocated, whose names may never be used again."""
+        if self._relay.status != TransactionStatus.FAILED:
+            await self._look_again(max(self._relay.statements))
+
+    def _is_text(self, key: bytes) -> bool:
+        """Whether a name, as the server has it, is text that can be sent as it is. It is not if it
+        was cut off within a character."""
+        client, server = map(self._relay.setting, (b"client_encoding", b"server_encoding"))
+        valid = client == server and encodings.is_valid(key, encodings.codec(client))
+        return key.isascii() or valid
 
     async def _bind(self, body: bytes) -> None:
         self._batch.settings_known = False  # a parameter's type has functions of its own
@@ -86,47 +213,127 @@ class ExtendedQuery:
         key, name = relay.key(message.portal), relay.key(message.statement)
         if name in relay.setters:
             self._batch.session.custom_settings.bound(body)
+        await self._look_again(message.statement)
         statement = relay.statements.get(name)
-        formats = message.result_formats
-        if statement is not None:
-            message = replace(message, result_formats=statement.stand_in_formats(formats))
         if not message.portal:
             relay.forget_portal(b"")
-        if statement is None:
-            self._primary.send(frame(F.BIND, body), ENDS_BIND, self._primary.pass_on)
-            return
-        portals[key] = Portal(statement, formats)
-        self._primary.send(
-            message.serialize(),
-            ENDS_BIND,
-            self._primary.pass_on,
-            plan=statement.plan,
-            undo=lambda _: portals.pop(key, None),
+        # If it is there, the server refuses another of its name.
+        old = portals.pop(key, None)
+
+        def undo(was_read: bool) -> None:
+            portals.pop(key, None)
+            if old is not None:
+                portals[key] = old
+
+        is_native = (
+            isinstance(statement, WithCalls)
+            and statement.native is not None
+            and bool(message.portal)
+            and not statement.plan.streams
         )
+        if statement is None or (is_native and message.statement):
+            self._primary.send(frame(F.BIND, body), ENDS_BIND, self._primary.pass_on, undo=undo)
+        elif isinstance(statement, WithCalls) and statement.native is not None and is_native:
+            bind = _in_other_words(body, message, replace(message, statement=OWN_NAME))
+            self._bind_own(statement.plan, statement.native, bind, undo)
+        elif isinstance(statement, WithCalls) and message.portal:
+            portals[key] = self._bind_hidden(body, message, statement, undo)
+        else:
+            self._bind_stand_in(body, message, statement, undo)
+            portals[key] = Portal(statement, message.portal, message.result_formats)
+        self._close_portal(old)
+
+    def _bind_stand_in(
+        self, body: bytes, message: Bind, statement: Prepared, undo: Undo, hidden: bytes = b""
+    ) -> None:
+        new = replace(
+            message,
+            portal=hidden or message.portal,
+            statement=statement.server_name,
+            result_formats=statement.stand_in_formats(message.result_formats),
+        )
+        handler: ResponseHandler = drop if hidden else self._primary.pass_on
+        bind = _in_other_words(body, message, new)
+        self._primary.send(bind, ENDS_BIND, handler, plan=statement.plan, undo=undo)
+
+    def _bind_hidden(self, body: bytes, message: Bind, statement: WithCalls, undo: Undo) -> Portal:
+        """Queue the Bind of a stand-in to a portal that has a name, and of its guard."""
+        hidden = self._hidden(message.portal)
+
+        def undo_hidden(was_read: bool) -> None:
+            undo(was_read)
+            self._relay.hidden.forget(hidden)
+
+        self._bind_stand_in(body, message, statement, undo_hidden, hidden)
+        self._certain.add(hidden)
+        sql = statement.plan.rewrite.original
+        guard = Parse(OWN_NAME, portal_guard(self._short(message.portal), hidden, sql), ())
+        bind = Bind(message.portal, OWN_NAME, (), (), ()).serialize()
+        self._bind_own(statement.plan, guard, bind, undo_hidden)
+        return Portal(statement, hidden, message.result_formats)
+
+    def _bind_own(self, plan: Plan, parse: Parse, bind: bytes, undo: Undo) -> None:
+        """Queue the Bind of a portal of the client's to a statement of ours."""
+        primary, plan = self._primary, _as_it_is(plan, parse.query)
+        primary.send(parse.serialize(), ENDS_PARSE, drop, plan=plan, undo=undo)
+        primary.send(bind, ENDS_BIND, primary.pass_on, plan=plan, undo=undo)
+        primary.send(
+            Close(b"S", OWN_NAME).serialize(),
+            ENDS_CLOSE,
+            drop,
+            undo=lambda _: primary.unclosed.add(OWN_NAME),
+        )
+
+    async def _bound(self, name: bytes) -> Portal | None:
+        """A portal with a call, if the server has that under the client's name. SQL may have closed
+        it, or put one of its own in its place.
+
+        Raises BatchFailedError if there is none of this name.
+        """
+        key = self._relay.key(name)
+        portal = self._relay.portals.get(key)
+        if portal is None or not portal.is_hidden or portal.server_name in self._certain:
+            return portal
+        columns: list[bytes] = []
+
+        async def handler(kind: int, body: bytes) -> None:
+            if kind == B.ROW_DESCRIPTION:
+                columns.extend(field.name for field in RowDescription.parse(body).fields)
+
+        describe = Describe(b"P", self._short(name)).serialize()
+        self._primary.send(describe, ENDS_DESCRIBE, handler)
+        await self._primary.settle()
+        if columns == [GUARD_COLUMN]:
+            self._certain.add(portal.server_name)
+            return portal
+        self._close_portal(portal)
+        self._relay.forget_portal(name)
+        return None
 
     async def _describe(self, body: bytes) -> None:
         message = Describe.parse(body)
-        key = self._relay.key(message.name)
         portal: Portal | None = None
         statement: Prepared | None
         if message.kind == b"P":
-            portal = self._relay.portals.get(key)
+            portal = await self._bound(message.name)
             statement = None if portal is None else portal.statement
         else:
+            key = self._relay.key(message.name)
+            await self._look_again(message.name)
             statement = self._relay.statements.get(key)
         handler: ResponseHandler = self._primary.pass_on
         if isinstance(statement, WithCalls):
             formats = () if portal is None else portal.formats
             handler = self._execution.describes(statement, formats)
+            name = statement.server_name if portal is None else portal.server_name
+            body = message.kind + name + b"\0"
         plan = None if statement is None else statement.plan
         self._primary.send(frame(F.DESCRIBE, body), ENDS_DESCRIBE, handler, plan=plan)
         if isinstance(statement, FunctionResult) and not statement.has_columns:
             await self._primary.settle()
-            await self._describe_job(message.name, portal, statement)
+            await self._describe_job(portal, statement)
 
-    async def _describe_job(
-        self, name: bytes, portal: Portal | None, statement: FunctionResult
-    ) -> None:
+    async def _describe_job(self, portal: Portal | None, statement: FunctionResult) -> None:
         """Describe a result whose columns only its job knows."""
         if portal is None:
             raise SQLError(
@@ -142,18 +349,27 @@ class ExtendedQuery:
             if execute and self._relay.portals.get(self._relay.key(execute.portal)) is portal:
                 messages.take(F.EXECUTE, F.SYNC)
                 await self._execution.fetch(
-                    name, portal, statement, execute.max_rows, describe=True, sync=True
+                    portal.server_name,
+                    portal,
+                    statement,
+                    execute.max_rows,
+                    describe=True,
+                    sync=True,
                 )
                 return
-        await self._execution.describe(name, portal, statement)
+        await self._execution.describe(portal.server_name, portal, statement)
 
     async def _close(self, body: bytes) -> None:
         message = Close.parse(body)
-        statements = self._relay.statements
-        key = self._relay.key(message.name)
-        old = statements.pop(key, None) if message.kind == b"S" else None
-        if message.kind == b"P":
-            self._relay.forget_portal(message.name)
+        relay, statements = self._relay, self._relay.statements
+        key = relay.key(message.name)
+        old: Prepared | None = None
+        if message.kind == b"S":
+            old = statements.pop(key, None)
+            self._close_stand_in(old)
+        elif message.kind == b"P":
+            self._close_portal(relay.portals.get(key))
+            relay.forget_portal(message.name)
 
         def undo(was_read: bool) -> None:
             if old is not None:
@@ -163,9 +379,34 @@ class ExtendedQuery:
 
     async def _execute(self, body: bytes) -> None:
         message = Execute.parse(body)
-        portal = self._relay.portals.get(self._relay.key(message.portal))
+        portal = await self._bound(message.portal)
         if portal is None:
+            self._certain.clear()  # it may be CLOSE
             handler = self._batch.pass_execution
             self._batch.send_execute(message.portal, message.max_rows, handler)
         else:
-            await self._execution.execute(message.portal, portal, message.max_rows)
+            await self._execution.execute(portal.server_name, portal, message.max_rows)
+
+
+def _parameters(message: Parse, statement: Statement) -> int:
+    """How many parameters a statement has, if it is valid: at most 65535."""
+    count = len(message.parameter_types)
+    if statement.tokens is not None:
+        for token, text in zip(statement.tokens.tokens, statement.tokens.texts, strict=True):
+            if token.kind is Kind.PARAMETER:
+                count = max(count, int(text[1:6]))
+    return min(count, 65535)
+
+
+def _as_it_is(plan: Plan, sql: bytes) -> Plan:
+    """A plan for errors about a text that the server gets as it is."""
+    return replace(plan, rewrite=Rewrite(sql, (Piece(0, len(sql)),)))
+
+
+def _in_other_words(body: bytes, old: Bind, new: Bind) -> bytes:
+    """The Bind of this body with other names and result formats. They stand at its beginning and
+    end, and what is between them may be long."""
+    start = len(old.portal) + len(old.statement) + 2
+    between = memoryview(body)[start : -2 - 2 * len(old.result_formats)]
+    names = b"%b\0%b\0" % (new.portal, new.statement)
+    return frame(F.BIND, b"".join((names, between, wire.int16s(new.result_formats))))

@@ -1,5 +1,5 @@
 """Which pg_background the session's database has: the proxy's, in which version of the API, or the
-C extension.
+C extension; and which of its names the database has for objects of its own.
 
 Invariant: it `is_known` only if no command about the extension was executed since the server was
 asked: in this session, or in a transaction of any session of the proxy that has ended.
@@ -7,17 +7,57 @@ asked: in this session, or in a transaction of any session of the proxy that has
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from itertools import chain
+from typing import Final
 
-from proxy.api.functions import CATALOGS
-from proxy.extension.installed import Installed, api_version
+from proxy.api.functions import CATALOGS, FUNCTIONS, VIEWS
+from proxy.config.gucs import SESSION_SETTING
+from proxy.extension.composites import TYPES, Composites
+from proxy.extension.installed import FIND, REALLY, VERSION, Installed, api_version
+from proxy.extension.names import ALIKE, is_there
+from proxy.extension.texts import sql
 from proxy.session.services import Services
+from proxy.statements.plan import Plan
+
+
+def state_query(server_version: int) -> bytes:
+    """What `ExtensionState.learn` is told: our extension's version or NULL, whether the server has
+    the C extension, the names of ours that other objects have, the marker's OID and the composite
+    types, whether functions in the server reach the proxy; and which messages the session wants."""
+    return _STATE_QUERY if server_version >= 90600 else _STATE_QUERY_9_5
+
+
+def _state_query(speaks: str) -> bytes:
+    return sql(
+        "state",
+        version=VERSION,
+        find=FIND,
+        really=REALLY,
+        alike=ALIKE,
+        types=TYPES,
+        speaks=speaks,
+    ).encode()
+
+
+_STATE_QUERY: Final = _state_query(
+    f"pg_catalog.length(pg_catalog.current_setting('{SESSION_SETTING.decode()}', true))"
+    " OPERATOR(pg_catalog.>) 0"
+)
+_STATE_QUERY_9_5: Final = _state_query("false")
+
+BARE_QUERY: Final = b"SELECT %b OR %b" % (
+    is_there(chain(*FUNCTIONS.values(), VIEWS.values())),
+    REALLY.encode(),
+)
+"""Whether there is anything to ask about by that query, which takes ten times as long."""
 
 
 class ExtensionState:
-    """
+    """What a session knows of it.
+
     Attributes:
-        is_real: whether calls are left to the C extension.
+        composites: the composite types, as last seen.
     """
 
     def __init__(self, services: Services) -> None:
@@ -25,7 +65,11 @@ class ExtensionState:
         self._api: int | None = None
         self._known_at = -1
         self._is_changing = False
-        self.is_real = False
+        self._has_real = False
+        self._speaks = False
+        self._is_bare = False
+        self._alike: Collection[str] = ()
+        self.composites = Composites()
 
     @property
     def api(self) -> int:
@@ -38,27 +82,78 @@ class ExtensionState:
         return self._known_at == self._services.extension_changes and not self._is_changing
 
     @property
+    def is_bare(self) -> bool:
+        """Whether the database has nothing under our names, as last seen, and nothing has changed
+        that since."""
+        return self.is_known and self._is_bare
+
+    @property
+    def is_real(self) -> bool:
+        """Whether calls are left to the C extension."""
+        is_wanted = self._services.runtime.config.extension == "server"
+        return self._has_real and self.is_known and is_wanted
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether the server has our functions too, and they reach the proxy."""
+        return self.is_known and self._speaks and self.composites.marker is not None
+
+    @property
     def possible(self) -> Collection[int]:
         """The versions of the API that the next call may find."""
         return (self.api,) if self.is_known else CATALOGS
 
-    def learn(self, version: bytes | None, *, has_real: bool) -> None:
-        """The server has said which version of our extension is installed, and whether the C
-        extension is, which counts if the server's is wanted."""
-        self.is_real = has_real and self._services.runtime.config.extension == "server"
-        self._seen(None if version is None else api_version(version.decode("ascii", "replace")))
+    def may_mean_others(self, plan: Plan) -> bool:
+        """Whether a call may mean an object of the database's own; the server knows. The C
+        extension's objects look like such ones."""
+        return (
+            not self.is_known
+            or self._has_real
+            or any(call.function.name in self._alike for call in plan.all_calls)
+        )
+
+    def learn(
+        self,
+        version: bytes | None,
+        *,
+        has_real: bool,
+        alike: Collection[str] = (),
+        marker: bytes | None = None,
+        types: Mapping[str, int] | None = None,
+        speaks: bool = False,
+    ) -> None:
+        """The server has said which version of our extension is installed; whether the C extension
+        is, which counts if the server's is wanted; which names of ours other objects have; which
+        composite types are there; and whether functions in the server reach the proxy."""
+        self._has_real = has_real
+        self._is_bare = version is None and not (has_real or alike)
+        self._alike = frozenset(alike)
+        self._speaks = speaks
+        self._known_at = self._services.extension_changes
+        api = None if version is None else api_version(version.decode("ascii", "replace"))
+        self.composites = Composites(marker, self._seen(api), types or {})
 
     def learn_api(self, extension: Installed | None) -> int:
         """The version of the API, now that a call has seen what is installed."""
         return self._seen(None if extension is None else extension.api)
 
     def _seen(self, api: int | None) -> int:
-        self._known_at = self._services.extension_changes
         self._api = api or self._services.runtime.config.api_version
         return self._api
 
+    @property
+    def is_split(self) -> bool:
+        """Whether calls that the client sends are ours, and those from inside the database the C
+        extension's."""
+        return self._has_real and self._services.runtime.config.extension == "proxy"
+
+    def forget(self) -> None:
+        """A call has found something else than was last seen."""
+        self._known_at = -1
+
     def change(self) -> None:
-        """A command about the extension was executed; its transaction may still roll back."""
+        """A command was executed that makes or removes the extension, or something of one of its
+        names; its transaction may still roll back."""
         self._is_changing = True
 
     def transaction_ended(self) -> None:

@@ -1,14 +1,15 @@
 """Handing over a job's result: its shape is checked, its rows are passed on.
 
 Invariant: rows go from the job to the client as the bytes that came. They are taken apart only when
-the client wants some of the columns, binary format, or a limited number of rows.
+the client wants some of the columns, binary format, or a limited number of rows; and converted by
+the server (`conversion`) where it alone can.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Protocol
+from collections.abc import Sequence
+from typing import Final
 
 from protocol.errors import (
     DATATYPE_MISMATCH,
@@ -20,11 +21,12 @@ from protocol.errors import (
 )
 from protocol.framing import MessageBuffer
 from protocol.messages import DataRow, ErrorResponse, Field
-from protocol.values import NoBinaryForm, oids, to_binary
+from protocol.values import NoBinaryForm, has_binary_form, oids, to_binary
 from proxy.jobs.job import Job
 from proxy.jobs.rows import Notice, Rows
-from proxy.session.results import choose, with_formats
-from proxy.statements.plan import Output
+from proxy.session.conversion import Conversion, no_binary_form, types_of
+from proxy.session.results import Means, choose, with_formats
+from proxy.statements.plan import ResultPlan
 
 _NO_BINARY_FORM: Final = frozenset({1033, 3642})
 """aclitem and gtsvector have no send function; a column declared text takes them."""
@@ -35,49 +37,46 @@ _TURN: Final = 256 * 1024
 _CONVERTED: Final = 8
 """About how many times longer a row takes to be taken apart than to be passed on."""
 
+_ROWS: Final = 10_000
+"""Rows that the server converts at once."""
+
 _TAGS: Final = 1000
 """Command tags that are sent before other sessions have their turn."""
-
-
-class Write(Protocol):
-    """Sends to the client, and waits while the client is slow.
-
-    `cut`: the last message goes on in what is written next.
-    """
-
-    async def __call__(self, data: bytes, *, cut: bool = False) -> None: ...
 
 
 class Fetch:
     """The result of a job (a `results.Result`)."""
 
+    means: Means
+
     def __init__(
         self,
         job: Job,
-        outputs: Sequence[Output],
+        plan: ResultPlan,
         *,
         defined: Sequence[Field],
+        described: Sequence[Field],
         formats: Sequence[int],
-        write: Write,
-        wait: Callable[[Job], Awaitable[None]],
+        client_encoding: bytes,
     ) -> None:
         """
         Args:
             job: whose result it is. It counts as consumed from now on.
-            outputs: what the client wants of its columns.
+            plan: what the client wants of its columns.
             defined: the column definition list; empty if there is none.
+            described: what the client was told of the columns that it wants, if it was.
             formats: the result formats of the client's Bind.
-            write: sends to the client.
-            wait: waits until something happens to the job.
+            client_encoding: PostgreSQL's name.
         """
         self.job = job
         self.fields: tuple[Field, ...] = ()
         self.finished = False
-        self._outputs = outputs
+        self._plan = plan
         self._defined = defined
+        self._told = described
+        self._encoding = client_encoding
+        self._conversion: Conversion | None = None
         self._formats = formats
-        self._write = write
-        self._wait = wait
         self._described = False
         self._columns: tuple[int, ...] = ()
         self._as_it_is = False
@@ -99,24 +98,62 @@ class Fetch:
             return
         await self._notices()
         while self.job.columns is None and not self.job.finished:
-            await self._wait(self.job)
+            await self.means.wait(self.job)
             await self._notices()
         if self.job.columns is None and self.job.fetched_error is not None:
             raise self._failed(self.job.fetched_error)
         self._given, self._tags = self.job.columns, self.job.tags
         self._check_shape()
         given = (text_field(),) if self._given is None else self._given
-        self._columns, fields = choose(self._outputs, self._defined or given)
+        self._columns, fields = choose(self._plan.outputs, self._defined or given)
+        if not self._defined:
+            self._check_told(fields)
         self.fields = with_formats(fields, self._formats)
         self._described = True
-        self._as_it_is = self._columns == tuple(range(len(given))) and not any(
-            field.format for field in self.fields
+        if self._given is not None and self._needs_server(self._given):
+            self._conversion = Conversion(
+                self._plan.types
+                or await types_of(self._given, self._columns, self.fields, self.means.ask),
+                self._given,
+                self._columns,
+                [field.format for field in self.fields],
+                self._encoding,
+            )
+        self._as_it_is = (
+            self._conversion is None
+            and self._columns == tuple(range(len(given)))
+            and not any(field.format for field in self.fields)
+        )
+
+    def _check_told(self, fields: Sequence[Field]) -> None:
+        """Raises SQLError 0A000 if the client was told of other columns."""
+        if self._told and [_shape(field) for field in fields] != [
+            _shape(field) for field in self._told
+        ]:
+            raise SQLError(
+                FEATURE_NOT_SUPPORTED,
+                "cached plan must not change result type",
+                detail="The statement was described with the columns of another background"
+                " worker's result.",
+                hint="Give a column definition list, or prepare the statement again.",
+            )
+
+    def _needs_server(self, given: Sequence[Field]) -> bool:
+        """Whether only the server can make of the job's values what the client wants."""
+        if any(field.format and not has_binary_form(field.type_oid) for field in self.fields):
+            return True
+        if not self._plan.has_modifiers:
+            return False
+        told = dict(zip(self._columns, self._told, strict=True))
+        return any(
+            place not in told or told[place].type_modifier not in (-1, field.type_modifier)
+            for place, field in enumerate(given)
         )
 
     async def _notices(self) -> None:
         """Pass on the notices that came before the first row."""
         while (notice := self.job.output.take_notice()) is not None:
-            await self._write(self.job.notice(notice))
+            await self.means.write(self.job.notice(notice))
 
     def _check_shape(self) -> None:
         if not self._defined:
@@ -158,16 +195,16 @@ class Fetch:
                     return sent
             output = self.job.output.take()
             if isinstance(output, Notice):
-                await self._write(self.job.notice(output))
+                await self.means.write(self.job.notice(output))
             elif isinstance(output, Rows):
                 if self._as_it_is and not max_rows and not len(self._rows):
                     sent += output.count
-                    await self._write(output.data, cut=output.cut)
+                    await self.means.write(output.data, cut=output.cut)
                 else:
                     self._rows.feed(output.data)
                 await self._pause(len(output.data))
             elif not self.job.finished:
-                await self._wait(self.job)
+                await self.means.wait(self.job)
             elif self.job.fetched_error is not None:
                 raise self._failed(self.job.fetched_error)
             elif self.job.canceled:
@@ -191,18 +228,36 @@ class Fetch:
 
     async def _send_rows(self, limit: int) -> int:
         """Whole rows that are here, taken apart."""
-        sent = 0
+        sent = size = 0
         out = bytearray()
+        rows: list[Sequence[bytes | None]] = []
         while not (limit and sent == limit):
             message = self._rows.next_message()
             if message is None:
                 break
-            out += self._convert(DataRow.parse(message[1]).values)
+            values = DataRow.parse(message[1]).values
             sent += 1
+            if self._conversion is None:
+                out += self._convert(values)
+            else:
+                rows.append(values)
+                size += len(message[1])
+                if size > _TURN or len(rows) == _ROWS:
+                    await self._send_converted(rows, self._conversion)
+                    rows, size = [], 0
             await self._pause(_CONVERTED * len(message[1]))
         if out:
-            await self._write(bytes(out))
+            await self.means.write(bytes(out))
+        if rows and self._conversion is not None:
+            await self._send_converted(rows, self._conversion)
         return sent
+
+    async def _send_converted(
+        self, rows: Sequence[Sequence[bytes | None]], conversion: Conversion
+    ) -> None:
+        """Rows that the server converts. Raises BatchFailedError if it does not take a value."""
+        converted = await conversion.rows(rows, self.means.ask)
+        await self.means.write(b"".join([DataRow(tuple(row)).serialize() for row in converted]))
 
     async def _send_tags(self, max_rows: int) -> int:
         """A job without rows gives the command tags of its statements."""
@@ -212,7 +267,7 @@ class Fetch:
         while self._tags_sent < end:
             some = self._tags[self._tags_sent : min(end, self._tags_sent + _TAGS)]
             self._tags_sent += len(some)
-            await self._write(b"".join([self._convert((tag,)) for tag in some]))
+            await self.means.write(b"".join([self._convert((tag,)) for tag in some]))
             await self._pause(_TURN)
         self.finished = not max_rows or end - begin < max_rows
         return end - begin
@@ -236,6 +291,11 @@ class Fetch:
         return ServerError(report)
 
 
+def _shape(field: Field) -> tuple[bytes, int, int]:
+    """What must not change of a column that was described."""
+    return field.name, field.type_oid, field.type_modifier
+
+
 def text_field() -> Field:
     """The one column of the result of a job that returns no rows."""
     return Field(b"result", 0, 0, oids.TEXT, -1, -1, 0)
@@ -248,9 +308,4 @@ def _binary(field: Field, text: bytes) -> bytes:
         reason = f"Values of the type with OID {field.type_oid} can be had in text format only."
     except ProtocolViolation as error:
         reason = f"{str(error)[:1].upper()}{str(error)[1:]}."
-    raise SQLError(
-        FEATURE_NOT_SUPPORTED,
-        "binary format is not available for this column of pg_background_result",
-        detail=f'Column "{field.name.decode("utf-8", "replace")}": {reason}',
-        hint="Ask for results in text format, or cast the column to text in the job's SQL.",
-    )
+    raise no_binary_form(field, reason)

@@ -29,6 +29,7 @@ from proxy.session.extended_query import ExtendedQuery
 from proxy.session.relay import TEXT_COST, TURN
 from proxy.session.simple_query import SimpleQuery
 from proxy.statements.plan import Statement
+from proxy.stats import counters
 
 TO_LEAVE: Final = 10.0
 """Seconds that a server gets to end the session when its client has left, and it has nothing more
@@ -68,20 +69,28 @@ class Interception:
         if self._relay.outstanding.copying:
             return  # the server will say that this is no COPY data
         self._batch.settings_known = not self._relay.settings_may_differ
-        self._server.receive = self._primary.inbox.feed
+        self._server.receive = self._from_server
+        self._client.gather()
         while not await self._message():
             pass
 
+    def _from_server(self, data: bytes) -> None:
+        counters.server_bytes += len(data)
+        self._primary.inbox.feed(data)
+
     def hand_back(self) -> None:
         """Let the relay go on with what was not read."""
+        self._client.send_at_once()
         self._relay.batch.clear()
         self._server.receive = self._relay.from_server
         self._client.receive = self._relay.from_client
         rest = self._primary.inbox.take_rest()
         if rest:
+            counters.server_bytes -= len(rest)  # the relay counts them
             self._relay.from_server(rest)
         rest = self._messages.take_rest()
         if rest:
+            counters.client_bytes -= len(rest)
             self._relay.from_client(rest)
 
     def end_client(self) -> None:

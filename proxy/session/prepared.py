@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from protocol.errors import DATATYPE_MISMATCH, INTERNAL_ERROR, SQLError
-from protocol.messages import Field
-from protocol.values import oids
+from protocol.messages import Field, Parse
+from protocol.values import oids, parse_array
 from proxy.api.functions import Column, Type
+from proxy.extension.composites import Composites
 from proxy.session.results import Result, choose, fields_of
 from proxy.statements.plan import ItemOutput, Plan, ResultPlan, ScalarPlan, Substitute
 
@@ -23,9 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Command:
-    """A command that a block of ours carries out, prepared."""
+    """A statement without calls whose execution is followed, prepared: a command that a block of
+    ours carries out, or a definition with a notice. The server has it under the client's name.
+
+    Attributes:
+        plan: what takes its place.
+        server_name: the client's.
+        is_told: whether the client has had the notice.
+    """
 
     plan: Substitute
+    server_name: bytes = b""
+    is_told: bool = False
 
     def stand_in_formats(self, formats: tuple[int, ...]) -> tuple[int, ...]:
         """The result formats for the stand-in, from those of the client's Bind."""
@@ -36,11 +46,21 @@ class Command:
 class RowCalls:
     """A prepared statement whose stand-in makes calls with each of its rows.
 
-    `fields`: the server's, of the stand-in.
+    Attributes:
+        result_types: of the calls in the plan's columns, as the database has them.
+        marker: of the extension that has these types, if a call returns one and it is there.
+        fields: the server's, of the stand-in.
+        server_name: the stand-in's; see `hidden`.
+        native: the client's Parse, if the server takes it too. Then it has that under the client's
+            name, if there is one.
     """
 
     plan: ScalarPlan
+    result_types: Sequence[Type]
+    marker: bytes | None = None
     fields: tuple[Field, ...] = ()
+    server_name: bytes = b""
+    native: Parse | None = None
 
     has_columns = True
 
@@ -61,7 +81,8 @@ class RowCalls:
         """The types of the calls, by their columns in the stand-in."""
         count = len(self.fields)
         return {
-            column.index % count: column.call.function.result_type for column in self.plan.columns
+            column.index % count: type
+            for column, type in zip(self.plan.columns, self.result_types, strict=True)
         }
 
     def client_fields(self) -> tuple[Field, ...]:
@@ -95,16 +116,25 @@ class RowCalls:
 class FunctionResult:
     """A prepared statement whose rows a function in FROM returns: its own, or a job's.
 
-    `fields`: the server's, of the stand-in.
+    Attributes:
+        columns: the function's, their types as the database has them; none if its job knows them.
+        marker, fields, server_name, native: as in `RowCalls`.
+        told: the columns of a job, of which the client was told at a Describe; a later execution
+            must have the same.
     """
 
     plan: ResultPlan
+    columns: Sequence[Column] = ()
+    marker: bytes | None = None
     fields: tuple[Field, ...] = ()
+    server_name: bytes = b""
+    native: Parse | None = None
+    told: tuple[Field, ...] = ()
 
     @property
     def has_columns(self) -> bool:
         """Whether its columns are known before it is executed; otherwise only its job knows."""
-        return bool(self.plan.defined_columns or self.plan.call.function.columns)
+        return bool(self.plan.defined_columns or self.columns)
 
     def described(self, fields: tuple[Field, ...]) -> None:
         """As in `RowCalls`."""
@@ -112,35 +142,48 @@ class FunctionResult:
         width = 1
         if defined := self.plan.defined_columns:
             shown = sum(1 if item.column is not None else defined for item in self.plan.outputs)
-            width = shown + defined + 1
-        _check(fields, [-1], width)
+            width = shown + 2
+        _check(fields, [-2, -1] if defined else [-1], width)
 
-    @property
-    def defined(self) -> tuple[Field, ...]:
-        """The column definition list; empty if there is none."""
-        return self.fields[-1 - self.plan.defined_columns : -1]
+    def defined(self, row: Sequence[bytes | None]) -> tuple[Field, ...]:
+        """The column definition list, from the stand-in's row; empty if there is none. Domains are
+        themselves. Names are not there, nor are modifiers: they are in the columns chosen.
+
+        Raises SQLError XX000.
+        """
+        if not self.plan.defined_columns:
+            return ()
+        types = parse_array(row[-2] or b"{}")
+        if len(types) != self.plan.defined_columns:
+            raise misread()
+        return tuple(Field(b"", 0, 0, int(type or b"0"), -1, -1, 0) for type in types)
 
     def client_fields(self) -> tuple[Field, ...]:
         """The columns of the client's statement, if they are known."""
         if self.plan.defined_columns:
-            return self.fields[: -1 - self.plan.defined_columns]
-        return choose(self.plan.outputs, fields_of(self.plan.call.function.columns))[1]
+            return self.fields[:-2]
+        return choose(self.plan.outputs, fields_of(self.columns))[1]
 
     def stand_in_formats(self, formats: tuple[int, ...]) -> tuple[int, ...]:
         """As in `Command`."""
-        defined = self.plan.defined_columns
-        if not defined:
+        if not self.plan.defined_columns:
             return ()
-        return (*formats, *[0] * (defined + 1)) if len(formats) > 1 else formats
+        return (*formats, 0, 0) if len(formats) > 1 else formats
 
 
 WithCalls = RowCalls | FunctionResult
 Prepared = Command | WithCalls
 
 
-def prepare(plan: Plan) -> WithCalls:
-    """A statement with calls that is being prepared."""
-    return RowCalls(plan) if isinstance(plan, ScalarPlan) else FunctionResult(plan)
+def prepare(plan: Plan, composites: Composites) -> WithCalls:
+    """A statement with calls that is being prepared, in a database with these types. It has no
+    name yet."""
+    types = [composites.resolved(call.function.result_type) for call in plan.calls]
+    shown = types if isinstance(plan, ScalarPlan) else [c.type for c in types[0].columns]
+    marker = composites.marker if any(type.columns for type in shown) else None
+    if isinstance(plan, ScalarPlan):
+        return RowCalls(plan, types, marker)
+    return FunctionResult(plan, types[0].columns, marker)
 
 
 @dataclass(slots=True)
@@ -148,6 +191,7 @@ class Portal:
     """A portal of such a statement.
 
     Attributes:
+        server_name: the stand-in's; see `hidden`.
         formats: the result formats of the client's Bind.
         offset: where the statement begins in the client's text, in characters.
         in_query: whether a Query has it, and not the extended protocol.
@@ -155,10 +199,16 @@ class Portal:
     """
 
     statement: Prepared
+    server_name: bytes = b""
     formats: tuple[int, ...] = ()
     offset: int = 0
     in_query: bool = False
     result: Result | None = None
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the server has a guard under the client's name."""
+        return bool(self.server_name) and not isinstance(self.statement, Command)
 
     @property
     def job(self) -> Job | None:

@@ -7,22 +7,39 @@ on settings that may have changed in between (`depends_on_settings`).
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from typing import Final
 
+from protocol.errors import ProtocolViolation
 from protocol.kinds import F
+from protocol.messages import Parse
+from protocol.values import oids
 from proxy.api.functions import CATALOGS
 from proxy.config import Config
-from proxy.extension import catalogs, commands, ddl
+from proxy.extension import catalogs, commands, ddl, definitions, do_blocks, setting_commands
+from proxy.extension.definitions import Definition
 from proxy.session.extension_state import ExtensionState
+from proxy.session.prepared import WithCalls
 from proxy.session.relay import Relay
 from proxy.sql import lexer
 from proxy.sql.lexer import BudgetError, LexError, Token
+from proxy.sql.text import raise_block
 from proxy.sql.tokens import Tokens
+from proxy.statements import by_name, triggers
 from proxy.statements.analysis import analyze
 from proxy.statements.plan import Plan, Statement, Substitute, substitute
 from proxy.statements.reading import depends_on_settings
-from proxy.statements.triggers import may_be_ours
+
+_MOST_CODE: Final = 2 * lexer.MAX_BYTES
+"""Bytes of definitions and DO blocks in one text that are read as code."""
+_BEGIN_CODE: Final = frozenset(("create", "alter", "do"))
+_SHORT: Final = 1024
+"""Bytes of a text that is remembered."""
+_REMEMBERED: Final = 256
+"""So many: programs send the same few again and again."""
 
 
 class SqlReader:
@@ -33,36 +50,57 @@ class SqlReader:
     """
 
     def __init__(
-        self, relay: Relay, extension: ExtensionState, config: Callable[[], Config]
+        self,
+        relay: Relay,
+        extension: ExtensionState,
+        config: Callable[[], Config],
+        pids: Callable[[], Collection[int]],
     ) -> None:
+        """
+        Args:
+            relay: knows the settings that SQL is read by.
+            extension: what the database has.
+            config: the configuration at this moment.
+            pids: of the jobs that run.
+        """
         self._relay = relay
         self._extension = extension
         self._config = config
+        self._pids = pids
         self.too_long = False
+        self._code_left = 0
 
     # Into statements
 
     def read(self, kind: int, body: bytes) -> list[Statement]:
         """The statements of a Query; the text of a Parse as one."""
         sql = text_of(kind, body)
-        if not may_be_ours(sql.lower()):
+        if not self._relay.is_of_interest(sql.lower()):
             return [Statement(sql)]
         self.too_long = False
+        self._code_left = _MOST_CODE
         try:
             parts = self._split(sql)
         except LexError as error:
             self.too_long = isinstance(error, BudgetError)
             return [Statement(sql)]
+        if any(_makes_objects(sql, part) for part in parts):
+            self._extension.change()
         if kind == F.PARSE:
             alone = self._tokens(sql, parts[0].tokens) if len(parts) == 1 else None
-            return [Statement(sql, tokens=alone)]
+            is_kept = not body.startswith(b"\0")
+            voids = _voids(body)
+            calls = self._known_calls(sql, voids)
+            return [
+                Statement(sql, tokens=alone, sent=sql, voids=voids, is_kept=is_kept, calls=calls)
+            ]
         return [self._statement(sql, part) for part in parts]
 
     def _split(self, sql: bytes) -> list[lexer.Statement]:
         """Raises LexError, BudgetError."""
         if len(sql) > lexer.MAX_TEXT:
             raise BudgetError("the text is too long")
-        conforming = self._relay.setting(b"standard_conforming_strings") != b"off"
+        conforming = self._is_conforming
         if b"\v" in sql and self.server_version < 160000:
             # Raises LexError if this server does not take it for white space.
             lexer.tokenize(
@@ -72,21 +110,33 @@ class SqlReader:
                 vertical_tab=False,
                 bounded=True,
             )
-        return lexer.split(
-            sql, standard_conforming_strings=conforming, encoding=self._encoding, bounded=True
-        )
+        split = _split_short if len(sql) <= _SHORT else _split_text
+        return split(sql, conforming, self._encoding)
 
     def _statement(self, sql: bytes, part: lexer.Statement) -> Statement:
         start, end, tokens = part
         text = sql[start:end]
-        if not may_be_ours(text.lower()):
+        if not self._relay.is_of_interest(text.lower()):
             return Statement(text, start)
         if start:
             tokens = [Token(kind, at - start, to - start) for kind, at, to in tokens]
-        return Statement(text, start, self._tokens(text, tokens))
+        calls = self._known_calls(text)
+        return Statement(text, start, self._tokens(text, tokens), sql, calls=calls)
+
+    def _known_calls(
+        self, text: bytes, voids: frozenset[int] = frozenset()
+    ) -> dict[int, Plan | None]:
+        """`Statement.calls`: of what was read in the same way before, if it is short."""
+        if len(text) > _SHORT:
+            return {}
+        return _calls_of_short(text, self._is_conforming, self._encoding, voids)
 
     def _tokens(self, text: bytes, tokens: list[Token]) -> Tokens:
         return Tokens(text, tokens, self._encoding)
+
+    @property
+    def _is_conforming(self) -> bool:
+        return self._relay.setting(b"standard_conforming_strings") != b"off"
 
     @property
     def _encoding(self) -> str:
@@ -124,27 +174,27 @@ class SqlReader:
         """How to serve a statement; None if it passes as it is."""
         return self._plan(statement, self._extension.api)
 
-    def depends_on_api(self, statement: Statement) -> bool:
-        """Whether this may be a call that is another with each version of the API, or one that may
-        be the C extension's to serve."""
-        plans = [self._plan(statement, api) for api in CATALOGS]
-        if isinstance(plans[0], Substitute):
-            return False
-        if self._config().extension == "server":
-            return any(plans)
-        return plans[0] != plans[1]
+    def may_call(self, statement: Statement) -> bool:
+        """Whether this is a call in some version of the API."""
+        return any(isinstance(self._plan(statement, api), Plan) for api in CATALOGS)
 
     def _plan(self, statement: Statement, api: int) -> Plan | Substitute | None:
         tokens, calls = statement.tokens, statement.calls
         if tokens is None:
             return None
-        if not self._extension.is_real:
+        if not (self._extension.is_real or statement.is_others):
             if api not in calls:
-                calls[api] = analyze(tokens, CATALOGS[api])
+                calls[api] = analyze(tokens, CATALOGS[api], voids=statement.voids)
             if calls[api] is not None:
                 return calls[api]
         if not statement.substitutes:
-            statement.substitutes.append(self._command(tokens) or self._with_catalogs(tokens))
+            statement.substitutes.append(
+                self._command(tokens)
+                or self._by_name(tokens)
+                or self._setting(tokens)
+                or self._with_catalogs(statement, tokens)
+                or (self._code(tokens) if tokens.keyword(0) in _BEGIN_CODE else None)
+            )
         [found] = statement.substitutes
         if found is not None and found.tag is None and self._is_tool:
             return None
@@ -156,21 +206,143 @@ class SqlReader:
         command = commands.parse(tokens) if config.extension == "proxy" else None
         if command is None:
             return None
-        block = ddl.block(
-            command, tokens.sql, api=config.api_version, server_version=self.server_version
-        )
-        return substitute(tokens.sql, block, command.tag)
+        return substitute(tokens.sql, self._block(command, tokens.sql), command.tag)
 
-    def _with_catalogs(self, tokens: Tokens) -> Substitute | None:
-        """A query that looks into the catalogs, which are to show our extension and jobs."""
-        if not self._config().catalogs:
+    def _block(self, command: ddl.Command, text: bytes) -> bytes:
+        """What carries out a command."""
+        api = self._config().api_version
+        return ddl.block(command, text, api=api, server_version=self.server_version)
+
+    def _code(self, tokens: Tokens) -> Substitute | None:
+        """A definition or DO block, unless enough of such was read in this text."""
+        self._code_left -= min(len(tokens.sql), lexer.MAX_BYTES)
+        if self._code_left < 0:
             return None
-        return catalogs.analyze(tokens, server_version=self.server_version)
+        return self._do_block(tokens) or self._definition(tokens)
+
+    def _do_block(self, tokens: Tokens) -> Substitute | None:
+        """A DO block that creates the extension, or asks for it; with what may be said of it."""
+        plan = self._about_extension(tokens)
+        if plan is None or self._analyzed(tokens) is None:
+            return plan
+        return replace(plan, is_undecided=True)
+
+    def _about_extension(self, tokens: Tokens) -> Substitute | None:
+        config = self._config()
+        if config.extension != "proxy":
+            return None
+        return do_blocks.analyze(
+            tokens,
+            self._block,
+            server_version=self.server_version,
+            standard_conforming_strings=self._is_conforming,
+            with_catalogs=config.catalogs != "off",
+        )
+
+    def _by_name(self, tokens: Tokens) -> Substitute | None:
+        """A statement that uses one with a call by its name is refused, unless the server can make
+        the call."""
+        use = by_name.used(tokens)
+        if use is None:
+            return None
+        key = self._relay.key(use.name)
+        if use.is_portal:
+            portal = self._relay.portals.get(key)
+            made = None if portal is None else portal.statement
+        else:
+            made = self._relay.statements.get(key)
+        if not isinstance(made, WithCalls) or (made.native is not None and not use.is_portal):
+            return None
+        return substitute(tokens.sql, raise_block(use.refusal()), b"EXECUTE")
+
+    def _setting(self, tokens: Tokens) -> Substitute | None:
+        """What sets or resets one of our settings."""
+        if self._extension.is_real:
+            return None
+        return setting_commands.analyze(
+            tokens, self._config().session_defaults, server_version=self.server_version
+        )
+
+    def _with_catalogs(self, statement: Statement, tokens: Tokens) -> Substitute | None:
+        """A query that looks into the catalogs, which are to show our extension and jobs."""
+        config = self._config()
+        if config.catalogs == "off":
+            return None
+        jobs = catalogs.Jobs(self._pids(), by_name=statement.is_kept or config.workers > 1)
+        return catalogs.analyze(
+            tokens,
+            server_version=self.server_version,
+            jobs=jobs,
+            sent=statement.sent,
+            has_stand_ins=bool(self._relay.statements or self._relay.portals),
+        )
+
+    def _definition(self, tokens: Tokens) -> Substitute | None:
+        """A definition that looks for jobs, where it does not find them."""
+        found = self._analyzed(tokens)
+        return None if found is None else found.undecided
+
+    def _analyzed(self, tokens: Tokens) -> Definition | None:
+        if self._config().catalogs == "off" or self.server_version < 100000:
+            return None
+        return definitions.analyze(tokens, standard_conforming_strings=self._is_conforming)
+
+    def decide(
+        self, statement: Statement, schema: bytes | None, level: bytes, *, has_real: bool
+    ) -> None:
+        """Settle what is done about such a definition, given what `VIEW_QUERY` has told."""
+        assert statement.tokens is not None
+        found = None if has_real else self._analyzed(statement.tokens)
+        plan = self._about_extension(statement.tokens)
+        if found is not None:
+            rewrites = self._config().catalogs == "definitions"
+            told = definitions.notice(schema, rewrites=rewrites)
+            if plan is None and rewrites and schema is not None:
+                plan = found.with_view(schema)
+            elif plan is not None and definitions.wants_notices(level):
+                plan = replace(plan, notice=told)
+            if plan is None and definitions.wants_notices(level):
+                plan = found.with_notice(schema, rewrites=rewrites)
+        statement.substitutes[:] = [plan]
 
     @property
     def _is_tool(self) -> bool:
         """Whether the client is to see the catalogs as they are."""
         return self._relay.parameters.get(b"application_name") in catalogs.TOOLS
+
+
+def _split_text(sql: bytes, conforming: bool, encoding: str) -> list[lexer.Statement]:
+    return lexer.split(sql, standard_conforming_strings=conforming, encoding=encoding, bounded=True)
+
+
+_split_short = functools.lru_cache(_REMEMBERED)(_split_text)
+
+
+@functools.lru_cache(_REMEMBERED)
+def _calls_of_short(
+    text: bytes, conforming: bool, encoding: str, voids: frozenset[int]
+) -> dict[int, Plan | None]:
+    return {}
+
+
+def _voids(parse: bytes) -> frozenset[int]:
+    """The numbers of the parameters that are of type void."""
+    try:
+        types = Parse.parse(parse).parameter_types
+    except ProtocolViolation:
+        return frozenset()
+    return frozenset(number for number, oid in enumerate(types, 1) if oid == oids.VOID)
+
+
+_MAKES_OBJECTS: Final = frozenset((b"create", b"alter", b"drop"))
+
+
+def _makes_objects(sql: bytes, part: lexer.Statement) -> bool:
+    """Whether a statement may make or remove an object with one of our names."""
+    start, end, tokens = part
+    _, word, word_end = tokens[0]
+    first = sql[word:word_end].lower()
+    return first in _MAKES_OBJECTS and triggers.FUNCTIONS in sql[start:end].lower()
 
 
 def text_of(kind: int, body: bytes) -> bytes:

@@ -30,7 +30,9 @@ from proxy.session.custom_settings import CustomSettings
 from proxy.session.outstanding import OutstandingRequests
 from proxy.sql import encodings
 from proxy.sql.lexer import MAX_TEXT
-from proxy.statements.triggers import may_be_ours
+from proxy.statements.hidden import HiddenNames
+from proxy.statements.triggers import may_be_ours, may_change_names, may_use_name
+from proxy.stats import counters
 
 if TYPE_CHECKING:
     from proxy.session.prepared import Portal, Prepared
@@ -55,7 +57,7 @@ _NOTICE_SIZE: Final = 512
 _LONGEST_NOTICE: Final = 1024 * 1024 + _NOTICE_SIZE
 """The size of a notice for us, except one that makes a call: that carries SQL."""
 
-_CALL: Final = re.compile(rb" [0-9a-z]{32} call ")
+_CALL: Final = re.compile(rb" [0-9a-z]{32} (?:ask|call|settings) ")
 
 # What the relay does about a message of the backend.
 _NOTHING, _COUNT, _HANDLE, _SKIP = range(4)
@@ -124,7 +126,10 @@ class Hooks(Protocol):
         """A NoticeResponse that mentions the watchword; true if the client is not to get it."""
 
     def statement_ended(self) -> None:
-        """The server has sent an error, or ReadyForQuery."""
+        """The server has sent an error."""
+
+    def ready(self) -> None:
+        """It has sent ReadyForQuery; `status` is what that says."""
 
     def complaint(self, error: bytes) -> bytes | None:
         """The message that replaces this ErrorResponse (given its body), if it is about us."""
@@ -139,6 +144,8 @@ class Relay:
 
     Attributes:
         statements, portals: those that hold calls, by name (`key`).
+        hidden: the names that these have in the server.
+        is_doubtful: SQL may have removed some of the statements, or prepared others in their place.
         setters: names of statements that may call set_config.
         parameters: of ParameterStatus, those in WATCHED.
         unreported: what the server has said of these when it was asked within a batch. From 14 on
@@ -166,6 +173,8 @@ class Relay:
         self._hooks = hooks
         self.statements: dict[bytes, Prepared] = {}
         self.portals: dict[bytes, Portal] = {}
+        self.hidden = HiddenNames()
+        self.is_doubtful = False
         self.setters: set[bytes] = set()
         self.parameters: dict[bytes, bytes] = {}
         self.unreported: dict[bytes, bytes] = {}
@@ -197,6 +206,7 @@ class Relay:
 
     def from_client(self, data: bytes) -> None:
         """Pass on what came in, up to a call."""
+        counters.client_bytes += len(data)
         if self._idle and _is_plain_batch(data):
             self._idle = False
             self._fast_batch = data
@@ -261,7 +271,8 @@ class Relay:
         if end > len(data):
             return self._hold(data, position, end - position)
         text = data[position:end].lower()
-        if may_be_ours(text) and not self.outstanding.copying:
+        self.read(text)
+        if self.is_of_interest(text) and not self.outstanding.copying:
             if self._read > TURN:
                 return self._yield(data, position)
             self._read += end - position + TEXT_COST
@@ -284,6 +295,16 @@ class Relay:
         self._note_text(kind)
         return False
 
+    def is_of_interest(self, text: bytes) -> bool:
+        """Whether SQL in lower case is to be read: it may be served or changed, or may use one of
+        `statements` or `portals` by its name."""
+        return may_be_ours(text) or (bool(self.statements or self.portals) and may_use_name(text))
+
+    def read(self, text: bytes) -> None:
+        """SQL, in lower case, goes to the server, or what is in its place."""
+        if self.statements and may_change_names(text):
+            self.is_doubtful = True
+
     def _stops_at_long_text(self, kind: int, data: bytes, position: int) -> bool:
         """The same, for one that is too long to be read."""
         if len(data) - position < NAMES_SIZE:
@@ -292,6 +313,7 @@ class Relay:
         if kind == F.PARSE and self._concerns_call(kind, head):
             return self._hand_over(data, position)
         self._hooks.unread()
+        self.is_doubtful = bool(self.statements)
         self._note_text(kind)
         return False
 
@@ -357,6 +379,7 @@ class Relay:
         """A portal is closed, or its name is taken by another."""
         portal = self.portals.pop(self.key(name), None)
         if portal is not None:
+            self.hidden.forget(portal.server_name)
             portal.close()
 
     def key(self, name: bytes) -> bytes:
@@ -390,7 +413,7 @@ class Relay:
                 return True
             if not portal:
                 self.forget_portal(b"")
-            return False
+            return bool(portal and self.portals) and self.key(portal) in self.portals
         if kind == F.EXECUTE:
             return self.key(body.partition(b"\0")[0]) in self.portals
         name = self.key(body[1:].partition(b"\0")[0])
@@ -402,11 +425,12 @@ class Relay:
 
     def from_server(self, data: bytes) -> None:
         """Pass on what came in, and count the answers in it."""
+        counters.server_bytes += len(data)
         if self._fast_batch and _is_plain_answer(data):
             self.status = data[-1]
             self._fast_batch = b""
             self._idle = True
-            self._hooks.statement_ended()
+            self._hooks.ready()
             self._client.write(data)
         else:
             self._follow_server(data)
@@ -530,7 +554,7 @@ class Relay:
         """Note a ReadyForQuery."""
         self.status = status
         self.unreported.clear()
-        self._hooks.statement_ended()
+        self._hooks.ready()
         if self.outstanding.ready() == F.QUERY:
             # It has ended the unnamed statement and portal.
             self.statements.pop(b"", None)
@@ -552,6 +576,8 @@ class Relay:
     @property
     def is_busy(self) -> bool:
         """Whether the server is working on a request, and not waiting for the client."""
+        if self._fast_batch:
+            return True
         return self.outstanding.owes_ready and not self.outstanding.copying
 
     # Taking turns with an interception

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import tzinfo
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from protocol.errors import PROTOCOL_VIOLATION, UNDEFINED_COLUMN, SQLError
 from protocol.messages import DataRow, Field
@@ -18,6 +18,7 @@ from protocol.values import to_binary
 from protocol.values.records import record_binary
 from proxy.api.functions import Column, Type
 from proxy.api.values import text_form
+from proxy.session.conversion import Ask
 from proxy.statements.plan import Output
 
 if TYPE_CHECKING:
@@ -52,8 +53,38 @@ def fields_of(columns: Sequence[Column]) -> tuple[Field, ...]:
     )
 
 
+class Write(Protocol):
+    """Sends to the client, and waits while the client is slow.
+
+    `cut`: the last message goes on in what is written next.
+    """
+
+    async def __call__(self, data: bytes, *, cut: bool = False) -> None: ...
+
+
+class Means(NamedTuple):
+    """What a result is handed over with. They belong to a batch, as what may interrupt it does,
+    and a portal may live longer.
+
+    Attributes:
+        write: sends to the client.
+        wait: waits until something happens to the job.
+        ask: asks the server, in the client's transaction: SQL, its parameters as text, the formats
+            of the result. Returns its rows. Raises BatchFailedError if it fails.
+    """
+
+    write: Write
+    wait: Callable[[Job], Awaitable[None]]
+    ask: Ask
+
+
 class Result(Protocol):
-    """A result on its way to the client: a job's (`fetch.Fetch`) or a function's (`Table`)."""
+    """A result on its way to the client: a job's (`fetch.Fetch`) or a function's (`Table`).
+
+    `means`: to be set in each batch before the rest is used.
+    """
+
+    means: Means
 
     @property
     def job(self) -> Job | None:
@@ -81,6 +112,7 @@ class Table:
     """The rows that a function has returned (a `Result`)."""
 
     job: Final = None
+    means: Means
 
     def __init__(
         self,
@@ -90,7 +122,6 @@ class Table:
         formats: Sequence[int],
         *,
         zone: tzinfo,
-        write: Callable[[bytes], Awaitable[None]],
     ) -> None:
         """
         Args:
@@ -99,7 +130,6 @@ class Table:
             outputs: what the client wants of them.
             formats: the result formats of the client's Bind.
             zone: the session's time zone.
-            write: sends to the client, and waits while the client is slow.
         """
         self._chosen, fields = choose(outputs, fields_of(columns))
         self.fields = with_formats(fields, formats)
@@ -107,7 +137,6 @@ class Table:
         self._rows = rows
         self._columns = columns
         self._zone = zone
-        self._write = write
         self._sent = 0
 
     async def describe(self) -> None:
@@ -121,7 +150,7 @@ class Table:
         self.finished = not max_rows or len(rows) < max_rows
         for start in range(0, len(rows), _AT_ONCE):
             some = rows[start : start + _AT_ONCE]
-            await self._write(b"".join([self._row(row) for row in some]))
+            await self.means.write(b"".join([self._row(row) for row in some]))
             await asyncio.sleep(0)
         return len(rows)
 

@@ -5,14 +5,40 @@ Invariant: a session knows no more of its process than this, so `server` stands 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
 
-from protocol.startup import CancelRequest
+from protocol.startup import CancelRequest, StartupMessage
 from proxy.backends.route import Route
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.service import JobService
 from proxy.net.connection import Connection
 from proxy.runtime import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """A session, as those see it who watch the proxy.
+
+    Attributes:
+        number: which tells it from others of its process, also from those that have ended.
+        user, database, application_name: of its startup packet.
+        state: as in pg_stat_activity; ``login`` before that.
+        connected_at: in UTC.
+        backend_pid: of its primary; 0 before the login.
+        jobs: how many it has launched and not fetched or detached.
+    """
+
+    number: int
+    user: bytes
+    database: bytes
+    application_name: bytes
+    state: str
+    connected_at: datetime
+    backend_pid: int
+    jobs: int
 
 
 class Served(Protocol):
@@ -21,10 +47,16 @@ class Served(Protocol):
     Attributes:
         client: its connection.
         route: to its server.
+        is_console: whether it talks to the proxy, and no server.
     """
 
     client: Connection
     route: Route
+    is_console: bool
+
+    @property
+    def overview(self) -> Overview:
+        """What there is to see of it."""
 
     @property
     def interrupts(self) -> Interrupts | None:
@@ -63,3 +95,20 @@ class Services(Protocol):
 
     async def cancel(self, request: CancelRequest) -> None:
         """Cancel what waits in the proxy, or pass the request on to the server."""
+
+    def has_console(self, startup: StartupMessage) -> bool:
+        """Whether a client wants to talk to the proxy itself, and there is a way to."""
+
+    async def console(
+        self, client: Connection, startup: StartupMessage, rest: bytes, let_in: Callable[[], None]
+    ) -> None:
+        """Have a client log in to the proxy, and serve it until it leaves.
+
+        Args:
+            client: its connection.
+            startup: what it wants.
+            rest: what it has sent behind that.
+            let_in: called when it is let in.
+
+        Raises SQLError, ProtocolViolation, ConnectionError.
+        """

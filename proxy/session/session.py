@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
+import os
+import struct
 from collections.abc import Coroutine
+from datetime import UTC, datetime
 from typing import Final
 
 from protocol.errors import (
@@ -22,37 +26,68 @@ from protocol.errors import (
     ProtocolViolation,
     SQLError,
 )
+from protocol.framing import HEADER_SIZE
 from protocol.kinds import TransactionStatus
-from protocol.messages import BackendKeyData, Terminate
-from protocol.startup import MAX_STARTUP_PACKET_LENGTH, CancelRequest, StartupMessage
+from protocol.messages import BackendKeyData, ErrorResponse, Terminate
+from protocol.startup import (
+    MAX_STARTUP_PACKET_LENGTH,
+    CancelRequest,
+    GSSENCRequest,
+    RefusedStartup,
+    SSLRequest,
+    StartupMessage,
+)
 from proxy.auth import pace
 from proxy.auth.login import Login, RefusedError
 from proxy.auth.observer import LoginObserver
+from proxy.backends import pooler
 from proxy.backends.backend import Backend
+from proxy.backends.reuse import Reuse
 from proxy.backends.route import Route
 from proxy.config import Config, Host
 from proxy.config.gucs import SESSION_SETTING
 from proxy.extension.conversation import Secrets
 from proxy.extension.in_database import Inside
 from proxy.extension.job_session import JobSession
+from proxy.jobs.at_commit import cannot_prepare
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.launcher import Launcher
 from proxy.log import logger
 from proxy.net.connection import Connection
 from proxy.net.descriptors import OutOfDescriptorsError, no_room
+from proxy.net.peer import Peer
+from proxy.reasons import explain
+from proxy.session.admission import check_address, check_names, name_with_host
 from proxy.session.client_session import ClientSession
 from proxy.session.custom_settings import CustomSettings
+from proxy.session.defaults import LoginEnd, defaults_query
 from proxy.session.extension_state import ExtensionState
 from proxy.session.interception import TO_LEAVE, Interception
 from proxy.session.reader import SqlReader
 from proxy.session.relay import Relay
-from proxy.session.services import Services
+from proxy.session.services import Overview, Services
+from proxy.session.session_log import SessionLog
 from proxy.session.startup import StartupPackets, may_send_password
 from proxy.statements.plan import Statement
 from proxy.statements.unserved import unavailable, unserved
+from proxy.stats import counters
 
 # How a client says that it wants no replication.
 _FALSE: Final = (b"false", b"off", b"no", b"0", b"f", b"n")
+
+# A version in the place of a request: 1234.5681, which asks for nothing.
+_NO_REQUEST: Final = struct.pack("!HH", 1234, 5681)
+
+_numbers = itertools.count(1)
+
+# The state of a session that waits for its client, as in pg_stat_activity.
+_IDLE_STATUS: Final = int(TransactionStatus.IDLE)
+"""An attribute and an enumeration cost more, and this is compared for each statement of all."""
+_IDLE: Final = {
+    TransactionStatus.IDLE: "idle",
+    TransactionStatus.IN_BLOCK: "idle in transaction",
+    TransactionStatus.FAILED: "idle in transaction (aborted)",
+}
 
 # The SQLSTATE of a connection that pg_hba.conf has no line for.
 _NOT_LIKE_THIS: Final = INVALID_AUTHORIZATION_SPECIFICATION
@@ -66,12 +101,22 @@ class Session(ClientSession):
         jobs: those that it launched and has not fetched or detached.
         watchword: what a message from inside the database begins with.
         interception: what serves a batch with a call, as long as that lasts.
+        observer: of its client's login.
+        is_console: whether it talks to the proxy, and no server.
     """
+
+    is_console = False
 
     def __init__(self, services: Services) -> None:
         super().__init__(services.jobs)
         self._services = services
         self._is_closed = False
+        self._log = SessionLog()
+        self._number = next(_numbers)
+        self._connected_at = datetime.now(UTC)
+        self._sqlstate: str | None = None  # of the error that has refused it
+        self._ends_statement = False
+        self._is_pooled = False
         self.client = Connection(self._startup_data, self._ended, self._lost, self._hung_up)
         self._startup_packets = StartupPackets(
             services, self.client, self._startup_packet, self._spawn
@@ -82,9 +127,12 @@ class Session(ClientSession):
         self.route = Route(services.runtime.config.upstream.hosts[0])
         self._startup: StartupMessage | None = None
         self._is_cancel_request = False
+        self._is_refused = False
         self._is_replication = False
+        self._relays = False  # from the end of the login on
         self._client_ended = False
-        self._observer = LoginObserver()
+        self._reuse = Reuse(self.service.spares)
+        self.observer = LoginObserver()
         self._login: Login | None = None
         self._leaving: asyncio.TimerHandle | None = None
         self._login_timer: asyncio.TimerHandle | None = None
@@ -105,18 +153,34 @@ class Session(ClientSession):
 
     # Its startup
 
+    def received(self, peer: Peer) -> None:
+        """The client has connected."""
+        counters.connections += 1
+        self.client.peer = peer
+        self._log.received(peer, self._config)
+
     def _startup_data(self, data: bytes) -> None:
         try:
             self._startup_packets.feed(data)
         except (ProtocolViolation, SQLError) as error:
             self._refuse(error)
 
-    def _startup_packet(self, packet: StartupMessage | CancelRequest, raw: bytes) -> None:
-        if isinstance(packet, CancelRequest):
-            self._is_cancel_request = True
-            self._spawn(self._cancel(packet))
-        else:
-            self._spawn(self._connect(packet, raw))
+    def _startup_packet(
+        self, packet: StartupMessage | CancelRequest | RefusedStartup, raw: bytes
+    ) -> None:
+        match packet:
+            case CancelRequest():
+                check_address(self.client, self._config)
+                self._is_cancel_request = True
+                self._spawn(self._cancel(packet))
+            case RefusedStartup(version):
+                check_address(self.client, self._config)
+                self._is_refused = True
+                self._spawn(self._have_refused(version, raw))
+            case StartupMessage() if self._services.has_console(packet):
+                self._spawn(self._serve_console(packet))
+            case StartupMessage():
+                self._spawn(self._connect(packet, raw))
 
     def _login_expired(self) -> None:
         """End it; as a server does, with a word only to who has said who it is."""
@@ -137,7 +201,7 @@ class Session(ClientSession):
         try:
             await work
         except ConnectionError as error:
-            logger.debug("session ended: %s", error)
+            logger.debug("session ended: %s", explain(error))
             self.close()
         except (ProtocolViolation, SQLError) as error:
             self._refuse(error)
@@ -149,21 +213,68 @@ class Session(ClientSession):
         await self._services.cancel(request)
         self.client.close()
 
+    async def _have_refused(self, version: tuple[int, int], packet: bytes) -> None:
+        """Give the client the server's own words about a packet that it does not take, in the form
+        that is right for the version; the server ends it."""
+        if version in (SSLRequest.code, GSSENCRequest.code):
+            # Asked once more. The server behind would answer it, for it was not asked before.
+            packet = packet[:4] + _NO_REQUEST + packet[8:]
+
+        def pass_on(said: bytes) -> None:
+            self.client.write(said.replace(b"1234.5681", b"%d.%d" % version))
+
+        try:
+            self.route, self.primary = await self._services.runtime.dialer.connect(
+                lambda: Connection(pass_on, self._ended, self._lost)
+            )
+        except OSError as error:
+            raise _no_connection(error) from None
+        self.primary.write(packet)
+
+    async def _serve_console(self, startup: StartupMessage) -> None:
+        """Leave the client to the console; the proxy's own users are not the server's roles."""
+        self._startup = startup
+        self._log.asked(startup, is_replication=False)
+        check_address(self.client, self._config)
+        self.is_console = True
+
+        def let_in() -> None:
+            self._stop_timer()
+            self._log.authorized(self.client, os.getpid(), self._config)
+
+        rest = bytes(self._startup_packets.rest)
+        await self._services.console(self.client, startup, rest, let_in)
+        self.close()
+
+    def _pids_of_jobs(self) -> list[int]:
+        """Of all that run on this server."""
+        running = self._services.jobs.registry.running
+        return [job.backend_pid for job in running if job.route.host == self.route.host]
+
     async def _connect(self, startup: StartupMessage, raw: bytes) -> None:
         """Connect, have the client log in, and leave the rest to the relay."""
         self._startup = startup
         replication = startup.parameters.get(b"replication", b"false").lower()
         self._is_replication = replication not in _FALSE
+        self._log.asked(startup, is_replication=self._is_replication)
+        check_address(self.client, self._config)
+        check_names(startup, self._config, is_replication=self._is_replication)
         if not self._is_replication:
-            with_ours = self._with_own_settings(startup).serialize()
+            with_ours = self._with_watchword(startup).serialize()
             if len(with_ours) - 4 <= MAX_STARTUP_PACKET_LENGTH:
                 raw = with_ours
         from_client, from_server = await self._log_in(startup.parameters, raw)
         assert self.primary is not None
-        self._stop_timer()
-        self._login = self._task = None
+        self._login = None
         self.relay = Relay(self.client, self.primary, self)
-        self.reader = SqlReader(self.relay, self.extension_state, lambda: self._config)
+        self.reader = SqlReader(
+            self.relay, self.extension_state, lambda: self._config, self._pids_of_jobs
+        )
+        if not self._is_replication:
+            from_client, from_server = await self._set_defaults(from_client, from_server)
+        self._stop_timer()
+        self._task = None
+        self._relays = True
         self.primary.receive = self.relay.from_server
         self.client.receive = (
             self._to_replication if self._is_replication else self.relay.from_client
@@ -172,8 +283,27 @@ class Session(ClientSession):
             self.primary.receive(from_server)
         if from_client:
             self.client.receive(from_client)
+        self.client.resume_reading()
         if self._client_ended:
             self._ended(self.client)
+
+    async def _set_defaults(self, from_client: bytes, from_server: bytes) -> tuple[bytes, bytes]:
+        """Give the session the defaults of our settings; what the two have sent after that."""
+        assert self.primary is not None
+        early = bytearray(from_client)
+        self.client.receive = early.extend
+        self.client.pause_reading()
+        login_end = LoginEnd(
+            self.primary,
+            self.relay.from_server,
+            lambda: defaults_query(
+                self._config.session_defaults,
+                0 if self._key is None else self._key.pid,
+            ),
+        )
+        from_server = await login_end.run(from_server)
+        self._is_pooled = login_end.is_pooled
+        return bytes(early), from_server
 
     async def _log_in(self, parameters: dict[bytes, bytes], startup: bytes) -> tuple[bytes, bytes]:
         """Connect to a server that lets the client in; what the two have sent after that.
@@ -196,7 +326,7 @@ class Session(ClientSession):
                 if refusal is None:
                     raise _no_connection(error) from None
                 self.client.write(refusal.messages)
-                raise ConnectionError(str(error)) from None
+                raise ConnectionError(explain(error)) from None
             self.client.opposite, self.primary.opposite = self.primary, self.client
             self.primary.write(startup)
             self._login = self._new_login(self.primary, parameters)
@@ -218,44 +348,47 @@ class Session(ClientSession):
             refused.abort()
 
     def _to_replication(self, data: bytes) -> None:
+        counters.client_bytes += len(data)
         assert self.primary is not None
         self.primary.write(data)
 
     def _new_login(self, primary: Connection, parameters: dict[bytes, bytes]) -> Login:
         user = parameters.get(b"user", b"")
         database = parameters.get(b"database", user)
-        stranger = pace.who(self.client.transport.get_extra_info("peername"))
+        stranger = pace.who(self.client.peer.name)
         plain = self._config.auth_type == "plain"
         return Login(
             self.client,
             primary,
             user,
-            self._observer,
+            self.observer,
             lambda: self._services.runtime.check_of(self.route, database, user, stranger),
             asks_password=may_send_password(self.client) if plain else None,
             policy=self._config.upstream.policy(self.route.host),
         )
 
-    def _with_own_settings(self, startup: StartupMessage) -> StartupMessage:
-        """Give the session our settings, so that SHOW, SET and RESET work; its own words win."""
-        given = startup.parameters
-        options = given.get(b"options", b"")
-        ours = {
-            name.encode(): value.encode()
-            for name, value in self._services.runtime.own_settings.items()
-            if name.encode() not in options
-        }
-        session = {SESSION_SETTING: self._inside.secrets.setting}
-        return StartupMessage({**ours, **given, **session}, startup.version)
+    def _with_watchword(self, startup: StartupMessage) -> StartupMessage:
+        """Give the session the words by which calls from inside the database are known, and the
+        client's address if that is wanted."""
+        ours = {SESSION_SETTING: self._inside.secrets.setting}
+        if self._config.application_name_add_host:
+            name = startup.parameters.get(b"application_name", b"")
+            ours[b"application_name"] = name_with_host(name, self.client)
+        return StartupMessage({**startup.parameters, **ours}, startup.version)
 
     def _no_data(self, data: bytes) -> None:
         raise ProtocolViolation("the server spoke first")
 
     def _refuse(self, error: SQLError | ProtocolViolation) -> None:
-        """A last word to the client."""
+        """A last word to the client; none, as from a server, to who may not know the protocol."""
         if isinstance(error, ProtocolViolation):
+            if self._startup is None:
+                logger.info("%s", error)
+                self.close()
+                return
             error = SQLError(PROTOCOL_VIOLATION, str(error))
         error.severity = "FATAL"
+        self._sqlstate = error.sqlstate
         self.client.write(error.response().serialize())
         self.close()
 
@@ -267,6 +400,7 @@ class Session(ClientSession):
         except ProtocolViolation:
             return  # the client will say what is wrong with it
         self._key = CancelRequest(key.pid, key.secret_key)
+        self._log.authorized(self.client, key.pid, self._config)
         self._services.key_known(self._key, self)
 
     def calls(self, kind: int, body: bytes) -> list[Statement] | None:
@@ -297,17 +431,29 @@ class Session(ClientSession):
         primary.take_a_break()
         told.add_done_callback(lambda _: primary.end_break())
 
-    def statement_ended(self) -> None:
-        if self.relay.status == TransactionStatus.IDLE:
+    def ready(self) -> None:
+        self._inside.statement_ended()
+        if self.relay.status == _IDLE_STATUS:
             self.extension_state.transaction_ended()
+            if self.pending:
+                self.transaction_ended()
+
+    def statement_ended(self) -> None:
         self._inside.statement_ended()
 
     def complaint(self, error: bytes) -> bytes | None:
+        if self._key is None:  # AuthenticationOk is not the last word: the database may be missing
+            self._sqlstate = ErrorResponse.parse(error).sqlstate
         if self._is_replication or self.extension_state.is_real:
             return None
         if self._config.extension == "proxy" and (said := unavailable(error)) is not None:
             return said
-        return unserved(error, too_long=self.reader.too_long) or self._inside.complaint(error)
+        if (said := cannot_prepare(error)) is not None:
+            return said
+        said = unserved(error, too_long=self.reader.too_long) or self._inside.complaint(error)
+        if said is not None and self._is_pooled:
+            return pooler.explained(ErrorResponse.parse(said[HEADER_SIZE:])).serialize()
+        return said
 
     def take_over(self, data: bytes, statements: list[Statement]) -> None:
         self.interception = Interception(self, data, statements)
@@ -328,6 +474,31 @@ class Session(ClientSession):
     def interrupts(self) -> Interrupts | None:
         return self.interception.interrupts if self.interception is not None else None
 
+    @property
+    def overview(self) -> Overview:
+        parameters = self._startup.parameters if self._startup is not None else {}
+        user = parameters.get(b"user", b"")
+        return Overview(
+            self._number,
+            user,
+            parameters.get(b"database") or user,
+            parameters.get(b"application_name", b""),
+            self._state,
+            self._connected_at,
+            0 if self._key is None else self._key.pid,
+            sum(1 for _ in self.jobs),
+        )
+
+    @property
+    def _state(self) -> str:
+        if self.is_console:
+            return "console"
+        if not self._relays:
+            return "login"
+        if self.interception is not None or self.relay.is_busy:
+            return "active"
+        return _IDLE.get(self.relay.status, "active")
+
     def job_session(self, launcher: Launcher, backend: Backend) -> JobSession:
         return JobSession(self, launcher, backend)
 
@@ -343,7 +514,8 @@ class Session(ClientSession):
         assert self._startup is not None
         assert self._key is not None
         return Launcher(
-            self.service, self._startup.parameters, self.route, self._observer, self._key.pid
+            *(self.service, self._startup.parameters, self.route, self.observer, self._key.pid),
+            self._reuse,
         )
 
     # The end
@@ -354,9 +526,11 @@ class Session(ClientSession):
             self._primary_lost()
         elif connection is not self.client:
             pass  # a server that we have turned away from
-        elif self._startup is None:
+        elif self._is_refused:
+            pass  # it may still read why
+        elif self._startup is None or self.is_console:
             self.close()
-        elif self.primary is None or self._login is not None:
+        elif self.primary is None or not self._relays:
             self._client_ended = True
             if self._login is not None:
                 self._login.client_ended()
@@ -413,7 +587,8 @@ class Session(ClientSession):
         self.close()
 
     def shut_down(self) -> None:
-        """End the session as a server does that shuts down."""
+        """End the session as a server does that shuts down: with the statement that it runs."""
+        self._ends_statement = True
         self._refuse(
             SQLError(ADMIN_SHUTDOWN, "terminating connection due to administrator command")
         )
@@ -423,6 +598,8 @@ class Session(ClientSession):
         if self._is_closed:
             return
         self._is_closed = True
+        sqlstate = self._login.sqlstate if self._login is not None else None
+        self._log.ended(self._sqlstate or sqlstate, self._config)
         self._services.session_ended(self, self._key)
         self._stop_timer()
         # A cancel request is passed on even if its sender has already left.
@@ -430,19 +607,35 @@ class Session(ClientSession):
             self._task.cancel()
         if self._leaving is not None:
             self._leaving.cancel()
-        if self._inside.is_asked and self._key is not None:
+        if may_be_asked := self._key is not None and self._may_be_asked:
             # The function would wait for an answer that will not come.
             self.service.cancel_statement(self.route, self._key)
         self._inside.statement_ended()
+        if self._key is not None:
+            self.transaction_lost(self._key.pid)
         self.jobs.clear()
+        self._reuse.close()
         self.client.close()
         if self.primary is None:
             return
-        if self.primary.is_stopped_by_opposite:
+        if may_be_asked:
+            # If the statement has yet to begin there, the request comes too early for it. Then its
+            # function must not be able to ask.
+            self.primary.reset()
+        elif self.primary.is_stopped_by_opposite:
             # It may wait for us to read, and we for it; its output is not wanted.
             self.primary.abort()
         else:
             self.primary.close()
+
+    @property
+    def _may_be_asked(self) -> bool:
+        """Whether a function may be waiting for an answer, or about to: its question may be on the
+        way here."""
+        if self._inside.is_asked:
+            return True
+        is_busy = self._relays and (self.relay.is_busy or self.interception is not None)
+        return is_busy and (self._ends_statement or self._inside.has_called)
 
 
 def _no_connection(error: OSError) -> SQLError:
@@ -451,5 +644,7 @@ def _no_connection(error: OSError) -> SQLError:
     # Of all SQLSTATEs this one tells libpq that there is no server: pg_isready says so, and a
     # client with several hosts tries the next.
     return SQLError(
-        CANNOT_CONNECT_NOW, "could not connect to the server behind the proxy", detail=f"{error}"
+        CANNOT_CONNECT_NOW,
+        "could not connect to the server behind the proxy",
+        detail=explain(error),
     )

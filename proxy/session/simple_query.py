@@ -16,8 +16,9 @@ from proxy.session.batch import Batch
 from proxy.session.exchange import SYNC_MESSAGE, ResponseHandler, drop
 from proxy.session.execution import Execution
 from proxy.session.prepared import Portal, prepare
+from proxy.sql.lexer import READING
 from proxy.statements.plan import Plan, Statement, Substitute, joined
-from proxy.statements.reading import READING, Reading, depends_on_settings
+from proxy.statements.reading import Reading, depends_on_settings
 
 
 class SimpleQuery:
@@ -35,7 +36,8 @@ class SimpleQuery:
         relay.statements.pop(b"", None)
         relay.forget_portal(b"")
         for statement in statements[:1]:
-            await self._batch.know_api(statement, apart=not relay.batch)
+            await self._batch.know_names(statement, apart=not relay.batch)
+        await self._batch.know_view(statements, apart=not relay.batch)
         plans = [session.reader.plan(statement) for statement in statements]
         if all(plan is None or isinstance(plan, Substitute) for plan in plans):
             await self._substitutes(sql, statements, plans)
@@ -87,9 +89,9 @@ class SimpleQuery:
         whole = joined(sql, [(s.offset, plan) for s, plan in pairs if plan is not None])
         message = Query(whole.rewrite.sql).serialize()
         for plan in plans:
-            tag = _tag(plan)
-            handler = self._batch.pass_as(tag)
-            self._primary.send(message, ENDS_EXECUTE, handler, plan=whole, is_block=tag is not None)
+            handler = self._batch.pass_as(plan)
+            is_block = isinstance(plan, Substitute) and plan.tag is not None
+            self._primary.send(message, ENDS_EXECUTE, handler, plan=whole, is_block=is_block)
             message = b""
         self._primary.synced = True
         await self._primary.settle()
@@ -99,7 +101,7 @@ class SimpleQuery:
     ) -> None:
         """One statement, which begins `offset` characters into the Query; `comment`: sent behind
         it."""
-        await self._batch.know_api(statement)
+        await self._batch.know_names(statement)
         text, plan = statement.text, self._batch.session.reader.plan(statement)
         if plan is not None:
             text = plan.rewrite.sql
@@ -115,11 +117,11 @@ class SimpleQuery:
         if plan is None or isinstance(plan, Substitute):
             send(describe, ENDS_DESCRIBE, self._pass_columns)
             # Nothing may follow before its answer: it could be COPY FROM STDIN.
-            handler = self._batch.pass_as(_tag(plan))
+            handler = self._batch.pass_as(plan)
             self._batch.send_execute(b"", 0, handler, plan=plan, offset=offset)
             await self._primary.settle()
             return
-        prepared = prepare(plan)
+        prepared = prepare(plan, self._batch.session.extension_state.composites)
         send(describe, ENDS_DESCRIBE, self._execution.describes(prepared, ()))
         portal = Portal(prepared, offset=offset, in_query=True)
         await self._execution.execute(b"", portal, 0, may_sync=is_last)
@@ -128,10 +130,6 @@ class SimpleQuery:
         """Passes on the answer to Describe, but NoData, which no Query is answered with."""
         if kind == B.ROW_DESCRIPTION:
             await self._primary.pass_on(kind, body)
-
-
-def _tag(plan: Plan | Substitute | None) -> bytes | None:
-    return plan.tag if isinstance(plan, Substitute) else None
 
 
 def _rest_as_comment(sql: bytes, first: Statement) -> bytes:

@@ -7,14 +7,10 @@ as if it had come encrypted.
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 import ssl
 from collections.abc import Callable, Coroutine
-from typing import Final
 
 from protocol.errors import (
-    FEATURE_NOT_SUPPORTED,
     INVALID_AUTHORIZATION_SPECIFICATION,
     PROTOCOL_VIOLATION,
     ProtocolViolation,
@@ -23,6 +19,7 @@ from protocol.errors import (
 from protocol.startup import (
     CancelRequest,
     GSSENCRequest,
+    RefusedStartup,
     SSLRequest,
     StartupMessage,
     StartupPacket,
@@ -31,10 +28,8 @@ from protocol.startup import (
 )
 from proxy.net import tls
 from proxy.net.connection import Connection
+from proxy.reasons import explain
 from proxy.session.services import Services
-
-_NEWEST: Final = "3.2"
-"""The newest version of the protocol; a server may know less, and says so itself."""
 
 
 class StartupPackets:
@@ -48,7 +43,7 @@ class StartupPackets:
         self,
         services: Services,
         client: Connection,
-        accept: Callable[[StartupMessage | CancelRequest, bytes], None],
+        accept: Callable[[StartupMessage | CancelRequest | RefusedStartup, bytes], None],
         spawn: Callable[[Coroutine[object, object, None]], None],
     ) -> None:
         """
@@ -56,7 +51,8 @@ class StartupPackets:
             services: has the certificate, and says whether TLS is demanded.
             client: its connection.
             accept: gets what the client wants, as a packet and as its bytes. Of a client that is
-                to log in, no more is read until its connection is told so.
+                to log in, no more is read until its connection is told so; of one that is to be
+                refused, nothing at all.
             spawn: runs the handshake, and ends the session if that raises an error.
         """
         self.rest = bytearray()
@@ -69,7 +65,10 @@ class StartupPackets:
         self._gss_asked = False
 
     def feed(self, data: bytes) -> None:
-        """Take what the client has sent. Raises ProtocolViolation, SQLError."""
+        """Take what the client has sent.
+
+        Raises SQLError; ProtocolViolation: it is to be hung up on without an answer.
+        """
         self.rest += data
         while len(self.rest) >= 4 and not self._waits:
             size = 4 + startup_packet_length(bytes(self.rest[:4]))
@@ -89,16 +88,23 @@ class StartupPackets:
             case GSSENCRequest() if not self._gss_asked:
                 self._gss_asked = True
                 self._client.write(b"N")
+                _end_of("GSSAPI encryption request", self.rest)
             case CancelRequest():
                 self._waits = True
                 self._accept(packet, raw)
-            case StartupMessage(version=(3, _)):
+            case StartupMessage():
                 self._check_tls()
-                self._client.pause_reading()
-                self._waits = True
-                self._accept(packet, raw)
-            case _:
-                raise _unsupported(raw)
+                self._hand_on(packet, raw)
+            case RefusedStartup():
+                self._hand_on(packet, raw)
+            case SSLRequest() | GSSENCRequest():
+                # Answered already: to a server, that is a version like any other now.
+                self._hand_on(RefusedStartup(packet.code), raw)
+
+    def _hand_on(self, packet: StartupMessage | RefusedStartup, raw: bytes) -> None:
+        self._client.pause_reading()
+        self._waits = True
+        self._accept(packet, raw)
 
     def _direct_tls(self) -> None:
         """TLS from the first byte on: both must have said that it is for PostgreSQL."""
@@ -110,28 +116,24 @@ class StartupPackets:
 
     def _answer_ssl_request(self) -> None:
         context = self._services.runtime.tls
-        if context is None or is_local(self._client):
+        if context is None or self._client.peer.is_local:
             self._client.write(b"N")
-        elif self.rest:
-            raise SQLError(
-                PROTOCOL_VIOLATION,
-                "received unencrypted data after SSL request",
-                detail="This could be either a client-software bug or evidence of an attempted"
-                " man-in-the-middle attack.",
-            )
+            _end_of("SSL request", self.rest)
         else:
             self._client.write(b"S")
             self._client.pause_reading()
-            self._waits = True
-            self._spawn(self._start_tls(context))
+            self._waits = self._gss_asked = True
+            self._spawn(self._start_tls(context, bytes(self.rest)))
 
-    async def _start_tls(self, context: ssl.SSLContext) -> None:
+    async def _start_tls(self, context: ssl.SSLContext, behind: bytes) -> None:
+        """`behind`: what came behind the request, unencrypted."""
         timeout = self._services.runtime.config.client_login_timeout
         try:
             await self._client.start_tls(context, timeout)
         except OSError as error:
-            reason = f"could not accept SSL connection: {tls.explain(error)}"
+            reason = f"could not accept SSL connection: {explain(error)}"
             raise ConnectionError(reason) from None
+        _end_of("SSL request", behind)
         self._waits = False
         self._client.resume_reading()
         self.feed(b"")  # what came with the end of the handshake waits here
@@ -139,7 +141,7 @@ class StartupPackets:
     def _check_tls(self) -> None:
         """Raises SQLError if client_tls_sslmode demands TLS, and there is none."""
         mode = self._services.runtime.config.client_tls_sslmode
-        if mode in tls.REQUIRED and not (self._client.is_encrypted or is_local(self._client)):
+        if mode in tls.REQUIRED and not (self._client.is_encrypted or self._client.peer.is_local):
             raise SQLError(
                 INVALID_AUTHORIZATION_SPECIFICATION,
                 "SSL required",
@@ -147,25 +149,17 @@ class StartupPackets:
             )
 
 
-def is_local(client: Connection) -> bool:
-    """Whether it came by a Unix socket."""
-    family = client.transport.get_extra_info("socket").family
-    return bool(family == socket.AF_UNIX)
-
-
 def may_send_password(client: Connection) -> bool:
     """Whether nobody else can read what it sends."""
-    if client.is_encrypted or is_local(client):
-        return True
-    peer = client.transport.get_extra_info("peername")
-    address = ipaddress.ip_address(peer[0].partition("%")[0])
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    return client.is_encrypted or client.peer.is_on_this_machine
 
 
-def _unsupported(raw: bytes) -> SQLError:
-    """A startup packet of another protocol, or a request that was answered already."""
-    major, minor = int.from_bytes(raw[4:6], "big"), int.from_bytes(raw[6:8], "big")
-    return SQLError(
-        FEATURE_NOT_SUPPORTED,
-        f"unsupported frontend protocol {major}.{minor}: server supports 3.0 to {_NEWEST}",
-    )
+def _end_of(request: str, rest: bytes | bytearray) -> None:
+    """Raises SQLError if something follows the request."""
+    if rest:
+        raise SQLError(
+            PROTOCOL_VIOLATION,
+            f"received unencrypted data after {request}",
+            detail="This could be either a client-software bug or evidence of an attempted"
+            " man-in-the-middle attack.",
+        )

@@ -27,6 +27,9 @@ class BudgetError(LexError):
 
 # What is read of a text for the sake of the calls in it. A call is short; a long argument of one
 # is one token, however long it is.
+READING: Final = (b"client_encoding", b"standard_conforming_strings")
+"""The settings that decide how the server reads SQL (`statements.reading`)."""
+
 MAX_TOKENS: Final = 10_000
 """Tokens and comments together."""
 MAX_BYTES: Final = 64 * 1024
@@ -70,11 +73,11 @@ _DECIMAL: Final = rb"[0-9](?:_?[0-9])*+"
 _PLAIN: Final = rb"'[^']*+(?:''[^']*+)*+'"
 _ESCAPED: Final = rb"'[^'\\]*+(?:(?:''|\\.)[^'\\]*+)*+'"
 # Between the parts of one string: white space and comments, a newline among them.
-_CONTINUED: Final = rb"(?:[ \t\f\v]++|--[^\r\n]*+)*+[\r\n](?:[ \t\r\n\f\v]++|--[^\r\n]*+[\r\n])*+"
+CONTINUED: Final = rb"(?:[ \t\f\v]++|--[^\r\n]*+)*+[\r\n](?:[ \t\r\n\f\v]++|--[^\r\n]*+[\r\n])*+"
 
 
 def _continued(string: bytes) -> bytes:
-    return string + rb"(?:" + _CONTINUED + string + rb")*+"
+    return string + rb"(?:" + CONTINUED + string + rb")*+"
 
 
 def _scanner(*, standard_conforming_strings: bool, vertical_tab: bool = True) -> re.Pattern[bytes]:
@@ -453,6 +456,11 @@ _MULTI_BYTE: Final = {
     }.items()
 }
 _ALL_OF_TWO_BYTES: Final = frozenset(("SJIS", "SHIFT_JIS_2004", "BIG5", "GBK", "UHC"))
+
+
+def has_lookalikes(encoding: str) -> bool:
+    """Whether a byte of a character may look like ASCII."""
+    return encoding in _MULTI_BYTE
 
 
 def mask(sql: bytes, encoding: str | None) -> bytes:

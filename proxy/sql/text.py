@@ -38,10 +38,11 @@ def do_block(body: bytes) -> bytes:
     return b"DO LANGUAGE plpgsql " + quote + body + quote
 
 
-def raise_block(error: SQLError) -> bytes:
+def raise_block(error: SQLError, behind: bytes = b"") -> bytes:
     """Fails with an error of ours, so that the transaction fails and the server's log tells why.
 
     What is not ASCII is replaced: the client gets the error from the proxy, in its own encoding.
+    `behind`: statements that are not executed.
     """
     options = {
         b"ERRCODE": error.sqlstate,
@@ -50,4 +51,4 @@ def raise_block(error: SQLError) -> bytes:
         b"HINT": error.hint,
     }
     using = [b"%b = %b" % (name, _ascii(text)) for name, text in options.items() if text]
-    return do_block(b"BEGIN RAISE EXCEPTION USING " + b", ".join(using) + b"; END")
+    return do_block(b"BEGIN RAISE EXCEPTION USING " + b", ".join(using) + b";" + behind + b" END")

@@ -25,7 +25,7 @@ where an item ends. What the grammar forbids, the server says of the stand-in to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -40,15 +40,19 @@ from proxy.statements.select_list import select_items
 
 
 def analyze(
-    statement: Tokens, functions: Mapping[str, tuple[Function, ...]] = FUNCTIONS
+    statement: Tokens,
+    functions: Mapping[str, tuple[Function, ...]] = FUNCTIONS,
+    *,
+    voids: Collection[int] = (),
 ) -> Plan | None:
     """How to serve a statement; None: it makes no call that we serve, and passes as it is.
 
     Args:
         statement: one, as the session's server reads it.
         functions: what there is to call in the database's version of the API.
+        voids: the numbers of the parameters that are declared to be of type void.
     """
-    outline = Outline(statement, functions)
+    outline = Outline(statement, functions, voids)
     if outline.keyword(0) not in ("select", "with", "table"):
         return None
     try:

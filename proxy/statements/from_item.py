@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from proxy.api.functions import LIST, RECORD, VIEWS, Function
+from proxy.sql.rewrite import Piece, Rewrite
 from proxy.sql.tokens import NotRecognizedError
 from proxy.statements.outline import ARGUMENTS, MAX_NAME, Outline, Site, column_names, position_of
 from proxy.statements.plan import (
@@ -13,10 +14,8 @@ from proxy.statements.plan import (
     CallColumn,
     ItemOutput,
     Output,
-    Piece,
     Plan,
     ResultPlan,
-    Rewrite,
     ScalarPlan,
 )
 from proxy.statements.select_list import item_span
@@ -43,18 +42,21 @@ class OutputItem(NamedTuple):
     label: bytes | None
 
 
+# Types that have a modifier without parentheses, at least at times.
+_MODIFIED: Final = frozenset(("bit", "char", "character", "interval", "national", "nchar"))
 # The field of ``(c).*``; no name is empty.
 _ALL_FIELDS: Final = b""
 
 
 class _Source(NamedTuple):
-    """Something in FROM: the table's name, its alias's token, its columns' names and whether
-    they have types."""
+    """Something in FROM: the table's name, its alias's token, its columns' names, whether they
+    have types, and their tokens."""
 
     name: bytes
     alias: int | None
     columns: list[bytes]
     typed: bool
+    definitions: list[tuple[int, int]]
 
 
 def from_item(outline: Outline, site: Site) -> Plan:
@@ -143,10 +145,11 @@ def source_of(outline: Outline, at: int, default: bytes) -> _Source:
         alias = at
         at += 1
     columns: list[bytes] = []
+    definitions: list[tuple[int, int]] = []
     typed = False
     if outline.text(at) == b"(":
         close = outline.closing(at)
-        definitions = outline.list_items(at + 1, close)
+        definitions = list(outline.list_items(at + 1, close))
         typed = definitions[0][0] < definitions[0][1]
         for first, last in definitions:
             name = outline.name(first)
@@ -157,7 +160,7 @@ def source_of(outline: Outline, at: int, default: bytes) -> _Source:
     if at != outline.count or (alias is None and not has_as == typed == bool(columns)):
         raise NotRecognizedError("more than a function in FROM")
     name = default if alias is None else outline.name(alias)
-    return _Source(name or b"", alias, columns, typed)
+    return _Source(name or b"", alias, columns, typed, definitions)
 
 
 def scalar_from(
@@ -244,14 +247,32 @@ def defined_result(
             raise NotRecognizedError("not a column")
         if item.column is None and item.table is None:
             edits.append(in_place_of(outline, item.first, item.first, b" ", table, b".*"))
-    extra = (b", ", table, b".*, " + ARGUMENTS + b"." + ARGUMENTS + b" ")
-    edits.append(insertion(outline, items[-1].last, *extra))
+    extra: list[Piece | bytes] = [b", CAST(CAST(ARRAY["]
+    for number, (first, _) in enumerate(source.definitions):
+        extra += [b", pg_catalog.pg_typeof(" if number else b"pg_catalog.pg_typeof(", table, b"."]
+        extra += [copied(outline, first, first), b")"]
+    extra.append(b"] AS pg_catalog.oid[]) AS pg_catalog.text), " + ARGUMENTS + b"." + ARGUMENTS)
+    edits.append(insertion(outline, items[-1].last, *extra, b" "))
     join = b"AS " + ARGUMENTS + b" LEFT JOIN pg_catalog.json_to_recordset('[]') "
     edits.append(replacement(outline, site, join))
     if source.alias is None:
         edits.append(insertion(outline, site.last + 1, b" " + source.name + b" "))
     edits.append(insertion(outline, outline.count - 1, b" ON true"))
-    return ResultPlan(rewritten(outline, *edits), site.call, tuple(outputs), len(source.columns))
+    return ResultPlan(
+        rewritten(outline, *edits),
+        site.call,
+        tuple(outputs),
+        len(source.columns),
+        types=tuple(
+            outline.sql[outline.start(first + 1) : outline.end(last)]
+            for first, last in source.definitions
+        ),
+        has_modifiers=any(
+            outline.text(at) == b"(" or outline.keyword(at) in _MODIFIED
+            for first, last in source.definitions
+            for at in range(first + 1, last + 1)
+        ),
+    )
 
 
 def view(outline: Outline) -> ResultPlan:

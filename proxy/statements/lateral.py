@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 
 from proxy.api.functions import Type
 from proxy.sql.lexer import RESERVED
+from proxy.sql.rewrite import Piece
 from proxy.sql.tokens import NotRecognizedError
 from proxy.statements.outline import (
     ARGUMENTS,
@@ -32,7 +33,7 @@ from proxy.statements.outline import (
     column_names,
     position_of,
 )
-from proxy.statements.plan import Call, CallColumn, FieldOf, ItemOutput, Piece, ScalarPlan
+from proxy.statements.plan import Call, CallColumn, FieldOf, ItemOutput, ScalarPlan
 from proxy.statements.select_list import item_span
 from proxy.statements.standin import (
     Edit,

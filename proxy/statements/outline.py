@@ -10,10 +10,11 @@ import bisect
 import functools
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final, NamedTuple
 
 from proxy.api.functions import Function, Parameter, Type
+from proxy.sql.lexer import Kind
 from proxy.sql.tokens import NotRecognizedError, Tokens
 from proxy.statements import triggers
 from proxy.statements.plan import Argument, Call, FieldOf
@@ -62,11 +63,22 @@ class Site(NamedTuple):
 
 
 class Outline(Tokens):
-    """One statement and its calls. Indices count tokens unless they are called offsets."""
+    """One statement and its calls. Indices count tokens unless they are called offsets.
 
-    def __init__(self, statement: Tokens, functions: Mapping[str, tuple[Function, ...]]) -> None:
+    Attributes:
+        voids: the parameters of type void. The server takes such a one for no argument: drivers
+            send it where a function's result stands in their own notation, ``{? = call f(?)}``.
+    """
+
+    def __init__(
+        self,
+        statement: Tokens,
+        functions: Mapping[str, tuple[Function, ...]],
+        voids: Collection[int] = (),
+    ) -> None:
         super().__init__(statement.sql, statement.tokens, statement.encoding)
         self.functions = functions
+        self.voids = voids
         self.column_of_call: ColumnOfCall = lambda first, last: None
 
     @functools.cached_property
@@ -107,7 +119,7 @@ class Outline(Tokens):
         leaves come after these."""
         name, close = self.name_of_ours(index), self.closing(index + 1)
         items = self.list_items(index + 2, close) if close > index + 2 else []
-        given = [self.argument(*item) for item in items]
+        given = [self.argument(*item) for item in items if not self.is_void(*item)]
         function, parameters = _resolve(
             self.functions.get(name or "", ()), [argument_name for argument_name, _, _ in given]
         )
@@ -136,6 +148,15 @@ class Outline(Tokens):
         first = self.qualified(index)
         call = Call(function, tuple(arguments), self.schema(first, index))
         return Site(call, leaves, first, close)
+
+    def is_void(self, first: int, last: int) -> bool:
+        """Whether an argument is none: a parameter of type void, in any number of parentheses."""
+        if not self.voids:
+            return False
+        while self.text(first) == b"(" and self.text(last) == b")":
+            first, last = first + 1, last - 1
+        is_parameter = first == last and self.tokens[first].kind is Kind.PARAMETER
+        return is_parameter and int(self.text(first)[1:]) in self.voids
 
     def schema(self, first: int, last: int) -> bytes | None:
         """What qualifies the name that these tokens are."""

@@ -2,90 +2,21 @@
 client's columns.
 
 Invariant: a plan says all that the interception needs to know of a statement, in terms of the
-stand-in's columns; only `Rewrite` knows positions in the text.
+stand-in's columns; only its `Rewrite` knows positions in the text.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from proxy.api.functions import Function, Needs, Parameter
+from protocol.errors import SQLError
+from proxy.api.functions import HANDLES, LIST, RECORD, VIEWS, Function, Needs, Parameter
+from proxy.sql.rewrite import Piece, Rewrite
 from proxy.sql.tokens import Tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a stand-in: ``original[start:end]``, or ``inserted`` if that is given; then it
-    stands for the text at ``start``."""
-
-    start: int
-    end: int
-    inserted: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Rewrite:
-    """The stand-in of a statement, and where each of its characters comes from."""
-
-    original: bytes
-    pieces: tuple[Piece, ...]
-
-    @property
-    def sql(self) -> bytes:
-        """The text for the server."""
-        return b"".join(text for _, text in self._texts())
-
-    @property
-    def unsent(self) -> bytes:
-        """The parts of the original that are not in the stand-in, in order."""
-        kept = sorted((p.start, p.end) for p in self.pieces if p.inserted is None)
-        done = 0
-        unsent: list[bytes] = []
-        for start, end in kept:
-            unsent.append(self.original[done:start])
-            done = max(done, end)
-        return b" ".join([*unsent, self.original[done:]])
-
-    def original_position(self, position: int, codec: str) -> int:
-        """Where in the original a character of the stand-in belongs.
-
-        Args:
-            position: as in an error's field P: in characters, from 1.
-            codec: Python's name of the client encoding.
-        """
-        offset = self._original_offset(self._offset(position, codec))
-        return len(self.original[:offset].decode(codec, "surrogateescape")) + 1
-
-    def inserted_before(self, position: int, codec: str) -> list[bytes]:
-        """What was inserted up to and including the character at ``position``."""
-        offset = self._offset(position, codec)
-        inserted: list[bytes] = []
-        for piece, text in self._texts():
-            if offset < 0:
-                break
-            offset -= len(text)
-            if piece.inserted is not None:
-                inserted.append(text)
-        return inserted
-
-    def _texts(self) -> Iterator[tuple[Piece, bytes]]:
-        for piece in self.pieces:
-            text = piece.inserted
-            yield piece, self.original[piece.start : piece.end] if text is None else text
-
-    def _offset(self, position: int, codec: str) -> int:
-        text = self.sql.decode(codec, "surrogateescape")
-        return len(text[: position - 1].encode(codec, "surrogateescape"))
-
-    def _original_offset(self, offset: int) -> int:
-        for piece, text in self._texts():
-            if offset < len(text):
-                return piece.start + (offset if piece.inserted is None else 0)
-            offset -= len(text)
-        return len(self.original)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +50,12 @@ class Call:
     arguments: tuple[Argument, ...]
     schema: bytes | None = None
 
-    def functions(self) -> Iterator[Function]:
-        """What is called, by it and by the calls in its arguments."""
-        yield self.function
+    def all(self) -> Iterator[Call]:
+        """It, and the calls in its arguments."""
+        yield self
         for argument in self.arguments:
             if isinstance(argument.value, Call):
-                yield from argument.value.functions()
+                yield from argument.value.all()
 
     def leaves(self) -> Iterator[tuple[Call, int]]:
         """The elements of the stand-in's text[]: the call (this or an inner one) that each is an
@@ -174,14 +105,40 @@ class _Calling:
         raise NotImplementedError
 
     @property
-    def functions(self) -> list[Function]:
-        """All that it calls."""
-        return [function for call in self.calls for function in call.functions()]
+    def all_calls(self) -> list[Call]:
+        """With those in their arguments."""
+        return [inner for call in self.calls for inner in call.all()]
+
+    @property
+    def has_definition_list(self) -> bool:
+        """Whether the statement defines the columns of what it calls."""
+        return False
+
+    @property
+    def streams(self) -> bool:
+        """Whether the rows are a job's, which the proxy hands over as they come; the server would
+        first gather them all."""
+        return any(call.function.result_type == RECORD for call in self.calls)
+
+    @property
+    def is_servers_too(self) -> bool:
+        """Whether a server that has the functions takes the statement as it stands, with the same
+        parameters. The proxy alone serves rows without a column definition list, and takes more
+        than handles for handles."""
+        parameters = (p.type for call in self.all_calls for p in call.function.parameters)
+        return HANDLES not in parameters and (
+            self.has_definition_list
+            or all(
+                call.function.result_type not in (RECORD, LIST)
+                or VIEWS.get(call.function.name) is call.function
+                for call in self.calls
+            )
+        )
 
     @property
     def needs(self) -> Needs:
         """What its calls need together."""
-        return functools.reduce(operator.or_, (function.needs for function in self.functions))
+        return functools.reduce(operator.or_, (call.function.needs for call in self.all_calls))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +185,11 @@ class ResultPlan(_Calling):
     The stand-in returns exactly one row.
 
     With a column definition list (``defined_columns`` > 0) the stand-in's columns are the
-    client's outputs, then the ``defined_columns`` of the list, then the call's arguments: the last
-    ``defined_columns + 1`` are for the proxy alone. All but the last are NULL; their types count,
-    and nothing has yet compared them with the function's. Without one its only column is the call's
-    arguments.
+    client's outputs, all NULL, then the OIDs of the list's types (an oid[] as text; a domain has
+    its own), then the call's arguments: the last two are for the proxy alone. Nothing has yet
+    compared the types with the function's. Without a list its only column is the arguments.
+
+    ``types``: those of the list, as written. ``has_modifiers``: one of them may have a modifier.
 
     ``has_no_side_effects``: as in `ScalarPlan`.
     """
@@ -240,14 +198,30 @@ class ResultPlan(_Calling):
     call: Call
     outputs: tuple[Output, ...]
     defined_columns: int
+    types: tuple[bytes, ...] = ()
+    has_modifiers: bool = False
     has_no_side_effects: bool = False
 
     @property
     def calls(self) -> list[Call]:
         return [self.call]
 
+    @property
+    def has_definition_list(self) -> bool:
+        return self.defined_columns > 0
+
 
 Plan = ScalarPlan | ResultPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A DO statement of ours within one of the client's: its text, and what stood in its place;
+    ``is_executed``: as a constant behind EXECUTE."""
+
+    text: bytes
+    written: bytes
+    is_executed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,10 +231,25 @@ class Substitute:
     ``tag``: what CommandComplete is to say instead. Then it is a command that a block of ours
     carries out, and errors and notices lose their CONTEXT within the block. Without a tag it
     is the client's own statement, changed in places.
+
+    ``notice``: what the client is told when it has been executed.
+
+    ``is_undecided``: it may be changed, or have a notice; the server is to be asked first.
+
+    ``blocks``: blocks of ours that a DO block executes in place of commands, each with what the
+    client wrote there; CONTEXT is to say that. They change what is known of the extension.
     """
 
     rewrite: Rewrite
     tag: bytes | None = None
+    notice: SQLError | None = None
+    is_undecided: bool = False
+    blocks: tuple[Block, ...] = ()
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether something is to be done when it is executed, however much later."""
+        return self.tag is not None or self.notice is not None or bool(self.blocks)
 
 
 @dataclass(slots=True, eq=False)
@@ -272,15 +261,24 @@ class Statement:
         text: in the client's encoding.
         offset: where it begins in the message's text, in bytes.
         tokens: None if it mentions nothing of ours, or cannot be read: then it passes as it is.
+        sent: the whole text of the message.
+        voids: the numbers of the parameters that its Parse declares to be of type void.
+        is_kept: whether it is a Parse that names it, so that it may be executed much later.
         calls: how to serve the calls in it, by version of the API, as far as that was asked.
         substitutes: what else takes its place, once that was asked.
+        is_others: whether a call in it means an object of the database's own, so that the server
+            is to make it.
     """
 
     text: bytes
     offset: int = 0
     tokens: Tokens | None = None
+    sent: bytes = b""
+    voids: frozenset[int] = frozenset()
+    is_kept: bool = False
     calls: dict[int, Plan | None] = field(default_factory=dict)
     substitutes: list[Substitute | None] = field(default_factory=list)
+    is_others: bool = False
 
 
 def joined(sql: bytes, plans: Sequence[tuple[int, Plan | Substitute]]) -> Substitute:
@@ -300,7 +298,10 @@ def joined(sql: bytes, plans: Sequence[tuple[int, Plan | Substitute]]) -> Substi
             for piece in plan.rewrite.pieces
         ]
     pieces.append(Piece(done, len(sql)))
-    return Substitute(Rewrite(sql, tuple(pieces)))
+    blocks = (plan.blocks for _, plan in plans if isinstance(plan, Substitute))
+    return Substitute(
+        Rewrite(sql, tuple(pieces)), blocks=tuple(itertools.chain.from_iterable(blocks))
+    )
 
 
 def substitute(sql: bytes, text: bytes, tag: bytes) -> Substitute:

@@ -11,10 +11,7 @@ refused or warned of, transform_null_equals what ``= NULL`` does, server_encodin
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
-
-READING: Final = (b"client_encoding", b"standard_conforming_strings")
-"""The names of the settings."""
+from typing import NamedTuple
 
 
 class Reading(NamedTuple):

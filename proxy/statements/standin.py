@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from proxy.api.functions import BOOL, HANDLE, HANDLES, INT4, INT8, TEXT, Type
+from proxy.sql.rewrite import Piece, Rewrite
 from proxy.sql.tokens import NESTING
 from proxy.statements.outline import Leaf, Outline, Site
-from proxy.statements.plan import Call, Piece, Plan, ResultPlan, Rewrite, ScalarPlan, Substitute
+from proxy.statements.plan import Call, Plan, ResultPlan, ScalarPlan, Substitute
 
 # For each type a function of pg_catalog that takes just this type, so that the server resolves,
 # converts and infers as it would for ours, and the way from there to text. The client chooses

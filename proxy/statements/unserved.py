@@ -93,7 +93,7 @@ def unavailable(body: bytes) -> bytes | None:
         return None
     hint = (
         b"The proxy carries out CREATE EXTENSION pg_background where it is a statement of its own,"
-        b" not in a block or function."
+        b" or one of a DO block; not in a function, or where SQL is put together for EXECUTE."
     )
     return error.with_fields(H=hint).serialize()
 

@@ -16,6 +16,12 @@ from typing import Any, Final, TypeAlias, cast, get_args
 from proxy.config import Given
 from proxy.jobs.registry import Handle
 
+# Beside each client's connection, in a socket of their own
+
+PLAIN: Final = b"+"
+WITH_HEADER: Final = b"P"
+"""It begins with a header of the PROXY protocol."""
+
 # From a worker to the supervisor
 
 
@@ -32,6 +38,8 @@ class Event(StrEnum):
     """One of its sessions has ended."""
     DRAINING = "draining"
     """It is to get no more connections."""
+    ALIVE = "alive"
+    """Its event loop runs: the answer to a Ping."""
     DONE = "done"
     """Its sessions and jobs have ended."""
 
@@ -43,15 +51,78 @@ class Report:
     event: Event
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The console wants something of the supervisor: ``processes``, ``drain``, ``reload`` or
+    ``shut_down``; `worker`: the number of the one to drain. There is an Outcome."""
+
+    number: int
+    what: str
+    worker: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TakeSlot:
+    """May I run a job of this role in this database? There is a SlotAnswer, and another one when a
+    slot is granted later. `arrived`: when the launch came, by the system's monotonic clock."""
+
+    number: int
+    role: str
+    database: str
+    arrived: float
+
+
+@dataclass(frozen=True, slots=True)
+class HasSlot:
+    """I run such a job since before there were limits."""
+
+    number: int
+    role: str
+    database: str
+
+
+@dataclass(frozen=True, slots=True)
+class FreeSlot:
+    """It has ended, or is not wanted any more."""
+
+    number: int
+
+
+Slotting: TypeAlias = TakeSlot | HasSlot | FreeSlot
+
+
 # From the supervisor to a worker
 
 
 @dataclass(frozen=True, slots=True)
+class SlotAnswer:
+    """Whether the slot of this number is granted; the setting that keeps it waiting, and its
+    value."""
+
+    number: int
+    granted: bool
+    setting: str = ""
+    most: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of an Order. `error` is why it was not carried out: SQLSTATE, message, detail and hint, the
+    latter two perhaps empty."""
+
+    number: int
+    body: Any = None
+    error: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Configure:
-    """Serve with this configuration; `name`: the worker's, the first time."""
+    """Serve with this configuration. The first time, `name`: the worker's; `group`: what tells
+    these workers from those of other supervisors, in hexadecimal digits (`sealed.GROUP`)."""
 
     given: Given
     name: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +131,22 @@ class EndNow:
 
 
 @dataclass(frozen=True, slots=True)
+class TakenOver:
+    """Another proxy takes the clients: sessions may go on for takeover_timeout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Say that you are alive."""
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
-    """A question has gone to these workers."""
+    """A question has gone to these workers, and to those which hang: they are not waited for."""
 
     number: int
     peers: Sequence[int]
+    hanging: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +156,9 @@ class Gone:
     peer: int
 
 
-# Between workers: what is asked
+# Between workers, and by the supervisor, whose number is 0: what is asked
+
+SUPERVISOR: Final = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +208,52 @@ class GiveWay:
     """Close your spares; whether there were any."""
 
 
-Ask: TypeAlias = Roles | NewRole | FindJobs | ListJobs | CancelJob | CancelStatement | GiveWay
+@dataclass(frozen=True, slots=True)
+class ConsoleTable:
+    """What do you know for this table of the console (`console.tables`)? Rows."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobsWithPid:
+    """Which jobs of yours run with this PID? Handles."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class KillSession:
+    """End this session, as the console calls it; whether it is yours."""
+
+    session: str
+
+
+ConsoleAsk: TypeAlias = ConsoleTable | JobsWithPid | KillSession
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """The supervisor asks: what have you counted? `admin.figures.collect`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShowJobs:
+    """The supervisor asks: which jobs are there to show? `admin.overview.Overview.show`."""
+
+
+Ask: TypeAlias = (
+    ConsoleAsk
+    | Roles
+    | NewRole
+    | FindJobs
+    | ListJobs
+    | CancelJob
+    | CancelStatement
+    | GiveWay
+    | Measure
+    | ShowJobs
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +268,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """To a question, or a piece of an answer. `body` is what the question says; None: no answer."""
+    """To a question, or a piece of an answer. `body` is what the question says; None: no answer.
+    With the number 0 a worker tells the supervisor its last figures (`Measure`), unasked."""
 
     number: int
     to: int
@@ -189,7 +319,22 @@ class Told:
     sender: int = 0
 
 
-Message: TypeAlias = Report | Configure | EndNow | Asked | Gone | Question | Answer | Told
+Message: TypeAlias = (
+    Report
+    | Order
+    | Outcome
+    | Configure
+    | EndNow
+    | TakenOver
+    | Ping
+    | Asked
+    | Gone
+    | Question
+    | Answer
+    | Told
+    | Slotting
+    | SlotAnswer
+)
 
 _CLASSES: Final[dict[str, type]] = {cls.__name__: cls for cls in get_args(Message | Ask | News)}
 _CLASS: Final = "class"

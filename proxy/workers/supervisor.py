@@ -2,8 +2,8 @@
 
 Invariant: the supervisor serves no client and does not know PostgreSQL. It listens, gives each
 connection to the worker that has the fewest, forwards the workers' messages to each other
-(`peers`), restarts a worker that dies, and ends when it is told to and all of them have ended.
-Signals go to the supervisor alone.
+(`peers`), restarts a worker that dies, kills one that hangs, and ends when it is told to and all of
+them have ended. Signals go to the supervisor alone.
 
 Why connections are handed over, and the workers do not accept them themselves: sessions are few and
 long, so their even distribution counts. Measured with 2 workers, 32 connections at once, share of
@@ -11,6 +11,10 @@ the busier one, median and worst of 30 tries: SO_REUSEPORT, which hashes, 56 and
 socket for all 56 and 100 %; handed over 50 and 50 % (8 connections: 62 and 88, 100 and 100, 50 and
 50 %). It costs nothing that could be measured beside the server's work for a new connection. And a
 worker's death loses no connection that it has not taken yet, and Unix sockets are no special case.
+
+A worker that hangs (stopped, or its event loop blocked) is found out by pings, one a second, which
+its loop answers. What counts is how many it has left unanswered, not how long it was silent: while
+the supervisor itself is stopped, or the machine asleep, no ping goes out that could be missed.
 """
 
 from __future__ import annotations
@@ -20,36 +24,55 @@ import contextlib
 import functools
 import itertools
 import os
+import secrets
 import signal
-import socket
-import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
+from protocol.errors import OBJECT_NOT_IN_PREREQUISITE_STATE, UNDEFINED_OBJECT
 from proxy import config, log
 from proxy.config import Given
+from proxy.ending import Ending
+from proxy.entrance import Entrance
+from proxy.jobs.slots import Limits
 from proxy.log import logger
-from proxy.net.descriptors import turn_away
-from proxy.net.listeners import Listeners
-from proxy.runtime import LAST_WORDS, Runtime, client_keepalive, reload, reloaded
-from proxy.workers.bus import Channel
+from proxy.net.acceptor import Accepted
+from proxy.net.service_manager import ServiceManager
+from proxy.net.takeover import TakeoverError
+from proxy.reasons import explain
+from proxy.runtime import (
+    LAST_WORDS,
+    Reloaded,
+    Runtime,
+    find_server,
+    reload,
+    reloaded,
+)
 from proxy.workers.messages import (
+    SUPERVISOR,
     Answer,
     Asked,
     Configure,
     EndNow,
     Event,
+    FreeSlot,
     Gone,
+    HasSlot,
     Message,
+    Order,
+    Outcome,
     Question,
     Report,
+    TakenOver,
+    TakeSlot,
     Told,
 )
-
-_START_TIMEOUT: Final = 30.0
-"""Seconds that a worker has to get ready."""
+from proxy.workers.overview import AllWorkers
+from proxy.workers.process import END_TIMEOUT, HANGS, WorkerProcess
+from proxy.workers.sealed import GROUP
+from proxy.workers.slots import AllSlots
 
 _LONG_LIFE: Final = 10.0
 _FIRST_DELAY: Final = 0.1
@@ -59,133 +82,17 @@ _LONGEST_DELAY: Final = 10.0
 _TRIES: Final = 5
 """How often in a row a worker may fail to start while there is no other."""
 
-_END_TIMEOUT: Final = 5.0
-"""Seconds after which a worker that should have ended is killed."""
+_PING: Final = 1.0
+"""Seconds between two pings."""
 
-_STUCK: Final = 1.0
-"""Seconds in which a worker takes no connection, until others get its share."""
+_SETTLED: Final = 5.0
+"""Seconds until connections that are held must have been taken, for a successor to take over."""
+
+_HELD: Final = "held"
+"""Why the listeners are paused: workers take no more for the moment."""
 
 _HAND_OVER_AGAIN: Final = 0.005
 """Seconds until a connection is offered again that no worker could take."""
-
-
-class _Worker:
-    """One process.
-
-    Attributes:
-        number: its place among the workers, from 1; that of its successor too.
-        serial: what tells it from others, also from its predecessors.
-        sessions: how many connections it has, those included that it has not yet taken.
-        untaken: the latter. They are kept until then, and go to others if it dies.
-        turn: when it last got one.
-        joined: whether it answers questions.
-        ready: whether it serves; done when that is known.
-        done: whether it only waits for others to end.
-    """
-
-    process: asyncio.subprocess.Process
-    channel: Channel
-
-    def __init__(self, number: int, serial: int) -> None:
-        self.number = number
-        self.serial = serial
-        self.sessions = 0
-        self.untaken: deque[socket.socket] = deque()
-        self.turn = 0
-        # Since when its socket has been full, by the loop's clock; 0 if it is not.
-        self._full_since = 0.0
-        self.joined = False
-        self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self.done = False
-        self._clients: socket.socket | None = None
-
-    def __str__(self) -> str:
-        return f"worker {self.number} (PID {self.process.pid})"
-
-    async def start(self, receive: Callable[[Message], None]) -> None:
-        """Start the process. Raises OSError."""
-        with contextlib.ExitStack() as stack:
-            ours, theirs = map(stack.enter_context, socket.socketpair())
-            self._clients, clients = socket.socketpair()
-            stack.enter_context(clients)
-            self._clients.setblocking(False)
-            fds = (theirs.fileno(), clients.fileno())
-            self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "proxy.workers.worker", *map(str, fds)),
-                stdin=asyncio.subprocess.DEVNULL,
-                # The same modules, whatever is in the folder where we are.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-                pass_fds=fds,
-                # Not to be reached by a terminal's Ctrl-C.
-                start_new_session=True,
-            )
-            self.channel = await Channel.over(ours.dup(), receive)
-        self.channel.lost.add_done_callback(lambda _: self.known(ready=False))
-        asyncio.get_running_loop().call_later(_START_TIMEOUT, self._too_late)
-
-    def _too_late(self) -> None:
-        if not self.ready.done():
-            logger.error("%s did not get ready in time", self)
-            self.kill()
-
-    def known(self, *, ready: bool) -> None:
-        """It serves now, or it never will."""
-        if not self.ready.done():
-            self.ready.set_result(ready)
-
-    @property
-    def serves(self) -> bool:
-        """Whether it takes new clients."""
-        return self.ready.done() and self.ready.result() and self._clients is not None
-
-    def take(self, connection: socket.socket) -> bool:
-        """Give it a connection; whether it could take it."""
-        assert self._clients is not None
-        try:
-            socket.send_fds(self._clients, [b"+"], [connection.fileno()])
-        except OSError:  # it is full, or gone
-            self._full_since = self._full_since or asyncio.get_running_loop().time()
-            return False
-        self._full_since = 0.0
-        self.sessions += 1
-        self.untaken.append(connection)
-        return True
-
-    @property
-    def is_stuck(self) -> bool:
-        """Whether it has taken none for so long that others are to have its share."""
-        now = asyncio.get_running_loop().time()
-        return self._full_since > 0.0 and now - self._full_since > _STUCK
-
-    def taken(self) -> None:
-        """It has the oldest of those that were given to it."""
-        self.untaken.popleft().close()
-
-    def refused(self) -> None:
-        """It has no descriptor for that."""
-        turn_away(self.untaken.popleft())
-        self.sessions -= 1
-
-    def retire(self) -> None:
-        """Give it no more clients, so that it ends when those that it has have left."""
-        if self._clients is not None:
-            self._clients.close()
-            self._clients = None
-
-    async def end(self) -> int:
-        """Wait for its end; the exit code, or the negative number of a signal."""
-        await self.channel.lost
-        self.retire()
-        try:
-            return await asyncio.wait_for(self.process.wait(), _END_TIMEOUT)
-        except TimeoutError:
-            self.kill()
-            return await self.process.wait()
-
-    def kill(self) -> None:
-        """End it at once."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
 
 
 class Supervisor:
@@ -198,54 +105,100 @@ class Supervisor:
     def __init__(self, given: Callable[[], Given]) -> None:
         self._read = given
         self._given = given()
+        self._group = secrets.token_hex(GROUP)
         self._config = config.build(self._given, os.environ)
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, WorkerProcess] = {}
         self._serials = itertools.count(1)
         self._turns = itertools.count(1)
-        self._listeners = Listeners(self._take, client_keepalive(self._config))
+        # The workers do not get what it has for the one process that it knows.
+        self._manager = ServiceManager(os.environ)
         # Clients come in once all workers were there: else the first would get them all.
+        self._all_there = asyncio.Event()
         self._open = False
         # Connections that no worker could take yet.
-        self._held: deque[socket.socket] = deque()
-        self._stop = asyncio.Event()
-        self._now = asyncio.Event()
+        self._held: deque[Accepted] = deque()
+        self._none_held = asyncio.Event()
+        self._none_held.set()
+        self._ending = Ending(lambda: self._config)
+        self._watched = AllWorkers(
+            *(self._workers.values, self._config.workers),
+            *(self._ending.begun.is_set, Runtime(self._config)),
+        )
+        self._slots = AllSlots(Limits.of(self._config), self._workers)
+        self._entrance = Entrance(
+            *(self._config, self._manager, self._watched, self._take, self._ending, self._settle)
+        )
+        self._listeners = self._entrance.listeners
         # Why it cannot go on.
         self._failure: Exception | None = None
 
     async def run(self) -> int:
-        """Serve until SIGINT or SIGTERM, then let all workers end; the exit code.
+        """Serve until SIGINT or SIGTERM, or until another has taken over, then let all workers end;
+        the exit code.
 
-        Raises OSError if it cannot start, because the server cannot be reached, an address is taken
-        or a worker cannot be started; ConfigError for a file that is not what it should be.
+        Raises OSError if it cannot start, because the server cannot be reached and is required, an
+        address is taken or a worker cannot be started; ConfigError for a file that is not what it
+        should be.
         """
-        await Runtime(self._config).check()
-        loop = asyncio.get_running_loop()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(signum, self._signalled)
-        loop.add_signal_handler(signal.SIGHUP, reload, self._read, self._take_over)
-        self._listeners.pause()
-        with contextlib.closing(self._listeners):
-            for address in self._config.listen:
-                await self._listeners.listen(address)
-            numbers = range(1, self._config.workers + 1)
-            keepers = [loop.create_task(self._keep(number)) for number in numbers]
-            for keeper in keepers:
-                keeper.add_done_callback(self._kept)
-            await self._stop.wait()
-        for connection in self._held:
-            connection.close()
-        await self._shut_down(keepers)
+        async with self._entrance:
+            await self._entrance.look_for_predecessor()
+            self._manager.begin()
+            looking = await find_server(lambda: Runtime(self._config), self._manager)
+            loop = asyncio.get_running_loop()
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(signum, self._ending.signalled)
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
+            await self._entrance.prepare()
+            await self._serve(looking)
         if self._failure is not None:
             raise self._failure
         return 0
 
-    def _signalled(self) -> None:
-        (self._now if self._stop.is_set() else self._stop).set()
+    async def _serve(self, looking: asyncio.Task[None] | None) -> None:
+        loop = asyncio.get_running_loop()
+        numbers = range(1, self._config.workers + 1)
+        keepers = [loop.create_task(self._keep(number)) for number in numbers]
+        watches = [loop.create_task(self._watch()), loop.create_task(self._open_when_all_there())]
+        for task in (*keepers, watches[-1]):
+            task.add_done_callback(self._kept)
+        if self._config.admin_listen is not None:
+            watches.append(loop.create_task(self._watched.keep_asking()))
+        await self._ending.begun.wait()
+        self._entrance.shut()
+        self._manager.stopping()
+        if looking is not None:
+            looking.cancel()
+        for connection in self._held:
+            connection.socket.close()
+        await self._shut_down(keepers)
+        for watch in watches:
+            watch.cancel()
+        await self._entrance.predecessor_has_ended()
+
+    async def _open_when_all_there(self) -> None:
+        await self._all_there.wait()
+        try:
+            await self._entrance.open()
+        except OSError as error:
+            self._fail(error)
+            return
+        self._open = True
+        self._hand_over_again()
+
+    async def _settle(self) -> None:
+        """Wait until workers have taken all connections. Raises OSError."""
+        try:
+            async with asyncio.timeout(_SETTLED):
+                await self._none_held.wait()
+        except TimeoutError:
+            raise TakeoverError("clients wait for a worker that does not take them") from None
+
+    def _reload(self) -> Reloaded:
+        return reload(self._manager, self._read, self._take_over)
 
     def _fail(self, error: Exception) -> None:
         self._failure = self._failure or error
-        self._stop.set()
-        self._now.set()
+        self._ending.at_once()
 
     # One place among the workers
 
@@ -254,16 +207,16 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         delay = 0.0
         failures = 0
-        while not self._stop.is_set():
+        while not self._ending.begun.is_set():
             began = loop.time()
-            worker = _Worker(number, next(self._serials))
+            worker = WorkerProcess(number, next(self._serials))
             try:
                 await worker.start(functools.partial(self._receive, worker))
             except OSError as error:
-                reason: str | None = str(error)
+                reason: str | None = str(error) or explain(error)
             else:
                 reason = await self._serve_with(worker)
-            if self._stop.is_set():
+            if self._ending.begun.is_set():
                 return
             failures = 0 if reason is None else failures + 1
             if reason is not None:
@@ -271,37 +224,82 @@ class Supervisor:
             if loop.time() - began > _LONG_LIFE:
                 delay = 0.0
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), delay)
+                await asyncio.wait_for(self._ending.begun.wait(), delay)
             delay = min(max(2 * delay, _FIRST_DELAY), _LONGEST_DELAY)
 
-    async def _serve_with(self, worker: _Worker) -> str | None:
+    async def _serve_with(self, worker: WorkerProcess) -> str | None:
         """From its start to its end; if it never got ready, how it ended."""
         self._workers[worker.serial] = worker
-        worker.channel.send(Configure(self._given, f"worker {worker.number}"))
-        if self._stop.is_set():
+        name = f"worker {worker.number}"
+        worker.channel.send(Configure(self._given, name, self._group))
+        if self._ending.begun.is_set():
             worker.retire()
         is_ready = await worker.ready
         if is_ready:
             logger.info("%s is ready", worker)
-            self._open |= len(self._serving()) == self._config.workers
+            if len(self._serving()) == self._config.workers:
+                self._all_there.set()
             if self._open:
                 self._hand_over_again()
         code = await worker.end()
         self._bury(worker)
-        if is_ready and not self._stop.is_set():
+        if is_ready and not self._ending.begun.is_set():
             level = logger.info if code == 0 else logger.error
             level("%s %s; it is started again", worker, _how(code))
+            self._watched.restarts += 1
         return None if is_ready else f"it {_how(code)}"
 
-    def _bury(self, worker: _Worker) -> None:
+    async def _watch(self) -> None:
+        """Ping all that have got ready, and deal with those which do not answer."""
+        while True:
+            await asyncio.sleep(_PING)
+            for worker in tuple(self._workers.values()):
+                if worker.ready.done() and not worker.channel.lost.done():
+                    worker.ping()
+                    if worker.hangs:
+                        self._does_not_answer(worker)
+
+    def _does_not_answer(self, worker: WorkerProcess) -> None:
+        others = [other for other in self._serving() if not other.hangs]
+        if others:
+            for connection in worker.take_back():
+                self._take(connection)
+        if worker.unanswered == HANGS:
+            logger.warning(
+                "%s does not answer; it has %d sessions, and new clients %s",
+                worker,
+                worker.sessions,
+                "go to the others" if others else "wait for it",
+            )
+        seconds = worker.unanswered * _PING
+        if 0 < self._config.hung_worker_timeout <= seconds:
+            logger.error(
+                "%s has not answered for %d seconds and is killed: its %d sessions and their"
+                " jobs are lost",
+                worker,
+                seconds,
+                worker.sessions,
+            )
+            worker.kill()
+
+    def _spoke(self, worker: WorkerProcess) -> None:
+        hung = worker.hangs
+        worker.spoke()
+        if hung:
+            logger.info("%s answers again; it gets new clients again", worker)
+            self._slots.answers_again()
+
+    def _bury(self, worker: WorkerProcess) -> None:
         """It is gone: the others are told, and get the clients that it has not taken."""
+        self._slots.gone(worker.serial)
         del self._workers[worker.serial]
+        self._watched.gone(worker.serial)
         for other in self._workers.values():
             if other.joined:
                 other.channel.send(Gone(worker.serial))
-        if self._stop.is_set():
+        if self._ending.begun.is_set():
             for connection in worker.untaken:
-                connection.close()
+                connection.socket.close()
             self._let_go()
             return
         for connection in worker.untaken:
@@ -315,22 +313,23 @@ class Supervisor:
             self._fail(OSError(message))
 
     def _kept(self, keeper: asyncio.Task[None]) -> None:
-        error = keeper.exception()
+        error = None if keeper.cancelled() else keeper.exception()
         if isinstance(error, Exception):
             logger.error("internal error of the supervisor", exc_info=error)
             self._fail(error)
 
     # Clients
 
-    def _take(self, connection: socket.socket) -> None:
+    def _take(self, connection: Accepted) -> None:
         if self._held or not self._hand_over(connection):
             self._held.append(connection)
-            self._listeners.pause()
+            self._none_held.clear()
+            self._listeners.pause(_HELD)
             self._try_later()
 
-    def _hand_over(self, connection: socket.socket) -> bool:
+    def _hand_over(self, connection: Accepted) -> bool:
         """Give it to the worker that has the fewest; whether one could take it."""
-        for worker in sorted(self._serving(), key=lambda worker: (worker.sessions, worker.turn)):
+        for worker in sorted(self._serving(), key=lambda w: (w.hangs, w.sessions, w.turn)):
             if worker.take(connection):
                 worker.turn = next(self._turns)
                 return True
@@ -338,7 +337,7 @@ class Supervisor:
                 return False  # it will take it soon
         return False
 
-    def _serving(self) -> list[_Worker]:
+    def _serving(self) -> list[WorkerProcess]:
         return [worker for worker in self._workers.values() if worker.serves]
 
     def _try_later(self) -> None:
@@ -347,30 +346,42 @@ class Supervisor:
             asyncio.get_running_loop().call_later(_HAND_OVER_AGAIN, self._hand_over_again)
 
     def _hand_over_again(self) -> None:
-        if self._stop.is_set():
+        if self._ending.begun.is_set():
             return
         while self._held:
             if not self._hand_over(self._held[0]):
                 self._try_later()
                 return
             self._held.popleft()
-        self._listeners.resume()
+        self._none_held.set()
+        self._listeners.resume(_HELD)
 
     # What the workers say
 
-    def _receive(self, worker: _Worker, message: Message) -> None:
+    def _receive(self, worker: WorkerProcess, message: Message) -> None:
+        self._spoke(worker)
         match message:
             case Report(event):
                 self._reported(worker, event)
             case Question(number):
                 worker.joined = True
                 asked = self._others(worker, message.to)
-                worker.channel.send(Asked(number, [other.serial for other in asked]))
+                answering, hanging = (
+                    [other.serial for other in asked if other.hangs is hangs]
+                    for hangs in (False, True)
+                )
+                worker.channel.send(Asked(number, answering, hanging))
                 self._hand_on(worker, message, asked)
+            case Answer(to=to) if to == SUPERVISOR:
+                self._watched.answered(worker.serial, message)
             case Answer() | Told():
                 self._hand_on(worker, message, self._others(worker, message.to))
+            case TakeSlot() | HasSlot() | FreeSlot():
+                self._slots.heard(worker.serial, message)
+            case Order():
+                worker.channel.send(self._carry_out(message))
 
-    def _reported(self, worker: _Worker, event: Event) -> None:
+    def _reported(self, worker: WorkerProcess, event: Event) -> None:
         match event:
             case Event.READY:
                 worker.known(ready=True)
@@ -385,8 +396,46 @@ class Supervisor:
             case Event.DONE:
                 worker.done = True
                 self._let_go()
+            case Event.ALIVE:
+                pass
 
-    def _others(self, worker: _Worker, serial: int | None) -> list[_Worker]:
+    # What the console orders
+
+    def _carry_out(self, order: Order) -> Outcome:
+        match order.what:
+            case "processes":
+                workers = sorted(self._workers.values(), key=lambda worker: worker.serial)
+                return Outcome(
+                    order.number,
+                    [[w.number, w.process.pid, w.state, w.sessions] for w in workers],
+                )
+            case "drain":
+                return Outcome(order.number, error=self._drain(order.worker))
+            case "reload":
+                return Outcome(order.number, self._reload())
+            case _:
+                self._ending.signalled()
+                return Outcome(order.number)
+
+    def _drain(self, number: int) -> Sequence[str] | None:
+        """Let a worker end, and be replaced; or why not."""
+        serving = self._serving()
+        found = [worker for worker in serving if worker.number == number]
+        if not found:
+            hint = "SHOW WORKERS lists those that are active."
+            return UNDEFINED_OBJECT, f"there is no worker {number} that is active", "", hint
+        if len(serving) == 1:
+            return (
+                OBJECT_NOT_IN_PREREQUISITE_STATE,
+                f"cannot drain worker {number}",
+                "It is the only one that is active.",
+                "Try again when SHOW WORKERS lists another.",
+            )
+        logger.info("%s is drained: the console wants it", found[0])
+        found[0].retire()
+        return None
+
+    def _others(self, worker: WorkerProcess, serial: int | None) -> list[WorkerProcess]:
         """All others, or one."""
         return [
             other
@@ -395,7 +444,7 @@ class Supervisor:
         ]
 
     def _hand_on(
-        self, worker: _Worker, message: Question | Answer | Told, others: list[_Worker]
+        self, worker: WorkerProcess, message: Question | Answer | Told, others: list[WorkerProcess]
     ) -> None:
         message = replace(message, sender=worker.serial)
         for other in others:
@@ -405,7 +454,7 @@ class Supervisor:
         """Let those end that are done. While all are to end, they wait for each other, since what
         one knows of its jobs another may still ask for."""
         workers = self._workers.values()
-        if self._stop.is_set() and not all(worker.done for worker in workers):
+        if self._ending.begun.is_set() and not all(worker.done for worker in workers):
             return
         for worker in workers:
             if worker.done:
@@ -416,14 +465,15 @@ class Supervisor:
     def _take_over(self, given: Given) -> list[str]:
         """Make another configuration hold, here and in all workers. Raises ConfigError."""
         settings, fixed = reloaded(self._config, config.build(given, os.environ))
-        Runtime(settings)
+        self._watched.runtime = Runtime(settings)
         # A worker that is started later is to have what the others have.
         for name in fixed:
             given.pop(name, None)
             if name in self._given:
                 given[name] = self._given[name]
         self._config, self._given = settings, given
-        log.set_level(settings.log_level)
+        self._slots.change(Limits.of(settings))
+        log.change(settings.log_level, settings.log_format)
         for worker in self._workers.values():
             worker.channel.send(Configure(given))
         return fixed
@@ -431,18 +481,16 @@ class Supervisor:
     async def _shut_down(self, keepers: list[asyncio.Task[None]]) -> None:
         logger.info("shutting down: %d workers", len(self._workers))
         for worker in self._workers.values():
+            if self._ending.is_taken_over:
+                worker.channel.send(TakenOver())
             worker.retire()
         all_kept = asyncio.ensure_future(asyncio.wait(keepers))
-        told = asyncio.ensure_future(self._now.wait())
-        await asyncio.wait(
-            {all_kept, told},
-            timeout=self._config.shutdown_timeout + LAST_WORDS + _END_TIMEOUT,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
+        told = asyncio.ensure_future(self._ending.now.wait())
+        await asyncio.wait({all_kept, told}, return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
         for worker in self._workers.values():
             worker.channel.send(EndNow())
-        await asyncio.wait({all_kept}, timeout=LAST_WORDS + _END_TIMEOUT)
+        await asyncio.wait({all_kept}, timeout=LAST_WORDS + END_TIMEOUT)
         for worker in self._workers.values():
             logger.warning("%s has not ended in time", worker)
             worker.kill()

@@ -16,15 +16,35 @@ import sys
 from typing import Any
 
 from proxy import config, log
+from proxy.admin.figures import measure_lag
 from proxy.config import ConfigError
+from proxy.ending import Ending
+from proxy.jobs.slots import Limits
 from proxy.log import logger
 from proxy.loop import run
 from proxy.memory import keep_trimmed
+from proxy.net.acceptor import Accepted
 from proxy.net.descriptors import report
+from proxy.reasons import explain
 from proxy.server import Server
 from proxy.workers.bus import Channel
-from proxy.workers.messages import Configure, EndNow, Event, Message, Report
+from proxy.workers.console import OneOfSeveral
+from proxy.workers.messages import (
+    SUPERVISOR,
+    WITH_HEADER,
+    Answer,
+    Configure,
+    EndNow,
+    Event,
+    Message,
+    Ping,
+    Report,
+    SlotAnswer,
+    TakenOver,
+)
 from proxy.workers.peers import OtherWorkers
+from proxy.workers.replicas import known
+from proxy.workers.slots import SupervisorsSlots
 
 
 class Worker:
@@ -32,8 +52,7 @@ class Worker:
 
     def __init__(self, clients: socket.socket) -> None:
         self._clients = clients
-        self._stop = asyncio.Event()
-        self._now = asyncio.Event()
+        self._ending = Ending(lambda: self._started.result().runtime.config)
 
     async def run(self, bus: socket.socket) -> int:
         """Serve until told to stop; the exit code. Raises ConfigError."""
@@ -47,17 +66,29 @@ class Worker:
         except asyncio.CancelledError:
             return 1  # the supervisor is gone
         server.on_session_end = lambda: self._send(Event.CLOSED)
+        self._slots = SupervisorsSlots(Limits.of(server.runtime.config), self._channel)
+        server.jobs.slots = self._slots
         self._peers = OtherWorkers(server, self._channel)
+        server.door.process = OneOfSeveral(server, self._peers)
         await self._peers.join()
-        self._clients.setblocking(False)
-        loop.add_reader(self._clients, self._take_clients, server)
-        self._send(Event.READY)
-        await self._stop.wait()
-        loop.remove_reader(self._clients)
-        await server.shut_down(self._now, self._others_done)
+        async with known(server, self._group):
+            await self._serve(server)
         self._channel.close()
         await self._channel.lost
         return 0
+
+    async def _serve(self, server: Server) -> None:
+        """Until told to stop."""
+        loop = asyncio.get_running_loop()
+        self._clients.setblocking(False)
+        loop.add_reader(self._clients, self._take_clients, server)
+        self._send(Event.READY)
+        if server.runtime.config.admin_listen is not None:
+            lag = loop.create_task(measure_lag())
+            self._channel.lost.add_done_callback(lambda _: lag.cancel())
+        await self._ending.begun.wait()
+        loop.remove_reader(self._clients)
+        await server.shut_down(self._ending.now, self._others_done)
 
     def _send(self, event: Event) -> None:
         self._channel.send(Report(event))
@@ -67,7 +98,14 @@ class Worker:
             case Configure():
                 self._configure(message)
             case EndNow():
-                self._now.set()
+                self._ending.now.set()
+            case TakenOver():
+                if self._started.done():
+                    self._ending.taken_over()
+            case Ping():
+                self._send(Event.ALIVE)
+            case SlotAnswer():
+                self._slots.answered(message)
             case _:
                 self._peers.receive(message)
 
@@ -78,7 +116,8 @@ class Worker:
             if self._started.done():
                 self._started.result().reload(settings)
             else:
-                log.configure(settings.log_level, who=message.name)
+                log.configure(settings.log_level, settings.log_format, who=message.name)
+                self._group = bytes.fromhex(message.group)
                 self._started.set_result(Server(settings))
                 keep_trimmed()
         except ConfigError as error:
@@ -90,10 +129,9 @@ class Worker:
     def _supervisor_lost(self) -> None:
         if not self._started.done():
             self._started.cancel()
-        elif not self._stop.is_set():
+        elif not self._ending.begun.is_set():
             logger.error("the supervisor is gone")
-        self._now.set()
-        self._stop.set()
+        self._ending.at_once()
 
     def _take_clients(self, server: Server) -> None:
         """Connections that the supervisor has accepted; an end of file behind the last one."""
@@ -106,7 +144,7 @@ class Worker:
                 marks = b""
             if not marks:
                 asyncio.get_running_loop().remove_reader(self._clients)
-                self._stop.set()
+                self._ending.drain()
                 return
             if not fds:
                 # We are short of file descriptors, and the kernel has closed it.
@@ -116,23 +154,24 @@ class Worker:
             self._send(Event.TAKEN)
             connection = socket.socket(fileno=fds[0])
             connection.setblocking(False)
-            server.acceptor.take(connection)
+            server.acceptor.take(Accepted(connection, marks == WITH_HEADER))
 
     async def _others_done(self) -> None:
         """Ours are done; the supervisor knows when all are, and says so by `now`."""
+        self._channel.send(Answer(0, SUPERVISOR, self._peers.figures()))
         self._send(Event.DONE)
         await asyncio.Event().wait()
 
 
 def main(arguments: list[str]) -> Any:
     """Runs a worker on two sockets, given by their file descriptors; what sys.exit() takes."""
-    for signum in (signal.SIGINT, signal.SIGHUP):
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
     bus, clients = (socket.socket(fileno=int(argument)) for argument in arguments)
     try:
         return run(Worker(clients).run(bus))
     except (ConfigError, OSError) as error:
-        return str(error)
+        return str(error) or explain(error)
 
 
 if __name__ == "__main__":

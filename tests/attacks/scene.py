@@ -319,8 +319,9 @@ def copy(
         conn.execute("SET check_function_bodies = off")
         for (definition,) in conn.execute(DEFINITIONS).fetchall():
             text = re.sub(r'(?<![\w"])"?ext"?\.', f"{schema}.", definition)
-            # Not that long until it believes that there is no answer.
-            text = re.sub(r"looks > 600", "looks > 200", text)
+            # Not that long until it believes that there is no answer, and not that busy.
+            text = re.sub(r"looks > 600", "looks > 100", text)
+            text = re.sub(r"looks > 150", "looks > 20", text)
             conn.execute(edit(text).encode())
 
 

@@ -260,8 +260,8 @@ def test_c3_as_it_was_found(scene: Scene, owner: str) -> None:
     try:
         with scene.server.connect(dbname=scene.name, user=owner) as conn:
             conn.execute(
-                "CREATE FUNCTION ext._pg_background_call(function text, arguments text[],"
-                " settings text) RETURNS text[] LANGUAGE plpgsql AS $$ BEGIN"
+                "CREATE FUNCTION ext._pg_background_answer(asked text[], settings text)"
+                " RETURNS text[] LANGUAGE plpgsql AS $$ BEGIN"
                 f" ALTER ROLE {MALLORY} SUPERUSER; RETURN ARRAY['v', '{{}}']; END $$".encode()
             )
         with scene.connect("postgres") as conn:
@@ -274,7 +274,7 @@ def test_c3_as_it_was_found(scene: Scene, owner: str) -> None:
             is_well(conn)
     finally:
         root.execute(f"REVOKE CREATE ON SCHEMA ext FROM {owner}".encode())
-        root.execute("DROP FUNCTION ext._pg_background_call(text, text[], text)")
+        root.execute("DROP FUNCTION ext._pg_background_answer(text[], text)")
 
 
 # --- H1 ------------------------------------------------------------------------------------------
@@ -327,17 +327,13 @@ def test_h2_in_a_security_definer_function(scene: Scene, victim: str) -> None:
 
 
 def test_l1_nobody_reads_the_queries_of_another_role(scene: Scene) -> None:
-    """The extension shows nothing of pg_stat_activity that the server does not."""
-    mark = "0af7651916cd43dd8448eb211c80319c"
-    definers = (
-        "SELECT p.proname FROM pg_proc p WHERE p.pronamespace = 'ext'::regnamespace AND p.prosecdef"
-    )
-    with scene.connect("postgres") as other, scene.connect("bob") as conn:
-        other.execute(f"/*{mark}-trace*/ SELECT 1".encode())
-        for (name,) in scene.root.execute(definers).fetchall():
-            for pid in ("NULL", other.info.backend_pid):
-                call = f"SELECT CAST(ext.{name}({pid}, '{mark}') AS text)"
-                assert mark not in str(conn.execute(call.encode()).fetchall())
+    """The extension shows nothing of pg_stat_activity that the server does not: of what has its
+    owner's rights, nothing comes back."""
+    definers = scene.root.execute(
+        "SELECT p.proname, CAST(CAST(p.prorettype AS regtype) AS text) FROM pg_proc p"
+        " WHERE p.pronamespace = 'ext'::regnamespace AND p.prosecdef"
+    ).fetchall()
+    assert definers == [("_pg_background_record", "void")]
 
 
 @pytest.mark.parametrize("victim", ["postgres", "dba", "bob"])

@@ -160,7 +160,9 @@ SETTINGS: Final = {
 }
 
 
-@pytest.mark.parametrize("lasts", [True, False])
+@pytest.mark.parametrize(
+    ("scene", "lasts"), [("postgres", True), ("dba", False)], indirect=["scene"]
+)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_by_hostile_code(scene: Scene, name: str, lasts: bool) -> None:
     """The session's own settings, replaced by a trigger; the victim has no more and no less."""
@@ -261,7 +263,15 @@ def test_backends_of_others_that_look_like_channels(scene: Scene, impostors: Non
             assert conn.execute(query, [pid]).fetchall() == [(number,)]
 
 
-@pytest.mark.parametrize("kind", ["advisory_lock", "advisory_lock_shared"])
+@pytest.mark.parametrize(
+    ("scene", "kind"),
+    [
+        *(("postgres", "advisory_lock"), ("dba", "advisory_lock_shared")),
+        pytest.param("postgres", "advisory_lock_shared", marks=pytest.mark.slow),
+        pytest.param("dba", "advisory_lock", marks=pytest.mark.slow),
+    ],
+    indirect=["scene"],
+)
 def test_games_with_advisory_locks(scene: Scene, kind: str) -> None:
     """Hostile code takes and releases whatever advisory lock it sees, in the victim's session and
     in one of its own."""
@@ -319,6 +329,41 @@ def test_an_attacker_who_sees_all_queries(scene: Scene, role: str, victim: str) 
         assert scene.breaches(attempt) == []
     finally:
         scene.root.execute(f"REVOKE {role} FROM {MALLORY}".encode())
+
+
+@pytest.mark.parametrize("verb", ["ask", "proof"])
+def test_an_attacker_who_sees_all_queries_and_adds_roles(scene: Scene, verb: str) -> None:
+    """What the extension's own function says of him comes last, behind what he likes."""
+    attempt = f"adds{next(_number)}"
+    says = "PERFORM ext._pg_background_say();"
+    adds = (
+        f"IF split_part(current_setting('pg_background_proxy.message'), ' ', 3) = '{verb}' THEN"
+        " PERFORM set_config('pg_background_proxy.message', concat_ws(' ',"
+        " current_setting('pg_background_proxy.message'), (SELECT string_agg(CAST(oid AS text),"
+        " ',') FROM pg_roles)), true); END IF; "
+    )
+
+    def edit(text: str) -> str:
+        own = r"(?<!FUNCTION )\badding\._pg_background_say\b"
+        return re.sub(own, "ext._pg_background_say", lie(text)).replace(says, adds + says)
+
+    scene.root.execute(f"GRANT pg_read_all_stats TO {MALLORY}".encode())
+    try:
+        scene.as_mallory(
+            f"CREATE FUNCTION mallory.{attempt}() RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS"
+            f" $f$ BEGIN INSERT INTO public.proof VALUES ('{attempt}', 'ran', mallory.reach());"
+            f" PERFORM adding.pg_background_launch(mallory.job('{attempt}', 'adding'), 0); END $f$"
+        )
+        scene.root.execute(f"CREATE SCHEMA adding AUTHORIZATION {MALLORY}".encode())
+        copy(scene, "adding", edit)
+        with scene.connect("postgres") as conn, contextlib.suppress(psycopg.Error):
+            conn.execute("SET statement_timeout = '3s'")  # what is not believed is not answered
+            conn.execute(f"SELECT mallory.{attempt}()".encode())
+        settled(scene)
+        assert scene.breaches(attempt) == []
+    finally:
+        scene.root.execute("DROP SCHEMA IF EXISTS adding CASCADE")
+        scene.root.execute(f"REVOKE pg_read_all_stats FROM {MALLORY}".encode())
 
 
 def test_a_member_that_inherits_but_may_not_set_role(scene: Scene) -> None:

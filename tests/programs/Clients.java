@@ -4,7 +4,7 @@ import java.util.*;
 import org.postgresql.PGConnection;
 import org.postgresql.copy.CopyManager;
 
-/** pgJDBC: prints what it sees of ordinary traffic, or (argument: jobs) of jobs. */
+/** pgJDBC: prints what it sees of ordinary traffic, or (arguments: jobs, calls) of jobs. */
 public class Clients {
     static void say(Object... values) { System.out.println(Arrays.deepToString(values)); }
 
@@ -158,11 +158,44 @@ public class Clients {
         say(rows(conn.createStatement().executeQuery("SELECT pg_background_detach(" + detached + ")")));
     }
 
+    /** The escapes for calls, and one statement for results of different columns. */
+    static void calls(Connection conn) throws Exception {
+        try (CallableStatement launch = conn.prepareCall("{? = call pg_background_launch(?)}");
+             CallableStatement detach = conn.prepareCall("{call pg_background_detach(?)}")) {
+            for (int turn = 0; turn < 7; turn++) {
+                launch.registerOutParameter(1, Types.INTEGER);
+                launch.setString(2, "SELECT " + turn);
+                launch.execute();
+                detach.setInt(1, launch.getInt(1));
+                say(detach.execute());
+            }
+        }
+        String[] jobs = {"SELECT 1 AS n", "SELECT text(true) AS t", "SELECT 2.5 AS f, true AS b"};
+        String[] values = {"1", "true", "2.5"};
+        try (PreparedStatement fetch = conn.prepareStatement("SELECT * FROM pg_background_result(?)")) {
+            for (int turn = 0; turn < 24; turn++) {
+                int job = turn < 12 ? 0 : turn % 3;
+                fetch.setInt(1, launch(conn, jobs[job]));
+                try {
+                    ResultSet result = fetch.executeQuery();
+                    result.next();
+                    say(values[job].equals(result.getString(1)) ? "right" : "wrong");
+                } catch (SQLException error) {
+                    say(error.getSQLState(), error.getMessage());
+                }
+            }
+        }
+    }
+
     public static void main(String[] args) throws Exception {
         String url = "jdbc:postgresql://" + System.getenv("PGHOST") + ":" + System.getenv("PGPORT") + "/"
             + System.getenv("PGDATABASE") + "?user=postgres&sslmode=disable&connectTimeout=10" + args[1];
         try (Connection conn = DriverManager.getConnection(url)) {
-            if (args[0].equals("jobs")) jobs(conn); else traffic(conn);
+            switch (args[0]) {
+                case "jobs": jobs(conn); break;
+                case "calls": calls(conn); break;
+                default: traffic(conn);
+            }
         }
     }
 }

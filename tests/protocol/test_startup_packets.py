@@ -13,15 +13,17 @@ from protocol.startup import (
     MAX_STARTUP_PACKET_LENGTH,
     CancelRequest,
     GSSENCRequest,
+    RefusedStartup,
     SSLRequest,
     StartupMessage,
-    StartupPacket,
     parse_startup_packet,
     startup_packet_length,
 )
 
+Sent = StartupMessage | SSLRequest | GSSENCRequest | CancelRequest
+
 strings = st.binary(max_size=30).map(lambda text: text.replace(b"\0", b" "))
-packets: st.SearchStrategy[StartupPacket] = st.one_of(
+packets: st.SearchStrategy[Sent] = st.one_of(
     st.builds(
         StartupMessage,
         st.dictionaries(strings.filter(bool), strings, max_size=6),
@@ -34,7 +36,7 @@ packets: st.SearchStrategy[StartupPacket] = st.one_of(
 
 
 @given(packets)
-def test_a_packet_parses_back_to_itself(packet: StartupPacket) -> None:
+def test_a_packet_parses_back_to_itself(packet: Sent) -> None:
     wire = packet.serialize()
     assert startup_packet_length(wire[:4]) == len(wire) - 4
     assert parse_startup_packet(wire[4:]) == packet
@@ -63,11 +65,6 @@ def test_garbage_raises_only_a_violation(body: bytes) -> None:
     [
         b"",
         b"\0\3\0",
-        b"\0\3\0\0",
-        b"\0\3\0\0user\0me\0",
-        b"\0\3\0\0user\0me\0\0more",
-        b"\0\3\0\0user\0",
-        b"\x04\xd2\x16\x2f" + b"x",
         b"\x04\xd2\x16\x2e" + b"\0\0",
         b"\x04\xd2\x16\x2e" + b"\0\0\0\1" + b"k" * 257,
         b"\0\3\0\0" + b"a\0b\0" * 2500 + b"\0",
@@ -89,9 +86,38 @@ def test_a_length_word_cut_short_is_a_violation() -> None:
         startup_packet_length(b"\0\0")
 
 
-def test_another_major_version_is_left_to_the_caller() -> None:
-    assert parse_startup_packet(b"\0\2\0\0" + b"x" * 292) == StartupMessage({}, (2, 0))
-    assert parse_startup_packet(b"\x04\xd2\x00\x01") == StartupMessage({}, (1234, 1))
+@pytest.mark.parametrize(
+    ("body", "version"),
+    [
+        (b"\0\2\0\0" + b"x" * 292, (2, 0)),
+        (b"\x04\xd2\x00\x01", (1234, 1)),
+        *(
+            (b"\0\3\0\0" + parameters, (3, 0))
+            for parameters in (
+                b"",
+                b"user\0",
+                b"user\0me",
+                b"user\0me\0",
+                b"user\0me\0\0\0",
+                b"user\0me\0\0more",
+                b"user\0me\0more\0\0",
+                b"\0\0",
+            )
+        ),
+    ],
+)
+def test_what_every_server_refuses(body: bytes, version: tuple[int, int]) -> None:
+    assert parse_startup_packet(body) == RefusedStartup(version)
+
+
+def test_the_last_byte_is_the_terminator_whatever_it_is() -> None:
+    assert parse_startup_packet(b"\0\3\0\0user\0me\0x") == StartupMessage({b"user": b"me"})
+    assert parse_startup_packet(b"\0\3\0\0x") == StartupMessage({})
+
+
+def test_bytes_behind_the_code_of_a_request_do_not_matter() -> None:
+    assert parse_startup_packet(b"\x04\xd2\x16\x2f" + b"x") == SSLRequest()
+    assert parse_startup_packet(b"\x04\xd2\x16\x30" + b"x") == GSSENCRequest()
 
 
 def test_of_a_parameter_given_twice_the_last_counts() -> None:

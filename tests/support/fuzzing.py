@@ -164,19 +164,14 @@ def comparable(data: bytes, *, texts: bool = True) -> list[tuple[str, bytes]]:
 def same_at_startup(stream: bytes, direct: bytes, proxied: bytes) -> bool:
     """Whether the proxy's answer to a client that has not logged in is the server's.
 
-    Where the server closes without a word, the proxy may say why; it says so in today's format,
-    also to a client of 1998. Of a packet with two faults each may name its own. What should be a
-    password the server judges by its type, the proxy when it is whole, which it may never be.
+    What should be a password the server judges by its type, the proxy when it is whole, which it
+    may never be.
     Behind SSLRequest and GSSENCRequest the server's own answer depends on how it was built, and on
     what of the rest has come already: there is nothing to compare.
     """
     if _ENCRYPTION_REQUEST.search(stream):
         return True
     ours, theirs = comparable(proxied, texts=False), comparable(direct, texts=False)
-    if theirs and theirs[0][1].startswith(b"EFATAL:  unsupported frontend protocol"):
-        return ours == [("E", _fatal(b"0A000"))]
-    if ours == [("E", _fatal(b"08P01"))]:
-        return not theirs or theirs[-1][0] == "E"
     return theirs in (ours, [*ours, ("E", _fatal(b"08P01"))])
 
 

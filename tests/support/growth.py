@@ -48,18 +48,16 @@ def growth(work: Callable[[T], object], make: Callable[[int], T], size: int) -> 
     """How many times as long four times the input takes, 0 if that is no time at all.
 
     The small input is read four times in a row, so that both take as long to measure, and suffer
-    alike. It measures again, and longer, as long as the answer is not below LINEAR.
+    alike. It measures again, longer, and at another size, as long as the answer is not below
+    LINEAR: one size may be dear by accident, where a quote is the last and opens what nothing ends.
     """
-    large = make(size)
-    long = cpu_time(work, large, 1, 1)
-    if long < NO_TIME:
+    if cpu_time(work, make(size), 1, 1) < NO_TIME:
         return 0
-    small = make(size // 4)
-    short = grown = float("inf")
+    grown = float("inf")
     for runs in (1, 2, 4, 8, 16, 32):
-        short = min(short, cpu_time(work, small, 4, runs))
-        grown = 4 * long / max(short, NO_TIME / 2)
+        short = cpu_time(work, make(size // 4), 4, runs)
+        grown = min(grown, 4 * cpu_time(work, make(size), 1, runs) / max(short, NO_TIME / 2))
         if grown < LINEAR:
             break
-        long = min(long, cpu_time(work, large, 1, runs))
+        size -= size // 32
     return grown

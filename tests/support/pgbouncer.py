@@ -6,20 +6,17 @@ import contextlib
 import os
 import pwd
 import shutil
-import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-import psycopg
 import pytest
 
-from proxy.config.gucs import GUCS, JOB_SETTING, SESSION_SETTING
+from proxy.config.gucs import JOB_SETTING, SESSION_SETTING
 from proxy.demo.embedded import free_port
-from tests.support.servers import START_TIMEOUT, STOP_TIMEOUT, Server, _Endpoint, clean_environment
+from tests.support.servers import Server, _Endpoint, running, wait_for_logins
 
-OURS: Final = (*GUCS, SESSION_SETTING.decode(), JOB_SETTING.decode())
+OURS: Final = (SESSION_SETTING.decode(), JOB_SETTING.decode())
 """Startup parameters that the proxy sends."""
 
 REFUSED: Final = (*OURS, "extra_float_digits", "options")
@@ -64,25 +61,11 @@ def pgbouncer(
             )
         )
     )
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [program, "-q", folder / "pgbouncer.ini"],
-            env=clean_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
-    try:
+    log = folder / "log"
+    with running(program, "-q", str(folder / "pgbouncer.ini"), log=log) as process:
         bouncer = PgBouncer(port)
-        _wait_for(bouncer, process, folder / "log")
+        wait_for_logins(bouncer, process, log)
         yield bouncer
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_TIMEOUT)
 
 
 def _unprivileged() -> str:
@@ -90,13 +73,3 @@ def _unprivileged() -> str:
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name).pw_name
     pytest.skip("PgBouncer does not run as root, and there is nobody else")
-
-
-def _wait_for(bouncer: PgBouncer, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(psycopg.Error), bouncer.connect() as conn:
-            conn.execute("SELECT 1")
-            return
-        time.sleep(0.05)
-    raise TimeoutError(f"PgBouncer did not start: {log.read_text(errors='replace')[-1000:]}")

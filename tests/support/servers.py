@@ -12,9 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self, TypeAlias
 
@@ -25,6 +26,7 @@ from psycopg.conninfo import make_conninfo
 from proxy.demo.embedded import TRUST_LOCAL
 from tests.support.certificates import Certificates
 from tests.support.cluster import ChangingCluster
+from tests.support.forks import Fork, ForkServer
 
 REPOSITORY: Final = Path(__file__).parents[2]
 START_TIMEOUT: Final = 20.0
@@ -162,29 +164,27 @@ class Proxy(_Endpoint):
 
     Attributes:
         every: command line options of every proxy.
+        forks: what starts proxies, unless they get variables that Python reads; None: Python.
     """
 
     every: ClassVar[list[str]] = []
+    forks: ClassVar[ForkServer | None] = None
 
     def __init__(self, upstream: str, *options: str, env: dict[str, str] | None = None) -> None:
         self._lines: list[str] = []
         self._changed = threading.Condition()
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "proxy", "serve"),
-                *("--listen", "127.0.0.1:0", "--upstream", upstream),
-                # So that what is left over can be told from spares within a moment.
-                *("--spare-lifetime", "1s", *Proxy.every, *options),
-            ],
-            cwd=REPOSITORY,
-            env={**clean_environment(), "PYTHONUNBUFFERED": "1", **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
+        args = (
+            *("serve", "--listen", "127.0.0.1:0", "--upstream", upstream),
+            # So that what is left over can be told from spares within a moment.
+            *("--spare-lifetime", "1s", *Proxy.every, *options),
         )
+        reader, writer = os.pipe()
+        self._stderr = os.fdopen(reader, errors="replace")
+        try:
+            with Path(os.devnull).open("wb") as nowhere:
+                self._process = start_program(args, env, stdout=nowhere.fileno(), stderr=writer)
+        finally:
+            os.close(writer)
         self.pid = self._process.pid
         self._reader = threading.Thread(target=self._drain, daemon=True)
         self._reader.start()
@@ -250,12 +250,10 @@ class Proxy(_Endpoint):
 
     def _close(self) -> None:
         self._reader.join(5.0)
-        if self._process.stderr is not None:
-            self._process.stderr.close()
+        self._stderr.close()
 
     def _drain(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
+        for line in self._stderr:
             with self._changed:
                 self._lines.append(line)
                 self._changed.notify_all()
@@ -306,6 +304,93 @@ def clean_environment() -> dict[str, str]:
     """Ours, less the variables that steer libpq; messages in English."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "LC_", "LANG"))}
     return {**kept, "LC_ALL": "C.UTF-8"}
+
+
+def run_program(
+    *args: str, env: Mapping[str, str] | None = None, timeout: float = 60.0
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m proxy`` with these arguments to its end.
+
+    Args:
+        args: what stands behind it.
+        env: variables beside those of `program_environment`.
+        timeout: in seconds.
+
+    Raises:
+        subprocess.TimeoutExpired: it did not end in time, and was killed.
+    """
+    with tempfile.TemporaryFile("r+") as stdout, tempfile.TemporaryFile("r+") as stderr:
+        process = start_program(args, env, stdout=stdout.fileno(), stderr=stderr.fileno())
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+            process.wait(STOP_TIMEOUT)
+        for file in (stdout, stderr):
+            file.seek(0)
+        return subprocess.CompletedProcess(args, code, stdout.read(), stderr.read())
+
+
+def start_program(
+    args: Sequence[str], env: Mapping[str, str] | None, *, stdout: int, stderr: int
+) -> Fork | subprocess.Popen[bytes]:
+    """Starts ``python -m proxy`` with these arguments: see `run_program`."""
+    environment = {**program_environment(), **(env or {})}
+    if Proxy.forks is not None and not any(name.startswith("PYTHON") for name in env or ()):
+        return Proxy.forks.start(args, environment, stdout=stdout, stderr=stderr)
+    return subprocess.Popen(
+        [sys.executable, "-m", "proxy", *args],
+        cwd=REPOSITORY,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+    )
+
+
+def program_environment() -> dict[str, str]:
+    """`clean_environment` for a proxy whose log is read while it runs."""
+    return {**clean_environment(), "PYTHONUNBUFFERED": "1"}
+
+
+@contextlib.contextmanager
+def running(
+    *command: str, log: Path, pass_fds: Collection[int] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program with a session of its own, from the top of the checkout; killed at the end.
+
+    Args:
+        command: it, and its arguments.
+        log: where its stderr goes.
+        pass_fds: the descriptors that it inherits.
+    """
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=clean_environment(),
+            stdin=subprocess.DEVNULL,
+            stderr=stderr,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(STOP_TIMEOUT)
+
+
+def wait_for_logins(found: _Endpoint, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits until a program lets clients in. Raises TimeoutError with its log."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(psycopg.Error), found.connect() as conn:
+            conn.execute("SELECT 1")
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"it did not start: {log.read_text(errors='replace')[-1000:]}")
 
 
 @contextlib.contextmanager

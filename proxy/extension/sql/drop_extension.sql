@@ -5,6 +5,8 @@ ELSE
     @{drop_helpers}
     SELECT pg_catalog.string_agg(@{view_name}, ', ') INTO item @{views};
     IF item IS NOT NULL THEN EXECUTE pg_catalog.concat('DROP VIEW ', item, ' @{mode}'); END IF;
+    SELECT pg_catalog.string_agg(@{view_name}, ', ') INTO item @{tables};
+    IF item IS NOT NULL THEN EXECUTE pg_catalog.concat('DROP TABLE ', item, ' @{mode}'); END IF;
     SELECT pg_catalog.string_agg(@{function_name}, ', ') INTO item @{functions};
     IF item IS NOT NULL THEN EXECUTE pg_catalog.concat('DROP FUNCTION ', item, ' @{mode}'); END IF;
     SELECT pg_catalog.string_agg(@{type_name}, ', ') INTO item @{types};

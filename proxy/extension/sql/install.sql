@@ -5,6 +5,9 @@
 checked := pg_catalog.set_config('check_function_bodies',
   pg_catalog.current_setting('check_function_bodies'), true);
 PERFORM pg_catalog.set_config('check_function_bodies', 'off', true);
+IF NOT EXISTS(SELECT 1 @{tables}) THEN
+  @{create_table}
+END IF;
 EXECUTE @{script};
 script := pg_catalog.replace(@{create_marker}, '<version>', version);
 EXECUTE @{script};
@@ -36,6 +39,18 @@ IF EXISTS(
   SELECT 1 FROM pg_catalog.pg_roles r WHERE r.rolname OPERATOR(pg_catalog.=) '@{executor}') THEN
   granted := pg_catalog.array_append(granted, '@{executor}');
 END IF;
+-- ALTER DEFAULT PRIVILEGES may have granted what nobody is to have.
+FOR item IN
+  SELECT pg_catalog.format('REVOKE ALL ON %s FROM %s', CAST(c.oid AS pg_catalog.regclass),
+      CASE WHEN x.grantee OPERATOR(pg_catalog.=) 0 THEN 'PUBLIC'
+        ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(x.grantee)) END)
+    FROM (SELECT c.oid, c.relowner, c.relacl @{tables}
+      UNION ALL SELECT c.oid, c.relowner, c.relacl @{views}
+        AND c.relname OPERATOR(pg_catalog.=) '@{history}') c
+    CROSS JOIN pg_catalog.aclexplode(c.relacl) x
+    WHERE x.grantee OPERATOR(pg_catalog.<>) c.relowner
+LOOP EXECUTE item; END LOOP;
+@{grant_history}
 IF granted IS NOT NULL THEN
   FOR item IN @{grants} LOOP
     EXECUTE pg_catalog.concat(item, ' TO ', pg_catalog.array_to_string(granted, ', '));
@@ -43,7 +58,8 @@ IF granted IS NOT NULL THEN
 END IF;
 -- CREATE OR REPLACE leaves an object with the role that created it.
 IF EXISTS(SELECT 1 @{functions} AND p.proowner OPERATOR(pg_catalog.<>) @{current_owner})
-  OR EXISTS(SELECT 1 @{views} AND c.relowner OPERATOR(pg_catalog.<>) @{current_owner}) THEN
+  OR EXISTS(SELECT 1 @{views} AND c.relowner OPERATOR(pg_catalog.<>) @{current_owner})
+  OR EXISTS(SELECT 1 @{tables} AND c.relowner OPERATOR(pg_catalog.<>) @{current_owner}) THEN
   RAISE duplicate_object
     USING MESSAGE = 'an object of the extension''s name belongs to another role',
     HINT = 'Drop it, or create the extension in another schema.';

@@ -1,5 +1,5 @@
 (SELECT CAST(pg_catalog.array_cat(
-    ARRAY[@{version},
+    ARRAY[@{version}, CAST(p.marker AS pg_catalog.text),
       CAST(n.nspname OPERATOR(pg_catalog.=) ANY (pg_catalog.current_schemas(true))
         AS pg_catalog.text),
       CAST(pg_catalog.has_schema_privilege(n.oid, 'USAGE') AS pg_catalog.text),
@@ -14,5 +14,5 @@
       AND c.relnamespace OPERATOR(pg_catalog.=) n.oid AND c.relkind OPERATOR(pg_catalog.=) 'v'
       AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
     )) AS pg_catalog.text)
-  FROM (SELECT p.* @{find}) p, pg_catalog.pg_namespace n
+  FROM (SELECT p.oid AS marker, p.* @{find}) p, pg_catalog.pg_namespace n
   WHERE n.oid OPERATOR(pg_catalog.=) p.pronamespace)

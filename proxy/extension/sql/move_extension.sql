@@ -17,6 +17,9 @@ BEGIN
     UNION ALL
     SELECT pg_catalog.format('ALTER VIEW %s SET SCHEMA %I', @{view_name}, schema_name)
       @{old_views}
+    UNION ALL
+    SELECT pg_catalog.format('ALTER TABLE %s SET SCHEMA %I', @{view_name}, schema_name)
+      @{old_tables}
   ) s(command);
   FOREACH item IN ARRAY items LOOP EXECUTE item; END LOOP;
   @{find_granted}

@@ -48,6 +48,6 @@ BEGIN
         pg_catalog.set_config('intervalstyle', intervalstyle, true);
     END IF;
     EXIT WHEN answer[2] OPERATOR(pg_catalog.=) 'f';
-    answer := @{schema}._pg_background_ask(CAST('next' AS pg_catalog.text), answer[8:10]);
+    answer := @{schema}._pg_background_answer(answer[8:10], CAST(NULL AS pg_catalog.text[]));
   END LOOP;
 END

@@ -8,13 +8,22 @@ DECLARE
   message text := @{schema}._pg_background_setting(CAST('pg_background_proxy.message' AS text));
   roles oid[];
 BEGIN
-  IF split_part(message, ' ', 3) = 'proof' THEN
-    roles := ARRAY(SELECT r.oid FROM pg_roles r WHERE r.rolname = current_user);
+  IF split_part(message, ' ', 3) IN ('ask', 'proof') THEN
+    roles := ARRAY[CAST(CAST(quote_ident(current_user) AS regrole) AS oid)];
+    -- Two blocks, and no change to a role that is none: before version 12, the end of a block that
+    -- changes both restores the session's role wrongly.
     BEGIN
-      PERFORM set_config('role', 'none', true);
-      roles := roles || ARRAY(SELECT r.oid FROM pg_roles r WHERE r.rolname = current_user);
-      RESET SESSION AUTHORIZATION;
-      roles := roles || ARRAY(SELECT r.oid FROM pg_roles r WHERE r.rolname = current_user);
+      IF current_setting('role') <> 'none' THEN
+        PERFORM set_config('role', 'none', true);
+        roles := roles || CAST(CAST(quote_ident(current_user) AS regrole) AS oid);
+      END IF;
+      BEGIN
+        RESET SESSION AUTHORIZATION;
+        roles := roles || CAST(CAST(quote_ident(current_user) AS regrole) AS oid);
+        RAISE SQLSTATE 'PGBGW';
+      EXCEPTION WHEN SQLSTATE 'PGBGW' OR insufficient_privilege THEN
+        NULL;
+      END;
       RAISE SQLSTATE 'PGBGW';
     EXCEPTION WHEN SQLSTATE 'PGBGW' OR insufficient_privilege THEN
       NULL;

@@ -13,12 +13,20 @@ BEGIN
   IF left(shown, length(begins)) = begins THEN
     RETURN shown;
   END IF;
+  -- Two blocks: see _pg_background_say.
   BEGIN
-    IF session_user <> login THEN
-      PERFORM set_config('session_authorization', login, true);
+    IF current_setting('role') <> 'none' THEN
+      PERFORM set_config('role', 'none', true);
     END IF;
-    PERFORM set_config('role', 'none', true);
-    SELECT a.query INTO shown FROM pg_stat_get_activity(channel) a;
+    BEGIN
+      IF session_user <> login THEN
+        PERFORM set_config('session_authorization', login, true);
+      END IF;
+      SELECT a.query INTO shown FROM pg_stat_get_activity(channel) a;
+      RAISE SQLSTATE 'PGBGW';
+    EXCEPTION WHEN SQLSTATE 'PGBGW' OR insufficient_privilege THEN
+      NULL;
+    END;
     RAISE SQLSTATE 'PGBGW';
   EXCEPTION WHEN SQLSTATE 'PGBGW' OR insufficient_privilege THEN
     NULL;

@@ -1,0 +1,140 @@
+"""Who may see the page, and who may cancel: HTTP's Basic scheme, checked against the auth_file.
+
+Invariant: a password is worth trying only if the connection keeps it to itself, which `site` sees
+to; and guessing is slow, and does not tell who is a user: an unknown one takes as long as a known
+one. A password that was right is remembered, as a digest by a key of this process, as long as the
+file has the same secret.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import secrets
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.auth import md5_secret
+from protocol.scram import ScramSecret
+from proxy.auth.pace import Pace
+from proxy.auth.secret import MD5Secret, Secret
+from proxy.log import Event, logger
+from proxy.runtime import Runtime
+
+_SCHEME: Final = "basic "
+
+_MOST_REMEMBERED: Final = 100
+
+_LONGEST: Final = 1000
+"""Characters of what may be a name and a password."""
+
+_AT_ONCE: Final = 2
+"""Checks at a time; each costs milliseconds of a core."""
+
+
+class TooManyError(Exception):
+    """Too many wrong passwords have come from there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Who has logged in.
+
+    Attributes:
+        user: the name.
+        may_cancel: whether it is of admin_users.
+    """
+
+    user: str
+    may_cancel: bool
+
+
+class Accounts:
+    """Checks who logs in."""
+
+    def __init__(self) -> None:
+        self._key = secrets.token_bytes(32)
+        self._pace = Pace(burst=10, rate=0.2)
+        self._known: dict[bytes, None] = {}
+        self._checking = asyncio.Semaphore(_AT_ONCE)
+
+    async def log_in(self, header: str, runtime: Runtime, stranger: str) -> Account | None:
+        """The account of an Authorization header; None if it is not right.
+
+        Args:
+            header: its value.
+            runtime: has the users and the auth_file.
+            stranger: whose connection it is (`pace.who`).
+
+        Raises TooManyError: it is not even looked at.
+        """
+        given = _basic(header)
+        if given is None:
+            return None
+        user, password = given
+        name = user.decode("utf-8", "replace")
+        is_allowed = name in runtime.config.watchers
+        secret = runtime.credentials.secret_in_file(user) if is_allowed else None
+        digest = self._digest(user, password, secret)
+        if not (secret is not None and digest in self._known):
+            if self._pace.take(stranger, asyncio.get_running_loop().time()) is None:
+                raise TooManyError
+            async with self._checking:
+                is_right = await asyncio.to_thread(_is_right, user, password, secret, runtime)
+            if not (is_right and secret is not None):
+                values = {"user": name[:100], "host": stranger}
+                logger.warning(Event("admin login refused", values))
+                return None
+            if len(self._known) >= _MOST_REMEMBERED:
+                self._known.clear()
+            self._known[digest] = None
+        return Account(name, name in runtime.config.admins)
+
+    def token(self, account: Account) -> str:
+        """What a request that changes something must carry: a page of another site has no way to
+        read it."""
+        return hmac.digest(self._key, b"token\0" + account.user.encode(), "sha256").hex()
+
+    def has_token(self, account: Account, token: str) -> bool:
+        """Whether that is it."""
+        return hmac.compare_digest(self.token(account).encode(), token.encode())
+
+    def _digest(self, user: bytes, password: bytes, secret: Secret | None) -> bytes:
+        parts = (user, password, type(secret).__name__.encode(), _content(secret))
+        data = b"".join(b"%d:%b" % (len(part), part) for part in parts)
+        return hmac.digest(self._key, data, "sha256")
+
+
+def _basic(header: str) -> tuple[bytes, bytes] | None:
+    if header[: len(_SCHEME)].lower() != _SCHEME or len(header) > 2 * _LONGEST:
+        return None
+    try:
+        decoded = base64.b64decode(header[len(_SCHEME) :].strip(), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    user, colon, password = decoded.partition(b":")
+    return (user, password) if colon and password and b"\0" not in decoded else None
+
+
+def _content(secret: Secret | None) -> bytes:
+    match secret:
+        case None:
+            return b""
+        case ScramSecret():
+            return secret.serialize()
+        case MD5Secret(text):
+            return text
+        case _:
+            return secret.password
+
+
+def _is_right(user: bytes, password: bytes, secret: Secret | None, runtime: Runtime) -> bool:
+    """Whether a password is that of a secret; whatever there is, a SCRAM key is derived."""
+    check = runtime.checks.check(user, secret).secret
+    derived = ScramSecret.from_password(password, salt=check.salt, iterations=check.iterations)
+    is_scram = hmac.compare_digest(derived.stored_key, check.stored_key)
+    if isinstance(secret, MD5Secret):
+        return hmac.compare_digest(md5_secret(user, password), secret.text)
+    return is_scram

@@ -1,0 +1,225 @@
+"""Where clients and HTTP come in: listened at by us, taken over from a predecessor, handed on to a
+successor.
+
+Invariant: nothing is taken from a predecessor before all that can fail has been done: what is
+wrong with a configuration or with a new version ends the new process, and the old one goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Self
+
+from proxy.admin.source import Source
+from proxy.admin.start import Admin
+from proxy.config import Config
+from proxy.ending import Ending
+from proxy.log import logger
+from proxy.net import takeover
+from proxy.net.acceptor import Accepted
+from proxy.net.listeners import Listeners
+from proxy.net.service_manager import ServiceManager
+from proxy.net.sockets import ADMIN, CLIENTS, MANAGER, TAKEOVER, Listening, Sockets
+from proxy.net.takeover import Offer, Predecessor
+from proxy.runtime import client_keepalive
+
+
+class Entrance:
+    """That of one proxy; an asynchronous context manager, which closes it.
+
+    Args:
+        config: its settings at the start.
+        manager: is told.
+        source: what HTTP tells.
+        take: what becomes of a connection.
+        ending: of this process; begins when a successor has taken over.
+        settle: called once no more connections are taken; waits until none is held any more.
+
+    Attributes:
+        listeners: paused until `open`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        manager: ServiceManager,
+        source: Source,
+        take: Callable[[Accepted], None],
+        ending: Ending,
+        settle: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._config = config
+        self._manager = manager
+        self._source = source
+        self._ending = ending
+        self._settle = settle
+        self.listeners = Listeners(take, client_keepalive(config))
+        self.listeners.pause("start")
+        self._sockets = Sockets()
+        self._admin: Admin | None = None
+        self._admin_sockets: list[Listening] = []
+        self._predecessor: Predecessor | None = None
+        self._offer: Offer | None = None
+        self._successor: subprocess.Popen[bytes] | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.shut()
+        await self._close_admin()
+        if self._closing is not None:
+            await self._closing
+        self._sockets.close()  # after the HTTP server, which uses its own until then
+
+    async def look_for_predecessor(self) -> None:
+        """Ask the process that listens at `takeover`, if there is one, for its sockets. Raises
+        OSError: it does not give them."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, self.start_successor)
+        self._admin = Admin(self._source)
+        if self._config.takeover is None:
+            return
+        self._predecessor = await Predecessor.at(self._config.takeover)
+        if self._predecessor is not None:
+            logger.info("taking over from process %d", self._predecessor.pid)
+            self._manager.be_silent()
+            self._sockets = Sockets(self._predecessor.sockets)
+
+    async def prepare(self) -> None:
+        """Bind what has not been taken over. Raises OSError: an address is taken."""
+        if self._config.takeover is not None:
+            found = self._sockets.of_predecessor(TAKEOVER)
+            if not found:
+                found = self._sockets.add([takeover.listen(self._config.takeover)])
+                self._sockets.file_is_ours(self._config.takeover)
+        await self._listen_to_clients()
+        if self._config.admin_listen is not None:
+            self._admin_sockets = await self._sockets.listen(ADMIN, self._config.admin_listen)
+        if self._predecessor is None:
+            await self._start_admin()
+
+    async def _listen_to_clients(self) -> None:
+        handed = self._sockets.add(self._manager.sockets())
+        whose = ", of the service manager"
+        if not handed:
+            handed = self._sockets.of_predecessor(MANAGER)
+        if not handed:
+            whose = ""
+            for address in self._config.listen:
+                handed += await self._sockets.listen(CLIENTS, address)
+        self.listeners.add(handed)
+        for listening in handed:
+            kind = ", with the PROXY protocol" if listening.has_header else ""
+            logger.info("listening on %s%s%s", listening, whose, kind)
+
+    async def _start_admin(self) -> None:
+        assert self._admin is not None
+        await self._admin.start([listening.socket for listening in self._admin_sockets])
+
+    async def _close_admin(self) -> None:
+        if self._admin is not None:
+            admin, self._admin = self._admin, None
+            await admin.close()
+
+    async def open(self) -> None:
+        """Take clients, in the predecessor's place if there is one, and be ready to hand on. Raises
+        OSError: the predecessor does not let go."""
+        if self._ending.begun.is_set():
+            return  # it goes on
+        if self._predecessor is not None:
+            await self._predecessor.take()
+        self.listeners.resume("start")
+        if self._predecessor is not None:
+            await self._start_admin()
+            await self._predecessor.released()
+            self._sockets.own()
+            self._ending.on_signal = self._predecessor.stop
+            self._manager.speak()
+        self._manager.ready()
+        for listening in self._sockets.all:
+            if listening.use == TAKEOVER:
+                self._offer = Offer(
+                    listening,
+                    lambda: self._sockets.all,
+                    pause=self._pause,
+                    resume=lambda: self.listeners.resume("takeover"),
+                    hand_on=self._hand_on,
+                    stop=self._ending.signalled,
+                )
+
+    def shut(self) -> None:
+        """Take no more clients; HTTP is served until the end."""
+        self.listeners.close()
+        if self._offer is not None and not self._ending.is_taken_over:
+            self._offer.close()
+            self._offer = None
+        self._sockets.close(but=ADMIN)
+
+    async def predecessor_has_ended(self) -> None:
+        """Wait for it, since whoever ends us may end it with us; but not longer than we would for
+        our own sessions."""
+        if self._predecessor is None or self._predecessor.gone.done():
+            return
+        logger.info("waiting for process %d, which has handed over", self._predecessor.pid)
+        now = asyncio.get_running_loop().create_task(self._ending.now.wait())
+        self._predecessor.gone.add_done_callback(lambda _: now.cancel())
+        await asyncio.wait([now])
+
+    # Handing on
+
+    async def _pause(self) -> None:
+        self.listeners.pause("takeover")
+        if self._settle is not None:
+            await self._settle()
+
+    def _hand_on(self, pid: int) -> None:
+        logger.info("process %d has taken over; sessions and jobs go on here", pid)
+        self.listeners.close()
+        self._closing = asyncio.get_running_loop().create_task(self._close_admin())
+        self._sockets.handed_on()
+        self._manager.main_process_is(pid)
+        self._ending.taken_over()
+
+    def start_successor(self) -> None:
+        """Start the program again, as we were started, to take over; what SIGUSR2 asks for."""
+        if self._config.takeover is None:
+            logger.error("no other process can take over: takeover is not set")
+        elif self._offer is None or self._ending.begun.is_set():
+            logger.error("no other process is started to take over: this one takes no clients")
+        elif self._successor is not None:
+            logger.error("process %d is about to take over already", self._successor.pid)
+        else:
+            try:
+                self._successor = subprocess.Popen(  # noqa: S603 - what we were started with
+                    _command(),
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **self._manager.environ},
+                )
+            except OSError as error:
+                logger.error("no other process could be started to take over: %s", error)
+                return
+            logger.info("started process %d to take over", self._successor.pid)
+            ended = os.pidfd_open(self._successor.pid)
+            asyncio.get_running_loop().add_reader(ended, self._successor_ended, ended)
+
+    def _successor_ended(self, descriptor: int) -> None:
+        asyncio.get_running_loop().remove_reader(descriptor)
+        os.close(descriptor)
+        assert self._successor is not None
+        code, self._successor = self._successor.wait(), None
+        if not self._ending.is_taken_over:
+            logger.error("the process that was to take over has ended: exit code %d", code)
+
+
+def _command() -> list[str]:
+    """What we were started with: the program, which may be of another version by now and so have
+    another interpreter; or an interpreter that was given a module."""
+    if os.access(sys.argv[0], os.X_OK):
+        return sys.argv
+    return [sys.executable, *sys.orig_argv[1:]]

@@ -1,0 +1,194 @@
+"""DO blocks that create the extension, or ask whether it is there, as migrations do.
+
+Invariant: a command about our extension that stands in a block as a statement of its own, or as a
+constant behind EXECUTE, is carried out by a block of ours, which the client's block executes in its
+place: with the same rights, in the same transaction, and its errors can be caught. Queries on
+pg_extension in such a block list the extension. All else is as it was, and in the same line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from proxy.extension import commands
+from proxy.extension.code import Code
+from proxy.extension.ddl import Command
+from proxy.extension.installed import NAME
+from proxy.sql.constants import Said
+from proxy.sql.lexer import Kind, LexError, tokenize
+from proxy.sql.rewrite import Change, with_changes
+from proxy.sql.tokens import Tokens
+from proxy.statements.plan import Block, Substitute
+from proxy.statements.triggers import PG_EXTENSION
+
+MakeBlock = Callable[[Command, bytes], bytes]
+"""Makes the DO statement that does what a command says, of that and its text."""
+
+_MAX_COMMANDS: Final = 16
+"""In one block. Each is replaced by a long text."""
+_COMMANDS: Final = frozenset(("create", "drop", "alter", "comment"))
+_LONGEST: Final = 64
+"""Tokens of a command."""
+_MOST_READ: Final = 64 * 1024
+"""Bytes of a command; and of all constants behind EXECUTE that may be one."""
+
+
+def analyze(
+    statement: Tokens,
+    make_block: MakeBlock,
+    *,
+    server_version: int,
+    standard_conforming_strings: bool,
+    with_catalogs: bool,
+) -> Substitute | None:
+    """A DO block with what it says about our extension replaced, None if it says nothing.
+
+    Args:
+        statement: one, as the session's server reads it.
+        make_block: makes what carries out a command.
+        server_version: as server_version_num, e.g. 150004.
+        standard_conforming_strings: the session's setting.
+        with_catalogs: whether pg_extension is to list the extension.
+    """
+    if statement.keyword(0) != "do":
+        return None
+    lower = statement.sql.lower()
+    if NAME.encode() not in lower or b"extension" not in lower:
+        return None
+    outer = Code(statement, standard_conforming_strings=standard_conforming_strings)
+    constants = list(outer.bodies())
+    if len(constants) != 1 or outer.language != b"plpgsql":
+        return None
+    said = outer.constant(constants[0])
+    if said is None:
+        return None
+    try:
+        tokens = said.tokens(standard_conforming_strings=standard_conforming_strings)
+    except LexError:
+        return None
+    code = Code(tokens, standard_conforming_strings=standard_conforming_strings, said=said)
+    return _replaced(code, said, make_block, server_version if with_catalogs else 0, statement.sql)
+
+
+def _replaced(
+    code: Code, said: Said, make_block: MakeBlock, server_version: int, sql: bytes
+) -> Substitute | None:
+    changes: list[Change] = []
+    blocks: list[Block] = []
+    for first, last, command, written in _commands(code):
+        if len(blocks) == _MAX_COMMANDS:
+            return None
+        block = make_block(command, written)
+        is_executed = code.keyword(first) == "execute"
+        blocks.append(Block(block, written, is_executed))
+        # Hexadecimal digits are the same in every constant and encoding.
+        text = b"EXECUTE pg_catalog.convert_from(pg_catalog.decode('%b', 'hex'), 'UTF8')"
+        changes.append((code.start(first), code.end(last), text % block.hex().encode()))
+    changes += _catalogs(code, server_version)
+    if not changes:
+        return None
+    spans = [
+        (*said.span(start, end), _within(said, _in_as_many_lines(text, code.sql, start, end)))
+        for start, end, text in sorted(changes)
+    ]
+    return Substitute(with_changes(sql, spans), blocks=tuple(blocks))
+
+
+def _in_as_many_lines(text: bytes, sql: bytes, start: int, end: int) -> bytes:
+    """A text of ours with the line feeds of what it replaces: PL/pgSQL tells lines."""
+    assert b"--" not in text
+    return text.replace(b"\n", b" ") + b"\n" * sql.count(b"\n", start, end)
+
+
+def _within(said: Said, text: bytes) -> bytes:
+    """A text as it is written within a constant; it has none of these that need more."""
+    assert b"$" not in text
+    assert b"\\" not in text
+    return text.replace(b"'", b"''") if said.is_quoted else text
+
+
+def _commands(code: Code) -> Iterator[tuple[int, int, Command, bytes]]:
+    """The commands about our extension: their first and last tokens, and their text."""
+    left = _MOST_READ
+    for at in range(code.count):
+        if at and not (code.begins_statement(at - 1) or code.text(at - 1) in (b">>", b">")):
+            continue
+        if code.keyword(at) == "execute":
+            constant = code.text(at + 1)
+            if code.text(at + 2) != b";" or not _may_name_ours(constant):
+                continue
+            left -= len(constant)
+            if left > 0 and (found := _executed(code, at + 1)) is not None:
+                yield at, at + 1, *found
+        elif code.keyword(at) in _COMMANDS and "extension" in map(code.keyword, (at + 1, at + 2)):
+            end = at
+            while end < min(code.count, at + _LONGEST) and code.text(end) != b";":
+                end += 1
+            if code.end(end - 1) - code.start(at) > _MOST_READ:
+                continue
+            part = Tokens(code.sql, code.tokens[at:end], None)
+            text = code.sql[code.start(at) : code.end(end - 1)]
+            if text.isascii() and (command := commands.parse(part)) is not None:
+                yield at, end - 1, command, text
+
+
+def _may_name_ours(constant: bytes) -> bool:
+    """Whether a constant may have our name in it: as it is, in escapes, or in several pieces."""
+    return NAME.encode() in constant.lower() or any(
+        mark in constant for mark in (b"\\", b"\r", b"\n")
+    )
+
+
+def _executed(code: Code, index: int) -> tuple[Command, bytes] | None:
+    """The command that a constant behind EXECUTE is."""
+    said = code.constant(index)
+    if said is None or not said.text.isascii():
+        return None
+    try:
+        tokens = said.tokens(standard_conforming_strings=code.conforming)
+    except LexError:
+        return None
+    count = tokens.count
+    while tokens.text(count - 1) == b";":
+        count -= 1
+    command = commands.parse(Tokens(tokens.sql, tokens.tokens[:count], None))
+    return None if command is None else (command, said.text)
+
+
+def _catalogs(code: Code, server_version: int) -> list[Change]:
+    """Where the extension is asked for: pg_extension with ours in it; none if that is not certain.
+    What is defined there is stored, so it is left alone.
+
+    Args:
+        code: the block's.
+        server_version: as server_version_num; 0 if it is to be left alone.
+    """
+    if server_version < 100000 or PG_EXTENSION not in code.names or not _names_ours(code):
+        return []
+    references = None if code.has_other_needs() else code.references()
+    sources = code.extension_sources(server_version // 10000)
+    if references is None or sources is None:
+        return []
+    if any(code.keyword(at) == "atomic" for at in range(code.count)):
+        return []
+    references = [each for each in references if not code.is_defined(each.first)]
+    ours = {PG_EXTENSION: _with_own_names(sources[PG_EXTENSION])}
+    return code.changes(ours, references) or []
+
+
+def _with_own_names(query: bytes) -> bytes:
+    """A query of ours whose aliases, a letter each, no variable or label of PL/pgSQL has."""
+    changes = [
+        (start, end, b"_pg_background_" + query[start:end])
+        for kind, start, end in tokenize(query)
+        if kind is Kind.IDENTIFIER and end - start == 1
+    ]
+    return with_changes(query, changes).sql
+
+
+def _names_ours(code: Code) -> bool:
+    return any(
+        token.kind is Kind.STRING and NAME.encode() in code.text(at)
+        for at, token in enumerate(code.tokens)
+    ) or any(name == NAME.encode() for name in code.names)

@@ -1,0 +1,56 @@
+"""The table `pg_background_history` and what goes with it: what CREATE EXTENSION makes so that the
+outcome of jobs stays.
+
+Invariant: the table is its owner's alone. Roles read it through a view with a security barrier,
+which shows them what is theirs. The proxy writes it through one SECURITY DEFINER function, which
+takes the role that a row is about from the server, never from its arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from proxy.extension.installed import FIND, HISTORY, HISTORY_TABLE
+from proxy.extension.texts import sql
+from proxy.jobs.history import FIELDS, MOST_AT_ONCE
+from proxy.sql.text import EXECUTOR_ROLE
+
+MOST_OF_ROLE: Final = 10_000
+"""Rows that the history keeps of one role; beyond that its oldest are deleted."""
+
+_LAUNCHING: Final = ",".join(
+    f"pg_background_{name}{version}"
+    for name in ("launch", "submit", "run", "run_query")
+    for version in ("", "_v2")
+)
+
+COMMENT: Final = "'What became of the jobs of the current role, and of roles whose rights it has.'"
+
+FIND_HISTORY: Final = sql("find_history", find=FIND, view=HISTORY).encode()
+"""A query: the schema whose history is to be used, quoted; no row if there is none."""
+
+
+def table(schema: str) -> str:
+    """The commands that create the table, in a schema that is quoted."""
+    return sql("history_table", schema=schema, table=HISTORY_TABLE).rstrip("\n")
+
+
+def view(schema: str) -> str:
+    """CREATE VIEW."""
+    query = sql("history_view", schema=schema, table=HISTORY_TABLE).rstrip("\n")
+    return f"CREATE OR REPLACE VIEW {schema}.{HISTORY} WITH (security_barrier = true) AS\n{query}"
+
+
+def record(schema: str) -> str:
+    """CREATE FUNCTION of what writes."""
+    may_execute = sql("may_execute", role="caller_id", executor=EXECUTOR_ROLE)
+    return sql(
+        "record",
+        schema=schema,
+        table=HISTORY_TABLE,
+        launching=_LAUNCHING,
+        may_execute=may_execute,
+        most_at_once=str(MOST_AT_ONCE),
+        fields=str(FIELDS),
+        most_of_role=str(MOST_OF_ROLE),
+    ).rstrip("\n")

@@ -1,0 +1,187 @@
+"""What a call from inside the database is made with: its context, its arguments, its caller.
+
+Invariant: the context is what the server has said about the role, and only for code that has proven
+that it can run as the role that the channel has logged in as.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Final
+
+from protocol.errors import INSUFFICIENT_PRIVILEGE, UNDEFINED_OBJECT, SQLError
+from protocol.values import parse_array
+from proxy.api.calls import Caller
+from proxy.api.values import decode_argument
+from proxy.extension.conversation import Challenge
+from proxy.extension.questions import Call, decoded, malformed
+from proxy.jobs.context import Context
+from proxy.jobs.interrupts import Interrupts
+from proxy.jobs.job import Job
+from proxy.jobs.launcher import Launcher
+from proxy.jobs.owner import Owner
+from proxy.sql import encodings
+
+WHOLE_AT_ONCE: Final = 512 * 1024
+"""Bytes of a word that are decoded without a pause for others."""
+
+
+def context_of(challenge: Challenge, session_role: bytes) -> Context:
+    """What the server has said about the role; `session_role` is the session_user of the job.
+
+    Raises SQLError if the question does not count.
+    """
+    call = challenge.call
+    if not challenge.found:
+        raise SQLError(UNDEFINED_OBJECT, "the current role does not exist")
+    role_id, may_become, may_call, usable_roles, trusted, login_id = challenge.found
+    if trusted != b"t":
+        raise SQLError(
+            INSUFFICIENT_PRIVILEGE,
+            "calls from inside the database are not served here",
+            detail="The extension's functions must be committed. They and their schema must"
+            " belong to a superuser, to the owner of the database, or to the role that calls.",
+            hint="Commit CREATE EXTENSION first, and let a superuser or the owner of the"
+            " database say it.",
+        )
+    if login_id not in challenge.roles:
+        raise SQLError(
+            INSUFFICIENT_PRIVILEGE,
+            "a background worker may not run as a role that the calling code may not become",
+        )
+    if may_become != b"t":
+        raise SQLError(
+            INSUFFICIENT_PRIVILEGE,
+            f'the session\'s role may not become "{call.role.decode("utf-8", "replace")}"',
+        )
+    return Context(
+        may_call=may_call == b"t",
+        role_id=int(role_id or 0),
+        role=call.role,
+        session_role=session_role,
+        set_role=b"none" if call.role == session_role else call.role,
+        statement_timeout=b"0",
+        own_settings=call.own_settings,
+        usable_roles=frozenset(int(oid or 0) for oid in parse_array(usable_roles or b"{}")),
+        settings=call.settings,
+    )
+
+
+async def _long_word(word: bytes) -> bytes | None:
+    """What a word of many megabytes says: others get their turn in between."""
+    parts = []
+    for start in range(0, len(word), WHOLE_AT_ONCE):
+        if start:
+            await asyncio.sleep(0)
+        parts.append(decoded(word[start : start + WHOLE_AT_ONCE]))
+    if len(parts) == 1:
+        return parts[0]
+    return b"".join(part or b"" for part in parts)
+
+
+async def arguments(call: Call) -> dict[str, Any] | None:
+    """By name; None if the function is not to be called with them. Raises SQLError."""
+    texts = [await _long_word(word) for word in call.argument_words]
+    found: dict[str, Any] = {}
+    try:
+        for parameter, text in zip(call.function.parameters, texts, strict=True):
+            value = decode_argument(parameter.type, text)
+            if value is None and call.function.strict:
+                value = parameter.null
+                if value is None:
+                    return None
+            found[parameter.name] = value
+    except ValueError:
+        raise malformed() from None
+    return found
+
+
+class InsideCaller(Caller):
+    """Makes calls from inside the database."""
+
+    def __init__(
+        self,
+        session: Owner,
+        launcher: Launcher,
+        interrupts: Interrupts,
+        context: Context,
+        call: Call,
+    ) -> None:
+        super().__init__(session, interrupts)
+        self._launcher = launcher
+        self._context = context
+        self._call = call
+
+    @property
+    def context(self) -> Context:
+        return self._context
+
+    @property
+    def codec(self) -> str:
+        return encodings.codec(self._call.encoding)
+
+    @property
+    def _launching(self) -> tuple[Launcher, bytes]:
+        return self._launcher, self._call.encoding
+
+    async def launch(
+        self,
+        sql: bytes,
+        queue_size: int,
+        *,
+        label: bytes | None = None,
+        keep_rows: bool = True,
+        retries: int = 0,
+        may_queue: bool = False,
+    ) -> Job:
+        job = await self._launched(
+            self._owner.launch(
+                sql,
+                queue_size,
+                self.context,
+                launcher=self._launcher,
+                client_encoding=self._call.encoding,
+                label=label,
+                keep_rows=keep_rows,
+                retries=retries,
+                may_queue=may_queue,
+                waiting=self._interrupts.for_room,
+            )
+        )
+        self._call.launched.append(job)
+        return job
+
+    async def launch_at_commit(
+        self,
+        sql: bytes,
+        queue_size: int,
+        *,
+        label: bytes | None = None,
+        keep_rows: bool = True,
+        retries: int = 0,
+    ) -> Job:
+        job, notification = await self._owner.launch_at_commit(
+            sql,
+            queue_size,
+            self.context,
+            launcher=self._launcher,
+            client_encoding=self._call.encoding,
+            label=label,
+            keep_rows=keep_rows,
+            retries=retries,
+        )
+        self._call.launched.append(job)
+        self._call.notification = notification
+        return job
+
+    # The functions that would ask for these need no proxy (`privileges`, the view's own SQL).
+
+    async def activity(self, jobs: Sequence[Job]) -> dict[int, tuple[bytes | None, ...]]:
+        raise malformed()
+
+    async def change_privileges(self, verb: str, role: bytes, *, print_commands: bool) -> bool:
+        raise malformed()
+
+    async def drop_executor_role(self) -> bool:
+        raise malformed()

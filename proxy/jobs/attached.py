@@ -1,0 +1,256 @@
+"""The jobs that a session is attached to, and the limits of what it launches.
+
+Invariant: a session finds only jobs in here that it has launched and not yet fetched or detached.
+Those of other sessions are in the `registry`, which knows no output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.errors import INVALID_PARAMETER_VALUE, UNDEFINED_OBJECT, SQLError
+from proxy.config.gucs import LAUNCH_TIMEOUT, MAX_WORKERS
+from proxy.jobs.job import Job
+from proxy.jobs.registry import NO_PID, JobRecord
+from proxy.jobs.room import FullError, Line, Patience
+
+WAIT_FOR_ROOM: Final = f"set {LAUNCH_TIMEOUT.name} to wait for that"
+"""For a HINT."""
+
+MIN_QUEUE_SIZE: Final = 64
+MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024
+
+
+@dataclass(slots=True)
+class Counts:
+    """How many jobs a session had, and how they ended; active is how many run now."""
+
+    launched: int = 0
+    completed: int = 0
+    failed: int = 0
+    canceled: int = 0
+    timed_out: int = 0
+    total_ms: int = 0
+
+    @property
+    def active(self) -> int:
+        """Those that have not ended."""
+        return self.launched - self._ended
+
+    @property
+    def mean_ms(self) -> float:
+        """Of those that have ended; 0 if there are none."""
+        return self.total_ms / self._ended if self._ended else 0.0
+
+    @property
+    def _ended(self) -> int:
+        return self.completed + self.failed + self.canceled
+
+    def ended(self, job: Job) -> None:
+        """One more has ended."""
+        self.total_ms += job.elapsed_ms
+        self.timed_out += job.timed_out
+        if job.state == b"canceled":
+            self.canceled += 1
+        elif job.error is not None:
+            self.failed += 1
+        else:
+            self.completed += 1
+
+
+@dataclass(slots=True, eq=False)  # several may be alike
+class Start:
+    """A launch that counts among a session's jobs, as long as its job does not.
+
+    Attributes:
+        job: that has begun.
+    """
+
+    job: Job | None = None
+
+
+class Jobs:
+    """The jobs of one session that it has launched and not yet fetched or detached."""
+
+    MOST: Final = 2_000
+    """How many it has at the most, as long as some have ended: the oldest of those is detached, as
+    they do not seem to be fetched."""
+
+    def __init__(self) -> None:
+        # By cookie.
+        self._jobs: dict[int, Job] = {}
+        # Those that have had a backend also by its pid, oldest first: it may have run several
+        # (`backends/reuse`).
+        self._of_pid: defaultdict[int, dict[int, Job]] = defaultdict(dict)
+        self.counts = Counts()
+        # All that were launched and have not ended, attached or not.
+        self._all: set[Job] = set()
+        self._starts: list[Start] = []
+        # Launches that wait for room; and queued ones, for which all jobs count. Neither line keeps
+        # the other waiting.
+        self._waiting = Line()
+        self._queued = Line()
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(tuple(self._jobs.values()))
+
+    def __contains__(self, job: JobRecord) -> bool:
+        return self._jobs.get(job.cookie) is job
+
+    @contextlib.asynccontextmanager
+    async def room(
+        self, max_workers: int, most: int, patience: Patience, *, count_all: bool = False
+    ) -> AsyncIterator[Start]:
+        """Room for one more, as soon as fewer are running than the session's setting and the
+        proxy's configuration allow.
+
+        Args:
+            max_workers: the setting.
+            most: max_session_workers.
+            patience: how long it waits for that.
+            count_all: whether those count, too, that are not attached any more.
+
+        Raises FullError if there is none in time.
+        """
+        limit = min(max_workers, most)
+        line = self._queued if count_all else self._waiting
+
+        def is_full() -> bool:
+            return self._running(count_all=count_all) >= limit
+
+        if patience.exists:
+            with line.join(patience.arrived) as place:
+                while not place.is_first or is_full():
+                    await patience.wait(place, self._too_many(max_workers, most))
+                start = self._begin()
+        elif line or is_full():
+            raise self._too_many(max_workers, most)
+        else:
+            start = self._begin()
+        try:
+            yield start
+        finally:
+            self._starts.remove(start)
+            self._changed()
+
+    def _changed(self) -> None:
+        self._waiting.changed()
+        self._queued.changed()
+
+    def _begin(self) -> Start:
+        start = Start()
+        self._starts.append(start)
+        return start
+
+    def _running(self, *, count_all: bool) -> int:
+        jobs = self._all if count_all else self._jobs.values()
+        running = sum(not (job.finished or job.is_waiting) for job in jobs)
+        return running + sum(start.job is None for start in self._starts)
+
+    def _too_many(self, max_workers: int, most: int) -> FullError:
+        number = self._running(count_all=False)
+        running = f"This session runs {number} background workers, and"
+        if most < max_workers:
+            return FullError(
+                detail=f"{running} the proxy allows {most} (max_session_workers), whatever"
+                f" {MAX_WORKERS.name} is.",
+                hint=f"Wait for some to finish, fetch or detach their results, or {WAIT_FOR_ROOM}.",
+            )
+        return FullError(
+            detail=f"{running} {MAX_WORKERS.name} is {max_workers}.",
+            hint="Wait for some to finish, fetch or detach their results, increase"
+            f" {MAX_WORKERS.name}, or {WAIT_FOR_ROOM}.",
+        )
+
+    def add(self, job: Job) -> None:
+        """Attach a job."""
+        self._jobs[job.cookie] = job
+        self._all.add(job)
+        self.counts.launched += 1
+        if not job.is_waiting:
+            self.begun(job)
+        if len(self._jobs) > self.MOST:
+            ended = next((job for job in self._jobs.values() if job.finished), None)
+            if ended is not None:
+                self.remove(ended)
+
+    def begun(self, job: Job) -> None:
+        """One that has got a backend, if the session is not done with it."""
+        if job in self:
+            self._of_pid[job.pid][job.cookie] = job
+
+    def waits_again(self, job: Job) -> None:
+        """It is about to lose its backend, which has not run it."""
+        of_pid = self._of_pid.get(job.pid, {})
+        of_pid.pop(job.cookie, None)
+        if not of_pid:
+            self._of_pid.pop(job.pid, None)
+
+    def withdraw(self, job: Job) -> None:
+        """One that was added, and has not run."""
+        if job in self:
+            self._forget(job)
+        self.counts.launched -= 1
+        self._all.discard(job)
+        job.withdraw()
+
+    def ended(self, job: Job) -> None:
+        """One that was added."""
+        self.counts.ended(job)
+        self._all.discard(job)
+        self._changed()
+
+    def get(self, pid: int, cookie: int | None = None) -> Job:
+        """The latest job of this pid, unless one has this cookie, too; without a pid the one of
+        this cookie. Raises SQLError 42704."""
+        if pid == NO_PID and cookie is not None:
+            if cookie in self._jobs:
+                return self._jobs[cookie]
+            raise SQLError(
+                UNDEFINED_OBJECT,
+                "no background worker has this cookie",
+                hint="A job whose transaction was rolled back is not known any more.",
+            )
+        if pid not in self._of_pid:
+            raise SQLError(UNDEFINED_OBJECT, f"PID {pid} is not attached to this session")
+        latest = next(reversed(self._of_pid[pid].values()))
+        return latest if cookie is None else self._of_pid[pid].get(cookie, latest)
+
+    def remove(self, job: JobRecord) -> None:
+        """The session is done with it. If it runs, it runs on to its end. Those of other sessions
+        are not touched."""
+        if job in self:
+            self._forget(job).leave()
+            self._changed()
+
+    def _forget(self, record: JobRecord) -> Job:
+        job = self._jobs.pop(record.cookie)
+        self.waits_again(job)
+        return job
+
+    def clear(self) -> None:
+        """The session ends."""
+        for job in self:
+            self.remove(job)
+
+
+def checked_queue_size(queue_size: int, default: int) -> int:
+    """The queue size in bytes for what a launch asks for; 0 or less is the default.
+
+    Raises SQLError 22023.
+    """
+    if queue_size <= 0:
+        return default
+    if queue_size < MIN_QUEUE_SIZE:
+        raise SQLError(
+            INVALID_PARAMETER_VALUE, f"queue size must be at least {MIN_QUEUE_SIZE} bytes"
+        )
+    if queue_size > MAX_QUEUE_SIZE:
+        raise SQLError(
+            INVALID_PARAMETER_VALUE, f"queue size must not exceed {MAX_QUEUE_SIZE} bytes"
+        )
+    return queue_size

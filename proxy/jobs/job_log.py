@@ -1,0 +1,60 @@
+"""What the log says of a job: one line at its end, and at the level debug one at its start.
+
+Invariant: of what a job runs and of what went wrong the log has the SQLSTATE only, since SQL and
+messages may quote what is secret; the beginning of the SQL is there if ``log_job_sql`` says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Final
+
+from proxy.config import Config
+from proxy.jobs.job import Job
+from proxy.log import Event, Milliseconds, Value, logger
+
+OFF: Final = -1
+"""The log_min_job_duration that logs no job."""
+
+_MILLISECOND: Final = timedelta(milliseconds=1)
+
+
+def started(job: Job, config: Config) -> None:
+    """It is about to run."""
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug(Event("job launched", _names(job) | _sql(job, config)))
+
+
+def ended(job: Job, config: Config) -> None:
+    """Its backend is done with it."""
+    assert job.finished_at is not None
+    took = (job.finished_at - job.launched_at) / _MILLISECOND
+    failed = job.error is not None or job.is_abandoned
+    least = config.log_min_job_duration
+    if least == OFF or not (failed or took >= least):
+        return
+    values: dict[str, Value] = {
+        "state": "abandoned" if job.is_abandoned else job.state.decode(),
+        "duration": Milliseconds(took),
+        "rows": None if failed else job.row_count,
+        "sqlstate": None if job.error is None else job.error.sqlstate,
+    }
+    logger.info(Event("job ended", _names(job) | values | _sql(job, config)))
+
+
+def _names(job: Job) -> dict[str, Value]:
+    return {
+        "pid": job.pid or None,
+        "label": None if job.label is None else _text(job.label),
+        "user": _text(job.user),
+        "database": _text(job.database),
+    }
+
+
+def _sql(job: Job, config: Config) -> dict[str, Value]:
+    return {"sql": _text(job.preview)} if config.log_job_sql else {}
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "replace")

@@ -1,0 +1,230 @@
+"""Jobs that are tried again when they have failed by chance.
+
+Invariant: an attempt is tried again only if nothing of it is committed: it was one transaction, and
+the server has said that this failed, by an error that another attempt may not meet. A connection
+that is lost tells nothing, so that is the end. To all others the attempts are one job: it has one
+handle, runs until the last of them has ended, and is stopped as a whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from protocol.errors import (
+    CANNOT_CONNECT_NOW,
+    DEADLOCK_DETECTED,
+    FEATURE_NOT_SUPPORTED,
+    INVALID_PARAMETER_VALUE,
+    PROGRAM_LIMIT_EXCEEDED,
+    QUERY_CANCELED,
+    SERIALIZATION_FAILURE,
+    ProtocolViolation,
+    SQLError,
+)
+from protocol.messages import ErrorResponse
+from proxy.backends.backend import Backend
+from proxy.backends.reuse import Keep
+from proxy.config.gucs import JOB_SETTING
+from proxy.jobs.job import Job, JobSession
+from proxy.jobs.registry import LISTED_SQL_SIZE
+from proxy.jobs.termination import canceled
+from proxy.log import Event, Value, logger
+from proxy.sql import lexer
+
+MOST: Final = 10
+"""Further attempts that may be asked for."""
+
+_LONGEST_SQL: Final = 1024 * 1024
+"""Bytes of a string that is kept for another attempt."""
+
+_FIRST_PAUSE: Final = 0.1
+LONGEST_PAUSE: Final = 5.0
+"""Seconds before the second attempt, and before any; each pause is twice the one before it, less up
+to half, since those that failed together would meet again."""
+
+_ONE_TRANSACTION: Final = (
+    *("select", "with", "values", "table", "insert", "update", "delete", "merge"),
+    *("truncate", "refresh", "copy"),
+)
+"""How a statement begins that is one transaction when it is alone in its string."""
+
+Relaunch = Callable[[Callable[[Backend, Keep], Awaitable[None]]], Awaitable[None]]
+"""Has the job begin on another backend that is ready for it. Raises SQLError."""
+
+NextSession = Callable[[Backend], JobSession]
+"""What serves the calls of an attempt on this backend."""
+
+
+def checked(retries: int | None, sql: bytes | None) -> int:
+    """How many further attempts a call asks for. Raises SQLError 22023, 54000."""
+    retries = retries or 0
+    if not 0 <= retries <= MOST:
+        raise SQLError(INVALID_PARAMETER_VALUE, f"retries must be between 0 and {MOST}")
+    if retries and sql is not None and len(sql) > _LONGEST_SQL:
+        raise SQLError(
+            PROGRAM_LIMIT_EXCEEDED,
+            "the SQL string is too long to be tried again",
+            detail=f"It has {len(sql)} bytes, and may have {_LONGEST_SQL}.",
+        )
+    return retries
+
+
+def may_pass(sqlstate: str) -> bool:
+    """Whether an error may not come again: a conflict with others, or a lack of resources."""
+    return sqlstate[:2] == "53" or sqlstate in (
+        *(SERIALIZATION_FAILURE, DEADLOCK_DETECTED, CANNOT_CONNECT_NOW),
+    )
+
+
+def pause_after(attempts: int, sqlstate: str, pid: int | None = None) -> float:
+    """Seconds to wait behind so many attempts, of which the last has failed with this error. The
+    log is told. `pid`: of the job, if there is one yet."""
+    values: dict[str, Value] = {"pid": pid, "sqlstate": sqlstate, "attempts": attempts}
+    logger.info(Event("job is tried again", values))
+    longest = min(_FIRST_PAUSE * float(2 ** (attempts - 1)), LONGEST_PAUSE)
+    return longest * random.uniform(0.5, 1)  # noqa: S311
+
+
+class RetriedJob(Job):
+    """A job with further attempts. Its rows are not kept.
+
+    Attributes:
+        retries: how many attempts may follow.
+        next_session: what serves the calls of another one; set when it begins.
+        on_change: called when it has lost its backend, or has another one.
+    """
+
+    def __init__(self, sql: bytes, *, retries: int, relaunch: Relaunch, **others: Any) -> None:
+        """`others`: as of a `Job`."""
+        assert not others["keep_rows"]
+        self.retries = retries
+        self._relaunch: Relaunch | None = relaunch
+        self.next_session: NextSession | None = None
+        self._whole_sql = sql
+        self.on_change: Callable[[], None] = lambda: None
+        self._begins_with = ""
+        # While there is no backend: brings the next attempt.
+        self._next: asyncio.Task[None] | None = None
+        super().__init__(sql, **others)
+
+    def _refused(self, sql: bytes, statement: lexer.Statement) -> str | None:
+        self._begins_with = self._begins_with or _beginning(sql, statement)
+        return super()._refused(sql, statement)
+
+    async def _prepared(self, backend: Backend) -> bytes:
+        sql = await super()._prepared(backend)
+        if self._statements == 1 and self._begins_with not in _ONE_TRANSACTION:
+            raise SQLError(
+                FEATURE_NOT_SUPPORTED,
+                f"a job of {self._begins_with.upper()} alone cannot be tried again",
+                detail="It may have committed something before it fails.",
+                hint="A string of several statements is one transaction: put another one in front,"
+                " such as SELECT.",
+            )
+        return sql
+
+    def _finish(self, *, is_idle: bool = False) -> None:
+        error = self.error
+        if (
+            error is None
+            or not self._statements
+            or not self._may_go_on(error.sqlstate)
+            or self.termination is not None
+        ):
+            self._end(is_idle=is_idle)
+            return
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.forget_receiver()
+            backend.terminate()
+        self.output.end()
+        if self._session is not None:
+            self._session.close(is_idle=is_idle)
+            self._session = None
+        self._try_again(error)
+
+    def _end(self, *, is_idle: bool = False) -> None:
+        self.retries = 0
+        self._whole_sql = b""
+        self._relaunch = self.next_session = None
+        super()._finish(is_idle=is_idle)
+
+    def _may_go_on(self, sqlstate: str) -> bool:
+        return (
+            self.retries > 0
+            and may_pass(sqlstate)
+            and not (self.canceled or self.is_abandoned or self.finished)
+        )
+
+    def _try_again(self, error: ErrorResponse) -> None:
+        seconds = pause_after(self.attempts, error.sqlstate, self.pid)
+        self.error = self._whole_error = None
+        self._next = asyncio.get_running_loop().create_task(self._run_again(seconds))
+        self.on_change()
+
+    @property
+    def rests(self) -> bool:
+        """Whether it is between two attempts."""
+        return self._next is not None and not self.finished
+
+    async def _run_again(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        self.retries -= 1
+        self.attempts += 1
+        assert self._relaunch is not None
+        try:
+            await self._relaunch(self._begin_again)
+        except SQLError as error:
+            self._next = self._backend = None
+            if self.finished:
+                return
+            self._fail(error.response())
+            if self._may_go_on(error.sqlstate):
+                self._try_again(error.response())
+            else:
+                self._end()
+        except (OSError, ProtocolViolation) as error:
+            self._next = None
+            self.close(error)
+
+    async def _begin_again(self, backend: Backend, keep_backend: Keep) -> None:
+        if self.canceled or self.next_session is None:
+            backend.terminate()  # while the login of another was found to be out of date
+            raise SQLError(QUERY_CANCELED, "canceling statement due to user request")
+        self._next = None  # this task, or one that comes after this attempt
+        self.tags = []
+        self.progress = (None, None)
+        self._sql = self._whole_sql
+        session = self.next_session(backend)
+        self._run_on(backend, backend.own_settings[JOB_SETTING], session, keep_backend)
+        await self.start()
+        self.on_change()
+        if self._left:
+            self._sql = self._sql[:LISTED_SQL_SIZE]
+            self._text.forget()
+
+    def stop_trying(self) -> bool:
+        """It is not to be tried again; whether it has ended by that."""
+        self.retries = 0
+        if self.finished or self._backend is not None:
+            return False
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+        self.end_with(canceled(None))
+        return True
+
+    def abandon(self) -> None:
+        self.stop_trying()
+        super().abandon()
+
+
+def _beginning(sql: bytes, statement: lexer.Statement) -> str:
+    """The first word, behind opening brackets; in lower case."""
+    for token in statement.tokens:
+        if sql[token.start : token.end] != b"(":
+            return lexer.keyword(sql, token)
+    return ""

@@ -1,0 +1,214 @@
+"""Room for a job, and the launches that wait for it.
+
+Invariant: who waits for the same waits in order of arrival, and only the first in line tries. A
+launch that does not wait does not overtake those that do. Whoever leaves a line, for whatever
+reason, wakes the next. What a launch waits for is not held back from others meanwhile: none holds
+one kind of room for longer than a try while it waits for another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import contextlib
+import operator
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Final, Protocol, TypeVar
+
+from protocol.errors import CONFIGURATION_LIMIT_EXCEEDED, SQLError
+from proxy.backends.backend import NoRoomError
+from proxy.backends.identity import Login
+
+T = TypeVar("T")
+
+Waiting = Callable[[], contextlib.AbstractContextManager[object]]
+"""What is entered while a launch waits."""
+
+FOR_EVER: Final = float("inf")
+
+_FIRST_LOOK: Final = 0.05
+_SELDOM: Final = 0.5
+"""Seconds until the first in line asks the server again: the first time, and at most. It does not
+tell when it has room; when a connection of ours ends it is asked at once."""
+
+
+class FullError(SQLError):
+    """As many jobs run as may."""
+
+    def __init__(self, *, detail: str, hint: str) -> None:
+        message = "too many background workers"
+        super().__init__(CONFIGURATION_LIMIT_EXCEEDED, message, detail=detail, hint=hint)
+
+
+class Changing(Protocol):
+    """What a launch waits for."""
+
+    async def changed(self) -> None:
+        """Wait until there is a reason to look again."""
+
+
+class Patience:
+    """How long one launch waits for room.
+
+    Args:
+        seconds: from now on; 0 for not at all; FOR_EVER.
+        waiting: entered while it waits.
+        since: an earlier try of the same launch, which came then.
+
+    Attributes:
+        exists: whether it waits at all.
+        arrived: when it came, by the system's monotonic clock, which all processes have.
+        waited: seconds, so far.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        waiting: Waiting = contextlib.nullcontext,
+        since: Patience | None = None,
+    ) -> None:
+        self.exists = seconds > 0
+        self.arrived: float = time.monotonic() if since is None else since.arrived
+        self.waited = 0.0
+        self._until = asyncio.get_running_loop().time() + seconds
+        self._waiting = waiting
+
+    async def wait(self, place: Changing, error: SQLError, at_most: float = FOR_EVER) -> None:
+        """Wait until there is a reason to look again, or so many seconds at the most.
+
+        Raises `error` when the time is over.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        left = self._until - began
+        if left <= 0:
+            raise error.with_traceback(None)
+        try:
+            with self._waiting(), contextlib.suppress(TimeoutError):
+                left = min(left, at_most)
+                async with asyncio.timeout(None if left == FOR_EVER else left):
+                    await place.changed()
+        finally:
+            self.waited += loop.time() - began
+
+
+class Place:
+    """Of one launch in a `Line`."""
+
+    def __init__(self, line: Line, arrived: float) -> None:
+        self.arrived = arrived
+        self._line = line
+        self._woken = asyncio.Event()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is its turn."""
+        return self._line.first is self
+
+    def wake(self) -> None:
+        """Have it look again."""
+        self._woken.set()
+
+    async def changed(self) -> None:
+        """Wait until it is woken, or was since it has last waited."""
+        await self._woken.wait()
+        self._woken.clear()
+
+
+class Line:
+    """Launches that wait for the same, in order of arrival."""
+
+    def __init__(self) -> None:
+        self._places: list[Place] = []
+
+    @property
+    def first(self) -> Place | None:
+        """Whose turn it is."""
+        return self._places[0] if self._places else None
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @contextlib.contextmanager
+    def join(self, arrived: float) -> Iterator[Place]:
+        """A place, among those who came before and after."""
+        place = Place(self, arrived)
+        bisect.insort(self._places, place, key=operator.attrgetter("arrived"))
+        try:
+            yield place
+        finally:
+            self._places.remove(place)
+            self.changed()
+
+    def changed(self) -> None:
+        """There may be room now."""
+        if self._places:
+            self._places[0].wake()
+
+
+class _ServerLine(Line):
+    """`error`: what the server said last."""
+
+    def __init__(self, error: NoRoomError) -> None:
+        super().__init__()
+        self.error = error
+
+
+class ServerRoom:
+    """Launches for which the server has no connection: a line for each login, since a role or a
+    database may have a limit of its own."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Login, _ServerLine] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def changed(self) -> None:
+        """A connection was closed."""
+        for line in self._lines.values():
+            line.changed()
+
+    async def launch(
+        self, login: Login, launch: Callable[[], Awaitable[T]], patience: Patience
+    ) -> T:
+        """What `launch` returns, which is called again while it raises NoRoomError.
+
+        Raises SQLError.
+        """
+        line = self._lines.get(login)
+        if line is None:
+            try:
+                return await launch()
+            except NoRoomError as error:
+                if not patience.exists:
+                    raise
+                line = self._lines.setdefault(login, _ServerLine(error))
+        elif not patience.exists:
+            raise line.error.with_traceback(None)
+        try:
+            with line.join(patience.arrived) as place:
+                return await self._first_in(line, place, launch, patience)
+        finally:
+            if not line and self._lines.get(login) is line:
+                del self._lines[login]
+
+    async def _first_in(
+        self,
+        line: _ServerLine,
+        place: Place,
+        launch: Callable[[], Awaitable[T]],
+        patience: Patience,
+    ) -> T:
+        delay = _FIRST_LOOK
+        while True:
+            if not place.is_first:
+                await patience.wait(place, line.error)
+                continue
+            try:
+                return await launch()
+            except NoRoomError as error:
+                line.error = error
+            await patience.wait(place, line.error, delay)
+            delay = min(2 * delay, _SELDOM)

@@ -1,0 +1,312 @@
+"""Slots: how many jobs the proxy runs at a time, over all sessions and processes.
+
+Invariant: who runs a job has a slot from before its login to its end, and gives it back once.
+`Slots` counts them where all are counted: in the one process, or in the supervisor
+(`workers.slots`). There, and nowhere else, launches wait for one, in order of arrival over all of
+them. One that waits for its role or database keeps no others waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import itertools
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from proxy.config import Config
+from proxy.jobs.attached import WAIT_FOR_ROOM
+from proxy.jobs.room import FullError, Patience
+
+Key = tuple[int, int]
+"""The process that a slot is for, and its number there."""
+
+HERE: Final = 0
+"""This process, where there is no other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many jobs there may be, in all and of each role and database; 0: any number."""
+
+    jobs: int = 0
+    per_role: int = 0
+    per_database: int = 0
+
+    @classmethod
+    def of(cls, config: Config) -> Limits:
+        """Those that the configuration sets."""
+        return cls(config.max_jobs, config.max_jobs_per_role, config.max_jobs_per_database)
+
+    def __bool__(self) -> bool:
+        return self != NO_LIMITS
+
+
+NO_LIMITS: Final = Limits()
+
+
+class Full(NamedTuple):
+    """The setting that lets no more jobs run, and its value."""
+
+    setting: str
+    most: int
+
+
+@dataclass(order=True, slots=True)
+class _Waiter:
+    arrived: float
+    turn: int
+    key: Key = field(compare=False)
+
+
+_Group = tuple[str, str]
+"""Role and database."""
+
+
+class Slots:
+    """Who has one, and who waits for one.
+
+    Args:
+        limits: of their number.
+        granted: called when one is granted that was waited for.
+        is_able: whether a process would notice.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        granted: Callable[[Key], None],
+        is_able: Callable[[int], bool] = lambda process: True,
+    ) -> None:
+        self._limits = limits
+        self._granted = granted
+        self._is_able = is_able
+        self._held: dict[Key, _Group] = {}
+        self._roles: Counter[str] = Counter()
+        self._databases: Counter[str] = Counter()
+        self._waiting: dict[_Group, list[_Waiter]] = {}
+        self._group_of: dict[Key, _Group] = {}
+        self._turns = itertools.count()
+
+    @property
+    def held(self) -> int:
+        """How many are granted."""
+        return len(self._held)
+
+    @property
+    def waiting(self) -> int:
+        """How many are waited for."""
+        return len(self._group_of)
+
+    def take(self, key: Key, role: str, database: str, arrived: float) -> bool:
+        """Grant one, or have it wait; whether it is granted at once.
+
+        `arrived`: when its launch came, by the system's monotonic clock.
+        """
+        group = role, database
+        bisect.insort(self._waiting.setdefault(group, []), _Waiter(arrived, next(self._turns), key))
+        self._group_of[key] = group
+        self._dispense(at_once=key)
+        return key in self._held
+
+    def hold(self, key: Key, role: str, database: str) -> None:
+        """It is had already, whatever the limits."""
+        if key not in self._held:
+            self._held[key] = role, database
+            self._roles[role] += 1
+            self._databases[database] += 1
+
+    def free(self, key: Key) -> None:
+        """It is not needed any more, or not waited for."""
+        self._forget(key)
+        self._dispense()
+
+    def free_all(self, process: int) -> None:
+        """The process is gone."""
+        for key in [key for key in (*self._held, *self._group_of) if key[0] == process]:
+            self._forget(key)
+        self._dispense()
+
+    def _forget(self, key: Key) -> None:
+        if (held := self._held.pop(key, None)) is not None:
+            self._roles[held[0]] -= 1
+            self._databases[held[1]] -= 1
+            self._roles += Counter()  # forget those that are 0
+            self._databases += Counter()
+        elif key in self._group_of:
+            self._leave(key)
+
+    def change(self, limits: Limits) -> None:
+        """Other limits hold from now on, for what is granted from now on."""
+        self._limits = limits
+        self._dispense()
+
+    def able_again(self) -> None:
+        """A process would notice again what is granted."""
+        self._dispense()
+
+    def full(self, role: str, database: str) -> Full | None:
+        """The limit that keeps one waiting."""
+        limits = self._limits
+        for setting, most, number in (
+            ("max_jobs", limits.jobs, len(self._held)),
+            ("max_jobs_per_role", limits.per_role, self._roles[role]),
+            ("max_jobs_per_database", limits.per_database, self._databases[database]),
+        ):
+            if most and number >= most:
+                return Full(setting, most)
+        return None
+
+    def _leave(self, key: Key) -> _Group:
+        group = self._group_of.pop(key)
+        waiters = self._waiting[group]
+        waiters[:] = [waiter for waiter in waiters if waiter.key != key]
+        if not waiters:
+            del self._waiting[group]
+        return group
+
+    def _dispense(self, at_once: Key | None = None) -> None:
+        while (key := self._next()) is not None:
+            role, database = self._leave(key)
+            self.hold(key, role, database)
+            if key != at_once:
+                self._granted(key)
+
+    def _next(self) -> Key | None:
+        """Whose turn it is: the first in order of arrival that no limit stops. One that its
+        database stops has a claim to its role's next slot: else later ones of the role, in other
+        databases, could have it again and again."""
+        firsts: list[tuple[_Waiter, _Group]] = []
+        for group, waiters in self._waiting.items():
+            able = (waiter for waiter in waiters if self._is_able(waiter.key[0]))
+            if (first := next(able, None)) is not None:
+                firsts.append((first, group))
+        claims: Counter[str] = Counter()
+        for waiter, (role, database) in sorted(firsts):
+            full = self.full(role, database)
+            if full is None and not self._is_claimed(role, claims):
+                return waiter.key
+            if full is not None and full.setting == "max_jobs":
+                return None
+            if full is not None and full.setting == "max_jobs_per_database":
+                claims[role] += 1
+        return None
+
+    def _is_claimed(self, role: str, claims: Counter[str]) -> bool:
+        most = self._limits.per_role
+        return most > 0 and self._roles[role] + claims[role] >= most
+
+
+class Slot:
+    """One that a launch here has asked for.
+
+    Attributes:
+        number: among those of this process.
+        is_granted: whether it has it.
+        full: why it has not.
+        is_counted: whether it is counted where all are.
+    """
+
+    def __init__(self, number: int, role: str, database: str) -> None:
+        self.number = number
+        self.role = role
+        self.database = database
+        self.is_granted = False
+        self.full: Full | None = None
+        self.is_counted = True
+        self._woken = asyncio.Event()
+
+    def grant(self) -> None:
+        """It is granted now."""
+        self.is_granted = True
+        self._woken.set()
+
+    async def changed(self) -> None:
+        """Wait until it is granted."""
+        await self._woken.wait()
+
+    @property
+    def refusal(self) -> FullError:
+        """The error of a launch that does not get it."""
+        whose = f'of role "{self.role}"'
+        detail = f"Others {whose} came before."
+        if self.full is not None:
+            setting, most = self.full
+            whose = {
+                "max_jobs_per_role": f" {whose}",
+                "max_jobs_per_database": f' in database "{self.database}"',
+            }.get(setting, "")
+            detail = f"{setting} allows {most} background workers{whose}, and so many run."
+        return FullError(detail=detail, hint=f"Wait for some to finish, or {WAIT_FOR_ROOM}.")
+
+
+class SlotSource(ABC):
+    """Where the launches of this process get their slots."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self.slots: dict[int, Slot] = {}
+
+    async def take(self, role: bytes, database: bytes, patience: Patience) -> Slot:
+        """One for a job of a login role in a database.
+
+        Raises SQLError; FullError if there is none in time.
+        """
+        names = (name.decode("utf-8", "backslashreplace") for name in (role, database))
+        slot = Slot(next(self._numbers), *names)
+        self.slots[slot.number] = slot
+        try:
+            await self._ask(slot, patience)
+            while not slot.is_granted:
+                if not patience.exists:
+                    raise slot.refusal
+                await patience.wait(slot, slot.refusal)
+        except BaseException:
+            self.give_back(slot)
+            raise
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """Its job has ended, or there will be none. A second time nothing happens."""
+        if self.slots.pop(slot.number, None) is not None and slot.is_counted:
+            self._free(slot)
+
+    def granted(self, number: int) -> None:
+        """One is granted that was asked for."""
+        if (slot := self.slots.get(number)) is not None:
+            slot.grant()
+
+    @abstractmethod
+    async def _ask(self, slot: Slot, patience: Patience) -> None:
+        """Ask for one: it is granted, or `full` says why not. Raises SQLError."""
+
+    @abstractmethod
+    def _free(self, slot: Slot) -> None:
+        """It is not needed any more."""
+
+    @abstractmethod
+    def change(self, limits: Limits) -> None:
+        """Other limits hold from now on."""
+
+
+class OwnSlots(SlotSource):
+    """Those of the one process."""
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__()
+        self._all = Slots(limits, lambda key: self.granted(key[1]))
+
+    async def _ask(self, slot: Slot, patience: Patience) -> None:
+        if self._all.take((HERE, slot.number), slot.role, slot.database, patience.arrived):
+            slot.grant()
+        else:
+            slot.full = self._all.full(slot.role, slot.database)
+
+    def _free(self, slot: Slot) -> None:
+        self._all.free((HERE, slot.number))
+
+    def change(self, limits: Limits) -> None:
+        self._all.change(limits)

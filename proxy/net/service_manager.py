@@ -1,0 +1,144 @@
+"""The service manager that has started us, if there is one: systemd's two protocols.
+
+Invariant: without the environment variables of sd_notify(3) and sd_listen_fds(3) nothing happens
+here. They are taken out of the environment, so that no process of ours speaks in our place, nor
+takes the sockets for its own. And the manager makes nobody wait: what it does not read is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+import time
+from collections.abc import MutableMapping
+from typing import Final
+
+from proxy.config.addresses import PROXY_PROTOCOL
+from proxy.log import logger
+from proxy.net.sockets import MANAGER, Listening
+from proxy.reasons import explain
+
+_FIRST_FD: Final = 3
+"""SD_LISTEN_FDS_START."""
+
+
+class ServiceManager:
+    """Is told how we are.
+
+    Args:
+        environ: has NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID, LISTEN_FDS, LISTEN_PID and
+            LISTEN_FDNAMES; they are removed.
+
+    Attributes:
+        environ: of these, what a successor is to have.
+    """
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID")
+        address, interval, watched, count, listener = (environ.pop(name, "") for name in names)
+        self._names = environ.pop("LISTEN_FDNAMES", "").split(":")
+        own = str(os.getpid())
+        self._socket: socket.socket | None = None
+        # An @ stands for the zero byte of an abstract address.
+        self._address = f"\0{address[1:]}" if address.startswith("@") else address
+        if self._address[:1] in ("/", "\0"):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+        microseconds = int(interval) if interval.isdecimal() and watched in ("", own) else 0
+        self._interval = microseconds / 1e6
+        self._count = int(count) if count.isdecimal() and listener == own else 0
+        self._is_ready = False
+        # Another process speaks to it; what it would have heard last meanwhile.
+        self._is_silent = False
+        self._unsaid = ""
+        self.environ = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": interval} if address else {}
+
+    # sd_notify(3)
+
+    def begin(self) -> None:
+        """Show from now on that the event loop runs, at half of WATCHDOG_USEC."""
+        if self._interval and self._socket is not None:
+            self._send("WATCHDOG=1")
+            asyncio.get_running_loop().call_later(self._interval / 2, self.begin)
+
+    def ready(self) -> None:
+        """Clients are served; said once."""
+        if not self._is_ready:
+            self._is_ready = True
+            self._send("READY=1")
+
+    def reloading(self) -> None:
+        """The configuration is read again; `reloaded` follows."""
+        if self._is_ready:
+            self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def reloaded(self) -> None:
+        """It was read, or stays as it is."""
+        if self._is_ready:
+            self._send("READY=1")
+
+    def stopping(self) -> None:
+        """No more clients are taken."""
+        self._send("STOPPING=1")
+
+    def status(self, text: str) -> None:
+        """What `systemctl status` shows."""
+        line = f"STATUS={' '.join(text.split())}"
+        self._unsaid = line if self._is_silent else ""
+        self._send(line)
+
+    def be_silent(self) -> None:
+        """A predecessor is the main process still, and nobody else is listened to."""
+        self._is_silent = True
+
+    def speak(self) -> None:
+        """It is not any more."""
+        self._is_silent = False
+        if self._unsaid:
+            self._send(self._unsaid)
+
+    def main_process_is(self, pid: int) -> None:
+        """Our successor is the main process from now on."""
+        self._send(f"MAINPID={pid}")
+        self._is_silent = True
+
+    def _send(self, *lines: str) -> None:
+        if self._socket is None or self._is_silent:
+            return
+        try:
+            self._socket.sendto("\n".join(lines).encode("utf-8", "replace"), self._address)
+        except OSError as error:
+            logger.debug("the service manager was not told: %s", explain(error))
+
+    # sd_listen_fds(3)
+
+    def sockets(self) -> list[Listening]:
+        """The listening sockets that it has opened for us. FileDescriptorName=proxy_protocol in the
+        socket unit says that connections begin with a header of the PROXY protocol.
+
+        Raises OSError: one is none that clients can be accepted from.
+        """
+        names = itertools.chain(self._names, itertools.repeat(""))
+        return [
+            Listening(_listening(fd), MANAGER, has_header=name == PROXY_PROTOCOL)
+            for fd, name in zip(range(_FIRST_FD, _FIRST_FD + self._count), names, strict=False)
+        ]
+
+
+def _listening(fd: int) -> socket.socket:
+    os.set_inheritable(fd, False)
+    try:
+        handed = socket.socket(fileno=fd)
+        accepts = handed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise OSError(f"LISTEN_FDS: file descriptor {fd}: {explain(error)}") from None
+    families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+    if not accepts or handed.type != socket.SOCK_STREAM or handed.family not in families:
+        raise OSError(
+            f"LISTEN_FDS: file descriptor {fd} is no listening stream socket: the socket unit needs"
+            " ListenStream and Accept=no"
+        )
+    handed.setblocking(False)
+    return handed

@@ -1,0 +1,210 @@
+"""Listening sockets: made for an address, or handed to us by the service manager or by a
+predecessor (`takeover`).
+
+Invariant: a Unix socket's file is removed by whoever listens there last: not by a process that has
+handed the socket on, and not by one that has not taken it over yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from proxy.config import ListenAddress
+from proxy.reasons import explain
+
+CLIENTS: Final = "clients"
+ADMIN: Final = "admin"
+MANAGER: Final = "manager"
+TAKEOVER: Final = "takeover"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Listening:
+    """One socket.
+
+    Attributes:
+        socket: it does not block.
+        use: who comes by it: CLIENTS, those of the service manager's sockets (MANAGER), of
+            admin_listen (ADMIN), or a successor (TAKEOVER).
+        asked: the address that it was bound to, as it was asked for: port 0 for any port, or the
+            path of a Unix socket; empty if somebody else has bound it.
+        has_header: whether connections begin with a header of the PROXY protocol.
+    """
+
+    socket: socket.socket
+    use: str
+    asked: str = ""
+    has_header: bool = False
+
+    def __str__(self) -> str:
+        """Where it listens, for the log."""
+        name = self.socket.getsockname()
+        if self.socket.family != socket.AF_UNIX:
+            return str(ListenAddress(*name[:2]))
+        return f"Unix socket {os.fsdecode(name).replace(chr(0), '@')}"
+
+
+class Sockets:
+    """All of a process.
+
+    Args:
+        inherited: from its predecessor. It still uses them until `own`.
+
+    Attributes:
+        all: those in use.
+    """
+
+    def __init__(self, inherited: Iterable[Listening] = ()) -> None:
+        self._inherited = list(inherited)
+        self.all: list[Listening] = []
+        # Files of Unix sockets that are to go when we do, with what tells them from others.
+        self._files: dict[Path, tuple[int, int]] = {}
+
+    async def listen(self, use: str, address: ListenAddress) -> list[Listening]:
+        """Those for an address. Raises OSError, for the user to read."""
+        try:
+            if address.socket_path is None:
+                found = await self._tcp(use, address)
+            else:
+                found = [self._unix(use, address.socket_path, address.proxy_protocol)]
+        except OSError as error:
+            raise OSError(f"cannot listen on {address}: {explain(error)}") from None
+        return found
+
+    def add(self, handed: Iterable[Listening]) -> list[Listening]:
+        """Use those, too."""
+        found = list(handed)
+        self.all += found
+        return found
+
+    def of_predecessor(self, use: str) -> list[Listening]:
+        """Use what the predecessor has for this, if it has anything."""
+        found = [listening for listening in self._inherited if listening.use == use]
+        for listening in found:
+            self._inherited.remove(listening)
+        return self.add(found)
+
+    def own(self) -> None:
+        """The predecessor has let go of its sockets: what is not used any more is closed."""
+        for listening in self._inherited:
+            listening.socket.close()
+            if listening.socket.family == socket.AF_UNIX and listening.use != MANAGER:
+                with contextlib.suppress(OSError):
+                    _remove_stale(Path(listening.asked))
+        self._inherited.clear()
+        for listening in self.all:
+            if listening.asked.startswith("/"):
+                self.file_is_ours(Path(listening.asked))
+
+    def file_is_ours(self, path: Path) -> None:
+        """Remove it at the end, if it is still the same then."""
+        with contextlib.suppress(OSError):
+            self._files[path] = _identity(path)
+
+    def handed_on(self) -> None:
+        """A successor has them all, and their files."""
+        self._files.clear()
+        self.close(but=ADMIN)  # those are closed with the HTTP server
+
+    def close(self, *, but: str = "") -> None:
+        """Take no more connections, but of one use."""
+        for listening in (*self.all, *self._inherited):
+            if listening.use != but:
+                listening.socket.close()
+        for path, identity in self._files.items():
+            with contextlib.suppress(OSError):
+                if _identity(path) == identity:
+                    path.unlink()
+        self._files.clear()
+
+    def _inherit(self, use: str, asked: str) -> socket.socket | None:
+        for listening in self._inherited:
+            if (listening.use, listening.asked) == (use, asked):
+                self._inherited.remove(listening)
+                return listening.socket
+        return None
+
+    def _unix(self, use: str, path: Path, has_header: bool) -> Listening:
+        inherited = self._inherit(use, str(path))
+        listening = Listening(
+            inherited or socket.socket(socket.AF_UNIX), use, str(path), has_header
+        )
+        self.all.append(listening)
+        if inherited is None:
+            _remove_stale(path)
+            listening.socket.setblocking(False)
+            listening.socket.bind(str(path))
+            self.file_is_ours(path)
+        return listening
+
+    async def _tcp(self, use: str, address: ListenAddress) -> list[Listening]:
+        """One for each address that the host stands for and this machine has."""
+        addresses = await asyncio.get_running_loop().getaddrinfo(
+            None if address.host == "*" else address.host,
+            address.port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
+        )
+        found: list[Listening] = []
+        missing: OSError | None = None
+        for family, _, _, _, name in dict.fromkeys(addresses):
+            asked = str(ListenAddress(str(name[0]), int(name[1])))
+            bound = self._inherit(use, asked)
+            try:
+                bound = bound or _bound(family, name)
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+                continue
+            found += self.add([Listening(bound, use, asked, address.proxy_protocol)])
+        if missing is not None and not found:
+            raise missing
+        return found
+
+
+def _bound(family: int, name: tuple[Any, ...]) -> socket.socket:
+    with contextlib.ExitStack() as stack:
+        bound = stack.enter_context(socket.socket(family))
+        bound.setblocking(False)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind(name)
+        stack.pop_all()
+        return bound
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a proxy that is gone. Raises OSError for anything else."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise OSError("something else than a socket is there; it is left alone")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except BlockingIOError:
+            pass  # its backlog is full
+    raise OSError("another process is listening there")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino

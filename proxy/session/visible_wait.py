@@ -1,0 +1,79 @@
+"""A wait of a direct call that is seen in the server, where the session would be idle otherwise.
+
+Invariant: while a call waits for longer than `PATIENCE`, its primary backend sleeps, again and
+again. So pg_stat_activity shows an active session with the client's statement, the time-outs of
+idle sessions do not hit it, and what ends a statement there ends the call: pg_cancel_backend(),
+pg_terminate_backend(), a server that shuts down. The next sleep is queued in the server before one
+ends; between the two a cancel would be lost, as in an idle session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from typing import Final
+
+from proxy.jobs.interrupts import PATIENCE
+from proxy.jobs.registry import JobRecord
+from proxy.session.exchange import Exchange
+
+_SHARE: Final = 0.05
+_SHORTEST: Final = 0.01
+_LONGEST: Final = 0.5
+"""A sleep takes this share of the time that the call has waited, within these bounds (seconds). By
+two sleeps at the most the client learns later that the job has ended."""
+
+_LAGS: Final = 4.0
+"""It takes so many times as long as this process was late before, within the same bounds: the next
+sleep must be queued in time."""
+
+_SHOWN: Final = 1000
+"""Characters of the client's statement; pg_stat_activity shows a kilobyte by default."""
+
+_CONCURRENTLY: Final = b"concurrently"
+
+
+class VisibleWait:
+    """What the server does while one call waits (`interrupts.ServerWait`)."""
+
+    def __init__(self, primary: Exchange, statement: bytes, codec: str) -> None:
+        """`statement`: the client's, in the encoding `codec`."""
+        self._primary = primary
+        self._statement = statement
+        self._codec = codec
+
+    def may_wait_for(self, jobs: Collection[JobRecord]) -> bool:
+        """False if a job might wait for this transaction: CREATE INDEX CONCURRENTLY and its like
+        wait for the end of all in which a statement runs."""
+        return not any(_CONCURRENTLY in job.full_sql.lower() for job in jobs)
+
+    async def until(self, done: asyncio.Future[None]) -> None:
+        """Sleep in the server until this is done.
+
+        Raises BatchFailedError, ConnectionError: this has ended the call.
+        """
+        primary, waited, comment = self._primary, PATIENCE, self._comment()
+        # If the call's transaction has ended, they are in another.
+        reopened = await primary.reopen()
+        clock = asyncio.get_running_loop().time
+        seconds = lag = 0.0
+        begun = clock()
+        try:
+            while not done.done():
+                expected, seconds = seconds, max(waited * _SHARE, _SHORTEST, lag * _LAGS)
+                seconds = min(seconds, _LONGEST)
+                waited += seconds
+                queued = primary.ask(
+                    b"/* %b */ SELECT pg_catalog.pg_sleep(%.3f)" % (comment, seconds)
+                )
+                await primary.settle(leave=queued)
+                begun, lag = clock(), clock() - begun - expected
+            await primary.settle()
+        finally:
+            if reopened:
+                primary.sync_ahead()
+
+    def _comment(self) -> bytes:
+        """The client's statement, as may stand in a comment."""
+        shown = self._statement.decode(self._codec, "ignore")[:_SHOWN]
+        return shown.replace("/*", "/ *").replace("*/", "* /").encode(self._codec, "ignore")

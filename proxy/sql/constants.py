@@ -1,0 +1,157 @@
+"""What string constants say, and where in the text each byte of that stands: SQL within SQL, such
+as the body of a function.
+
+Invariant: a constant is read as the server reads it, or not at all. Only the bytes of ASCII are
+what they were: a byte of another character is read as one that looks like nothing else.
+
+Source: https://www.postgresql.org/docs/current/sql-syntax-lexical.html
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from proxy.sql.lexer import CONTINUED, Kind, Token, mask, tokenize
+from proxy.sql.tokens import Tokens
+
+_OTHER: Final = b"\xff"
+_READABLE: Final = bytes(range(0x80)) + 0x80 * _OTHER
+_JUNCTION: Final = rb"'" + CONTINUED + rb"'"
+_PLAIN: Final = re.compile(rb"''|" + _JUNCTION)
+_ESCAPED: Final = re.compile(
+    rb"''|" + _JUNCTION + rb"|\\(?:x[0-9A-Fa-f]{1,2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[0-7]{1,3}|.)",
+    re.DOTALL,
+)
+_MOST_ESCAPES: Final = 20_000
+"""In one constant, doubled quotes among them: with more it is not read."""
+_LETTERS: Final = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t"}
+
+
+class _Part(NamedTuple):
+    """Bytes of what a constant says: ``said`` is the first of them, counted there, ``start`` where
+    they stand in the text, up to ``end``. Those of an escape stand for one byte."""
+
+    said: int
+    start: int
+    end: int
+    is_escape: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a constant says.
+
+    Attributes:
+        text: its bytes.
+        is_quoted: whether a quote within is doubled. Else nothing is changed there, and the
+            constant's own ``$tag$`` cannot be within.
+    """
+
+    text: bytes
+    is_quoted: bool
+    _parts: tuple[_Part, ...]
+    _around: Said | None = None
+
+    def span(self, start: int, end: int) -> tuple[int, int]:
+        """Where ``text[start:end]``, not empty, stands in the outermost text."""
+        first, last = self._part(start), self._part(end - 1)
+        begin = first.start if first.is_escape else first.start + start - first.said
+        stop = last.end if last.is_escape else last.start + end - last.said
+        return (begin, stop) if self._around is None else self._around.span(begin, stop)
+
+    def _part(self, at: int) -> _Part:
+        index = bisect.bisect_right(self._parts, at, key=lambda part: part.said)
+        return self._parts[index - 1]
+
+    def tokens(self, *, standard_conforming_strings: bool) -> Tokens:
+        """It as SQL. Raises LexError, BudgetError."""
+        tokens = tokenize(
+            self.text, standard_conforming_strings=standard_conforming_strings, bounded=True
+        )
+        return Tokens(self.text, tokens, None)
+
+
+def read(
+    statement: Tokens,
+    index: int,
+    *,
+    standard_conforming_strings: bool,
+    around: Said | None = None,
+) -> Said | None:
+    """What a token says; None if it is no string constant, is U&'…' or of bits, or has very many
+    escapes.
+
+    Args:
+        statement: has the token.
+        index: of the token.
+        standard_conforming_strings: the session's setting.
+        around: the constant whose text the statement is.
+    """
+    if not 0 <= index < statement.count:
+        return None
+    token = statement.tokens[index]
+    if token.kind is not Kind.STRING:
+        return None
+    sql = mask(statement.sql[token.start : token.end], statement.encoding)
+    prefix, _, _ = sql.partition(b"'") if sql[:1] != b"$" else (b"$", b"", b"")
+    match prefix.lower():
+        case b"$":
+            size = sql.index(b"$", 1) + 1
+            part = _Part(0, token.start + size, token.end - size, is_escape=False)
+            return Said(_readable(sql[size:-size]), False, (part,), around)
+        case b"" | b"n":
+            escapes = _PLAIN if standard_conforming_strings else _ESCAPED
+        case b"e":
+            escapes = _ESCAPED
+        case _:
+            return None
+    return _unescaped(sql, token, len(prefix) + 1, escapes, around)
+
+
+def _unescaped(
+    sql: bytes, token: Token, start: int, escapes: re.Pattern[bytes], around: Said | None
+) -> Said | None:
+    said = bytearray()
+    parts: list[_Part] = []
+    done, end = start, len(sql) - 1
+
+    def keep(until: int) -> None:
+        if until > done:
+            parts.append(_Part(len(said), token.start + done, token.start + until, is_escape=False))
+            said.extend(sql[done:until])
+
+    for found in escapes.finditer(sql, start, end):
+        keep(found.start())
+        if len(parts) > _MOST_ESCAPES:
+            return None
+        done = found.end()
+        if found[0] != b"''" and found[0][:1] == b"'":
+            continue  # between two parts of the constant
+        span = token.start + found.start(), token.start + done
+        parts.append(_Part(len(said), *span, is_escape=True))
+        said += _meant(found[0])
+    keep(end)
+    return Said(_readable(bytes(said)), True, tuple(parts) or (_Part(0, 0, 0, False),), around)
+
+
+def _meant(escape: bytes) -> bytes:
+    """The byte that an escape stands for."""
+    if escape == b"''":
+        return b"'"
+    letter = escape[1:2]
+    if letter in _LETTERS:
+        return _LETTERS[letter]
+    if letter.isdigit() and letter < b"8":
+        number = int(escape[1:], 8) & 0xFF
+    elif len(escape) > 2:
+        number = int(escape[2:].decode(), 16)
+    else:
+        return letter
+    return bytes([number]) if 0 < number < 0x80 else _OTHER
+
+
+def _readable(text: bytes) -> bytes:
+    return text if text.isascii() else text.translate(_READABLE)

@@ -1,0 +1,61 @@
+"""SQL that uses by its name a prepared statement or portal that the protocol has made.
+
+Invariant: under the name of one with a call the server has the stand-in. Only the proxy makes the
+call, and only for the protocol's Execute; so SQL must not use it, or it would see the stand-in.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from protocol.errors import FEATURE_NOT_SUPPORTED, SQLError
+from proxy.sql.tokens import NotRecognizedError, Tokens
+
+_PORTAL: Final = ("fetch", "move")
+_STATEMENT: Final = ("execute", "explain", "create")
+
+
+class Use(NamedTuple):
+    """The use of a name: of a portal, or else of a prepared statement."""
+
+    name: bytes
+    is_portal: bool
+
+    def refusal(self) -> SQLError:
+        """The error for it."""
+        name = self.name.decode("utf-8", "replace")
+        what, use, other = (
+            ("portal", "fetched from", "DECLARE")
+            if self.is_portal
+            else ("prepared statement", "executed", "PREPARE")
+        )
+        return SQLError(
+            FEATURE_NOT_SUPPORTED,
+            f'{what} "{name}" cannot be {use} by SQL',
+            detail="It was made by a message of the protocol, and calls a pg_background function:"
+            " the proxy makes the call when a message of the protocol executes it.",
+            hint="Execute it by the protocol; or make it by SQL, in a database with the"
+            f" extension: CREATE EXTENSION pg_background, then {other}.",
+        )
+
+
+def used(statement: Tokens) -> Use | None:
+    """The name that EXECUTE (in EXPLAIN or CREATE TABLE AS, too), FETCH or MOVE uses, if it is one
+    of these."""
+    try:
+        return _used(statement)
+    except NotRecognizedError:
+        return None
+
+
+def _used(statement: Tokens) -> Use | None:
+    first = statement.keyword(0)
+    if first in _PORTAL:
+        name = statement.name(statement.count - 1)
+        return None if name is None else Use(name, is_portal=True)
+    if first in _STATEMENT:
+        for at in statement.outermost():
+            if statement.keyword(at) == "execute":
+                name = statement.name(at + 1)
+                return None if name is None else Use(name, is_portal=False)
+    return None

@@ -1,0 +1,96 @@
+"""Stand-ins under names of the proxy's own, and what the server has under the client's names.
+
+Invariant: SQL that uses a client's name of a statement or portal never gets a stand-in's rows. The
+stand-in has a hidden name, and under the client's own there is the client's own text, if the server
+has the functions; otherwise a *guard*, which can only fail. So it is the server that tells which
+names are taken, closed or deallocated, to the protocol and to SQL, in functions too.
+
+Nothing but the protocol sees unnamed ones: a stand-in has no name if the client's has none.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Final
+
+from protocol.values import oids
+from proxy.sql import text
+from proxy.statements.by_name import Use
+
+PREFIX: Final = "_pg_background_proxy."
+"""How hidden names begin. What follows differs from session to session: SQL cannot guess it."""
+
+_HIDDEN: Final = re.compile(re.escape(PREFIX.encode()) + rb"[0-9a-f]{16}_\d+")
+
+GUARD_COLUMN: Final = b"_pg_background_proxy_guard"
+"""The only column of a portal's guard, by which it is known."""
+
+TEXT: Final = "pg_background_text_"
+TEXT_TAG: Final = f"[$]{TEXT}([0-9a-f]{{16}}_[0-9]+)[$]"
+"""A regular expression for what stands before and behind the client's text in a guard; what is in
+parentheses, behind `PREFIX`, is the stand-in's hidden name."""
+
+
+class HiddenNames:
+    """Those of one session."""
+
+    def __init__(self) -> None:
+        self._prefix = f"{PREFIX}{secrets.token_hex(8)}_".encode()
+        self._made = 0
+        self._names: dict[bytes, bytes] = {}
+
+    def new(self, name: bytes) -> bytes:
+        """A hidden name for one of the client's."""
+        self._made += 1
+        hidden = self._prefix + b"%d" % self._made
+        self._names[hidden] = name
+        return hidden
+
+    def forget(self, hidden: bytes) -> None:
+        """It is not used any more."""
+        self._names.pop(hidden, None)
+
+    def restored(self, message: bytes) -> bytes:
+        """A message of the server's with the client's names."""
+        if self._prefix not in message:
+            return message
+        return _HIDDEN.sub(lambda found: self._names.get(found[0], found[0]), message)
+
+
+def statement_guard(
+    name: bytes, hidden: bytes, sql: bytes, parameters: int
+) -> tuple[bytes, tuple[int, ...]]:
+    """The text of a statement's guard, which raises `Use.refusal`, and the types of its parameters.
+
+    Args:
+        name: of the statement.
+        hidden: of its stand-in.
+        sql: the client's text, to be shown in pg_prepared_statements.
+        parameters: how many it has. They are of type text, to which SQL converts everything.
+    """
+    shown = b" PERFORM " + _quoted(sql, hidden) + b";"
+    guard = text.raise_block(Use(name, is_portal=False).refusal(), shown)
+    return guard, (oids.TEXT,) * parameters
+
+
+def portal_guard(name: bytes, hidden: bytes, sql: bytes) -> bytes:
+    """The query of a portal's guard. A fetch from it fails with 34000: of a portal, only a
+    query's rows may be fetched, and that is the error that a query can raise about a cursor.
+
+    Args:
+        name: of the portal.
+        hidden: of its stand-in.
+        sql: the client's text, to be shown in pg_cursors.
+    """
+    cursor = text.literal(name + b" (made by Bind, with a pg_background call)")
+    return (
+        b"SELECT pg_catalog.cursor_to_xml(CAST(%b AS pg_catalog.refcursor), 1, false, false, '')"
+        b' AS "%b" WHERE %b IS NOT NULL'
+    ) % (cursor, GUARD_COLUMN, _quoted(sql, hidden))
+
+
+def _quoted(sql: bytes, hidden: bytes) -> bytes:
+    """A text as a constant that nothing in it can end."""
+    quote = b"$%b%b$" % (TEXT.encode(), hidden.removeprefix(PREFIX.encode()))
+    return quote + sql + quote

@@ -1,0 +1,52 @@
+"""What the console's commands do when there are several processes.
+
+Invariant: each process tells what it knows, and the supervisor of the processes; the worker that
+has the client puts it together. So a client sees the same in whichever worker it is.
+"""
+
+from __future__ import annotations
+
+from proxy.console.process import Found, Process
+from proxy.console.tables import Here, Row
+from proxy.runtime import Reloaded
+from proxy.workers.peers import OtherWorkers
+
+
+class OneOfSeveral(Process):
+    """A worker.
+
+    Args:
+        here: what it knows.
+        peers: the others, and the way to the supervisor.
+    """
+
+    def __init__(self, here: Here, peers: OtherWorkers) -> None:
+        super().__init__(here)
+        self._peers = peers
+
+    async def drain(self, number: int) -> None:
+        await self._peers.order("drain", number)
+
+    async def shut_down(self) -> None:
+        await self._peers.order("shut_down")
+
+    async def _reload(self) -> Reloaded:
+        return Reloaded(*await self._peers.order("reload"))
+
+    async def _processes(self) -> list[Row]:
+        processes: list[Row] = await self._peers.order("processes")
+        return processes
+
+    async def _of_others(self, name: str) -> tuple[list[Row], int]:
+        return await self._peers.table(name)
+
+    async def _running_at_others(self, pid: int) -> tuple[list[Found], int]:
+        return await self._peers.jobs_with_pid(pid)
+
+    async def _cancel(self, found: Found) -> bool:
+        if found.owner is None:
+            return await super()._cancel(found)
+        return await self._peers.cancel_found(found.owner, found.handle)
+
+    async def _kill_at_others(self, session: str) -> tuple[bool, int]:
+        return await self._peers.kill(session)

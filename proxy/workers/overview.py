@@ -1,0 +1,170 @@
+"""What the supervisor knows of its workers' jobs and figures, for those who watch.
+
+Invariant: it asks when it is asked, and waits for nobody who hangs: what such a worker said last
+stands in for its answer. Counters only grow: what a worker had counted that is gone stays in the
+sum, as far as it was told; so the supervisor asks now and then by itself, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Collection
+from typing import Any, Final, Protocol
+
+from proxy.admin.source import Processes
+from proxy.runtime import Runtime
+from proxy.stats import Counters, Figures, total
+from proxy.workers.bus import Channel
+from proxy.workers.messages import SUPERVISOR, Answer, Ask, CancelJob, Measure, Question, ShowJobs
+
+_PATIENCE: Final = 2.0
+"""Seconds that a worker has to answer."""
+
+_CANCELING: Final = 15.0
+"""The same, when it is to tell the server something."""
+
+_BY_ITSELF: Final = 5.0
+"""Seconds between two questions that nobody has asked for."""
+
+
+class AWorker(Protocol):
+    """A process, as far as it matters here (`process.WorkerProcess`)."""
+
+    serial: int
+    channel: Channel
+
+    @property
+    def hangs(self) -> bool: ...
+    @property
+    def answers(self) -> bool: ...
+    @property
+    def serves(self) -> bool: ...
+
+
+class AllWorkers:
+    """All workers together; a `Source`.
+
+    Args:
+        workers: those that there are now.
+        configured: how many there should be.
+        stopping: tells whether no more clients are taken.
+
+    Attributes:
+        runtime: what the configuration has been made into; set with each reload.
+        restarts: how often a worker was started in place of one that had ended.
+    """
+
+    def __init__(
+        self,
+        workers: Callable[[], Collection[AWorker]],
+        configured: int,
+        stopping: Callable[[], bool],
+        runtime: Runtime,
+    ) -> None:
+        self._workers = workers
+        self._configured = configured
+        self._stopping = stopping
+        self.runtime = runtime
+        self.restarts = 0
+        self._silent = 0
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, _Asked] = {}
+        # The latest figures of each worker, and the counters of those that are gone.
+        self._last: dict[int, Figures] = {}
+        self._past: Figures = Counters().figures()
+
+    @property
+    def unready(self) -> str:
+        if self._stopping():
+            return "the proxy is shutting down"
+        serving = any(worker.serves and not worker.hangs for worker in self._workers())
+        return "" if serving else "no worker process serves"
+
+    def processes(self) -> Processes:
+        alive = sum(worker.serves for worker in self._workers())
+        return Processes(alive, self._configured, self._silent, self.restarts)
+
+    async def figures(self) -> Figures:
+        await self._ask(Measure())
+        latest = list(self._last.values())
+        none = {"running": {}, "waiting": {}, "sessions": 0, "spares": {}, "channels": {}}
+        return {
+            "counters": total([self._past, *(figures["counters"] for figures in latest)]),
+            "gauges": total([none, *(figures["gauges"] for figures in latest)]),
+        }
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        return list((await self._ask(ShowJobs())).values())
+
+    async def cancel(self, pid: int, cookie: int) -> bool:
+        # The one that has no such job says yes, too: it is not running there.
+        answers = await self._ask(CancelJob(pid, cookie), _CANCELING)
+        return bool(answers) and not self._silent
+
+    async def keep_asking(self) -> None:
+        """So that little is lost of what a worker has counted when it ends without a word."""
+        while True:
+            await asyncio.sleep(_BY_ITSELF)
+            await self.figures()
+
+    async def _ask(self, ask: Ask, patience: float = _PATIENCE) -> dict[int, Any]:
+        """The answers of the workers that do, by serial number."""
+        asked = [worker for worker in self._workers() if worker.answers]
+        number = next(self._numbers)
+        question = self._asked[number] = _Asked(
+            ask, {worker.serial for worker in asked if not worker.hangs}
+        )
+        for worker in asked:
+            if not worker.hangs:
+                worker.channel.send(Question(number, ask, sender=SUPERVISOR))
+        try:
+            await asyncio.wait([question.over], timeout=patience)
+        finally:
+            del self._asked[number]
+        self._silent = len(asked) - len(question.answers)
+        return question.answers
+
+    # What the supervisor tells
+
+    def answered(self, serial: int, answer: Answer) -> None:
+        """A worker has answered, or told its last figures.
+
+        Figures are kept as they come: once their question is over, the worker may be gone, and
+        counted among those that are.
+        """
+        question = self._asked.get(answer.number)
+        measured = question is not None and isinstance(question.ask, Measure)
+        if answer.body is not None and (answer.number == 0 or measured):
+            self._last[serial] = answer.body
+        if question is not None:
+            question.answered(serial, answer.body)
+
+    def gone(self, serial: int) -> None:
+        """A worker has ended."""
+        if (last := self._last.pop(serial, None)) is not None:
+            self._past = total([self._past, last["counters"]])
+        for question in self._asked.values():
+            question.answered(serial, None)
+
+
+class _Asked:
+    """A question that is not over yet."""
+
+    def __init__(self, ask: Ask, missing: set[int]) -> None:
+        self.ask = ask
+        self._missing = missing
+        self.answers: dict[int, Any] = {}
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._check()
+
+    def answered(self, serial: int, body: Any) -> None:
+        """None: it could not tell, or is gone."""
+        if body is not None:
+            self.answers[serial] = body
+        self._missing.discard(serial)
+        self._check()
+
+    def _check(self) -> None:
+        if not (self._missing or self.over.done()):
+            self.over.set_result(None)

@@ -1,0 +1,208 @@
+"""A worker process, as the supervisor sees it.
+
+Invariant: this decides nothing. It starts and ends the process, gives it connections, and keeps
+those that it has not taken yet, so that they can go to others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from proxy.log import logger
+from proxy.net.acceptor import Accepted
+from proxy.net.descriptors import turn_away
+from proxy.workers.bus import Channel
+from proxy.workers.messages import PLAIN, WITH_HEADER, Message, Ping
+
+_START_TIMEOUT: Final = 30.0
+"""Seconds that a worker has to get ready."""
+
+END_TIMEOUT: Final = 5.0
+"""Seconds after which a worker that should have ended is killed."""
+
+_STUCK: Final = 1.0
+"""Seconds in which a worker takes no connection, until others get its share."""
+
+HANGS: Final = 3
+"""Pings that a worker has not answered when it gets no new clients, and nobody waits for it. One
+that is only busy answers all of them at once, later."""
+
+
+class WorkerProcess:
+    """One process.
+
+    Attributes:
+        number: its place among the workers, from 1; that of its successor too.
+        serial: what tells it from others, also from its predecessors.
+        sessions: how many connections it has, those included that it has not yet taken.
+        untaken: the latter. They are kept until then, and go to others if it dies.
+        turn: when it last got one.
+        joined: whether it answers questions.
+        ready: whether it serves; done when that is known.
+        done: whether it only waits for others to end.
+        unanswered: how many pings in a row it has had a second for, and not answered.
+    """
+
+    process: asyncio.subprocess.Process
+    channel: Channel
+
+    def __init__(self, number: int, serial: int) -> None:
+        self.number = number
+        self.serial = serial
+        self.sessions = 0
+        self.untaken: deque[Accepted] = deque()
+        self.turn = 0
+        # Since when its socket has been full, by the loop's clock; 0 if it is not.
+        self._full_since = 0.0
+        self.joined = False
+        self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.done = False
+        self.unanswered = 0
+        self._is_pinged = False
+        self._clients: socket.socket | None = None
+        # The worker's end of that: what it does not take can be taken back.
+        self._its_end: socket.socket | None = None
+
+    def __str__(self) -> str:
+        return f"worker {self.number} (PID {self.process.pid})"
+
+    async def start(self, receive: Callable[[Message], None]) -> None:
+        """Start the process. Raises OSError."""
+        with contextlib.ExitStack() as stack:
+            ours, theirs = map(stack.enter_context, socket.socketpair())
+            self._clients, clients = socket.socketpair()
+            self._its_end = stack.enter_context(clients).dup()
+            for end in (self._clients, self._its_end):
+                end.setblocking(False)
+            fds = (theirs.fileno(), clients.fileno())
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "proxy.workers.worker", *map(str, fds)),
+                stdin=asyncio.subprocess.DEVNULL,
+                # The same modules, whatever is in the folder where we are.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+                pass_fds=fds,
+                # Not to be reached by a terminal's Ctrl-C.
+                start_new_session=True,
+            )
+            self.channel = await Channel.over(ours.dup(), receive)
+        self.channel.lost.add_done_callback(lambda _: self.known(ready=False))
+        asyncio.get_running_loop().call_later(_START_TIMEOUT, self._too_late)
+
+    def _too_late(self) -> None:
+        if not self.ready.done():
+            logger.error("%s did not get ready in time", self)
+            self.kill()
+
+    def known(self, *, ready: bool) -> None:
+        """It serves now, or it never will."""
+        if not self.ready.done():
+            self.ready.set_result(ready)
+
+    @property
+    def serves(self) -> bool:
+        """Whether it takes new clients."""
+        return self.ready.done() and self.ready.result() and self._clients is not None
+
+    @property
+    def answers(self) -> bool:
+        """Whether it answers questions, unless it hangs."""
+        return self.joined and not self.channel.lost.done()
+
+    def take(self, connection: Accepted) -> bool:
+        """Give it a connection; whether it could take it."""
+        assert self._clients is not None
+        try:
+            mark = WITH_HEADER if connection.has_header else PLAIN
+            socket.send_fds(self._clients, [mark], [connection.socket.fileno()])
+        except OSError:  # it is full, or gone
+            self._full_since = self._full_since or asyncio.get_running_loop().time()
+            return False
+        self._full_since = 0.0
+        self.sessions += 1
+        self.untaken.append(connection)
+        return True
+
+    @property
+    def state(self) -> str:
+        """What the console calls it."""
+        if not self.ready.done():
+            return "starting"
+        if self.hangs:
+            return "hung"
+        return "active" if self.serves else "draining"
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it has taken none for so long that others are to have its share."""
+        now = asyncio.get_running_loop().time()
+        return self._full_since > 0.0 and now - self._full_since > _STUCK
+
+    def taken(self) -> None:
+        """It has the oldest of those that were given to it."""
+        self.untaken.popleft().socket.close()
+
+    def refused(self) -> None:
+        """It has no descriptor for that."""
+        turn_away(self.untaken.popleft().socket)
+        self.sessions -= 1
+
+    def take_back(self) -> list[Accepted]:
+        """The connections that it has not taken, which it will not get any more."""
+        count = 0
+        while self._its_end is not None:
+            try:
+                marks, fds, _, _ = socket.recv_fds(self._its_end, 1, 1)
+            except OSError:  # that was the last one
+                break
+            for fd in fds:
+                os.close(fd)
+            if not marks:
+                break
+            count += 1
+        self.sessions -= count
+        return [self.untaken.pop() for _ in range(count)][::-1]
+
+    def retire(self) -> None:
+        """Give it no more clients, so that it ends when those that it has have left."""
+        for end in (self._clients, self._its_end):
+            if end is not None:
+                end.close()
+        self._clients = self._its_end = None
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it has not answered for seconds."""
+        return self.unanswered >= HANGS
+
+    def ping(self) -> None:
+        """Ask it whether it lives, again."""
+        self.unanswered += self._is_pinged
+        self._is_pinged = True
+        self.channel.send(Ping())
+
+    def spoke(self) -> None:
+        """It lives."""
+        self.unanswered = 0
+        self._is_pinged = False
+
+    async def end(self) -> int:
+        """Wait for its end; the exit code, or the negative number of a signal."""
+        await self.channel.lost
+        self.retire()
+        try:
+            return await asyncio.wait_for(self.process.wait(), END_TIMEOUT)
+        except TimeoutError:
+            self.kill()
+            return await self.process.wait()
+
+    def kill(self) -> None:
+        """End it at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()

@@ -1,0 +1,390 @@
+"""The connection by which a process speaks with the replicas: LISTEN and NOTIFY, in the database
+that auth_user logs in to.
+
+Invariant: what comes in is believed only if it is sealed (`sealed`), is for this connection by
+name, and has a higher number than its sender's last; the sender is who has sealed it, whatever the
+message says. Who is there, pg_stat_activity tells: a member is a connection of the same role with a
+name. So there is nothing to agree on, and nothing to remember: who has lost its connection is gone,
+and comes back under another name. To its owner (`workers.replicas`) a link is what the supervisor
+is to a worker: it hands messages on, tells who was asked, and who is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from protocol.errors import ProtocolViolation, ServerError, SQLError
+from protocol.framing import MessageBuffer
+from protocol.kinds import B
+from protocol.messages import DataRow, ErrorResponse, NotificationResponse, Query
+from proxy.backends.backend import READ_SIZE, Backend
+from proxy.backends.takeover import Row
+from proxy.log import logger
+from proxy.reasons import explain
+from proxy.runtime import Runtime
+from proxy.workers.messages import Answer, Asked, Gone, Message, Question, Told, decode, encode
+from proxy.workers.sealed import GROUP, MOST_RECIPIENTS, NAME, PIECE, Seal, new_name
+
+_LOOK: Final = 3.0
+"""Seconds between looks at who is there, if nobody asks anything."""
+
+_AGAIN: Final = 1.0
+_SELDOM: Final = 5.0
+"""Seconds until a lost connection is made again: the first time, and at most."""
+
+_PATIENCE: Final = 10.0
+"""Seconds that the server may take for a query of ours."""
+
+_MOST_WRONG: Final = 1000
+"""Messages without a proof, until the connection is given up for a while: somebody floods it."""
+
+_MOST_UNSENT: Final = 16 * 1024 * 1024
+_FULL: Final = 1024 * 1024
+"""Bytes that wait to be sent: then answers are left out; then who can wait should."""
+
+_MOST_GATHERED: Final = 1024 * 1024
+"""Bytes of one message."""
+
+_AT_ONCE: Final = 256 * 1024
+"""Bytes that are sent with one query."""
+
+_SILENT: Final = 10
+"""Seconds after which a member that has not even looked hangs, or cannot reach the server."""
+
+_MEMBERS: Final = """
+SELECT a.application_name,
+       a.query_start OPERATOR(pg_catalog.<) (pg_catalog.clock_timestamp()
+           OPERATOR(pg_catalog.-) CAST('{silent} s' AS pg_catalog.interval))
+FROM pg_catalog.pg_stat_activity a
+WHERE a.usename OPERATOR(pg_catalog.=) session_user
+AND a.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()
+AND pg_catalog.strpos(a.application_name, '{prefix}') OPERATOR(pg_catalog.=) 1"""
+
+
+class Link:
+    """One process's; it is made again when it is lost.
+
+    Attributes:
+        receive: called with each message; set by the owner.
+        joined: called when the connection is there, and when it was made again.
+        left: called when it is lost.
+        lost: never done: a link comes back.
+    """
+
+    receive: Callable[[Message], None]
+    joined: Callable[[], None]
+    left: Callable[[], None]
+
+    def __init__(self, runtime: Callable[[], Runtime], secret: bytes, group: bytes) -> None:
+        """
+        Args:
+            runtime: how to log in.
+            secret: that all replicas have.
+            group: the same for the processes that speak with each other anyhow.
+        """
+        self._runtime = runtime
+        self._seal = Seal(secret)
+        self._group = group
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unsent: deque[tuple[Message, bytes]] = deque()
+        self._size = 0
+        self._wanted = asyncio.Event()
+        self._room: asyncio.Future[None] | None = None
+        self._is_joined = False
+
+    # The owner's side
+
+    def send(self, message: Message) -> None:
+        """Send a question, an answer or news."""
+        if not self._is_joined:
+            if isinstance(message, Question):
+                asyncio.get_running_loop().call_soon(self._nobody, message)
+            return
+        if isinstance(message, Answer) and self._size > _MOST_UNSENT:
+            logger.warning("a replica does not get what it has asked for")
+            message = replace(message, body=None)
+        text = encode(message)
+        self._unsent.append((message, text))
+        self._size += len(text)
+        self._wanted.set()
+
+    def _nobody(self, question: Question) -> None:
+        """No link: it is not known whether there is somebody who would know."""
+        self.receive(Asked(question.number, (), (0,)))
+
+    async def drain(self) -> None:
+        """Wait until most was sent, or the connection is lost."""
+        if self._size > _FULL:
+            self._room = self._room or asyncio.get_running_loop().create_future()
+            await self._room
+
+    # Its life
+
+    async def run(self) -> None:
+        """Be there, until cancelled."""
+        delay, said = _AGAIN, ""
+        while True:
+            try:
+                backend = await self._log_in()
+                try:
+                    conversation = _Conversation(backend, self._seal, new_name(self._group))
+                    await conversation.join()
+                    logger.info("other replicas can be asked now")
+                    delay, said = _AGAIN, ""
+                    await self._serve(conversation)
+                finally:
+                    self._leave()
+                    backend.terminate()
+            except (SQLError, OSError, ProtocolViolation) as error:
+                reason = error.detail or error.message if isinstance(error, SQLError) else None
+                reason = reason or explain(error)
+                if reason != said:
+                    said = reason
+                    logger.warning("other replicas cannot be asked: %s", reason)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _SELDOM)
+
+    async def _log_in(self) -> Backend:
+        """To the first host that is no standby. Raises SQLError, OSError, ProtocolViolation."""
+        runtime = self._runtime()
+        failure: Exception = ConnectionError("there is no host")
+        for host in runtime.config.upstream.hosts:
+            try:
+                backend = await runtime.dialer.login_as_auth_user(host)
+            except (SQLError, OSError) as error:
+                failure = error
+                continue
+            try:
+                async with asyncio.timeout(_PATIENCE):
+                    await backend.rows(b"LISTEN " + self._seal.channel.encode())
+                return backend
+            except (SQLError, OSError, ProtocolViolation) as error:
+                failure = error
+                backend.terminate()
+        raise failure
+
+    def _way(self) -> tuple[object, ...]:
+        """What a reload may have changed."""
+        config = self._runtime().config
+        return config.upstream, config.auth_user, config.lookup_database
+
+    def _leave(self) -> None:
+        self._unsent.clear()
+        self._sent(self._size)
+        if self._is_joined:
+            self._is_joined = False
+            self.left()
+
+    def _sent(self, size: int) -> None:
+        self._size -= size
+        if self._room is not None and self._size <= _FULL:
+            self._room.set_result(None)
+            self._room = None
+
+    async def _serve(self, conversation: _Conversation) -> None:
+        """Hand messages on. Raises ServerError, OSError, ProtocolViolation when it is lost."""
+        members: dict[bytes, bool] = {}
+        conversation.heard, conversation.ended = self._heard, self._wanted.set
+        way = self._way()
+        self._is_joined = True
+        self.joined()
+        while True:
+            try:
+                async with asyncio.timeout(_LOOK):
+                    await self._wanted.wait()
+            except TimeoutError:
+                pass
+            self._wanted.clear()
+            if self._way() != way:
+                return
+            now = await conversation.members()
+            for name in members.keys() - now.keys():
+                self.receive(Gone(_number(name)))
+            members = {name: hangs for name, hangs in now.items() if name[:GROUP] != self._group}
+            # What comes meanwhile may be for one that has only just joined.
+            if self._unsent:
+                await self._send_some(conversation, members)
+            if self._unsent:
+                self._wanted.set()
+
+    async def _send_some(self, conversation: _Conversation, members: dict[bytes, bool]) -> None:
+        payloads: list[str] = []
+        asked: list[Asked] = []
+        size = 0
+        while self._unsent and size < _AT_ONCE:
+            message, text = self._unsent.popleft()
+            size += len(text)
+            assert isinstance(message, Question | Answer | Told)
+            recipients = sorted(
+                members
+                if message.to is None
+                else members.keys() & {message.to.to_bytes(NAME, "big")}  # it may have left
+            )
+            if isinstance(message, Question):
+                hanging = [_number(name) for name in recipients if members[name]]
+                if message.to is not None and not recipients:
+                    hanging = [message.to]
+                awaited = [_number(name) for name in recipients if not members[name]]
+                asked.append(Asked(message.number, awaited, hanging))
+            payloads += conversation.closed(recipients, text)
+        for told in asked:
+            self.receive(told)  # now: an answer may come before the server says that all is sent
+        if payloads:
+            await conversation.notify(payloads)
+        self._sent(size)
+
+    def _heard(self, sender: bytes, line: bytes) -> None:
+        if sender[:GROUP] == self._group:
+            return
+        try:
+            message = decode(line)
+        except (ValueError, KeyError, TypeError):
+            logger.debug("a replica of another version says what is not understood")
+            return
+        if isinstance(message, Question | Answer | Told):
+            self.receive(replace(message, sender=_number(sender)))
+
+
+def _number(name: bytes) -> int:
+    """How the owner calls a member."""
+    return int.from_bytes(name, "big")
+
+
+class _Conversation:
+    """What is said over one connection, until it is lost (a `takeover.Receiver`).
+
+    Attributes:
+        heard: called with the sender and the text of what is for us.
+        ended: called when it is lost.
+    """
+
+    def __init__(self, backend: Backend, seal: Seal, name: bytes) -> None:
+        self._backend = backend
+        self._seal = seal
+        self._name = name
+        self._number = 0
+        self._buffer = MessageBuffer()
+        self._rows: list[Row] = []
+        self._error: ServerError | None = None
+        self._answer: asyncio.Future[list[Row]] | None = None
+        self._lost: Exception | None = None
+        # Of each sender so far: the last number, and what it has not said to the end.
+        self._numbers: dict[bytes, int] = {}
+        self._begun: defaultdict[bytes, bytearray] = defaultdict(bytearray)
+        self._wrong = 0
+        self.heard: Callable[[bytes, bytes], None] = lambda sender, line: None
+        self.ended: Callable[[], None] = lambda: None
+
+    async def join(self) -> None:
+        """Be seen as a member. Raises ServerError, OSError, ProtocolViolation."""
+        self._backend.receiver = self
+        await self._ask(f"SET application_name = '{self._seal.prefix}{self._name.hex()}'")
+
+    async def members(self) -> dict[bytes, bool]:
+        """The names of the others, and whether they hang. Raises the same."""
+        found: dict[bytes, bool] = {}
+        query = _MEMBERS.format(prefix=self._seal.prefix, silent=_SILENT)
+        for shown, is_silent in await self._ask(query):
+            try:
+                name = bytes.fromhex((shown or b"").decode()[len(self._seal.prefix) :])
+            except ValueError:
+                continue
+            if len(name) == NAME and name != self._name:
+                found[name] = is_silent == b"t"
+        return found
+
+    def closed(self, recipients: Sequence[bytes], text: bytes) -> list[str]:
+        """A text as payloads, for each of these members."""
+        payloads: list[str] = []
+        for first in range(0, len(recipients), MOST_RECIPIENTS):
+            some = recipients[first : first + MOST_RECIPIENTS]
+            for begin in range(0, len(text), PIECE):
+                self._number += 1
+                piece, more = text[begin : begin + PIECE], begin + PIECE < len(text)
+                payloads.append(self._seal.close(self._name, self._number, some, piece, more=more))
+        return payloads
+
+    async def notify(self, payloads: Sequence[str]) -> None:
+        """Send them. Raises ServerError, OSError, ProtocolViolation."""
+        channel = self._seal.channel
+        await self._ask(
+            ";".join(f"SELECT pg_catalog.pg_notify('{channel}', '{text}')" for text in payloads)
+        )
+
+    async def _ask(self, sql: str) -> list[Row]:
+        if self._lost is not None:
+            raise self._lost
+        self._answer = asyncio.get_running_loop().create_future()
+        self._backend.transport.write(Query(sql.encode()).serialize())
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                return await self._answer
+        finally:
+            self._answer = None
+
+    # What comes in
+
+    def room(self) -> int:
+        """How many bytes may come next."""
+        return READ_SIZE
+
+    def feed(self, data: memoryview) -> None:
+        """Bytes that came in."""
+        self._buffer.feed(data)
+        try:
+            for kind, body in self._buffer:
+                self._message(kind, body)
+        except ProtocolViolation as error:
+            self.close(error)
+
+    def _message(self, kind: int, body: bytes) -> None:
+        if kind == B.NOTIFICATION_RESPONSE:
+            self._notified(NotificationResponse.parse(body).payload)
+        elif kind == B.DATA_ROW:
+            self._rows.append(DataRow.parse(body).values)
+        elif kind == B.ERROR_RESPONSE:
+            self._error = ServerError(ErrorResponse.parse(body))
+            if self._error.is_fatal:
+                self.close(self._error)
+        elif kind == B.READY_FOR_QUERY:
+            rows, error = self._rows, self._error
+            self._rows, self._error = [], None
+            if self._answer is not None and not self._answer.done():
+                if error is not None:
+                    self._answer.set_exception(error)
+                else:
+                    self._answer.set_result(rows)
+
+    def _notified(self, payload: bytes) -> None:
+        if self._lost is not None:
+            return
+        try:
+            sealed = self._seal.open(payload)
+        except ValueError:
+            self._wrong += 1
+            if self._wrong == _MOST_WRONG:
+                self.close(ConnectionError("somebody who has not got the secret floods them"))
+            return
+        if self._name not in sealed.recipients:
+            return
+        if sealed.number <= self._numbers.get(sealed.sender, 0):
+            return  # said again, by somebody else
+        self._numbers[sealed.sender] = sealed.number
+        begun = self._begun[sealed.sender]
+        begun += sealed.text
+        if sealed.more and len(begun) < _MOST_GATHERED:
+            return
+        del self._begun[sealed.sender]
+        self.heard(sealed.sender, bytes(begun))
+
+    def close(self, error: Exception) -> None:
+        """The connection ended."""
+        self._lost = self._lost or error
+        self._backend.transport.abort()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(self._lost)
+        self.ended()

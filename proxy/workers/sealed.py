@@ -1,0 +1,101 @@
+"""Messages between replicas that are sent through the database, where others can read and send too.
+
+Invariant: whoever has not got the secret learns of a message how long it is, who has sent it and
+whom it is for, and can make none. HMAC-SHA256 proves a message with all that stands before it; what
+it says is enciphered by SHAKE-256 of a key, its sender and its number, a pair that no other message
+has. It is addressed to members by name. A name is made up anew for each connection, so a message
+that was recorded is for nobody who came later; who was there knows its number (`replica_link`).
+
+On the way it is base64 of: the sender, its number (8 bytes), how many it is for (1), those, whether
+more of it follows (1), the text, and the proof.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import secrets
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+NAME: Final = 16
+"""Bytes of a member's name: its group (`GROUP`), and a random number."""
+
+GROUP: Final = 8
+
+MOST_RECIPIENTS: Final = 64
+PIECE: Final = 4_700
+"""Bytes of text in one message; a payload is shorter than 8,000 bytes of base64."""
+
+_VERSION: Final = b"1"
+"""Of the messages: those of another version are sent elsewhere."""
+
+_PROOF: Final = hashlib.sha256().digest_size
+
+
+class Sealed(NamedTuple):
+    """One that was opened. `text` may be a piece, of which `more` follow."""
+
+    sender: bytes
+    number: int
+    recipients: tuple[bytes, ...]
+    more: bool
+    text: bytes
+
+
+class Seal:
+    """What those can do who have the secret.
+
+    Attributes:
+        channel: where they listen, which nobody else can guess.
+        prefix: what the application_name of their connections begins with; a member's name follows,
+            in hexadecimal digits.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        def derived(purpose: bytes) -> bytes:
+            return hmac.digest(secret, b"pg_background_proxy %b %b" % (_VERSION, purpose), "sha256")
+
+        self._prove = derived(b"prove")
+        self._encipher = derived(b"encipher")
+        self.channel = f"pgbg_{derived(b'channel').hex()[:32]}"
+        self.prefix = f"pg-background-proxy:{derived(b'prefix').hex()[:10]}:"
+
+    def close(
+        self, sender: bytes, number: int, recipients: Sequence[bytes], text: bytes, *, more: bool
+    ) -> str:
+        """A payload for NOTIFY."""
+        head = b"".join(
+            (sender, number.to_bytes(8, "big"), bytes((len(recipients),)), *recipients)
+        ) + bytes((more,))
+        sealed = head + self._xor(sender, number, text)
+        return base64.b64encode(sealed + hmac.digest(self._prove, sealed, "sha256")).decode()
+
+    def open(self, payload: bytes) -> Sealed:
+        """What a payload says. Raises ValueError if it was not made with the secret."""
+        try:
+            data = base64.b64decode(payload, validate=True)
+        except binascii.Error:
+            raise ValueError("not base64") from None
+        sealed, proof = data[:-_PROOF], data[-_PROOF:]
+        if not hmac.compare_digest(hmac.digest(self._prove, sealed, "sha256"), proof):
+            raise ValueError("no proof")
+        sender, number = sealed[:NAME], int.from_bytes(sealed[NAME : NAME + 8], "big")
+        begin = NAME + 9
+        end = begin + NAME * sealed[begin - 1]
+        recipients = tuple(sealed[at : at + NAME] for at in range(begin, end, NAME))
+        text = self._xor(sender, number, sealed[end + 1 :])
+        return Sealed(sender, number, recipients, bool(sealed[end]), text)
+
+    def _xor(self, sender: bytes, number: int, text: bytes) -> bytes:
+        key = self._encipher + sender + number.to_bytes(8, "big")
+        stream = hashlib.shake_256(key).digest(len(text))
+        mixed = int.from_bytes(text, "big") ^ int.from_bytes(stream, "big")
+        return mixed.to_bytes(len(text), "big")
+
+
+def new_name(group: bytes) -> bytes:
+    """A member's."""
+    return group + secrets.token_bytes(NAME - GROUP)

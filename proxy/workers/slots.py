@@ -1,0 +1,124 @@
+"""Slots for jobs where there are several processes: the supervisor grants them.
+
+Invariant: the supervisor alone counts, so the limits hold over all processes, and launches of all
+wait in one order. A worker asks it only if there are limits; when some are set while jobs run, it
+tells which these are. A process that is gone has no slots, and one that hangs gets none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Final
+
+from protocol.errors import CONNECTION_FAILURE, SQLError
+from proxy.jobs.room import Patience
+from proxy.jobs.slots import Full, Key, Limits, Slot, Slots, SlotSource
+from proxy.workers.bus import Channel
+from proxy.workers.messages import FreeSlot, HasSlot, SlotAnswer, Slotting, TakeSlot
+from proxy.workers.process import WorkerProcess
+
+_PATIENCE: Final = 5.0
+"""Seconds that the supervisor has to answer."""
+
+
+class AllSlots:
+    """The supervisor's: those of all workers.
+
+    Args:
+        limits: of their number.
+        workers: those that there are now, by serial number.
+    """
+
+    def __init__(self, limits: Limits, workers: Mapping[int, WorkerProcess]) -> None:
+        self._workers = workers
+        self._slots = Slots(limits, self._granted, lambda serial: not workers[serial].hangs)
+
+    def heard(self, serial: int, message: Slotting) -> None:
+        """A worker wants one, or has or gives one back."""
+        key = serial, message.number
+        match message:
+            case TakeSlot(number, role, database, arrived):
+                if self._slots.take(key, role, database, arrived):
+                    self._granted(key)
+                elif full := self._slots.full(role, database):
+                    self._answer(serial, SlotAnswer(number, False, *full))
+                else:  # others of the role were there before
+                    self._answer(serial, SlotAnswer(number, False))
+            case HasSlot(_, role, database):
+                self._slots.hold(key, role, database)
+            case FreeSlot():
+                self._slots.free(key)
+
+    def _granted(self, key: Key) -> None:
+        serial, number = key
+        self._answer(serial, SlotAnswer(number, True))
+
+    def _answer(self, serial: int, answer: SlotAnswer) -> None:
+        self._workers[serial].channel.send(answer)
+
+    def gone(self, serial: int) -> None:
+        """A worker has ended; it is still among those that there are."""
+        self._slots.free_all(serial)
+
+    def answers_again(self) -> None:
+        """A worker that hung does not any more."""
+        self._slots.able_again()
+
+    def change(self, limits: Limits) -> None:
+        """Other limits hold from now on."""
+        self._slots.change(limits)
+
+
+class SupervisorsSlots(SlotSource):
+    """Those of one of several workers."""
+
+    def __init__(self, limits: Limits, channel: Channel) -> None:
+        super().__init__()
+        self._limits = limits
+        self._channel = channel
+        self._answers: dict[int, asyncio.Future[None]] = {}
+
+    async def _ask(self, slot: Slot, patience: Patience) -> None:
+        if not self._limits:
+            slot.is_counted = False
+            slot.grant()
+            return
+        answered = self._answers[slot.number] = asyncio.get_running_loop().create_future()
+        self._channel.send(TakeSlot(slot.number, slot.role, slot.database, patience.arrived))
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await answered
+        except TimeoutError:
+            raise SQLError(
+                CONNECTION_FAILURE,
+                "could not start a background worker",
+                detail="The proxy's supervisor does not answer.",
+            ) from None
+        finally:
+            del self._answers[slot.number]
+
+    def answered(self, answer: SlotAnswer) -> None:
+        """The supervisor has granted one, or has it wait."""
+        slot = self.slots.get(answer.number)
+        if slot is None:
+            return  # it has been told meanwhile that nobody wants it
+        if answer.granted:
+            slot.grant()
+        else:
+            slot.full = Full(answer.setting, answer.most) if answer.setting else None
+        waiter = self._answers.get(answer.number)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _free(self, slot: Slot) -> None:
+        self._channel.send(FreeSlot(slot.number))
+
+    def change(self, limits: Limits) -> None:
+        self._limits = limits
+        if not limits:
+            return
+        for slot in self.slots.values():
+            if not slot.is_counted:
+                slot.is_counted = True
+                self._channel.send(HasSlot(slot.number, slot.role, slot.database))
