@@ -23,6 +23,7 @@ from proxy import config
 from proxy.jobs.job import Job
 from proxy.jobs.owner import Owner
 from proxy.jobs.registry import CUT, cut_fields
+from proxy.jobs.request import LaunchRequest
 from proxy.server import Server as ProxyServer
 from tests.conftest import StartProxy, upstream_of
 from tests.support.background import run, wait_until
@@ -354,7 +355,7 @@ async def test_a_job_that_runs_does_not_keep_its_session(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Job, "start", AsyncMock())
     session = Session(ProxyServer(config.load()).jobs)
-    launched = await session.launch(b"SELECT 1", 0, Mock(role_id=1))
+    launched = await session.launch(LaunchRequest(b"SELECT 1"), Mock(role_id=1))
     gone = weakref.ref(session)
     del session
     gc.collect()

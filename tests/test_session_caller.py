@@ -12,6 +12,7 @@ from protocol.errors import SQLError
 from proxy.config import Config
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.queue import JobQueue
+from proxy.jobs.request import LaunchRequest
 from proxy.session.caller import SessionCaller
 
 
@@ -36,7 +37,7 @@ def test_a_launch_that_ends_as_its_wait_is_interrupted_leaves_no_job(first: str)
         )
         caller = SessionCaller(session, SimpleNamespace(), Interrupts())  # type: ignore[arg-type]
         caller._context = SimpleNamespace()  # type: ignore[assignment]
-        calling = asyncio.create_task(caller.launch(b"SELECT 1", 0))
+        calling = asyncio.create_task(caller.launch(LaunchRequest(b"SELECT 1")))
         await asyncio.sleep(0.01)
         if first == "launched":
             opened.set()

@@ -34,6 +34,7 @@ from proxy.jobs.job import Job
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.owner import Owner
 from proxy.jobs.registry import NO_PID, Handle, JobRecord
+from proxy.jobs.request import LaunchRequest
 from proxy.sql.text import EXECUTOR_ROLE
 
 HOUR_MS: Final = 3_600_000
@@ -126,21 +127,8 @@ class Caller(ABC):
         await self._owner.inject(NoticeResponse(warning.response(self.codec).fields).serialize())
 
     @abstractmethod
-    async def launch(
-        self,
-        sql: bytes,
-        queue_size: int,
-        *,
-        label: bytes | None = None,
-        keep_rows: bool = True,
-        retries: int = 0,
-        may_queue: bool = False,
-    ) -> Job:
-        """Start a job with the context's role and settings, when there is room for it.
-
-        `retries`: how many attempts may follow one that fails by chance; then no rows are kept.
-        `may_queue`: whether it is queued if there is no room and pg_background.queue is on.
-        """
+    async def launch(self, request: LaunchRequest) -> Job:
+        """Start a job with the context's role and settings, when there is room for it."""
 
     async def _launched(self, launch: Coroutine[Any, Any, Job]) -> Job:
         """The job of a launch, which is cancelled if the wait for it is interrupted."""
@@ -160,15 +148,7 @@ class Caller(ABC):
             self._owner.drop(launching.result())
 
     @abstractmethod
-    async def launch_at_commit(
-        self,
-        sql: bytes,
-        queue_size: int,
-        *,
-        label: bytes | None = None,
-        keep_rows: bool = True,
-        retries: int = 0,
-    ) -> Job:
+    async def launch_at_commit(self, request: LaunchRequest) -> Job:
         """The same, but it waits for the commit of the calling transaction."""
 
     @property

@@ -6,41 +6,26 @@ else is the same.
 
 from __future__ import annotations
 
-import functools
-
 from proxy.api.calls import Caller, Row, given, handle_of
 from proxy.jobs.job import Job
+from proxy.jobs.request import LaunchRequest
 from proxy.jobs.retries import checked
 
 
-async def _launch(
-    caller: Caller,
-    sql: bytes | None,
-    queue_size: int | None,
-    label: bytes | None = None,
-    *,
-    keep_rows: bool = True,
-    retries: int = 0,
-    at_commit: bool = False,
-    may_queue: bool = False,
-) -> Job:
+async def _launch(caller: Caller, request: LaunchRequest, *, at_commit: bool = False) -> Job:
     if at_commit or caller.launches_at_commit:
-        start = caller.launch_at_commit
-    else:
-        start = functools.partial(caller.launch, may_queue=may_queue)
-    return await start(
-        given(sql), queue_size or 0, label=label, keep_rows=keep_rows, retries=retries
-    )
+        return await caller.launch_at_commit(request)
+    return await caller.launch(request)
 
 
 async def launch(caller: Caller, sql: bytes, queue_size: int = 0) -> int | None:
-    return (await _launch(caller, sql, queue_size)).pid or None
+    return (await _launch(caller, LaunchRequest(sql, queue_size))).pid or None
 
 
 async def launch_v2(
     caller: Caller, sql: bytes | None, queue_size: int | None = 0, label: bytes | None = None
 ) -> Row:
-    return handle_of(await _launch(caller, sql, queue_size, label))
+    return handle_of(await _launch(caller, LaunchRequest(given(sql), queue_size or 0, label)))
 
 
 async def submit(
@@ -50,22 +35,26 @@ async def submit(
     label: bytes | None = None,
     retries: int | None = 0,
 ) -> Row:
-    further = checked(retries, sql)
-    return handle_of(
-        await _launch(
-            caller, sql, queue_size, label, keep_rows=False, retries=further, may_queue=True
-        )
+    request = LaunchRequest(
+        given(sql),
+        queue_size or 0,
+        label,
+        keeps_rows=False,
+        retries=checked(retries, sql),
+        may_queue=True,
     )
+    return handle_of(await _launch(caller, request))
 
 
 async def launch_at_commit(
     caller: Caller, sql: bytes | None, queue_size: int | None = 0, label: bytes | None = None
 ) -> Row:
-    return handle_of(await _launch(caller, sql, queue_size, label, at_commit=True))
+    request = LaunchRequest(given(sql), queue_size or 0, label)
+    return handle_of(await _launch(caller, request, at_commit=True))
 
 
 async def submit_at_commit(
     caller: Caller, sql: bytes | None, queue_size: int | None = 0, label: bytes | None = None
 ) -> Row:
-    job = await _launch(caller, sql, queue_size, label, keep_rows=False, at_commit=True)
-    return handle_of(job)
+    request = LaunchRequest(given(sql), queue_size or 0, label, keeps_rows=False)
+    return handle_of(await _launch(caller, request, at_commit=True))

@@ -13,6 +13,7 @@ from protocol.errors import SQLError
 from proxy.api.calls import Caller, Row, given, outcome_of, time_limit, wait_for, wait_until
 from proxy.jobs import retries as retry
 from proxy.jobs.job import Job
+from proxy.jobs.request import LaunchRequest
 
 RUN_GRACE_MS: Final = 1000
 """How long `run` waits for a job to stop after it has run out of time."""
@@ -60,10 +61,13 @@ async def _run(
     while True:
         try:
             job = await caller.launch(
-                *(given(sql), queue_size or 0),
-                label=label,
-                keep_rows=False,
-                retries=retries - failed,
+                LaunchRequest(
+                    given(sql),
+                    queue_size or 0,
+                    label,
+                    keeps_rows=False,
+                    retries=retries - failed,
+                )
             )
             break
         except SQLError as error:
@@ -98,7 +102,7 @@ async def run_query(
     label: bytes | None = None,
     col_def: bytes | None = None,
 ) -> Job:
-    job = await caller.launch(given(sql), queue_size or 0, label=label)
+    job = await caller.launch(LaunchRequest(given(sql), queue_size or 0, label))
     job.has_handle = False
     limit = time_limit(timeout_ms or 0)
     if limit is not None:

@@ -21,6 +21,7 @@ from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.owner import Owner
+from proxy.jobs.request import LaunchRequest
 from proxy.sql import encodings
 
 WHOLE_AT_ONCE: Final = 512 * 1024
@@ -125,51 +126,25 @@ class InsideCaller(Caller):
     def _launching(self) -> tuple[Launcher, bytes]:
         return self._launcher, self._call.encoding
 
-    async def launch(
-        self,
-        sql: bytes,
-        queue_size: int,
-        *,
-        label: bytes | None = None,
-        keep_rows: bool = True,
-        retries: int = 0,
-        may_queue: bool = False,
-    ) -> Job:
+    async def launch(self, request: LaunchRequest) -> Job:
         job = await self._launched(
             self._owner.launch(
-                sql,
-                queue_size,
+                request,
                 self.context,
                 launcher=self._launcher,
                 client_encoding=self._call.encoding,
-                label=label,
-                keep_rows=keep_rows,
-                retries=retries,
-                may_queue=may_queue,
                 waiting=self._interrupts.for_room,
             )
         )
         self._call.launched.append(job)
         return job
 
-    async def launch_at_commit(
-        self,
-        sql: bytes,
-        queue_size: int,
-        *,
-        label: bytes | None = None,
-        keep_rows: bool = True,
-        retries: int = 0,
-    ) -> Job:
+    async def launch_at_commit(self, request: LaunchRequest) -> Job:
         job, notification = await self._owner.launch_at_commit(
-            sql,
-            queue_size,
+            request,
             self.context,
             launcher=self._launcher,
             client_encoding=self._call.encoding,
-            label=label,
-            keep_rows=keep_rows,
-            retries=retries,
         )
         self._call.launched.append(job)
         self._call.notification = notification

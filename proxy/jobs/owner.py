@@ -12,7 +12,8 @@ import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, TypedDict, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from protocol.errors import OBJECT_NOT_IN_PREREQUISITE_STATE, ProtocolViolation, SQLError
 from proxy.backends.backend import Backend, NoRoomError, no_backend
@@ -35,6 +36,7 @@ from proxy.jobs.history import Role
 from proxy.jobs.job import Job, JobSession
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.registry import NO_PID, PENDING, QUEUED, JobRecord
+from proxy.jobs.request import LaunchRequest
 from proxy.jobs.retries import LONGEST_PAUSE, RetriedJob
 from proxy.jobs.room import FOR_EVER, FullError, Patience, Waiting
 from proxy.jobs.service import JobService
@@ -45,13 +47,32 @@ from proxy.stats import counters, error_class
 T = TypeVar("T")
 
 
-class _Options(TypedDict):
-    """Of `Owner.launch`."""
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """A launch under way: what was asked for, and all that decides how it is done.
 
+    Attributes:
+        client_encoding: of the SQL, and of the results.
+        queue_size: in bytes.
+        system_id: of the owner's database cluster, if it is known.
+    """
+
+    request: LaunchRequest
+    context: Context
+    launcher: Launcher
     client_encoding: bytes
-    label: bytes | None
-    keep_rows: bool
-    retries: int
+    queue_size: int
+    system_id: bytes | None
+
+    async def on_backend(self, begin: Callable[[Backend, Keep], Awaitable[T]]) -> T:
+        """`Launcher.launch`. Raises SQLError."""
+        return await self.launcher.launch(
+            begin,
+            self.context,
+            client_encoding=self.client_encoding,
+            label=self.request.label,
+            system_id=self.system_id,
+        )
 
 
 class Owner(ABC):
@@ -113,204 +134,164 @@ class Owner(ABC):
 
     async def launch(
         self,
-        sql: bytes,
-        queue_size: int,
+        request: LaunchRequest,
         context: Context,
         *,
         launcher: Launcher | None = None,
         client_encoding: bytes | None = None,
-        label: bytes | None = None,
-        keep_rows: bool = True,
         waiting: Waiting = contextlib.nullcontext,
-        retries: int = 0,
-        may_queue: bool = False,
     ) -> Job:
         """Start a job on a spare or a new backend, with the owner's role and settings; as soon as
         there is room for it, if that is soon enough for pg_background.launch_timeout.
 
+        If it may be queued, all jobs count that the owner has launched and that run, attached or
+        not: who queues jobs often detaches them at once, or leaves.
+
         Args:
-            sql: what it runs.
-            queue_size: in bytes; 0 or less for the setting's.
+            request: what is launched.
             context: of the call.
             launcher: opens the backend, if not as the owner's role.
             client_encoding: of the SQL, and of the results, if it is not the owner's.
-            label: of the job.
-            keep_rows: whether its rows are kept for somebody to fetch.
             waiting: entered while it waits for room.
-            retries: how many attempts may follow one that fails by chance; then no rows are kept.
-            may_queue: whether it is queued if there is no room and pg_background.queue is on. Then
-                all jobs count that the owner has launched and that run, attached or not: who queues
-                jobs often detaches them at once, or leaves.
 
         Raises SQLError.
         """
         launcher = launcher or self.launcher
         began = time.monotonic()
         try:
-            queues = may_queue and bool(launcher.setting(QUEUE, context))
+            queues = request.may_queue and bool(launcher.setting(QUEUE, context))
             seconds = 0 if queues else launcher.setting(LAUNCH_TIMEOUT, context) / 1000
             patience = Patience(seconds, waiting)
-            arguments = sql, queue_size, context, launcher, patience
-            options: _Options = {
-                "client_encoding": client_encoding or self.client_encoding,
-                "label": label,
-                "keep_rows": keep_rows,
-                "retries": retries,
-            }
+            launch = self._launch_of(request, context, launcher, client_encoding)
             try:
-                job = await self._launch(*arguments, **options, count_all=queues)
+                job = await self._start_now(launch, patience, count_all=queues)
             except (FullError, NoRoomError):
                 if not queues:
                     raise
-                return await self._queue(*arguments, **options)
+                return await self._queue(launch, patience)
         except SQLError as error:
             counters.not_launched[error_class(error.sqlstate)] += 1
             raise
         counters.latency.observe(time.monotonic() - began - patience.waited)
         return job
 
-    async def _launch(
+    def _launch_of(
         self,
-        sql: bytes,
-        queue_size: int,
+        request: LaunchRequest,
         context: Context,
         launcher: Launcher,
-        patience: Patience,
-        *,
-        client_encoding: bytes,
-        label: bytes | None,
-        keep_rows: bool,
-        retries: int,
-        count_all: bool,
-    ) -> Job:
-        size = self._checked_size(queue_size, launcher, context)
-        self._leave_databases(sql)
-        launch_by = self._launch_by(launcher, context, client_encoding, label)
+        client_encoding: bytes | None,
+    ) -> _Launch:
+        """Raises SQLError for a queue size that is none."""
+        size = checked_queue_size(request.queue_size, launcher.setting(DEFAULT_QUEUE_SIZE, context))
+        return _Launch(
+            request,
+            context,
+            launcher,
+            client_encoding or self.client_encoding,
+            min(size, self.service.runtime.config.max_queue_size),
+            self.system_id,
+        )
+
+    async def _start_now(self, launch: _Launch, patience: Patience, *, count_all: bool) -> Job:
+        """Raises SQLError."""
+        self._leave_databases(launch.request.sql)
 
         async def begin(start: Start, backend: Backend, keep_backend: Keep) -> Job:
-            job = self._new(
-                *(sql, size, context, launcher, launch_by),
-                label=label,
-                keep_rows=keep_rows,
-                retries=retries,
-            )
-            self._give(job, sql, launcher, backend, keep_backend)
-            await self._start(job, start)
-            self._follow(job, context, launcher, client_encoding, patience)
+            job = self._new(launch)
+            self._give(job, launch, backend, keep_backend)
+            self._known(job)
+            try:
+                await self._start(job, start, functools.partial(self._withdraw, job))
+                await self.service.peers.announce(job.role_id)
+            except asyncio.CancelledError:
+                self.drop(job)
+                counters.launched += 1
+                raise
+            counters.launched += 1
+            self._follow(job, launch, patience)
             return job
 
-        return await self._in_room(
-            begin, context, launcher, launch_by, patience, count_all=count_all
-        )
+        return await self._in_room(begin, launch, patience, count_all=count_all)
 
-    async def _queue(
-        self,
-        sql: bytes,
-        queue_size: int,
-        context: Context,
-        launcher: Launcher,
-        tried: Patience,
-        *,
-        client_encoding: bytes,
-        label: bytes | None,
-        keep_rows: bool,
-        retries: int,
-    ) -> Job:
-        """The same for a job that is launched when there is room for it, some time. `tried`: in
-        vain. Raises SQLError."""
-        size = self._checked_size(queue_size, launcher, context)
+    async def _queue(self, launch: _Launch, tried: Patience) -> Job:
+        """Have a job start when there is room for it, some time. `tried`: in vain. Raises
+        SQLError."""
+        size = len(launch.request.sql)
         queue = self.service.queue
-        queue.check(launcher.user, len(sql))
-        launch_by = self._launch_by(launcher, context, client_encoding, label)
-        job = self._new(
-            *(sql, size, context, launcher, launch_by),
-            label=label,
-            keep_rows=keep_rows,
-            retries=retries,
-        )
+        queue.check(launch.launcher.user, size)
+        job = self._new(launch)
         job.unfinished_state = QUEUED
         self._known(job)
         patience = Patience(FOR_EVER, since=tried)
-        arguments = job, sql, context, launcher, launch_by, client_encoding, patience
-        queue.add(job, len(sql), self._start_waiting(*arguments))
+        queue.add(job, size, self._start_waiting(job, launch, patience))
+        await self._announce(job)
+        return job
+
+    async def _announce(self, job: Job) -> None:
+        """Tell the other processes of a job that waits."""
         try:
             await self.service.peers.announce(job.role_id)
         except asyncio.CancelledError:
             self.drop(job)
             raise
-        return job
 
-    def _launch_by(
-        self, launcher: Launcher, context: Context, client_encoding: bytes, label: bytes | None
-    ) -> Callable[..., Awaitable[Any]]:
-        """`Launcher.launch`, for one job."""
-        return functools.partial(
-            launcher.launch,
-            context=context,
-            client_encoding=client_encoding,
-            label=label,
-            system_id=self.system_id,
-        )
+    async def _start(self, job: Job, start: Start, otherwise: Callable[[], None]) -> None:
+        """Start it on the backend that it has. If that fails, and the launch may be tried on
+        another: `otherwise`, and raises what `Job.start` has raised."""
+        start.job = job
+        try:
+            await job.start()
+        except (StaleLoginError, SQLError, OSError, ProtocolViolation):
+            if job.canceled:  # it is not to be tried again
+                job.end_with(canceled(None))
+            if not job.finished:
+                otherwise()
+                start.job = None
+                raise
 
-    def _checked_size(self, queue_size: int, launcher: Launcher, context: Context) -> int:
-        """A queue size in bytes. Raises SQLError."""
-        size = checked_queue_size(queue_size, launcher.setting(DEFAULT_QUEUE_SIZE, context))
-        return min(size, self.service.runtime.config.max_queue_size)
-
-    def _follow(
-        self, job: Job, context: Context, launcher: Launcher, encoding: bytes, patience: Patience
-    ) -> None:
-        role = Role.of(launcher.login, context, encoding)
+    def _follow(self, job: Job, launch: _Launch, patience: Patience) -> None:
+        launcher = launch.launcher
+        role = Role.of(launcher.login, launch.context, launch.client_encoding)
         self.service.history.follow(job, role, launcher.channel, waited=patience.waited)
 
     def _leave_databases(self, sql: bytes) -> None:
         if b"database" in (lower := sql[: LONGEST_COMMAND + 1].lower()):
             self.service.leave_databases(lower)
 
-    def _new(
-        self,
-        sql: bytes,
-        queue_size: int,
-        context: Context,
-        launcher: Launcher,
-        launch_by: Callable[..., Awaitable[Any]],
-        *,
-        label: bytes | None,
-        keep_rows: bool,
-        retries: int,
-    ) -> Job:
+    def _new(self, launch: _Launch) -> Job:
         """A job without a backend."""
+        request, launcher = launch.request, launch.launcher
         make: Callable[..., Job] = Job
-        if retries:
-            relaunch = functools.partial(_relaunch, self.service, launcher, launch_by)
-            make = functools.partial(RetriedJob, retries=retries, relaunch=relaunch)
+        if request.retries:
+            relaunch = functools.partial(_relaunch, self.service, launch)
+            make = functools.partial(RetriedJob, retries=request.retries, relaunch=relaunch)
         return make(
-            sql,
-            queue_size=queue_size,
-            role_id=context.role_id,
+            request.sql,
+            queue_size=launch.queue_size,
+            role_id=launch.context.role_id,
             cluster=self.cluster,
             route=launcher.route,
             user=launcher.user,
             database=launcher.database,
             lease=launcher.channel,
-            label=label,
-            keep_rows=keep_rows,
+            label=request.label,
+            keep_rows=request.keeps_rows,
             budgets=self.service.budgets.of_role(launcher.user),
             # Not of the owner, which may be gone before the job.
             on_finish=functools.partial(_ended, self.jobs, self.service),
         )
 
-    def _give(
-        self, job: Job, sql: bytes, launcher: Launcher, backend: Backend, keep_backend: Keep
-    ) -> None:
+    def _give(self, job: Job, launch: _Launch, backend: Backend, keep_backend: Keep) -> None:
         """Have a job run on this backend."""
+        launcher = launch.launcher
         session = self.job_session(launcher.for_job(backend.pid), backend)
         if isinstance(job, RetriedJob):
             assert isinstance(session, Owner)
             job.next_session = functools.partial(_next_session, session, launcher)
         job.take(
             backend,
-            sql,
+            launch.request.sql,
             marker=backend.own_settings[JOB_SETTING],
             session=session,
             keep_backend=keep_backend,
@@ -320,20 +301,18 @@ class Owner(ABC):
     async def _in_room(
         self,
         begin: Callable[[Start, Backend, Keep], Awaitable[T]],
-        context: Context,
-        launcher: Launcher,
-        launch_by: Callable[..., Awaitable[T]],
+        launch: _Launch,
         patience: Patience,
         *,
         count_all: bool,
     ) -> T:
         """Begin a job on a backend when there is room for it. Raises SQLError."""
-        service = self.service
+        service, launcher = self.service, launch.launcher
 
-        async def launch(start: Start) -> T:
+        async def attempt(start: Start) -> T:
             slot = await service.slots.take(launcher.user, launcher.database, patience)
             try:
-                return await launch_by(functools.partial(begin, start))
+                return await launch.on_backend(functools.partial(begin, start))
             finally:
                 give_back = functools.partial(service.slots.give_back, slot)
                 if start.job is None:
@@ -341,30 +320,12 @@ class Owner(ABC):
                 else:
                     start.job.when_finished(give_back)
 
-        max_workers = launcher.setting(MAX_WORKERS, context)
+        max_workers = launcher.setting(MAX_WORKERS, launch.context)
         most = service.runtime.config.max_session_workers
         async with self.jobs.room(max_workers, most, patience, count_all=count_all) as start:
-            attempt = functools.partial(launch, start)
-            return await service.room.launch(launcher.login, attempt, patience)
-
-    async def _start(self, job: Job, start: Start) -> None:
-        self._known(job)
-        start.job = job
-        try:
-            await job.start()
-            await self.service.peers.announce(job.role_id)
-        except asyncio.CancelledError:
-            self.drop(job)
-            counters.launched += 1
-            raise
-        except (StaleLoginError, SQLError, OSError, ProtocolViolation):
-            if job.canceled:  # it is not to be tried again
-                job.end_with(canceled(None))
-            if not job.finished:
-                self._withdraw(job)
-                start.job = None
-                raise
-        counters.launched += 1
+            return await service.room.launch(
+                launcher.login, functools.partial(attempt, start), patience
+            )
 
     def _known(self, job: Job) -> None:
         self.service.registry.add(job)
@@ -380,38 +341,24 @@ class Owner(ABC):
 
     async def launch_at_commit(
         self,
-        sql: bytes,
-        queue_size: int,
+        request: LaunchRequest,
         context: Context,
         *,
         launcher: Launcher | None = None,
         client_encoding: bytes | None = None,
-        label: bytes | None = None,
-        keep_rows: bool = True,
-        retries: int = 0,
     ) -> tuple[Job, Notification]:
         """The same, when a transaction commits that sends this notification.
 
         Raises SQLError.
         """
         launcher = launcher or self.launcher
-        size = self._checked_size(queue_size, launcher, context)
-        encoding = client_encoding or self.client_encoding
-        launch_by = self._launch_by(launcher, context, encoding, label)
-        job = self._new(
-            *(sql, size, context, launcher, launch_by),
-            label=label,
-            keep_rows=keep_rows,
-            retries=retries,
-        )
+        launch = self._launch_of(request, context, launcher, client_encoding)
+        job = self._new(launch)
         pending = Pending(
             job,
-            len(sql),
+            len(request.sql),
             mine=self.pending,
-            start=functools.partial(
-                self._start_waiting,
-                *(job, sql, context, launcher, launch_by, encoding),
-            ),
+            start=functools.partial(self._start_waiting, job, launch),
             forget=functools.partial(self._forget, job),
         )
         try:
@@ -423,11 +370,7 @@ class Owner(ABC):
             raise
         job.unfinished_state = PENDING
         self._known(job)
-        try:
-            await self.service.peers.announce(job.role_id)
-        except asyncio.CancelledError:
-            self.drop(job)
-            raise
+        await self._announce(job)
         return job, notification
 
     def _forget(self, job: Job) -> None:
@@ -437,14 +380,7 @@ class Owner(ABC):
         self.service.withdrawn(job)
 
     async def _start_waiting(
-        self,
-        job: Job,
-        sql: bytes,
-        context: Context,
-        launcher: Launcher,
-        launch_by: Callable[..., Awaitable[None]],
-        encoding: bytes,
-        promised: Patience | None = None,
+        self, job: Job, launch: _Launch, promised: Patience | None = None
     ) -> None:
         """Run a job that is known already, as soon as there is room for it. If it cannot run, it
         ends with the error: nobody could be told of it otherwise.
@@ -453,33 +389,25 @@ class Owner(ABC):
         """
         job.unfinished_state = QUEUED
 
+        def wait_again() -> None:
+            self.jobs.waits_again(job)
+            job.wait_again(QUEUED)
+            self.service.registry.add(job)
+
         async def begin(start: Start, backend: Backend, keep_backend: Keep) -> None:
             if job.finished:
                 backend.terminate()
                 return
-            self._give(job, sql, launcher, backend, keep_backend)
+            self._give(job, launch, backend, keep_backend)
             self.service.registry.add(job)
             self.jobs.begun(job)
-            start.job = job
-            try:
-                await job.start()
-            except (StaleLoginError, SQLError, OSError, ProtocolViolation):
-                if job.canceled:  # it is not to be tried again
-                    job.end_with(canceled(None))
-                if not job.finished:
-                    self.jobs.waits_again(job)
-                    job.wait_again(QUEUED)
-                    self.service.registry.add(job)
-                    start.job = None
-                    raise
+            await self._start(job, start, wait_again)
             counters.launched += 1
-            self._follow(job, context, launcher, encoding, patience)
+            self._follow(job, launch, patience)
 
-        self._leave_databases(sql)
+        self._leave_databases(launch.request.sql)
         patience = promised or Patience(FOR_EVER)
-        starting = asyncio.ensure_future(
-            self._in_room(begin, context, launcher, launch_by, patience, count_all=True)
-        )
+        starting = asyncio.ensure_future(self._in_room(begin, launch, patience, count_all=True))
         job.when_finished(lambda: job.pid == NO_PID and starting.cancel())
         try:
             await starting
@@ -489,10 +417,10 @@ class Owner(ABC):
         except SQLError as error:
             counters.not_launched[error_class(error.sqlstate)] += 1
             job.end_with(error.response())
-            self._follow(job, context, launcher, encoding, patience)
+            self._follow(job, launch, patience)
         except (OSError, ProtocolViolation) as error:
             job.end_with(no_backend(explain(error)).response())
-            self._follow(job, context, launcher, encoding, patience)
+            self._follow(job, launch, patience)
 
     def transaction_ended(self) -> None:
         """Its transaction has, and so has each before that."""
@@ -553,14 +481,11 @@ class Owner(ABC):
 
 
 async def _relaunch(
-    service: JobService,
-    launcher: Launcher,
-    launch_by: Callable[..., Awaitable[None]],
-    begin: Callable[[Backend, Keep], Awaitable[None]],
+    service: JobService, launch: _Launch, begin: Callable[[Backend, Keep], Awaitable[None]]
 ) -> None:
     """Begin another attempt, behind the launches that wait for room. Raises SQLError."""
-    launch = functools.partial(launch_by, begin)
-    await service.room.launch(launcher.login, launch, Patience(LONGEST_PAUSE))
+    attempt = functools.partial(launch.on_backend, begin)
+    await service.room.launch(launch.launcher.login, attempt, Patience(LONGEST_PAUSE))
 
 
 def _next_session(first: Owner, launcher: Launcher, backend: Backend) -> JobSession:

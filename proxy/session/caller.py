@@ -32,6 +32,7 @@ from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.registry import Handle, JobRecord
+from proxy.jobs.request import LaunchRequest
 from proxy.session.client_session import ClientSession
 from proxy.session.exchange import Exchange
 from proxy.session.extension_state import BARE_QUERY, state_query
@@ -291,49 +292,17 @@ class SessionCaller(Caller):
     async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
         return await self._for(super().find(handles))
 
-    async def launch(
-        self,
-        sql: bytes,
-        queue_size: int,
-        *,
-        label: bytes | None = None,
-        keep_rows: bool = True,
-        retries: int = 0,
-        may_queue: bool = False,
-    ) -> Job:
+    async def launch(self, request: LaunchRequest) -> Job:
         return await self._launched(
-            self._session.launch(
-                sql,
-                queue_size,
-                self.context,
-                label=label,
-                keep_rows=keep_rows,
-                retries=retries,
-                may_queue=may_queue,
-                waiting=self._interrupts.for_room,
-            )
+            self._session.launch(request, self.context, waiting=self._interrupts.for_room)
         )
 
-    async def launch_at_commit(
-        self,
-        sql: bytes,
-        queue_size: int,
-        *,
-        label: bytes | None = None,
-        keep_rows: bool = True,
-        retries: int = 0,
-    ) -> Job:
+    async def launch_at_commit(self, request: LaunchRequest) -> Job:
         if self._primary.synced:
             # The transaction has ended, and had nothing to commit.
-            return await self.launch(
-                sql, queue_size, label=label, keep_rows=keep_rows, retries=retries
-            )
-        job, notification = await self._for(
-            # If it is pending when this is interrupted, its word will not come.
-            self._session.launch_at_commit(
-                sql, queue_size, self.context, label=label, keep_rows=keep_rows, retries=retries
-            )
-        )
+            return await self.launch(request)
+        # If it is pending when this is interrupted, its word will not come.
+        job, notification = await self._for(self._session.launch_at_commit(request, self.context))
         # As parameters: who may see the session's queries is not to see the word.
         await self._primary.query(_NOTIFY, notification)
         return job
