@@ -93,14 +93,14 @@ class Entrance:
 
     async def prepare(self) -> None:
         """Bind what has not been taken over. Raises OSError: an address is taken."""
-        if self._config.takeover is not None:
-            found = self._sockets.of_predecessor(TAKEOVER)
-            if not found:
-                found = self._sockets.add([takeover.listen(self._config.takeover)])
-                self._sockets.file_is_ours(self._config.takeover)
+        taken = self._sockets.of_predecessor(TAKEOVER)
         await self._listen_to_clients()
         if self._config.admin_listen is not None:
             self._admin_sockets = await self._sockets.listen(ADMIN, self._config.admin_listen)
+        if self._config.takeover is not None and not taken:
+            # Last: who has no address to listen at is not to replace the socket of one who has.
+            self._sockets.add([takeover.listen(self._config.takeover)])
+            self._sockets.file_is_ours(self._config.takeover)
         if self._predecessor is None:
             await self._start_admin()
 
@@ -131,16 +131,20 @@ class Entrance:
         """Take clients, in the predecessor's place if there is one, and be ready to hand on. Raises
         OSError: the predecessor does not let go."""
         if self._ending.begun.is_set():
-            return  # it goes on
+            return  # a predecessor goes on
         if self._predecessor is not None:
-            await self._predecessor.take()
+            await self._predecessor.take(lambda: not self._ending.begun.is_set())
+            if not self._predecessor.is_replaced:
+                return
+            self._ending.on_signal = self._predecessor.stop
         self.listeners.resume("start")
         if self._predecessor is not None:
             await self._start_admin()
             await self._predecessor.released()
             self._sockets.own()
-            self._ending.on_signal = self._predecessor.stop
             self._manager.speak()
+            if self._ending.begun.is_set():
+                return
         self._manager.ready()
         for listening in self._sockets.all:
             if listening.use == TAKEOVER:
@@ -157,6 +161,10 @@ class Entrance:
         """Take no more clients; HTTP is served until the end."""
         self.listeners.close()
         if self._offer is not None and not self._ending.is_taken_over:
+            if self._offer.has_successor:
+                # It will find us gone, and serve where we listened, HTTP too.
+                self._sockets.keep_files()
+                self._closing = asyncio.get_running_loop().create_task(self._close_admin())
             self._offer.close()
             self._offer = None
         self._sockets.close(but=ADMIN)
@@ -164,7 +172,9 @@ class Entrance:
     async def predecessor_has_ended(self) -> None:
         """Wait for it, since whoever ends us may end it with us; but not longer than we would for
         our own sessions."""
-        if self._predecessor is None or self._predecessor.gone.done():
+        if self._predecessor is None or not self._predecessor.is_replaced:
+            return
+        if self._predecessor.gone.done():
             return
         logger.info("waiting for process %d, which has handed over", self._predecessor.pid)
         now = asyncio.get_running_loop().create_task(self._ending.now.wait())

@@ -110,9 +110,13 @@ class Sockets:
         with contextlib.suppress(OSError):
             self._files[path] = _identity(path)
 
+    def keep_files(self) -> None:
+        """Somebody else has them all, and their files."""
+        self._files.clear()
+
     def handed_on(self) -> None:
         """A successor has them all, and their files."""
-        self._files.clear()
+        self.keep_files()
         self.close(but=ADMIN)  # those are closed with the HTTP server
 
     def close(self, *, but: str = "") -> None:

@@ -9,9 +9,11 @@ predecessor    ``released``: it has closed its sockets, and told the service man
 successor      ``stop``: end, as after SIGTERM; at any time after that
 =============  =====================================================================================
 
-Invariant: at any moment one of the two takes connections, or will if the other is gone: until
-``taken`` the predecessor goes on, whatever becomes of the successor. Both believe only a process of
-their own user, and the socket is in a folder to which nobody else can write.
+Invariant: at any moment one of the two takes connections, or will if the other is gone; never both.
+Until ``taken`` the predecessor goes on, whatever becomes of the successor. If it loses patience it
+says so before it hangs up: a successor that finds the connection closed takes it for gone only if
+it has not. Both believe only a process of their own user, and the socket is in a folder to which
+nobody else can write.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from proxy.log import logger
+from proxy.net.descriptors import is_shortage, report
 from proxy.net.proxy_protocol import readable
 from proxy.net.sockets import TAKEOVER, Listening
 from proxy.reasons import explain
@@ -43,6 +46,9 @@ _ANSWER: Final = 10.0
 
 _READY: Final = 120.0
 """Seconds that a successor has to get ready; meanwhile there cannot be another."""
+
+_AGAIN: Final = 1.0
+"""Seconds until a successor is accepted that no file descriptor was left for."""
 
 _UCRED: Final = struct.Struct("=iII")
 """Linux's struct ucred: pid, uid, gid."""
@@ -79,30 +85,49 @@ class _Link:
         else:
             socket.send_fds(self.socket, [data], [descriptor])
 
-    async def receive(self, timeout: float | None) -> tuple[Any, int | None]:
-        """The next message, and the descriptor with it. Raises OSError: the other process is gone,
-        or does not answer; TakeoverError: it says what it should not."""
+    async def receive(self, timeout: float | None, most: int = 0) -> tuple[Any, list[int]]:
+        """The next message, and up to `most` descriptors with it.
+
+        Raises ConnectionError: the other process is gone; TakeoverError: it does not answer, and
+        has no say any more; or it refuses, or says what it should not.
+        """
+        in_time = True
         try:
             async with asyncio.timeout(timeout):
                 await readable(self.socket)
         except TimeoutError:
-            raise TakeoverError(f"takeover: process {self.pid} does not answer") from None
-        data, descriptors, _, _ = socket.recv_fds(self.socket, _LONGEST, 1)
+            # It is told so if it speaks from now on. What it has said by now counts: it does not
+            # know that the time was over.
+            self.socket.shutdown(socket.SHUT_RD)
+            in_time = False
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.socket, _LONGEST, most)
+        except ConnectionResetError:
+            # It has not read all that we have said; what it said itself is still here.
+            data, descriptors, _, _ = socket.recv_fds(self.socket, _LONGEST, most)
+        if not (data or in_time):
+            raise TakeoverError(f"takeover: process {self.pid} does not answer")
         if not data:
             raise ConnectionError(f"takeover: process {self.pid} is gone")
         try:
             message = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise TakeoverError(f"takeover: process {self.pid} is no proxy") from None
         if isinstance(message, dict) and "refused" in message:
             raise TakeoverError(f"takeover: process {self.pid} refuses: {message['refused']}")
-        return message, descriptors[0] if descriptors else None
+        return message, descriptors
 
     async def expect(self, wanted: str, timeout: float | None = _ANSWER) -> None:
         """Raises OSError: something else comes, or nothing."""
         message, _ = await self.receive(timeout)
         if message != wanted:
             raise TakeoverError(f"takeover: process {self.pid} says {message!r}, not {wanted!r}")
+
+    async def hear_out(self) -> None:
+        """It has hung up. Raises TakeoverError: with its last word it has refused."""
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await self.receive(_ANSWER)
 
     def refuse(self, reason: str) -> None:
         """Say why nothing comes of it, and hang up."""
@@ -119,12 +144,14 @@ class Predecessor:
 
     Attributes:
         sockets: what it has; still used by it until `take`.
-        gone: done when it has ended.
+        is_replaced: whether we take connections in its place.
+        gone: done when it has ended, after that.
     """
 
     def __init__(self, link: _Link, sockets: list[Listening]) -> None:
         self._link = link
         self.sockets = sockets
+        self.is_replaced = False
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -154,25 +181,34 @@ class Predecessor:
             link.close()
             raise
 
-    async def take(self) -> None:
-        """Take connections in its place from now on. Raises OSError: it goes on."""
+    async def take(self, still_wanted: Callable[[], bool]) -> None:
+        """Take connections in its place from now on, if that is still wanted once it has paused:
+        see `is_replaced`. Raises OSError: it goes on."""
         try:
             self._link.send("ready")
             await self._link.expect("paused")
+            if not still_wanted():
+                self._link.close()
+                return
             self._link.send("taken")
         except ConnectionError:
+            await self._link.hear_out()
             logger.warning("process %d has ended before it has handed over", self.pid)
+        self.is_replaced = True
 
     async def released(self) -> None:
-        """Wait until it has let go of them, or is gone."""
+        """Wait until it has let go of them, or is gone, or for a while."""
         try:
-            await self._link.expect("released")
-        except OSError as error:
-            logger.warning("%s", explain(error))
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._link.socket, self._ended)
+            async with asyncio.timeout(_ANSWER):
+                await readable(self._link.socket)
+        except TimeoutError:
+            logger.warning("process %d has not let go of its sockets yet", self.pid)
+        asyncio.get_running_loop().add_reader(self._link.socket, self._heard)
 
-    def _ended(self) -> None:
+    def _heard(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._link.socket.recv(_LONGEST):
+                return  # that it has let go of them
         asyncio.get_running_loop().remove_reader(self._link.socket)
         self._link.close()
         logger.info("process %d, which has handed over, has ended", self.pid)
@@ -189,7 +225,7 @@ async def _receive_sockets(link: _Link) -> list[Listening]:
     found: list[Listening] = []
     try:
         while True:
-            message, descriptor = await link.receive(_ANSWER)
+            message, descriptors = await link.receive(_ANSWER, 1)
             match message:
                 case {"sockets": count, "version": version}:
                     if (count, version) != (len(found), _VERSION):
@@ -199,10 +235,10 @@ async def _receive_sockets(link: _Link) -> list[Listening]:
                         )
                     return found
                 case {"use": str(use), "asked": str(asked), "has_header": bool(has_header)} if (
-                    descriptor is not None
+                    descriptors
                 ):
-                    os.set_inheritable(descriptor, False)
-                    handed = socket.socket(fileno=descriptor)
+                    os.set_inheritable(descriptors[0], False)
+                    handed = socket.socket(fileno=descriptors[0])
                     handed.setblocking(False)
                     found.append(Listening(handed, use, asked, has_header))
                 case _:
@@ -239,20 +275,38 @@ class Offer:
         self._sockets = sockets
         self._pause, self._resume, self._hand_on, self._stop = pause, resume, hand_on, stop
         self._task: asyncio.Task[None] | None = None
+        self._later: asyncio.TimerHandle | None = None
         # Again, if we have taken it over: SO_PEERCRED tells who has done this last.
         self._listening.listen()
+        self._begin()
+
+    def _begin(self) -> None:
         asyncio.get_running_loop().add_reader(self._listening, self._accept)
+
+    def _end(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._listening)
+        if self._later is not None:
+            self._later.cancel()
+
+    @property
+    def has_successor(self) -> bool:
+        """Whether one has the sockets, and will serve when it is ready, or when we are gone."""
+        return self._task is not None
 
     def close(self) -> None:
         """Offer nothing any more."""
-        asyncio.get_running_loop().remove_reader(self._listening)
+        self._end()
         if self._task is not None:
             self._task.cancel()
 
     def _accept(self) -> None:
         try:
             connection, _ = self._listening.accept()
-        except OSError:
+        except OSError as error:
+            if is_shortage(error):
+                report("let another process take over")
+                self._end()
+                self._later = asyncio.get_running_loop().call_later(_AGAIN, self._begin)
             return
         connection.setblocking(False)
         link = _Link(connection)
@@ -272,16 +326,18 @@ class Offer:
 
     async def _serve(self, link: _Link) -> None:
         try:
-            await self._hand_over(link)
-        except OSError as error:
-            self._refuse(link, error)
-            self._task = None
-            return
-        with contextlib.suppress(OSError):
-            while True:
-                await link.expect("stop", timeout=None)
-                self._stop()
-        link.close()
+            try:
+                await self._hand_over(link)
+            except OSError as error:
+                self._refuse(link, error)
+                self._task = None
+                return
+            with contextlib.suppress(OSError):
+                while True:
+                    await link.expect("stop", timeout=None)
+                    self._stop()
+        finally:
+            link.close()
 
     async def _hand_over(self, link: _Link) -> None:
         """Raises OSError: the successor has come to nothing, and we go on."""
@@ -294,11 +350,11 @@ class Offer:
         try:
             await self._pause()
             link.send("paused")
-            await link.expect("taken")
+            await link.expect("taken", _ANSWER)
         except OSError:
             self._resume()
             raise
-        asyncio.get_running_loop().remove_reader(self._listening)
+        self._end()
         self._hand_on(link.pid)
         with contextlib.suppress(OSError):
             link.send("released")
@@ -314,6 +370,7 @@ def listen(path: Path) -> Listening:
     # It gets its name once it listens: who finds one that does not takes the process for gone.
     unnamed = path.with_name(f"{path.name}.{os.getpid()}")
     try:
+        unnamed.unlink(missing_ok=True)  # a process of this number may have died here
         mask = os.umask(0o177)
         try:
             listening.bind(str(unnamed))
