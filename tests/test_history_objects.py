@@ -145,9 +145,7 @@ def test_backends_that_are_killed(server: Server, start_proxy: StartProxy) -> No
     each job is so, and no row is missing of those that it had."""
     own = Server(server.bin)
     try:
-        with own.connect() as conn:
-            conn.execute("ALTER SYSTEM SET synchronous_commit = on")
-            conn.execute("SELECT pg_reload_conf()")
+        own.set("synchronous_commit", "on")
         proxy = start_proxy("--history", "all", upstream=upstream_of(own))
         with proxy.connect() as conn:
             conn.execute("CREATE EXTENSION pg_background; CREATE TABLE done (label text)")

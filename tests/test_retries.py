@@ -183,8 +183,10 @@ def test_time_out_holds_over_all_attempts(client: Client, observer: Connection) 
     [row] = client.texts(run("SELECT flaky(99, '40001')", 10, timeout_ms=2500))
     assert row[0] == "canceled"
     assert row[4] == "t"
-    assert 2 <= int(row[3] or 0) < 11
-    assert tries(observer) == int(row[3] or 0)
+    started = int(row[3] or 0)
+    assert 2 <= started < 11
+    # The last may be canceled before it comes to the function.
+    assert tries(observer) in (started - 1, started)
 
 
 def test_statement_timeout_holds_over_all_attempts(conn: Connection, observer: Connection) -> None:

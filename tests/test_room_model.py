@@ -334,44 +334,44 @@ def test_backends_that_are_killed(server: Server, start_proxy: StartProxy) -> No
     or never, and what is said of each job is so."""
     own = Server(server.bin)
     try:
+        own.set("synchronous_commit", "on")
         with own.connect() as conn:
-            conn.execute("ALTER SYSTEM SET synchronous_commit = on")
-            conn.execute("SELECT pg_reload_conf()")
             conn.execute("CREATE TABLE ran (id int)")
         proxy = start_proxy(
             *("--max-workers", "3", "--queue", "on", "--max-jobs", "4"), upstream=upstream_of(own)
         )
         cookies: dict[int, int] = {}
         for _ in range(3):
-            conn = _connected(proxy)
-            for _ in range(30):
-                id = next(_ids)
-                sql = f"INSERT INTO ran VALUES ({id}); SELECT pg_sleep(0.1)"
-                cookies[id] = one(conn, "SELECT (pg_background_submit(%s)).cookie", [sql])
-            _kill_one(conn)
-            conn.close()
-        conn = _connected(proxy)
-
-        def state(id: int) -> str:
-            found: str = one(conn, f"SELECT (pg_background_outcome(NULL, {cookies[id]})).state")
-            return found
-
-        wait_until(lambda: all(state(id) in ("stopped", "error") for id in cookies))
-        states = {id: state(id) for id in cookies}
-        rows = conn.execute("SELECT id, count(*) FROM ran GROUP BY id").fetchall()
-        ran: dict[int, int] = dict(rows)
-        assert set(ran.values()) <= {1}
-        stopped = {id for id in cookies if states[id] == "stopped"}
-        assert stopped <= set(ran)
-        # Of one whose connection was lost, the server alone knows.
-        for id in set(ran) - stopped:
-            call = f"SELECT (pg_background_error_info(NULL, {cookies[id]})).sqlstate"
-            assert one(conn, call) == "08006"
-        assert stopped
-        assert "error" in states.values()
-        conn.close()
+            with contextlib.closing(_connected(proxy)) as conn:
+                for _ in range(30):
+                    id = next(_ids)
+                    sql = f"INSERT INTO ran VALUES ({id}); SELECT pg_sleep(0.1)"
+                    cookies[id] = one(conn, "SELECT (pg_background_submit(%s)).cookie", [sql])
+                _kill_one(conn)
+        with contextlib.closing(_connected(proxy)) as conn:
+            _what_is_said_is_so(conn, cookies)
     finally:
         own.close()
+
+
+def _what_is_said_is_so(conn: Connection, cookies: dict[int, int]) -> None:
+    def state(id: int) -> str:
+        found: str = one(conn, f"SELECT (pg_background_outcome(NULL, {cookies[id]})).state")
+        return found
+
+    wait_until(lambda: all(state(id) in ("stopped", "error") for id in cookies))
+    states = {id: state(id) for id in cookies}
+    rows = conn.execute("SELECT id, count(*) FROM ran GROUP BY id").fetchall()
+    ran: dict[int, int] = dict(rows)
+    assert set(ran.values()) <= {1}
+    stopped = {id for id in cookies if states[id] == "stopped"}
+    assert stopped <= set(ran)
+    # Of one whose connection was lost, the server alone knows.
+    for id in set(ran) - stopped:
+        call = f"SELECT (pg_background_error_info(NULL, {cookies[id]})).sqlstate"
+        assert one(conn, call) == "08006"
+    assert stopped
+    assert "error" in states.values()
 
 
 def _kill_one(conn: Connection) -> None:

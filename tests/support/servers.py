@@ -100,6 +100,12 @@ class Server(_Endpoint):
         """``stop`` and ``start``."""
         self.cluster.restart(immediate=immediate)
 
+    def set(self, name: str, value: str) -> None:
+        """Sets a parameter of the server; when this returns, it holds for new connections."""
+        with self.connect() as conn:
+            conn.execute(f"ALTER SYSTEM SET {name} = '{value}'".encode())
+        self.cluster.reload()
+
     def set_hba(self, lines: list[str] | None = None) -> None:
         """Replaces pg_hba.conf and reloads; ``None`` goes back to DEFAULT_HBA."""
         self.cluster.set_hba(lines)
