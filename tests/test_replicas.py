@@ -5,6 +5,7 @@ What each knows of the other one's jobs: `test_jobs_elsewhere`.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import os
@@ -21,8 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from psycopg import errors
 
+from proxy.config import load
+from proxy.runtime import Runtime
 from proxy.workers.messages import Answer, CancelJob, JobEnded, Question, Told, encode
-from proxy.workers.sealed import MOST_RECIPIENTS, PIECE, Seal
+from proxy.workers.replica_link import _Conversation
+from proxy.workers.sealed import MOST_RECIPIENTS, PIECE, Seal, new_name
 from tests.conftest import StartProxy, upstream_of
 from tests.support.api_clients import Gate
 from tests.support.background import failure, notices, run, wait_until
@@ -321,6 +325,31 @@ def test_a_flood_does_not_last(
     wait_until(lambda: listens(pair) >= before + 2)
     wait_until(lambda: state(both[1], handle) == "running")
     end(both[1], handle)
+
+
+def test_who_joins_while_others_speak_hears_them_from_the_first_byte(server: Server) -> None:
+    """What has come between LISTEN and that may end within a message."""
+    runtime = Runtime(load({"upstream": upstream_of(server), "auth_user": "postgres"}))
+    seal = Seal(OTHER.encode())
+
+    async def join() -> dict[bytes, bool]:
+        backend = await runtime.dialer.login_as_auth_user(runtime.config.upstream.hosts[0])
+        try:
+            await backend.rows(f"LISTEN {seal.channel}".encode())
+            with server.connect() as conn:
+                notify = (
+                    "SELECT pg_notify(%s, repeat('x', 7900) || g) FROM generate_series(1, 50) g"
+                )
+                conn.execute(notify, [seal.channel])
+            while not backend._inbox._buffer:  # noqa: ASYNC110 - it is to be read only later
+                await asyncio.sleep(0)
+            conversation = _Conversation(backend, seal, new_name(b"together"))
+            await conversation.join()
+            return await conversation.members()
+        finally:
+            backend.terminate()
+
+    assert asyncio.run(join()) == {}
 
 
 # A link that is lost

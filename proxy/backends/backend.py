@@ -314,9 +314,7 @@ class Backend(asyncio.BufferedProtocol):
             parameter_status=self._parameter_status,
             taken_up=end,
         )
-        self.receiver = opening
-        if unread := self._inbox.take_rest():
-            opening.feed(memoryview(unread))
+        self.read_by(opening)
         front = in_front_of_query(takeover) if sql is not None else alone(takeover)
         if sql is None or len(sql) <= READ_SIZE:
             self.transport.write(front if sql is None else front + Query(sql).serialize())
@@ -327,6 +325,12 @@ class Backend(asyncio.BufferedProtocol):
                 self.transport.write(part)
         del sql
         await opening.done
+
+    def read_by(self, receiver: Receiver) -> None:
+        """Have somebody else read what is here unread, and what comes from now on."""
+        self.receiver = receiver
+        if unread := self._inbox.take_rest():
+            receiver.feed(memoryview(unread))
 
     def _receive_by(self, receiver: Receiver) -> None:
         self.receiver = receiver

@@ -281,7 +281,7 @@ class _Conversation:
 
     async def join(self) -> None:
         """Be seen as a member. Raises ServerError, OSError, ProtocolViolation."""
-        self._backend.receiver = self
+        self._backend.read_by(self)  # they may be speaking already
         await self._ask(f"SET application_name = '{self._seal.prefix}{self._name.hex()}'")
 
     async def members(self) -> dict[bytes, bool]:
