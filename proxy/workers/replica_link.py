@@ -12,8 +12,8 @@ is to a worker: it hands messages on, tells who was asked, and who is gone.
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -40,7 +40,8 @@ _PATIENCE: Final = 10.0
 """Seconds that the server may take for a query of ours."""
 
 _MOST_WRONG: Final = 1000
-"""Messages without a proof, until the connection is given up for a while: somebody floods it."""
+"""Messages that no member has sent, until the connection is given up for a while: somebody who has
+not got the secret floods it, with what he has made up or what he has heard."""
 
 _MOST_UNSENT: Final = 16 * 1024 * 1024
 _FULL: Final = 1024 * 1024
@@ -188,7 +189,7 @@ class Link:
     async def _serve(self, conversation: _Conversation) -> None:
         """Hand messages on. Raises ServerError, OSError, ProtocolViolation when it is lost."""
         members: dict[bytes, bool] = {}
-        conversation.heard, conversation.ended = self._heard, self._wanted.set
+        conversation.heard, conversation.look = self._heard, self._wanted.set
         way = self._way()
         self._is_joined = True
         self.joined()
@@ -259,7 +260,7 @@ class _Conversation:
 
     Attributes:
         heard: called with the sender and the text of what is for us.
-        ended: called when it is lost.
+        look: called when it is lost, or to see who is there.
     """
 
     def __init__(self, backend: Backend, seal: Seal, name: bytes) -> None:
@@ -274,10 +275,13 @@ class _Conversation:
         self._lost: Exception | None = None
         # Of each sender so far: the last number, and what it has not said to the end.
         self._numbers: dict[bytes, int] = {}
+        # Who was there when we last looked, and how many messages others have sent since.
+        self._members: Collection[bytes] = ()
+        self._strangers: Counter[bytes] = Counter()
         self._begun: defaultdict[bytes, bytearray] = defaultdict(bytearray)
         self._wrong = 0
         self.heard: Callable[[bytes, bytes], None] = lambda sender, line: None
-        self.ended: Callable[[], None] = lambda: None
+        self.look: Callable[[], None] = lambda: None
 
     async def join(self) -> None:
         """Be seen as a member. Raises ServerError, OSError, ProtocolViolation."""
@@ -295,6 +299,12 @@ class _Conversation:
                 continue
             if len(name) == NAME and name != self._name:
                 found[name] = is_silent == b"t"
+        self._members = found.keys()
+        # Who has gone long ago, or never was there: somebody says again what it once said.
+        self._add_wrong(
+            sum(self._strangers[name] for name in self._strangers.keys() - found.keys())
+        )
+        self._strangers.clear()
         return found
 
     def closed(self, recipients: Sequence[bytes], text: bytes) -> list[str]:
@@ -365,15 +375,18 @@ class _Conversation:
         try:
             sealed = self._seal.open(payload)
         except ValueError:
-            self._wrong += 1
-            if self._wrong == _MOST_WRONG:
-                self.close(ConnectionError("somebody who has not got the secret floods them"))
-            return
-        if self._name not in sealed.recipients:
+            self._add_wrong(1)
             return
         if sealed.number <= self._numbers.get(sealed.sender, 0):
-            return  # said again, by somebody else
+            self._add_wrong(1)  # said again, by somebody else
+            return
         self._numbers[sealed.sender] = sealed.number
+        if sealed.sender not in self._members and sealed.sender != self._name:
+            self._strangers[sealed.sender] += 1
+            if self._strangers.total() == _MOST_WRONG:
+                self.look()
+        if self._name not in sealed.recipients:
+            return
         begun = self._begun[sealed.sender]
         begun += sealed.text
         if sealed.more and len(begun) < _MOST_GATHERED:
@@ -381,10 +394,15 @@ class _Conversation:
         del self._begun[sealed.sender]
         self.heard(sealed.sender, bytes(begun))
 
+    def _add_wrong(self, count: int) -> None:
+        self._wrong += count
+        if self._wrong >= _MOST_WRONG:
+            self.close(ConnectionError("somebody who has not got the secret floods them"))
+
     def close(self, error: Exception) -> None:
         """The connection ended."""
         self._lost = self._lost or error
         self._backend.transport.abort()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(self._lost)
-        self.ended()
+        self.look()
