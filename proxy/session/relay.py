@@ -11,22 +11,22 @@ It also keeps account of what the server has not answered yet (`OutstandingReque
 the middle of a pipeline can wait until everything before it is answered (`settle`).
 
 Most of the traffic of most clients is one batch, then its whole answer, with nothing of interest in
-either. For these two chunks there is a fast path, which reads the same headers and skips the
-bookkeeping; all else takes the slow path, `_follow_client` and `_follow_server`.
+either. For these two chunks there is a fast path (`fast_path`), which reads the same headers and
+skips the bookkeeping; all else takes the slow path, `_follow_client` and `_follow_server`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from struct import Struct
 from typing import TYPE_CHECKING, Final, Protocol
 
 from protocol.framing import HEADER_SIZE, skip_run, unpack_length
 from protocol.kinds import ENDS_COPY_IN, ENDS_EXTENDED, EXTENDED, B, F, TransactionStatus
-from protocol.messages import Flush, Sync
+from protocol.messages import Flush
 from proxy.net.connection import Connection
 from proxy.session.custom_settings import CustomSettings
+from proxy.session.fast_path import is_plain_answer, is_plain_batch
 from proxy.session.outstanding import OutstandingRequests
 from proxy.sql import encodings
 from proxy.sql.lexer import MAX_TEXT
@@ -79,23 +79,7 @@ _ACTION: Final = {
     **dict.fromkeys(_HANDLED, _HANDLE),
 }
 _ACTIONS: Final = bytes(_ACTION.get(kind, _NOTHING) for kind in range(256))
-
-# The fast path: which types it passes over.
-_MAX_FAST_BATCH: Final = 4096
-"""The longest batch that takes it, in bytes, since it is kept until it is answered."""
-_QUERY: Final = F.QUERY  # an attribute costs more
 _WITH_TEXT: Final = frozenset((F.QUERY, F.PARSE))
-# How CREATE, ALTER and DROP DATABASE may begin. Most statements do not, and are not searched.
-_COMMANDS: Final = b"cad \t\n\r\f\v-/"
-_IN_BATCH: Final = bytes(kind in (F.BIND, F.DESCRIBE, F.EXECUTE, F.CLOSE) for kind in range(256))
-_IN_ANSWER: Final = bytes(
-    kind in (*ENDS_EXTENDED, B.PARAMETER_DESCRIPTION, B.DATA_ROW) for kind in range(256)
-)
-# Unsigned, unlike `unpack_length`: here an impossible length must lead on, to where nothing fits.
-_unpack: Final = Struct("!I").unpack_from
-_SYNC: Final = Sync().serialize()
-_READY: Final = bytes([B.READY_FOR_QUERY, 0, 0, 0, 5])
-_READY_SIZE: Final = len(_READY) + 1
 
 
 class Hooks(Protocol):
@@ -207,7 +191,7 @@ class Relay:
     def from_client(self, data: bytes) -> None:
         """Pass on what came in, up to a call."""
         counters.client_bytes += len(data)
-        if self._idle and _is_plain_batch(data):
+        if self._idle and is_plain_batch(data):
             self._idle = False
             self._fast_batch = data
             self._server.write(data)
@@ -426,7 +410,7 @@ class Relay:
     def from_server(self, data: bytes) -> None:
         """Pass on what came in, and count the answers in it."""
         counters.server_bytes += len(data)
-        if self._fast_batch and _is_plain_answer(data):
+        if self._fast_batch and is_plain_answer(data):
             self.status = data[-1]
             self._fast_batch = b""
             self._idle = True
@@ -613,35 +597,3 @@ def _needed(kind: int, here: int, size: int) -> int:
 def _has_names(data: bytes, position: int, known: int) -> bool:
     """Whether the first `known` bytes of a Bind, Describe, Execute or Close hold its names."""
     return len(data) - position < known or data.count(b"\0", position + 5, position + known) > 1
-
-
-def _is_plain_batch(data: bytes) -> bool:
-    """Whether this is one whole short batch that cannot concern calls or settings."""
-    size = len(data)
-    if not HEADER_SIZE <= size <= _MAX_FAST_BATCH:
-        return False
-    end = 0
-    kind = data[0]
-    if kind in _WITH_TEXT:
-        text = data.lower()
-        if b"pg_" in text or b"set" in text:  # and more than these: that takes the slow path
-            return False
-        start = HEADER_SIZE if kind == _QUERY else text.find(0, HEADER_SIZE) + 1
-        if text[start : start + 1] in _COMMANDS and b"database" in text:
-            return False
-        end = _unpack(data, 1)[0] + 1
-        if kind == _QUERY:
-            return bool(end == size)
-    last = size - HEADER_SIZE
-    while end <= last and _IN_BATCH[data[end]]:
-        end += _unpack(data, end + 1)[0] + 1
-    return end == last and data.endswith(_SYNC)
-
-
-def _is_plain_answer(data: bytes) -> bool:
-    """Whether this is the whole answer to a batch, and all its messages are only passed on."""
-    last = len(data) - _READY_SIZE
-    end = 0
-    while end < last and _IN_ANSWER[data[end]]:
-        end += _unpack(data, end + 1)[0] + 1
-    return end == last and data.startswith(_READY, end)
