@@ -205,9 +205,9 @@ def test_drain_gives_outcomes_in_input_order_and_detaches(
 def test_drain_has_one_deadline_for_all(client: Client, gate: Gate) -> None:
     jobs = [client.launch(gate.sql) for _ in range(3)]
     start = time.monotonic()
-    rows = client.texts(f"SELECT state FROM pg_background_drain({handles_sql(jobs)}, 100)")
-    assert 0.1 <= time.monotonic() - start < 1
-    assert rows == [("running",)] * 3
+    rows = client.texts(f"SELECT state FROM pg_background_drain({handles_sql(jobs * 40)}, 100)")
+    assert 0.1 <= time.monotonic() - start < 10  # one deadline for each would make 12
+    assert rows == [("running",)] * 120
 
 
 def test_drain_of_a_job_that_nobody_reads(client: Client) -> None:

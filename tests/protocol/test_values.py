@@ -240,10 +240,10 @@ def test_the_bounds_of_an_array_are_kept() -> None:
     ],
 )
 def test_a_long_hostile_array_takes_no_longer_than_its_length(text: bytes) -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(ProtocolViolation):
         parse_array(text)
-    assert time.monotonic() - start < 1.0
+    assert time.thread_time() - start < 1.0
 
 
 def test_sizes_of_types() -> None:
