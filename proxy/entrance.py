@@ -8,10 +8,12 @@ wrong with a configuration or with a new version ends the new process, and the o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Self
 
@@ -215,14 +217,20 @@ class Entrance:
                 logger.error("no other process could be started to take over: %s", error)
                 return
             logger.info("started process %d to take over", self._successor.pid)
-            ended = os.pidfd_open(self._successor.pid)
-            asyncio.get_running_loop().add_reader(ended, self._successor_ended, ended)
+            # A thread that nobody waits for, for that process may well outlive this one. Not every
+            # kernel and container has pidfd_open.
+            waiting = (self._successor, asyncio.get_running_loop())
+            threading.Thread(target=self._wait_for, args=waiting, daemon=True).start()
 
-    def _successor_ended(self, descriptor: int) -> None:
-        asyncio.get_running_loop().remove_reader(descriptor)
-        os.close(descriptor)
-        assert self._successor is not None
-        code, self._successor = self._successor.wait(), None
+    def _wait_for(
+        self, successor: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        code = successor.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(self._successor_ended, code)
+
+    def _successor_ended(self, code: int) -> None:
+        self._successor = None
         if not self._ending.is_taken_over:
             logger.error("the process that was to take over has ended: exit code %d", code)
 

@@ -220,6 +220,27 @@ def test_a_new_one_that_ends_at_once_has_the_old_one_end(
     assert new.wait() == 0
 
 
+# SIGUSR2
+
+
+def test_a_successor_is_followed_where_linux_has_no_descriptors_of_processes(
+    start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    """Before Linux 5.3, and where a container's seccomp profile is older than pidfd_open."""
+    (tmp_path / "sitecustomize.py").write_text("import os\ndel os.pidfd_open\n")
+    file = tmp_path / "proxy.toml"
+    file.write_text("")
+    options = ("--takeover", socket_of(tmp_path), "--config", str(file))
+    old = start_proxy(*options, env={"PYTHONPATH": str(tmp_path)})
+    old.connect().close()
+    file.write_text("max_workrs = 1")
+    ended = "the process that was to take over has ended: exit code 2"
+    for n in range(2):
+        os.kill(old.pid, signal.SIGUSR2)
+        wait_until(lambda n=n: old.log.count(ended) > n)  # type: ignore[misc]
+    old.connect().close()
+
+
 # Descriptors
 
 
