@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Coroutine
 from typing import Any
 
@@ -18,6 +19,8 @@ def has_uvloop() -> bool:
 
 def run(main: Coroutine[Any, Any, int]) -> int:
     """Runs a coroutine to its end, on uvloop where it is installed."""
+    # What is imported stays. Without this each full collection looks at all of it, for 20 ms.
+    gc.freeze()
     if not has_uvloop():
         return asyncio.run(main)
     import uvloop
