@@ -246,6 +246,7 @@ def job(queue_size: int = 256 * MEGABYTE) -> Job:
         queue_size=queue_size,
         role_id=1,
         cluster=b"",
+        encoding=b"UTF8",
         route=route,
         user=b"",
         database=b"",
@@ -319,7 +320,7 @@ def test_fields_are_cut_where_a_character_ends() -> None:
     for size in range(1, len(body)):
         long = LongMessage(ord("E"), len(body), size)
         assert long.feed(body) == len(body)
-        fields = ErrorResponse.parse(cut_fields(long.body)).fields
+        fields = ErrorResponse.parse(cut_fields(long.body, b"UTF8")).fields
         for code, text in fields.items():
             given = whole.fields[code]
             assert text == given or given.startswith(text.removesuffix(CUT))
@@ -349,6 +350,7 @@ async def test_a_job_that_runs_does_not_keep_its_session(monkeypatch: pytest.Mon
         )
         server_version: Any = 180000
         client_encoding: Any = b"UTF8"
+        server_encoding: Any = b"UTF8"
         inject: Any = None
         cancel_statement: Any = None
         job_session: Any = staticmethod(lambda *_: None)

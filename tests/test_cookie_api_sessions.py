@@ -187,7 +187,6 @@ def check_own_session_still_knows(conn: Connection, handle: Handle) -> None:
     assert conn.execute(query).fetchone() == (5,)
 
 
-@pytest.mark.xfail(reason="texts of a job go out in its launcher's client_encoding", strict=True)
 def test_label_and_error_in_the_encoding_of_the_asking_session(
     start_proxy: StartProxy, scratch: str
 ) -> None:

@@ -387,5 +387,5 @@ def test_a_long_text_in_other_words_has_none(conn: Connection) -> None:
 
 def test_what_is_kept_of_an_error_has_no_part_of_a_query() -> None:
     error = ErrorResponse({"C": b"42703", "M": b"x" * 5000, "p": b"4999", "q": b"x" * 5000})
-    kept = kept_error(error).fields
+    kept = kept_error(error, b"UTF8").fields
     assert (len(kept["M"]), kept["p"], "q" in kept) == (4096 + 5, b"4999", False)

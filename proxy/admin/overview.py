@@ -17,6 +17,7 @@ from proxy.jobs.service import JobService
 from proxy.jobs.termination import Lease
 from proxy.log import logger
 from proxy.reasons import explain
+from proxy.sql.recoding import beginning, readable
 
 MOST_RUNNING: Final = 200
 MOST_ENDED: Final = 50
@@ -99,7 +100,7 @@ def _shown(job: Job, wait: str | None) -> dict[str, Any]:
     return {
         "pid": job.pid or None,
         "cookie": job.cookie,
-        "label": _beginning(job.label, _LABEL_SIZE),
+        "label": _beginning(job, job.label, _LABEL_SIZE),
         "role": text(job.user),
         "database": text(job.database),
         "state": "abandoned" if job.is_abandoned else job.state.decode(),
@@ -107,17 +108,17 @@ def _shown(job: Job, wait: str | None) -> dict[str, Any]:
         "launched": job.launched_at.timestamp(),
         "seconds": job.elapsed_ms / 1000,
         "percentage": None if percentage is None else max(0, min(percentage, 100)),
-        "message": _beginning(message, _MESSAGE_SIZE),
+        "message": _beginning(job, message, _MESSAGE_SIZE),
         "wait": wait,
-        "sql": _beginning(job.full_sql, _SQL_SIZE),
+        "sql": _beginning(job, job.full_sql, _SQL_SIZE),
         "rows": job.row_count,
-        "error": _beginning(job.error_field("M"), _MESSAGE_SIZE),
+        "error": _beginning(job, job.error_field("M"), _MESSAGE_SIZE),
         "sqlstate": None if job.error is None else job.error.sqlstate,
     }
 
 
-def _beginning(data: bytes | None, size: int) -> str | None:
+def _beginning(job: Job, data: bytes | None, size: int) -> str | None:
     if data is None:
         return None
-    whole = text(data[: 4 * size + 4])
+    whole = readable(beginning(data, 4 * size + 4, job.encoding), job.encoding)
     return whole if len(whole) <= size else f"{whole[:size]} …"

@@ -35,6 +35,7 @@ from proxy.jobs.launcher import Launcher
 from proxy.jobs.owner import Owner
 from proxy.jobs.registry import NO_PID, Handle, JobRecord
 from proxy.jobs.request import LaunchRequest
+from proxy.sql.recoding import recoded
 from proxy.sql.text import EXECUTOR_ROLE
 
 HOUR_MS: Final = 3_600_000
@@ -73,6 +74,15 @@ class Caller(ABC):
         """Python's name of the encoding of the functions' arguments."""
 
     @property
+    @abstractmethod
+    def encodings(self) -> Sequence[bytes]:
+        """Of what the functions return; before that, those whose characters alone it may have."""
+
+    def text(self, job: JobRecord, text: bytes | None) -> bytes | None:
+        """A text of a job, as the functions return it."""
+        return None if text is None else recoded(text, job.encoding, *self.encodings)
+
+    @property
     def cluster(self) -> bytes:
         """The database cluster of the session. In another cluster the same OID is another role."""
         return self._owner.cluster
@@ -107,7 +117,7 @@ class Caller(ABC):
         if not history.is_on or handles == []:
             return []
         launcher, encoding = self._launching
-        role = Role.of(launcher.login, self.context, encoding)
+        role = Role.of(launcher.login, self.context, encoding, self._owner.server_encoding)
         return await history.read(role, launcher.channel, self.cluster, handles)
 
     @property
@@ -332,7 +342,9 @@ async def cancel_by_label(caller: Caller, pattern: bytes, grace_ms: int = 0) -> 
     jobs = [
         job
         for job in _own(caller)
-        if not job.finished and job.label is not None and like(job.label, pattern, caller.codec)
+        if not job.finished
+        and (label := caller.text(job, job.label)) is not None
+        and like(label, pattern, caller.codec)
     ]
     await _cancel(caller, jobs)
     await wait_for(jobs, caller, min(max(grace_ms, 0), HOUR_MS))
@@ -438,27 +450,27 @@ async def drain(caller: Caller, handles: list[Handle], timeout_ms: int = 0) -> l
 
 
 async def list_jobs(caller: Caller) -> list[Row]:
-    return [_list_row(job) for job in _own(caller)]
+    return [_list_row(caller, job) for job in _own(caller)]
 
 
 async def list_all(caller: Caller) -> list[Row]:
     jobs = [job for job in await caller.known_jobs() if _may_touch(caller, job)]
     known = {job.handle for job in jobs}
     past = [job for job in await caller.past() if job.handle not in known]
-    return [_list_row(job) for job in (*past, *jobs)]
+    return [_list_row(caller, job) for job in (*past, *jobs)]
 
 
-def _list_row(job: JobRecord) -> Row:
+def _list_row(caller: Caller, job: JobRecord) -> Row:
     return (
         *handle_of(job),
         job.launched_at,
         job.role_id,
         job.queue_size,
         job.state,
-        job.preview,
-        job.error_field("M"),
+        caller.text(job, job.preview),
+        caller.text(job, job.error_field("M")),
         job.consumed,
-        job.label,
+        caller.text(job, job.label),
     )
 
 
@@ -470,7 +482,7 @@ async def activity(caller: Caller) -> list[Row]:
     backends = await caller.activity(running)
     # The backend of one that has ended may wait for another, or run it already.
     found = {job.handle: backends.get(job.backend_pid) for job in running}
-    return [(*_list_row(job), *(found.get(job.handle) or (None,) * 7)) for job in jobs]
+    return [(*_list_row(caller, job), *(found.get(job.handle) or (None,) * 7)) for job in jobs]
 
 
 async def stats(caller: Caller) -> Row:
@@ -493,7 +505,9 @@ async def stats_2(caller: Caller) -> Row:
 
 
 async def get_progress(caller: Caller, pid: int, cookie: int) -> Row:
-    return (await _with_cookie(caller, pid, cookie)).progress
+    job = await _with_cookie(caller, pid, cookie)
+    percentage, message = job.progress
+    return percentage, caller.text(job, message)
 
 
 async def result_info(caller: Caller, pid: int, cookie: int) -> Row:
@@ -512,17 +526,17 @@ async def error_info(caller: Caller, pid: int, cookie: int) -> Row | None:
     job = await _with_cookie(caller, pid, cookie)
     if job.error is None:
         return None
-    return tuple(job.error_field(code) for code in "CMDHWstcn")
+    return tuple(caller.text(job, job.error_field(code)) for code in "CMDHWstcn")
 
 
 def _outcome(caller: Caller, handle: Handle, job: JobRecord | None) -> Row:
     if job is None or not _may_touch(caller, job):
         pid, cookie = handle
         return (pid or None, cookie, None, False, False, False, None, None, None, None, None, None)
-    return outcome_of(job)
+    return outcome_of(caller, job)
 
 
-def outcome_of(job: JobRecord) -> Row:
+def outcome_of(caller: Caller, job: JobRecord) -> Row:
     return (
         *handle_of(job),
         job.state,
@@ -532,8 +546,8 @@ def outcome_of(job: JobRecord) -> Row:
         job.row_count,
         job.command_tag,
         job.error_field("C"),
-        job.error_field("M"),
-        job.label,
+        caller.text(job, job.error_field("M")),
+        caller.text(job, job.label),
         job.launched_at,
     )
 
@@ -555,9 +569,9 @@ async def status(caller: Caller, pid: int, cookie: int) -> bytes:
     row = [*zip(OUTCOME_NAMES, _outcome(caller, (pid, cookie), job), strict=True)]
     if job is not None and job.attempts > 1 and _may_touch(caller, job):
         row.append(("attempts", job.attempts))
-    return json.dumps(
-        {name: _json(value) for name, value in row}, ensure_ascii=False, separators=(", ", ": ")
-    ).encode("utf-8", "surrogateescape")
+    found = {name: _json(value, caller.codec) for name, value in row}
+    text = json.dumps(found, ensure_ascii=False, separators=(", ", ": "))
+    return text.encode(caller.codec, "surrogateescape")
 
 
 OUTCOME_NAMES: Final = (
@@ -576,14 +590,15 @@ OUTCOME_NAMES: Final = (
 )
 
 
-def _json(value: object) -> object:
+def _json(value: object, codec: str) -> object:
     if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
+        return value.decode(codec, "surrogateescape")
     return value.isoformat() if isinstance(value, datetime) else value
 
 
-async def full_sql(caller: Caller, pid: int, cookie: int) -> bytes:
-    return (await _with_cookie(caller, pid, cookie)).full_sql
+async def full_sql(caller: Caller, pid: int, cookie: int) -> bytes | None:
+    job = await _with_cookie(caller, pid, cookie)
+    return caller.text(job, job.full_sql)
 
 
 # In jobs, and for administrators

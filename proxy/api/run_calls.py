@@ -27,7 +27,7 @@ async def run(
     label: bytes | None = None,
 ) -> Row:
     job, timed_out = await _run(caller, sql, queue_size, timeout_ms, label, retries=0)
-    return (*outcome_of(job), timed_out, job.elapsed_ms)
+    return (*outcome_of(caller, job), timed_out, job.elapsed_ms)
 
 
 async def run_with_retries(
@@ -40,7 +40,7 @@ async def run_with_retries(
 ) -> Row:
     further = retry.checked(retries, sql)
     job, timed_out = await _run(caller, sql, queue_size, timeout_ms, label, retries=further)
-    return (*outcome_of(job), timed_out, job.elapsed_ms, job.attempts)
+    return (*outcome_of(caller, job), timed_out, job.elapsed_ms, job.attempts)
 
 
 async def _run(

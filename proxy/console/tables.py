@@ -22,6 +22,7 @@ from proxy.jobs.service import JobService
 from proxy.net.connection import Connection
 from proxy.runtime import FIXED, Runtime
 from proxy.session.services import Served
+from proxy.sql.recoding import readable
 
 Value: TypeAlias = "str | int | float | bool | None"
 Row: TypeAlias = "list[Value]"
@@ -154,9 +155,9 @@ def _job(job: Job) -> Row:
     percentage, message = job.progress
     return [
         *(job.pid or None, os.getpid(), _text(job.user), _text(job.database), str(job.route)),
-        *(_text(job.label), _text(job.state), _time(job.launched_at), _time(job.finished_at)),
-        *(job.elapsed_ms, percentage, _text(message), job.row_count, _text(job.command_tag)),
-        *(_text(job.error_field("C")), _text(job.error_field("M")), _text(job.preview)),
+        *(_of(job, job.label), _text(job.state), _time(job.launched_at), _time(job.finished_at)),
+        *(job.elapsed_ms, percentage, _of(job, message), job.row_count, _text(job.command_tag)),
+        *(_text(job.error_field("C")), _of(job, job.error_field("M")), _of(job, job.preview)),
     ]
 
 
@@ -286,6 +287,10 @@ _ROWS: Final[Mapping[str, Callable[[Here], Iterator[Row]]]] = {
     "config": _config,
     "version": _version,
 }
+
+
+def _of(job: Job, text: bytes | None) -> str | None:
+    return None if text is None else readable(text, job.encoding).replace("\0", "?")
 
 
 def _text(name: bytes | None) -> str | None:

@@ -6,13 +6,13 @@ next one is made when it is asked for, so the job waits for its reader.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 from protocol.errors import QUERY_CANCELED, ServerError, SQLError
 from protocol.framing import MessageBuffer
 from protocol.messages import DataRow, Field
 from proxy.extension.conversation import Answer
+from proxy.extension.inside_caller import InsideCaller
 from proxy.jobs.job import Job
 from proxy.jobs.rows import Notice, Rows
 from proxy.sql.encodings import array_text
@@ -29,26 +29,15 @@ class Blocks:
         finished: whether all of it was handed over.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        client_encoding: bytes,
-        *,
-        notice: Callable[[bytes], Awaitable[None]],
-        wait: Callable[[Job], Awaitable[None]],
-    ) -> None:
+    def __init__(self, job: Job, caller: InsideCaller) -> None:
         """
         Args:
             job: whose result it is.
-            client_encoding: of its values.
-            notice: sends a message of the job to the client.
-            wait: waits until something happens to the job.
+            caller: who gets it.
         """
         self.job = job
         self.finished = False
-        self._encoding = client_encoding
-        self._notice = notice
-        self._wait = wait
+        self._caller = caller
         self._rows = MessageBuffer()
         # Its columns, once they are known: the job forgets them when its session is done with it.
         self._columns: tuple[Field, ...] | None = None
@@ -62,7 +51,8 @@ class Blocks:
         modifiers (both int4[]), and the values as text[][], a row of it for each column. Or ``t``
         for a job without rows, and its command tags (text[]).
 
-        Raises SQLError: the job's own, or 57014 if it was canceled meanwhile.
+        Raises SQLError: the job's own; 22P05 for a character that the encoding has not; 57014 if it
+        was canceled meanwhile. Raises OSError.
         """
         rows: list[tuple[bytes | None, ...]] = []
         size = 0
@@ -73,41 +63,43 @@ class Blocks:
                 rows.append(DataRow.parse(message[1]).values)
                 size += len(message[1])
             if size >= SIZE:
-                return self._block(rows)
+                return await self._block(rows)
             output = self.job.output.take()
             if isinstance(output, Notice):
-                await self._notice(self.job.notice(output))
+                await self._caller.pass_on(self.job, output)
             elif isinstance(output, Rows):
                 self._rows.feed(output.data)
             elif not self.job.finished:
-                await self._wait(self.job)
+                await self._caller.wait_for(self.job)
             else:
-                return self._last(rows)
+                return await self._last(rows)
 
-    def _last(self, rows: list[tuple[bytes | None, ...]]) -> Answer:
+    async def _last(self, rows: list[tuple[bytes | None, ...]]) -> Answer:
         job = self.job
         self.finished = True
         if job.fetched_error is not None:
-            raise ServerError(job.fetched_error)
+            raise ServerError(job.report_in(job.fetched_error, *self._caller.encodings))
         if job.canceled:
             # The cancel came too late or had no effect, but later rows were dropped.
             raise SQLError(
                 QUERY_CANCELED, f"results for PID {job.pid} were dropped when it was canceled"
             )
         if self._columns is None:
-            return [b"t", array_text(job.tags, self._encoding)]
-        return self._block(rows)
+            return [b"t", array_text(job.tags, job.encoding)]
+        return await self._block(rows)
 
-    def _block(self, rows: list[tuple[bytes | None, ...]]) -> Answer:
+    async def _block(self, rows: list[tuple[bytes | None, ...]]) -> Answer:
         fields = self._columns or ()
-        columns = [array_text(column, self._encoding) for column in zip(*rows, strict=True)]
+        encoding = self.job.encoding
+        columns = [array_text(column, encoding) for column in zip(*rows, strict=True)]
+        values = await self._caller.values_of(self.job, b"{%b}" % b",".join(columns))
         return [
             b"r",
             b"f" if self.finished else b"t",
             *self._styles(),
             b"{%b}" % b",".join(b"%d" % field.type_oid for field in fields),
             b"{%b}" % b",".join(b"%d" % field.type_modifier for field in fields),
-            b"{%b}" % b",".join(columns),
+            values,
         ]
 
     def _styles(self) -> Answer:

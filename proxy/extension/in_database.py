@@ -433,9 +433,7 @@ class Inside:
         given = await arguments(call)
         value = None if given is None else await call.function.run(caller, **given)
         if isinstance(value, Job):
-            self._blocks = Blocks(
-                value, call.encoding, notice=self._session.inject, wait=caller.wait_for
-            )
+            self._blocks = Blocks(value, caller)
             return await self._block(self._blocks)
         answer = answer_of(value, call.function, call.encoding)
         return answer if call.notification is None else [b"l", *call.notification, *answer]

@@ -10,7 +10,12 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Final
 
-from protocol.errors import INSUFFICIENT_PRIVILEGE, UNDEFINED_OBJECT, SQLError
+from protocol.errors import (
+    FEATURE_NOT_SUPPORTED,
+    INSUFFICIENT_PRIVILEGE,
+    UNDEFINED_OBJECT,
+    SQLError,
+)
 from protocol.values import parse_array
 from proxy.api.calls import Caller
 from proxy.api.values import decode_argument
@@ -22,10 +27,19 @@ from proxy.jobs.job import Job
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.owner import Owner
 from proxy.jobs.request import LaunchRequest
+from proxy.jobs.rows import Notice
 from proxy.sql import encodings
+from proxy.sql.encodings import NO_CONVERSION
+from proxy.sql.lexer import has_lookalikes
+from proxy.sql.recoding import ASCII, encoding_of
 
 WHOLE_AT_ONCE: Final = 512 * 1024
 """Bytes of a word that are decoded without a pause for others."""
+
+_CONVERTED: Final = (
+    b"SELECT pg_catalog.encode(pg_catalog.convert_to("
+    b"pg_catalog.convert_from(pg_catalog.decode($1, 'hex'), $2), $3), 'hex')"
+)
 
 
 def context_of(challenge: Challenge, session_role: bytes) -> Context:
@@ -121,6 +135,48 @@ class InsideCaller(Caller):
     @property
     def codec(self) -> str:
         return encodings.codec(self._call.encoding)
+
+    @property
+    def encodings(self) -> Sequence[bytes]:
+        server = self._owner.server_encoding
+        # The server converts it to its own before the function returns it.
+        encoding = encoding_of(self._call.encoding, server)
+        # It refuses most characters of JOHAB, also those that it makes itself.
+        if encoding == b"JOHAB" or self._is_misread(encoding):
+            encoding = ASCII
+        return server, encoding
+
+    def _is_misread(self, encoding: bytes) -> bool:
+        """Whether a database in SQL_ASCII would find backslashes in its characters."""
+        is_raw = self._owner.server_encoding in NO_CONVERSION
+        return is_raw and has_lookalikes(encoding.decode("ascii", "replace"))
+
+    async def pass_on(self, job: Job, notice: Notice) -> None:
+        """Send a message of a job to the client."""
+        await self._owner.inject(job.notice(notice, self._owner.encoding))
+
+    async def values_of(self, job: Job, text: bytes) -> bytes:
+        """Values of a job, as the functions return them: converted by the server. Raises SQLError
+        22P05 for a character that the encoding has not, OSError."""
+        target = encoding_of(self._call.encoding, self._owner.server_encoding)
+        if text.isascii():
+            return text
+        if self._is_misread(job.encoding) or self._is_misread(target):
+            raise SQLError(
+                FEATURE_NOT_SUPPORTED,
+                f"a database in SQL_ASCII cannot read results in {target.decode()}",
+                hint="Use another client_encoding, or fetch the result in a statement of its own.",
+            )
+        if job.encoding == target:
+            return text
+        # Not the channel whose query the function reads.
+        channel = await self._launcher.channel()
+        try:
+            words = text.hex().encode(), job.encoding, target
+            [[found]] = await channel.transact((_CONVERTED, words))
+        finally:
+            self._owner.service.channels.give_back(channel)
+        return bytes.fromhex((found or b"").decode())
 
     @property
     def _launching(self) -> tuple[Launcher, bytes]:

@@ -82,8 +82,12 @@ class JobSession(Owner):
 
     @property
     def client_encoding(self) -> bytes:
-        """Not known; each question says its own."""
-        return b"UTF8"
+        """As it was when the job began; each question says its own."""
+        return self._backend.parameters.get(b"client_encoding", b"")
+
+    @property
+    def server_encoding(self) -> bytes:
+        return self._backend.parameters.get(b"server_encoding", b"")
 
     def cancel_statement(self) -> None:
         self._backend.is_spent = True  # the request may come late

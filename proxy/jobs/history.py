@@ -28,11 +28,12 @@ from proxy.backends.identity import Login
 from proxy.config import Config
 from proxy.jobs.context import Context
 from proxy.jobs.job import Job
-from proxy.jobs.registry import NO_PID, TEXT_SIZE, Handle, JobRecord, shortened
+from proxy.jobs.registry import NO_PID, Handle, JobRecord, shortened
 from proxy.jobs.retries import RetriedJob
 from proxy.log import logger
 from proxy.reasons import explain
 from proxy.sql.encodings import array_2_text, array_text
+from proxy.sql.recoding import recoded
 
 FIELDS: Final = 19
 """Of a row, as _pg_background_record takes it."""
@@ -49,7 +50,6 @@ _MOST_OF_ROLE: Final = 2_000
 """Rows that wait to be written, of all jobs of the process, and of those of one role."""
 
 _SQL_SIZE: Final = 8 * 1024
-_LABEL_SIZE: Final = 1024
 
 _AGAIN: Final = (0.2, 1.0, 5.0)
 _PASSING: Final = ("08", "40", "53", "55", "57")
@@ -72,6 +72,11 @@ _LIMITS: Final = (
     b" pg_catalog.set_config('lock_timeout', '3s', true)"
 )
 _SET: Final = b"SELECT pg_catalog.set_config($1, $2, true)"
+_AS_STORED: Final = (
+    b"SELECT pg_catalog.set_config('client_encoding',"
+    b" pg_catalog.current_setting('server_encoding'), true)"
+)
+"""Has the server convert nothing: one row that it cannot convert would hide all others."""
 
 Lease = Callable[[], Awaitable[Channel]]
 """Lends a channel of a login. Raises SQLError, OSError, ProtocolViolation."""
@@ -85,18 +90,22 @@ class Role(NamedTuple):
     Attributes:
         session_role: by SET SESSION AUTHORIZATION.
         set_role: by SET ROLE, or ``none``.
-        encoding: of the names and of its jobs' texts.
+        encoding: client_encoding, for the names and its jobs' texts.
+        server_encoding: of the database.
     """
 
     login: Login
     session_role: bytes
     set_role: bytes
     encoding: bytes
+    server_encoding: bytes
 
     @classmethod
-    def of(cls, login: Login, context: Context, encoding: bytes) -> Role:
-        """The current role of a call."""
-        return cls(login, context.session_role, context.set_role, encoding)
+    def of(cls, login: Login, context: Context, encoding: bytes, server_encoding: bytes) -> Role:
+        """The current role of a call, in a session with these encodings."""
+        if server_encoding == b"SQL_ASCII":
+            encoding = server_encoding  # the database takes what it gets
+        return cls(login, context.session_role, context.set_role, encoding, server_encoding)
 
     def taken(self) -> list[Command]:
         """What a channel does first in a transaction."""
@@ -138,7 +147,7 @@ class PastJob(JobRecord):
     def __init__(self, row: Sequence[bytes | None], cluster: bytes) -> None:
         """`row`: of `_READ`. Raises ValueError."""
         pid, cookie, role_id, state, started, finished, rows, tag, code, message, *rest = row
-        label, sql, attempts = rest
+        label, sql, attempts, server_encoding = rest
         super().__init__(
             int(pid or 0),
             int(cookie or 0),
@@ -146,6 +155,7 @@ class PastJob(JobRecord):
             queue_size=0,
             role_id=int(role_id or 0),
             cluster=cluster,
+            encoding=_encoding_of_table(server_encoding or b""),
             label=label,
         )
         self._state = state or b""
@@ -170,7 +180,8 @@ _LOST: Final = b"nobody knows how the job has ended"
 _READ: Final = b"""
 SELECT h.pid, h.cookie, h.role_id, h.state, EXTRACT(EPOCH FROM h.started_at),
   EXTRACT(EPOCH FROM h.finished_at), h.row_count, h.command_tag, h.sqlstate, h.message, h.label,
-  pg_catalog."left"(h.sql, 480), h.attempts FROM %b.pg_background_history h"""
+  pg_catalog."left"(h.sql, 480), h.attempts,
+  pg_catalog.current_setting('server_encoding') FROM %b.pg_background_history h"""
 _OF_HANDLES: Final = (
     b" WHERE EXISTS(SELECT 1 FROM ROWS FROM (pg_catalog.unnest(CAST($1 AS pg_catalog.int4[])),"
     b" pg_catalog.unnest(CAST($2 AS pg_catalog.int8[]))) AS p(pid, cookie)"
@@ -226,7 +237,7 @@ class History:
             return
         sql = job.full_sql
         if config.history_sql:
-            sql = shortened(sql, _SQL_SIZE)
+            sql = shortened(sql, _SQL_SIZE, job.encoding)
         else:
             sql = b"sha256:" + hashlib.sha256(sql).hexdigest().encode()
         entry = _Entry(job, sql, job.launched_at - timedelta(seconds=waited))
@@ -293,12 +304,12 @@ class History:
         """Write how these jobs are now; whether that is done."""
         for delay in (*_AGAIN, None):
             try:
-                await self._write_once(role, writer, [self._row(entry) for entry in entries])
+                await self._write_once(role, writer, [self._row(entry, role) for entry in entries])
             except (SQLError, OSError, ProtocolViolation) as error:
                 reason = explain(error)
                 lasts = isinstance(error, SQLError) and error.sqlstate[:2] not in _PASSING
                 if isinstance(error, ServerError) and error.sqlstate[:2] == "22":
-                    reason = await self._write_in_ascii(role, writer, entries)
+                    reason = await self._write_one_by_one(role, writer, entries)
                     if not reason:
                         return True
                 elif delay is not None and not lasts:
@@ -310,14 +321,20 @@ class History:
                 return True
         return False
 
-    async def _write_in_ascii(self, role: Role, writer: _Writer, entries: list[_Entry]) -> str:
-        """The same for texts that are not valid in their encoding, each row by itself; why it has
-        failed, if so."""
+    async def _write_one_by_one(self, role: Role, writer: _Writer, entries: list[_Entry]) -> str:
+        """The same where the server cannot convert a text, each row by itself, and in ASCII if it
+        is that row; why it has failed, if so."""
         reason = ""
         for entry in entries:
-            row = [None if text is None else _ascii(text) for text in self._row(entry)]
+            row = self._row(entry, role)
+            in_ascii = [None if text is None else _ascii(text) for text in row]
             try:
-                await self._write_once(role, writer, [row])
+                try:
+                    await self._write_once(role, writer, [row])
+                except ServerError as error:
+                    if error.sqlstate[:2] != "22":
+                        raise
+                    await self._write_once(role, writer, [in_ascii])
             except (SQLError, OSError, ProtocolViolation) as error:
                 reason = explain(error)
         return reason
@@ -357,7 +374,7 @@ class History:
         *_, last = await channel.transact((_LIMITS, (role.encoding,)), (self._find, ()))
         return last[0] if len(last) == 1 else None
 
-    def _row(self, entry: _Entry) -> list[bytes | None]:
+    def _row(self, entry: _Entry, role: Role) -> list[bytes | None]:
         """How a job is now, for _pg_background_record."""
         job, config = entry.job, self._config()
         rests = isinstance(job, RetriedJob) and job.rests
@@ -365,14 +382,20 @@ class History:
         is_worth_it = self._is_worth_a_row(job)
         values = [
             *(job.pid, job.cookie, 0 if rests else job.backend_pid),
-            None if job.label is None else shortened(job.label, _LABEL_SIZE),
+            job.label,  # which has as many bytes at the most
             *(entry.sql, _epoch(entry.queued_at), _epoch(job.launched_at)),
             *(_epoch(job.finished_at), config.history_retention),
             *(_state(job) if is_worth_it else None, job.attempts, job.row_count, job.command_tag),
-            *(_cut(job.error_field(code)) for code in "CMD"),
-            *(percentage, _cut(progress), self._proxy),
+            *(job.error_field(code) for code in "CMD"),
+            *(percentage, progress, self._proxy),
         ]
         assert len(values) == FIELDS
+        if role.server_encoding == b"SQL_ASCII":
+            target = _encoding_of_table(role.server_encoding)
+            values = [
+                recoded(value, job.encoding, target) if isinstance(value, bytes) else value
+                for value in values
+            ]
         return [
             value if value is None or isinstance(value, bytes) else str(value).encode()
             for value in values
@@ -414,11 +437,11 @@ class History:
             cookies = [b"%d" % cookie for _, cookie in handles]
             arrays = [array_text(column, role.encoding) for column in (pids, cookies)]
             query = (_READ % schema + _OF_HANDLES, arrays)
-        rows = await channel.transact(*role.taken(), query)
+        rows = await channel.transact(*role.taken(), (_AS_STORED, ()), query)
         return [row for row in rows if len(row) == _COLUMNS]
 
 
-_COLUMNS: Final = 13
+_COLUMNS: Final = 14
 """Of `_READ`."""
 
 
@@ -438,8 +461,10 @@ def _time(epoch: bytes | None) -> datetime | None:
     return None if epoch is None else datetime.fromtimestamp(float(epoch), UTC)
 
 
-def _cut(text: bytes | None) -> bytes | None:
-    return None if text is None else shortened(text, TEXT_SIZE)
+def _encoding_of_table(server_encoding: bytes) -> bytes:
+    """Of the texts in the table. A database that would take any bytes has UTF-8: else one text in
+    the bytes of another encoding would make a list of all fail."""
+    return b"UTF8" if server_encoding == b"SQL_ASCII" else server_encoding
 
 
 def _ascii(text: bytes) -> bytes:

@@ -16,7 +16,7 @@ import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 from protocol.errors import (
     ADMIN_SHUTDOWN,
@@ -52,6 +52,7 @@ from proxy.jobs.registry import (
     NO_PID,
     RUNNING,
     JobRecord,
+    ReportT,
     cut_fields,
     kept_error,
     new_cookie,
@@ -66,8 +67,6 @@ LONGEST: Final = 1024 * 1024
 """Bytes that an error or a notice may have, whatever the queue size."""
 
 _IDLE: Final = bytes([TransactionStatus.IDLE])
-
-ReportT = TypeVar("ReportT", ErrorResponse, NoticeResponse)
 
 
 class JobSession(Protocol):
@@ -117,6 +116,7 @@ class Job(JobRecord):
         queue_size: int,
         role_id: int,
         cluster: bytes,
+        encoding: bytes,
         route: Route,
         user: bytes,
         database: bytes,
@@ -133,6 +133,7 @@ class Job(JobRecord):
             queue_size=queue_size,
             role_id=role_id,
             cluster=cluster,
+            encoding=encoding,
             label=label,
         )
         self.route = route
@@ -441,7 +442,7 @@ class Job(JobRecord):
                 if self._missing:
                     return
                 long, self._long = self._long, None
-                self._message(long.kind, _whole(long) if long.is_cut else long.body)
+                self._message(long.kind, _whole(long, self.encoding) if long.is_cut else long.body)
                 if self.finished:
                     return
             self._read(self._partial + data)
@@ -559,10 +560,9 @@ class Job(JobRecord):
             settings.asks_behind = False  # the next ReadyForQuery is that of the comparison
             self._is_committed = not self._backend.is_pooled
             return
-        if self.keeps_rows and self.columns is not None and self.error is None:
-            fault = settings.fault(self.columns)
-            if fault is not None:
-                self._fail(fault.response())
+        columns = self.columns if self.keeps_rows and self.error is None else None
+        if columns is not None and (fault := settings.fault(columns)) is not None:
+            self._fail(fault.response())
         if self._backend.is_pooled and status != _IDLE and not self._commits:
             self._commits = True
             if self.canceled and self.error is None:
@@ -578,7 +578,7 @@ class Job(JobRecord):
 
     def _fail(self, error: ErrorResponse) -> None:
         whole = self._with_context(error)
-        self.error = kept_error(whole)
+        self.error = kept_error(whole, self.encoding)
         if not self._left:
             self._whole_error = whole
 
@@ -597,7 +597,7 @@ class Job(JobRecord):
 
     def _report_progress(self, notice: bytes) -> bool:
         """What a call of pg_background_progress has said; false if it is something else."""
-        report = reported(notice, self._marker)
+        report = reported(notice, self._marker, self.encoding)
         self.progress = report or self.progress
         return report is not None
 
@@ -605,10 +605,10 @@ class Job(JobRecord):
         error = self._text.located(error, self._statements_done)
         return pooler.explained_of_job(error) if self.is_pooled else error
 
-    def notice(self, output: Notice) -> bytes:
-        """A message of the job as its caller gets it: the whole NoticeResponse."""
+    def notice(self, output: Notice, encoding: bytes) -> bytes:
+        """A message of the job for who has this encoding: the whole NoticeResponse."""
         notice = self._text.located(NoticeResponse.parse(output.data))
-        return self._with_context(notice).serialize()
+        return self.report_in(self._with_context(notice), encoding).serialize()
 
     def _with_context(self, report: ReportT) -> ReportT:
         if self.pid == NO_PID:
@@ -643,8 +643,8 @@ class Job(JobRecord):
             self._finish()
 
 
-def _whole(message: LongMessage) -> bytes:
+def _whole(message: LongMessage, encoding: bytes) -> bytes:
     """The body of an error or a notice that was cut. Raises ProtocolViolation for others."""
     if message.kind not in (B.ERROR_RESPONSE, B.NOTICE_RESPONSE):
         raise ProtocolViolation(f"message of type {chr(message.kind)!r} is too long")
-    return cut_fields(message.body)
+    return cut_fields(message.body, encoding)

@@ -13,6 +13,7 @@ from typing import Final
 from proxy.config import Config
 from proxy.jobs.job import Job
 from proxy.log import Event, Milliseconds, Value, logger
+from proxy.sql.recoding import readable
 
 OFF: Final = -1
 """The log_min_job_duration that logs no job."""
@@ -46,14 +47,14 @@ def ended(job: Job, config: Config) -> None:
 def _names(job: Job) -> dict[str, Value]:
     return {
         "pid": job.pid or None,
-        "label": None if job.label is None else _text(job.label),
+        "label": None if job.label is None else readable(job.label, job.encoding),
         "user": _text(job.user),
         "database": _text(job.database),
     }
 
 
 def _sql(job: Job, config: Config) -> dict[str, Value]:
-    return {"sql": _text(job.preview)} if config.log_job_sql else {}
+    return {"sql": readable(job.preview, job.encoding)} if config.log_job_sql else {}
 
 
 def _text(name: bytes) -> str:

@@ -8,14 +8,11 @@ it was launched, also where the server got other words.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, TypeVar
+from typing import Final
 
-from protocol.messages import ErrorResponse, NoticeResponse
-from proxy.jobs.registry import FULL_SQL_SIZE
+from proxy.jobs.registry import FULL_SQL_SIZE, ReportT
 from proxy.sql.encodings import position_codec
 from proxy.sql.rewrite import Piece, Rewrite
-
-ReportT = TypeVar("ReportT", ErrorResponse, NoticeResponse)
 
 LONGEST_QUERY: Final = FULL_SQL_SIZE
 """Bytes of a text that goes along with its errors. Those of a longer one have the position only."""

@@ -42,6 +42,8 @@ from proxy.jobs.room import FOR_EVER, FullError, Patience, Waiting
 from proxy.jobs.service import JobService
 from proxy.jobs.termination import canceled
 from proxy.reasons import explain
+from proxy.sql.encodings import codec
+from proxy.sql.recoding import encoding_of
 from proxy.stats import counters, error_class
 
 T = TypeVar("T")
@@ -109,6 +111,16 @@ class Owner(ABC):
     @abstractmethod
     def client_encoding(self) -> bytes:
         """As PostgreSQL names it."""
+
+    @property
+    @abstractmethod
+    def server_encoding(self) -> bytes:
+        """As PostgreSQL names it; empty if it is not known."""
+
+    @property
+    def encoding(self) -> bytes:
+        """Of what it is sent."""
+        return encoding_of(self.client_encoding, self.server_encoding)
 
     @abstractmethod
     async def inject(self, message: bytes) -> None:
@@ -252,7 +264,7 @@ class Owner(ABC):
 
     def _follow(self, job: Job, launch: _Launch, patience: Patience) -> None:
         launcher = launch.launcher
-        role = Role.of(launcher.login, launch.context, launch.client_encoding)
+        role = Role.of(launcher.login, launch.context, launch.client_encoding, self.server_encoding)
         self.service.history.follow(job, role, launcher.channel, waited=patience.waited)
 
     def _leave_databases(self, sql: bytes) -> None:
@@ -271,6 +283,7 @@ class Owner(ABC):
             queue_size=launch.queue_size,
             role_id=launch.context.role_id,
             cluster=self.cluster,
+            encoding=encoding_of(launch.client_encoding, self.server_encoding),
             route=launcher.route,
             user=launcher.user,
             database=launcher.database,
@@ -416,10 +429,10 @@ class Owner(ABC):
                 raise
         except SQLError as error:
             counters.not_launched[error_class(error.sqlstate)] += 1
-            job.end_with(error.response())
+            job.end_with(error.response(codec(job.encoding)))
             self._follow(job, launch, patience)
         except (OSError, ProtocolViolation) as error:
-            job.end_with(no_backend(explain(error)).response())
+            job.end_with(no_backend(explain(error)).response(codec(job.encoding)))
             self._follow(job, launch, patience)
 
     def transaction_ended(self) -> None:

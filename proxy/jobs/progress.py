@@ -125,8 +125,11 @@ def _arguments(tokens: Tokens) -> dict[str, tuple[int, int]]:
     return given
 
 
-def reported(notice: bytes, marker: bytes) -> tuple[int | None, bytes | None] | None:
-    """What the body of a NoticeResponse reports, percentage and text; None if it is no report."""
+def reported(
+    notice: bytes, marker: bytes, encoding: bytes
+) -> tuple[int | None, bytes | None] | None:
+    """What the body of a NoticeResponse reports, percentage and text; None if it is no report.
+    `encoding`: of the job."""
     if marker not in notice:
         return None
     message = NoticeResponse.parse(notice).message
@@ -137,4 +140,4 @@ def reported(notice: bytes, marker: bytes) -> tuple[int | None, bytes | None] | 
     except ValueError:
         return None
     clamped = None if percentage is None else min(max(percentage, 0), 100)
-    return clamped, None if text is None else shortened(text, TEXT_SIZE)
+    return clamped, None if text is None else shortened(text, TEXT_SIZE, encoding)

@@ -17,7 +17,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Generic, Self, TypeVar
 
 from protocol.errors import CONNECTION_FAILURE, QUERY_CANCELED, SQLError
-from protocol.messages import ErrorResponse
+from protocol.messages import ErrorResponse, NoticeResponse
+from proxy.sql.recoding import beginning, first_characters, recoded, whole_characters
 
 PREVIEW_SIZE: Final = 120
 FULL_SQL_SIZE: Final = 64 * 1024
@@ -38,6 +39,7 @@ _LISTED_FIELDS: Final = "CM"
 _MILLISECOND: Final = timedelta(milliseconds=1)
 
 JobT = TypeVar("JobT", bound="JobRecord")
+ReportT = TypeVar("ReportT", ErrorResponse, NoticeResponse)
 
 Handle = tuple[int, int]
 """Pid and cookie. No pid, `NO_PID`, means the job of the cookie, whatever its pid is."""
@@ -64,6 +66,8 @@ class JobRecord:
         pid: of its backend; `NO_PID` as long as it waits for one.
         cookie: a random number that tells it from all others.
         unfinished_state: its state until it ends: `RUNNING`, or what it waits for.
+        encoding: of its SQL, its label and all that its backend says, as PostgreSQL names it;
+            SQL_ASCII if it is unknown.
         label: what its launcher called it.
         role_id: OID of the current role at launch.
         cluster: what tells the database cluster of that role from others.
@@ -88,12 +92,15 @@ class JobRecord:
         queue_size: int,
         role_id: int,
         cluster: bytes,
+        encoding: bytes,
         label: bytes | None,
     ) -> None:
         self.pid = pid
         self.cookie = cookie
         self.unfinished_state = RUNNING
-        self.label = None if label is None else kept_label(label)
+        self.encoding = encoding
+        # More than application_name shows, and all that a name may be.
+        self.label = None if label is None else beginning(label, LABEL_SIZE, encoding)
         self.role_id = role_id
         self.cluster = cluster
         self.queue_size = queue_size
@@ -157,16 +164,21 @@ class JobRecord:
         """A field of its error; None without one."""
         return None if self.error is None else self.error.fields.get(code)
 
+    def report_in(self, report: ReportT, *encodings: bytes) -> ReportT:
+        """A message of its backend for who has the last of these encodings (see `recoded`)."""
+        fields = report.fields.items()
+        return type(report)({code: recoded(it, self.encoding, *encodings) for code, it in fields})
+
     @property
     def preview(self) -> bytes:
         """The beginning of its SQL: 120 characters."""
-        beginning = self._sql[:LISTED_SQL_SIZE].decode("utf-8", "surrogateescape")
-        return beginning[:PREVIEW_SIZE].encode("utf-8", "surrogateescape")
+        start = beginning(self._sql, LISTED_SQL_SIZE, self.encoding)
+        return first_characters(start, PREVIEW_SIZE, self.encoding)
 
     @property
     def full_sql(self) -> bytes:
         """Its SQL; what is longer than 64 KiB is cut and marked so."""
-        return shortened(self._sql, FULL_SQL_SIZE)
+        return shortened(self._sql, FULL_SQL_SIZE, self.encoding)
 
     # Who follows it
 
@@ -193,6 +205,7 @@ class JobRecord:
             "pid": self.pid,
             "cookie": self.cookie,
             "unfinished_state": _text(self.unfinished_state),
+            "encoding": self.encoding.decode("ascii", "replace"),
             "label": _text(self.label),
             "role_id": self.role_id,
             "cluster": _text(self.cluster),
@@ -232,6 +245,7 @@ class RemoteJob(JobRecord):
             queue_size=snapshot["queue_size"],
             role_id=snapshot["role_id"],
             cluster=base64.b64decode(snapshot["cluster"]),
+            encoding=snapshot["encoding"].encode(),
             label=_bytes(snapshot["label"]),
         )
         self.owner = owner
@@ -286,40 +300,30 @@ def _bytes(text: str | None) -> bytes | None:
     return None if text is None else base64.b64decode(text)
 
 
-def shortened(text: bytes, size: int) -> bytes:
+def shortened(text: bytes, size: int, encoding: bytes) -> bytes:
     """At most about that many bytes of a text, and a mark if it is cut."""
-    return text if len(text) <= size else _beginning(text, size) + CUT
+    return text if len(text) <= size else beginning(text, size, encoding) + CUT
 
 
-def kept_label(label: bytes) -> bytes:
-    """What is kept of a label: more than application_name shows, and all that a name may be."""
-    return label if len(label) <= LABEL_SIZE else _beginning(label, LABEL_SIZE)
-
-
-def kept_error(error: ErrorResponse) -> ErrorResponse:
+def kept_error(error: ErrorResponse, encoding: bytes) -> ErrorResponse:
     """What is kept of an error after its result was fetched, or will not be."""
     if all(len(text) <= TEXT_SIZE for text in error.fields.values()):
         return error
     return ErrorResponse(
         {
-            code: shortened(text, TEXT_SIZE)
+            code: shortened(text, TEXT_SIZE, encoding)
             for code, text in error.fields.items()
             if code != "q" or len(text) <= TEXT_SIZE  # a part of it would not fit the position
         }
     )
 
 
-def cut_fields(body: bytes) -> bytes:
+def cut_fields(body: bytes, encoding: bytes) -> bytes:
     """The body of an ErrorResponse or NoticeResponse of which only the beginning is here."""
     whole, _, last = body.rpartition(b"\0")
     if last:
-        last = _beginning(last, len(last)) + CUT + b"\0"
+        last = whole_characters(last, encoding) + CUT + b"\0"
     return (whole + b"\0" if whole else b"") + last + b"\0"
-
-
-def _beginning(text: bytes, size: int) -> bytes:
-    """Whole characters, if they are UTF-8."""
-    return text[:size].decode("utf-8", "ignore").encode() or text[:size]
 
 
 class JobRegistry(Generic[JobT]):

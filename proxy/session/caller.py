@@ -279,6 +279,10 @@ class SessionCaller(Caller):
     def codec(self) -> str:
         return self._session.codec
 
+    @property
+    def encodings(self) -> Sequence[bytes]:
+        return (self._session.encoding,)
+
     async def known_jobs(self) -> Sequence[JobRecord]:
         return await self._for(super().known_jobs())
 

@@ -44,6 +44,10 @@ class ClientSession(Owner, Hooks):
         return self.relay.setting(b"client_encoding") or b"UTF8"
 
     @property
+    def server_encoding(self) -> bytes:
+        return self.relay.setting(b"server_encoding")
+
+    @property
     def codec(self) -> str:
         """The Python codec of the client_encoding."""
         return encodings.codec(self.relay.setting(b"client_encoding"))

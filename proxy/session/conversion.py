@@ -1,5 +1,5 @@
-"""Rows of a job that the server converts: to the type modifiers of a column definition list, or to
-binary formats that `protocol.values` does not know.
+"""Rows of a job that the server converts: to the type modifiers of a column definition list, to
+binary formats that `protocol.values` does not know, or to another encoding than the job's.
 
 Invariant: each value goes through the input function of its type, with its modifier, in the
 client's own transaction; what comes back is passed on as it is. So values and errors are the
@@ -18,6 +18,8 @@ from protocol.messages import Field
 from protocol.values import oids
 from proxy.sql import encodings
 from proxy.sql.lexer import mask
+from proxy.sql.recoding import readable
+from proxy.sql.text import literal
 
 Ask = Callable[[bytes, Sequence[bytes], Sequence[int]], Awaitable[Sequence[Sequence[bytes | None]]]]
 """Asks the server: SQL, its parameters as text, the formats of the result. Returns its rows."""
@@ -36,7 +38,8 @@ class Conversion:
         given: the job's columns.
         columns: the places of those that the client wants.
         formats: of these.
-        client_encoding: PostgreSQL's name.
+        encoding: of the rows, as PostgreSQL names it.
+        client_encoding: that of the client, to which the server converts them if it is another.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Conversion:
         given: Sequence[Field],
         columns: Sequence[int],
         formats: Sequence[int],
+        encoding: bytes,
         client_encoding: bytes,
     ) -> None:
         items = list[bytes]()
@@ -58,12 +62,17 @@ class Conversion:
             cast = _CASTS.get(given[place].type_oid)
             name = b't."%d"' % place
             items.append(b"CAST(%s AS %s)" % (name, cast) if cast else name)
-        self._sql = b"SELECT %s FROM pg_catalog.json_to_recordset($1) AS t(%s)" % (
+        self._recodes = encoding != client_encoding
+        rows = b"$1"
+        if self._recodes:
+            rows = b"CAST(pg_catalog.convert_from($1, %b) AS pg_catalog.json)" % literal(encoding)
+        self._sql = b"SELECT %s FROM pg_catalog.json_to_recordset(%s) AS t(%s)" % (
             b", ".join(items),
+            rows,
             b", ".join(definitions),
         )
         self._formats = formats
-        self._encoding = client_encoding.decode("ascii", "replace")
+        self._encoding = encoding.decode("ascii", "replace")
 
     async def rows(
         self, rows: Sequence[Sequence[bytes | None]], ask: Ask
@@ -77,7 +86,10 @@ class Conversion:
             )
             for row in rows
         ]
-        return await ask(self._sql, [b"[%s]" % b",".join(objects)], self._formats)
+        array = b"[%s]" % b",".join(objects)
+        if self._recodes:
+            array = b"\\x" + array.hex().encode()
+        return await ask(self._sql, [array], self._formats)
 
     def _string(self, value: bytes) -> bytes:
         """A JSON string, also where a byte of a character looks like a backslash."""
@@ -93,7 +105,11 @@ class Conversion:
 
 
 async def types_of(
-    given: Sequence[Field], columns: Sequence[int], fields: Sequence[Field], ask: Ask
+    given: Sequence[Field],
+    columns: Sequence[int],
+    fields: Sequence[Field],
+    ask: Ask,
+    encoding: bytes,
 ) -> Sequence[bytes]:
     """The types of a job's columns, as SQL; text for those that the client does not want in binary.
 
@@ -102,6 +118,7 @@ async def types_of(
         columns: the places of those that the client wants.
         fields: these, with their formats.
         ask: asks the server.
+        encoding: of the columns' names.
 
     Raises SQLError 0A000 for a type that is not there, or has no values of its own.
     """
@@ -120,17 +137,18 @@ async def types_of(
             type = b"pg_catalog.text"
         if type is None:
             raise no_binary_form(
-                field, f"The server cannot convert the type with OID {field.type_oid}."
+                readable(field.name, encoding),
+                f"The server cannot convert the type with OID {field.type_oid}.",
             )
         types.append(type)
     return types
 
 
-def no_binary_form(field: Field, reason: str) -> SQLError:
-    """What is said of a column that cannot be had in binary format."""
+def no_binary_form(name: str, reason: str) -> SQLError:
+    """What is said of a column of this name that cannot be had in binary format."""
     return SQLError(
         FEATURE_NOT_SUPPORTED,
         "binary format is not available for this column of pg_background_result",
-        detail=f'Column "{field.name.decode("utf-8", "replace")}": {reason}',
+        detail=f'Column "{name}": {reason}',
         hint="Ask for results in text format, or cast the column to text in the job's SQL.",
     )

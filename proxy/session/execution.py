@@ -292,6 +292,7 @@ class Execution:
                     self._primary.write,
                     batch.caller.wait_for,
                     functools.partial(self._ask, portal),
+                    batch.session.encoding,
                 )
                 await portal.result.describe()
                 yield portal.result
@@ -352,7 +353,6 @@ class Execution:
                 defined=defined,
                 described=told,
                 formats=portal.formats,
-                client_encoding=self._batch.session.client_encoding,
             )
         if function.returns_set:
             rows = value or []
@@ -362,7 +362,9 @@ class Execution:
         if not columns:
             # A job whose pid is NULL has no rows, of whatever columns.
             fields = defined or (text_field(),)
-            columns = [Column(field.name.decode(), TEXT) for field in fields]
+            columns = [
+                Column(field.name.decode("utf-8", "surrogateescape"), TEXT) for field in fields
+            ]
         elif defined:
             columns = as_defined(columns, defined)
         return Table(

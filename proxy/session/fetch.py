@@ -1,14 +1,15 @@
 """Handing over a job's result: its shape is checked, its rows are passed on.
 
 Invariant: rows go from the job to the client as the bytes that came. They are taken apart only when
-the client wants some of the columns, binary format, or a limited number of rows; and converted by
-the server (`conversion`) where it alone can.
+the client wants some of the columns, binary format, a limited number of rows, or another encoding
+than the job's; and converted by the server (`conversion`) where it alone can.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from protocol.errors import (
@@ -26,6 +27,7 @@ from proxy.jobs.job import Job
 from proxy.jobs.rows import Notice, Rows
 from proxy.session.conversion import Conversion, no_binary_form, types_of
 from proxy.session.results import Means, choose, with_formats
+from proxy.sql.recoding import readable, recoded
 from proxy.statements.plan import ResultPlan
 
 _NO_BINARY_FORM: Final = frozenset({1033, 3642})
@@ -57,7 +59,6 @@ class Fetch:
         defined: Sequence[Field],
         described: Sequence[Field],
         formats: Sequence[int],
-        client_encoding: bytes,
     ) -> None:
         """
         Args:
@@ -66,7 +67,6 @@ class Fetch:
             defined: the column definition list; empty if there is none.
             described: what the client was told of the columns that it wants, if it was.
             formats: the result formats of the client's Bind.
-            client_encoding: PostgreSQL's name.
         """
         self.job = job
         self.fields: tuple[Field, ...] = ()
@@ -74,8 +74,9 @@ class Fetch:
         self._plan = plan
         self._defined = defined
         self._told = described
-        self._encoding = client_encoding
-        self._conversion: Conversion | None = None
+        # By the encoding to which it converts.
+        self._conversions: dict[bytes, Conversion] = {}
+        self._needs_types = False
         self._formats = formats
         self._described = False
         self._columns: tuple[int, ...] = ()
@@ -102,7 +103,7 @@ class Fetch:
             await self._notices()
         if self.job.columns is None and self.job.fetched_error is not None:
             raise self._failed(self.job.fetched_error)
-        self._given, self._tags = self.job.columns, self.job.tags
+        self._given, self._tags = self._named(self.job.columns), self.job.tags
         self._check_shape()
         given = (text_field(),) if self._given is None else self._given
         self._columns, fields = choose(self._plan.outputs, self._defined or given)
@@ -111,19 +112,43 @@ class Fetch:
         self.fields = with_formats(fields, self._formats)
         self._described = True
         if self._given is not None and self._needs_server(self._given):
-            self._conversion = Conversion(
-                self._plan.types
-                or await types_of(self._given, self._columns, self.fields, self.means.ask),
-                self._given,
-                self._columns,
-                [field.format for field in self.fields],
-                self._encoding,
-            )
+            self._needs_types = True
+            await self._conversion(self._given)
         self._as_it_is = (
-            self._conversion is None
+            not self._needs_types
             and self._columns == tuple(range(len(given)))
             and not any(field.format for field in self.fields)
         )
+
+    def _named(self, columns: tuple[Field, ...] | None) -> tuple[Field, ...] | None:
+        """The job's columns, their names in the client's encoding."""
+        if columns is None or not self._recodes:
+            return columns
+        encodings = self.job.encoding, self.means.encoding
+        return tuple(replace(field, name=recoded(field.name, *encodings)) for field in columns)
+
+    @property
+    def _recodes(self) -> bool:
+        """Whether the client gets another encoding than the job's: it was another session's then,
+        or the session has changed its own since."""
+        return self.job.encoding != self.means.encoding
+
+    async def _conversion(self, given: Sequence[Field]) -> Conversion:
+        """What has the server convert rows. Raises SQLError."""
+        encoding = self.means.encoding
+        if encoding not in self._conversions:
+            # Without modifiers, only what is binary must be read by the server.
+            types = self._plan.types if self._needs_types else ()
+            self._conversions[encoding] = Conversion(
+                types
+                or await types_of(given, self._columns, self.fields, self.means.ask, encoding),
+                given,
+                self._columns,
+                [field.format for field in self.fields],
+                self.job.encoding,
+                encoding,
+            )
+        return self._conversions[encoding]
 
     def _check_told(self, fields: Sequence[Field]) -> None:
         """Raises SQLError 0A000 if the client was told of other columns."""
@@ -153,7 +178,7 @@ class Fetch:
     async def _notices(self) -> None:
         """Pass on the notices that came before the first row."""
         while (notice := self.job.output.take_notice()) is not None:
-            await self.means.write(self.job.notice(notice))
+            await self.means.write(self.job.notice(notice, self.means.encoding))
 
     def _check_shape(self) -> None:
         if not self._defined:
@@ -188,16 +213,17 @@ class Fetch:
         if self._given is None:
             return await self._send_tags(max_rows)
         sent = 0
+        as_it_is = self._as_it_is and not (max_rows or self._recodes)
         while True:
-            if not self._as_it_is or max_rows or len(self._rows):
+            if not as_it_is or len(self._rows):
                 sent += await self._send_rows(max_rows - sent if max_rows else 0)
                 if max_rows and sent == max_rows:
                     return sent
             output = self.job.output.take()
             if isinstance(output, Notice):
-                await self.means.write(self.job.notice(output))
+                await self.means.write(self.job.notice(output, self.means.encoding))
             elif isinstance(output, Rows):
-                if self._as_it_is and not max_rows and not len(self._rows):
+                if as_it_is and not len(self._rows):
                     sent += output.count
                     await self.means.write(output.data, cut=output.cut)
                 else:
@@ -237,25 +263,30 @@ class Fetch:
                 break
             values = DataRow.parse(message[1]).values
             sent += 1
-            if self._conversion is None:
+            if not (self._needs_types or self._recodes):
                 out += self._convert(values)
             else:
                 rows.append(values)
                 size += len(message[1])
                 if size > _TURN or len(rows) == _ROWS:
-                    await self._send_converted(rows, self._conversion)
+                    await self._send_converted(rows)
                     rows, size = [], 0
             await self._pause(_CONVERTED * len(message[1]))
         if out:
             await self.means.write(bytes(out))
-        if rows and self._conversion is not None:
-            await self._send_converted(rows, self._conversion)
+        if rows:
+            await self._send_converted(rows)
         return sent
 
-    async def _send_converted(
-        self, rows: Sequence[Sequence[bytes | None]], conversion: Conversion
-    ) -> None:
+    async def _send_converted(self, rows: Sequence[Sequence[bytes | None]]) -> None:
         """Rows that the server converts. Raises BatchFailedError if it does not take a value."""
+        if not self._needs_types and all(
+            value is None or value.isascii() for row in rows for value in row
+        ):
+            await self.means.write(b"".join([self._convert(row) for row in rows]))
+            return
+        assert self._given is not None
+        conversion = await self._conversion(self._given)
         converted = await conversion.rows(rows, self.means.ask)
         await self.means.write(b"".join([DataRow(tuple(row)).serialize() for row in converted]))
 
@@ -276,7 +307,7 @@ class Fetch:
         chosen = [values[column] for column in self._columns]
         return DataRow(
             tuple(
-                value if value is None or not field.format else _binary(field, value)
+                value if value is None or not field.format else self._binary(field, value)
                 for value, field in zip(chosen, self.fields, strict=True)
             )
         ).serialize()
@@ -288,7 +319,16 @@ class Fetch:
 
     def _failed(self, report: ErrorResponse) -> ServerError:
         self.finished = True
-        return ServerError(report)
+        return ServerError(self.job.report_in(report, self.means.encoding))
+
+    def _binary(self, field: Field, text: bytes) -> bytes:
+        try:
+            return to_binary(field.type_oid, text)
+        except NoBinaryForm:
+            reason = f"Values of the type with OID {field.type_oid} can be had in text format only."
+        except ProtocolViolation as error:
+            reason = f"{str(error)[:1].upper()}{str(error)[1:]}."
+        raise no_binary_form(readable(field.name, self.means.encoding), reason)
 
 
 def _shape(field: Field) -> tuple[bytes, int, int]:
@@ -299,13 +339,3 @@ def _shape(field: Field) -> tuple[bytes, int, int]:
 def text_field() -> Field:
     """The one column of the result of a job that returns no rows."""
     return Field(b"result", 0, 0, oids.TEXT, -1, -1, 0)
-
-
-def _binary(field: Field, text: bytes) -> bytes:
-    try:
-        return to_binary(field.type_oid, text)
-    except NoBinaryForm:
-        reason = f"Values of the type with OID {field.type_oid} can be had in text format only."
-    except ProtocolViolation as error:
-        reason = f"{str(error)[:1].upper()}{str(error)[1:]}."
-    raise no_binary_form(field, reason)

@@ -259,7 +259,7 @@ def as_defined(columns: Sequence[Column], defined: Sequence[Field]) -> Sequence[
             DATATYPE_MISMATCH, "function return row and query-specified return row do not match"
         )
     return [
-        Column(field.name.decode("utf-8", "replace"), column.type)
+        Column(field.name.decode("utf-8", "surrogateescape"), column.type)
         for field, column in zip(defined, columns, strict=False)
     ]
 

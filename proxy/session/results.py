@@ -48,7 +48,15 @@ def encode(value: Any, type: Type, zone: tzinfo, *, binary: bool) -> bytes | Non
 def fields_of(columns: Sequence[Column]) -> tuple[Field, ...]:
     """Columns in RowDescription, in text format."""
     return tuple(
-        Field(column.name.encode(), 0, 0, column.type.oid, column.type.size, -1, 0)
+        Field(
+            column.name.encode("utf-8", "surrogateescape"),
+            0,
+            0,
+            column.type.oid,
+            column.type.size,
+            -1,
+            0,
+        )
         for column in columns
     )
 
@@ -71,11 +79,13 @@ class Means(NamedTuple):
         wait: waits until something happens to the job.
         ask: asks the server, in the client's transaction: SQL, its parameters as text, the formats
             of the result. Returns its rows. Raises BatchFailedError if it fails.
+        encoding: what the client gets, as PostgreSQL names it (`recoding.encoding_of`).
     """
 
     write: Write
     wait: Callable[[Job], Awaitable[None]]
     ask: Ask
+    encoding: bytes
 
 
 class Result(Protocol):

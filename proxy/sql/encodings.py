@@ -1,7 +1,8 @@
 """Client encodings: PostgreSQL's names and Python's codecs.
 
-Invariant: SQL and results are never re-coded, they pass as bytes. A codec is needed only to count
-characters (an error's position) and for the words of our own errors.
+Invariant: SQL and rows pass as bytes. A codec is needed only to count characters (an error's
+position), for the words of our own errors, and for texts of jobs that another session asks for
+(`recoding`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from protocol import values
 from protocol.wire import ProtocolViolation
 from proxy.sql.lexer import has_lookalikes, mask
 
-_CODECS: Final = {
+CODECS: Final = {
     b"BIG5": "big5",
     b"EUC_CN": "gb2312",
     b"EUC_JIS_2004": "euc_jis_2004",
@@ -34,6 +35,7 @@ _CODECS: Final = {
     b"SHIFT_JIS_2004": "shift_jis_2004",
     b"SJIS": "cp932",
     b"UHC": "cp949",
+    b"UNICODE": "utf_8",  # as the server says it of those who have set it so
     b"UTF8": "utf_8",
     b"WIN866": "cp866",
     b"WIN874": "cp874",
@@ -42,10 +44,15 @@ _CODECS: Final = {
     **{b"WIN%d" % page: f"cp{page}" for page in range(1250, 1259)},
 }
 
+"""Of MULE_INTERNAL and EUC_TW Python knows nothing."""
+
+NO_CONVERSION: Final = (b"", b"SQL_ASCII")
+"""What is not converted, by the server neither."""
+
 
 def codec(client_encoding: bytes) -> str:
     """The Python codec of a client_encoding; for those that Python lacks, one byte a character."""
-    return _CODECS.get(client_encoding, "latin_1")
+    return CODECS.get(client_encoding, "latin_1")
 
 
 def position_codec(text: bytes, client_encoding: bytes, server_encoding: bytes) -> str | None:
@@ -53,7 +60,7 @@ def position_codec(text: bytes, client_encoding: bytes, server_encoding: bytes) 
     encoding; None if they cannot be told."""
     if text.isascii() or b"SQL_ASCII" in (server_encoding, client_encoding):
         return codec(server_encoding)
-    return _CODECS.get(client_encoding)
+    return CODECS.get(client_encoding)
 
 
 def is_valid(text: bytes, codec: str) -> bool:
@@ -67,7 +74,6 @@ def is_valid(text: bytes, codec: str) -> bool:
 
 _NAME_SIZE: Final = 63
 _LONG_NAME: Final = 1024
-_NO_CONVERSION: Final = (b"", b"SQL_ASCII")
 
 
 def name_key(name: bytes, client_encoding: bytes, server_encoding: bytes) -> bytes:
@@ -76,8 +82,8 @@ def name_key(name: bytes, client_encoding: bytes, server_encoding: bytes) -> byt
     if not (
         name.isascii()
         or client_encoding == server_encoding
-        or client_encoding in _NO_CONVERSION
-        or server_encoding in _NO_CONVERSION
+        or client_encoding in NO_CONVERSION
+        or server_encoding in NO_CONVERSION
     ):
         # A name that cannot be converted is invalid: the server will say so.
         text = name.decode(codec(client_encoding), "replace")

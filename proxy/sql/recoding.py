@@ -1,0 +1,128 @@
+"""Texts of jobs for those who ask for them: from the encoding of one session to that of another.
+
+Invariant: no text makes an answer fail, and none is invalid where it arrives. A byte that is no
+character becomes ``\\x93``, as psql shows it; a character that the other encoding has not becomes
+``?``, as in the server's messages. (Rows are not texts of this kind: the server converts them.)
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from typing import Final
+
+from proxy.sql.encodings import CODECS, NO_CONVERSION, codec, is_valid
+
+_DOUBLE: Final = rb"(?:[\x00-\x7f]|[\xa1-\xfe]{2}"
+_STRUCTURES: Final = {
+    name: re.compile(pattern, re.DOTALL)
+    for name, pattern in {
+        b"EUC_CN": _DOUBLE + rb")*+",
+        b"EUC_KR": _DOUBLE + rb")*+",
+        b"EUC_JP": _DOUBLE + rb"|\x8e[\xa1-\xdf]|\x8f[\xa1-\xfe]{2})*+",
+        b"EUC_JIS_2004": _DOUBLE + rb"|[\x80-\x8d\x90-\xa0]|\x8e[\xa1-\xdf]|\x8f[\xa1-\xfe]{2})*+",
+        b"EUC_TW": _DOUBLE + rb"|\x8e[\xa1-\xa7][\xa1-\xfe]{2})*+",
+        b"SJIS": rb"(?:[\x00-\x7f\xa1-\xdf]|[\x81-\x9f\xe0-\xfc][\x40-\x7e\x80-\xfc])*+",
+        b"SHIFT_JIS_2004": rb"(?:[\x00-\x7f\xa1-\xdf]|[\x81-\x9f\xe0-\xfc][\x40-\x7e\x80-\xfc])*+",
+        b"BIG5": rb"(?:[\x00-\x7f]|[\xa1-\xfe][\x40-\x7e\xa1-\xfe])*+",
+        b"GBK": rb"(?:[\x00-\x7f]|[\x81-\xfe][\x40-\x7e\x80-\xfe])*+",
+        b"UHC": rb"(?:[\x00-\x7f]|[\x81-\xfe][\x41-\x5a\x61-\x7a\x81-\xfe])*+",
+        b"JOHAB": rb"(?:[\x00-\x7f]|[\x84-\xf9][\x31-\x7e\x81-\xfe])*+",
+        b"GB18030": rb"(?:[\x00-\x7f]|[\x81-\xfe](?:[\x40-\x7e\x80-\xfe]|\d[\x81-\xfe]\d))*+",
+    }.items()
+}
+"""What text in these encodings is made of, whether or not Python knows each character of it."""
+
+_BACKSLASH_AND_TILDE: Final = {0xA5: "\\", 0x203E: "~"}
+"""What ASCII has where Python's SHIFT_JIS_2004 has a yen sign and an overline."""
+
+_RUNS: Final = re.compile(r"[\x00-\x7f]+|[^\x00-\x7f]+")
+_PRIVATE: Final = re.compile("[\x80\ue000-\uf8ff]")
+"""Characters that Python's SJIS has and the server's has not."""
+
+
+ASCII: Final = b"ASCII"
+"""Not one of the server's: an encoding that has nothing else."""
+
+
+def encoding_of(client_encoding: bytes, server_encoding: bytes) -> bytes:
+    """What text is in that a session with these settings sends and gets. SQL_ASCII: unknown."""
+    if client_encoding == b"UNICODE":
+        return b"UTF8"
+    return server_encoding if client_encoding in NO_CONVERSION else client_encoding
+
+
+def readable(text: bytes, encoding: bytes) -> str:
+    """A text for people. One in SQL_ASCII is read as UTF-8."""
+    if text.isascii():
+        return text.decode()
+    if encoding in NO_CONVERSION:
+        encoding = b"UTF8"
+    if encoding not in CODECS:
+        return text.decode("ascii", "backslashreplace")
+    letters = text.decode(CODECS[encoding], "backslashreplace")
+    if encoding == b"SHIFT_JIS_2004":
+        return letters.translate(_BACKSLASH_AND_TILDE)
+    return letters
+
+
+def recoded(text: bytes, source: bytes, *targets: bytes) -> bytes:
+    """A text in the last of these encodings, with no character that one before it has not.
+
+    Bytes of SQL_ASCII are taken for the next encoding's; for SQL_ASCII they stay as they are.
+    """
+    if text.isascii():
+        return text
+    for target in targets:
+        if target not in NO_CONVERSION:
+            if source in NO_CONVERSION:
+                source = target
+            if source != target or not _is_whole(text, target):
+                text = _encoded(readable(text, source), target)
+            source = target
+    return text
+
+
+def _is_whole(text: bytes, encoding: bytes) -> bool:
+    """Whether it is made of characters as this encoding has them."""
+    if encoding == b"UTF8":
+        return is_valid(text, "utf_8")
+    structure = _STRUCTURES.get(encoding)
+    return structure is None or structure.fullmatch(text) is not None
+
+
+def _encoded(letters: str, encoding: bytes) -> bytes:
+    name = CODECS.get(encoding, "ascii")
+    if encoding == b"SJIS":
+        letters = _PRIVATE.sub("?", letters)
+    parts = list[bytes]()
+    for run in _RUNS.findall(letters):
+        if encoding == b"EUC_JIS_2004" and not run.isascii():
+            # Python's has JIS X 0212 too.
+            run = run.encode("shift_jis_2004", "replace").decode("shift_jis_2004")
+        parts.append(run.encode("ascii" if run.isascii() else name, "replace"))
+    return b"".join(parts)
+
+
+def beginning(text: bytes, size: int, encoding: bytes) -> bytes:
+    """The text, or as many whole characters of it as so many bytes hold."""
+    return text if len(text) <= size else whole_characters(text[:size], encoding)
+
+
+def whole_characters(cut: bytes, encoding: bytes) -> bytes:
+    """A text that was cut anywhere, without what there is of a last character."""
+    if cut.isascii():
+        return cut
+    decoder = codecs.getincrementaldecoder(_counting_codec(encoding))("replace")
+    decoder.decode(cut)
+    return cut[: len(cut) - len(decoder.getstate()[0])]
+
+
+def first_characters(text: bytes, count: int, encoding: bytes) -> bytes:
+    """At most so many characters of a text."""
+    name = _counting_codec(encoding)
+    return text.decode(name, "surrogateescape")[:count].encode(name, "surrogateescape")
+
+
+def _counting_codec(encoding: bytes) -> str:
+    return "utf_8" if encoding in NO_CONVERSION else codec(encoding)
