@@ -428,6 +428,9 @@ def test_addresses_may_come_and_go(start_proxy: StartProxy, tmp_path: Path) -> N
     wait_until(lambda: not (tmp_path / ".s.PGSQL.1").exists())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", gone))
+    # Who has given a second proxy the path of the first one can see it.
+    new.wait_for_log(rf"not listening on 127\.0\.0\.2:{gone} any more")
+    new.wait_for_log(r"not listening on Unix socket .*\.s\.PGSQL\.1 any more")
 
 
 def test_sockets_of_the_service_manager_are_handed_on(server: Server, tmp_path: Path) -> None:

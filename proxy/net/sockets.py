@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from proxy.config import ListenAddress
+from proxy.log import logger
 from proxy.reasons import explain
 
 CLIENTS: Final = "clients"
@@ -96,6 +97,7 @@ class Sockets:
     def own(self) -> None:
         """The predecessor has let go of its sockets: what is not used any more is closed."""
         for listening in self._inherited:
+            logger.info("not listening on %s any more", listening)
             listening.socket.close()
             if listening.socket.family == socket.AF_UNIX and listening.use != MANAGER:
                 with contextlib.suppress(OSError):
