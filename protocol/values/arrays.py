@@ -78,6 +78,8 @@ def parse_array(text: bytes, masked: bytes | None = None) -> list[bytes | None]:
     Raises:
         ProtocolViolation: malformed, or of more dimensions.
     """
+    if text == b"{}":  # as most are
+        return []
     array = Array.parse(text, masked)
     if len(array.dimensions) > 1:
         raise ProtocolViolation("the array has more than one dimension")
