@@ -7,17 +7,26 @@ direct session gets for the same query.
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import psycopg
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protocol.messages import Bind, DataRow, Execute, Parse, Query, Sync
+from proxy.sql.encodings import CODECS, is_valid
+from proxy.sql.recoding import beginning, recoded
 from tests.conftest import upstream_of
+from tests.support.background import wait_until
 from tests.support.in_database import with_extension
 from tests.support.servers import Proxy, Server
 from tests.support.wire import Wire, error_of
+from tests.test_console import console, options, show
 
 pytestmark = pytest.mark.every_server
 
@@ -38,10 +47,10 @@ class Raw:
 
     def __init__(self, endpoint: Proxy | Server, dbname: str) -> None:
         self._conn = endpoint.connect(dbname=dbname)
-        self._pg = self._conn.pgconn
+        self.pg = self._conn.pgconn
         self.message: bytes | None = None
         self.notices: list[bytes | None] = []
-        self._pg.notice_handler = lambda notice: self.notices.append(
+        self.pg.notice_handler = lambda notice: self.notices.append(
             notice.error_field(psycopg.pq.DiagnosticField.MESSAGE_PRIMARY)
         )
 
@@ -53,7 +62,7 @@ class Raw:
 
     def takes(self, encoding: str) -> bool:
         """Set client_encoding; whether the database can convert it."""
-        result = self._pg.exec_(f"SET client_encoding = '{encoding}'".encode())
+        result = self.pg.exec_(f"SET client_encoding = '{encoding}'".encode())
         return result.status == psycopg.pq.ExecStatus.COMMAND_OK
 
     def rows(
@@ -61,9 +70,9 @@ class Raw:
     ) -> list[tuple[bytes | None, ...]] | str:
         """The rows of a statement, or the SQLSTATE; by a simple query if there are no values."""
         if values is None:
-            result = self._pg.exec_(sql)
+            result = self.pg.exec_(sql)
         else:
-            result = self._pg.exec_params(sql, values, result_format=int(binary))
+            result = self.pg.exec_params(sql, values, result_format=int(binary))
         if result.status == psycopg.pq.ExecStatus.TUPLES_OK:
             return [
                 tuple(result.get_value(row, column) for column in range(result.nfields))
@@ -317,3 +326,302 @@ def test_rows_that_come_in_parts_and_the_encoding_changes_between(held: World) -
         error = error_of(ask(one_row))
     assert found == [b"\xc3\xa4", b"\xf6"]
     assert error.sqlstate == "22P05"
+
+
+def test_errors_and_notices_of_a_fetch(held: World) -> None:
+    job = "DO $do$ BEGIN RAISE NOTICE 'ä'; RAISE EXCEPTION 'ö' USING DETAIL = 'ü'; END $do$"
+    fetches = (
+        "SELECT * FROM pg_background_result({}, {})",
+        "SELECT r.* FROM (SELECT 1 OFFSET 0) o, LATERAL pg_background_result({}, {}) AS r(t text)",
+    )
+    with held.session() as session:
+        for sql in fetches:
+            pid, cookie = session.row(
+                b"SELECT pid, cookie FROM pg_background_launch_v2($1)", [job.encode()]
+            )
+            assert session.takes("LATIN1")
+            session.notices.clear()
+            found = session.rows(sql.format(pid.decode(), cookie.decode()).encode())
+            assert (found, session.message) == ("P0001", "ö".encode("latin-1"))
+            assert session.notices == ["ä".encode("latin-1")]
+            assert session.takes("UTF8")
+
+
+def test_names_of_columns(held: World) -> None:
+    with held.session() as session:
+        pid, cookie = session.row(
+            b"SELECT pid, cookie FROM pg_background_launch_v2($1)", ['SELECT 1 AS "ä日"'.encode()]
+        )
+        assert session.takes("LATIN1")
+        result = session.pg.exec_(b"SELECT * FROM pg_background_result(%b, %b)" % (pid, cookie))
+        assert result.fname(0) == b"\xe4?"
+        listed = b'SELECT * FROM pg_background_list_all() AS ("\xe4" int4, "\xf6" int8, c'
+        listed += LISTED[LISTED.index(b" timestamptz") :]
+        assert [session.pg.exec_(listed).fname(n) for n in range(3)] == [b"\xe4", b"\xf6", b"c"]
+
+
+# --- bytes that are no characters -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken(world: World) -> tuple[bytes, bytes]:
+    """A job with a byte that is no character in UTF-8, in its SQL, its label and its error."""
+    with world.session("SQL_ASCII") as session:
+        assert session.takes("SQL_ASCII")
+        return failed_job(session, b"\x93\xc3\xa4\x93")
+
+
+@pytest.mark.parametrize("database", DATABASES)
+def test_a_driver_reads_a_list_with_any_bytes(
+    world: World, broken: tuple[bytes, bytes], database: str
+) -> None:
+    pid, cookie = map(int, broken)
+    for encoding, text in (("UTF8", "\\x93ä\\x93"), ("LATIN1", "\x93Ã¤\x93")):
+        with world.proxy.connect(dbname=world.names[database]) as conn:
+            try:
+                conn.execute(f"SET client_encoding = '{encoding}'".encode())
+            except psycopg.errors.FeatureNotSupported:
+                continue
+            queries = ["SELECT * FROM pg_background_list_all()"]
+            if encoding == "UTF8":
+                queries.append((INSIDE % b"pg_background_list_all()" + LISTED).decode())
+            for query in queries:
+                rows = conn.execute(query.encode()).fetchall()
+                [row] = [row for row in rows if row[1] == cookie]
+                assert row[9] == text, (encoding, query)
+                assert row[7] == f'invalid input syntax for type integer: "{text}"'
+                assert row[6] == f"SELECT CAST('{text}' AS int4)"
+            outcome = conn.execute("SELECT * FROM pg_background_outcome(%s, %s)", [pid, cookie])
+            assert (outcome.fetchone() or ())[10] == text
+            [status] = conn.execute(
+                "SELECT pg_background_status_v2(%s, %s)::text", [pid, cookie]
+            ).fetchone() or [""]
+            assert json.loads(status)["label"] == text
+
+
+def test_bytes_stay_bytes_where_nothing_is_converted(
+    world: World, broken: tuple[bytes, bytes]
+) -> None:
+    with world.session("SQL_ASCII") as session:
+        assert session.takes("SQL_ASCII")
+        for way in (
+            DIRECT % b"pg_background_list_all()",
+            INSIDE % b"pg_background_list_all()" + LISTED,
+        ):
+            text = b"\x93\xc3\xa4\x93"
+            expected = sql_of(text), complaint(text), text
+            assert listed(session, way, [])[broken[1]] == expected
+
+
+def test_a_job_that_changes_its_own_encoding_and_fails(world: World) -> None:
+    """Its error is in an encoding that nobody is told."""
+    job = "SET client_encoding = 'LATIN1'; SELECT CAST('\u00c3\u00a4' AS int4)"
+    with world.proxy.connect(dbname=world.names["UTF8"]) as conn:
+        [[pid, cookie]] = conn.execute(
+            "SELECT pid, cookie FROM pg_background_launch_v2(%s)", [job]
+        ).fetchall()
+        with pytest.raises(psycopg.errors.InvalidTextRepresentation) as caught:
+            conn.execute("SELECT * FROM pg_background_result(%s, %s)", [pid, cookie])
+        assert caught.value.diag.message_primary is not None
+        assert "type integer" in caught.value.diag.message_primary
+        rows = conn.execute("SELECT * FROM pg_background_list_all()").fetchall()
+        assert "type integer" in next(row[7] for row in rows if row[1] == cookie)
+
+
+# --- other ways to the texts ------------------------------------------------------------------
+
+
+def test_the_state_as_json_where_characters_end_in_a_backslash(
+    world: World, jobs: dict[str, tuple[bytes, bytes]]
+) -> None:
+    pid, cookie = jobs["SJIS"]
+    text = "".join(world.letters["SJIS"])
+    for encoding, codec in (("SJIS", "cp932"), ("UTF8", "utf-8"), ("EUC_JP", "euc_jp")):
+        with world.session() as session:
+            assert session.takes(encoding)
+            for sql in (b"SELECT pg_background_status_v2(%b, %b)", b"SELECT inside($1)"):
+                values: list[bytes | None] = []
+                if b"$1" in sql:
+                    values = [b"pg_background_status_v2(%b, %b)" % (pid, cookie)]
+                    [found] = session.row(sql, values)
+                else:
+                    [found] = session.row(sql % (pid, cookie), values)
+                label = json.loads(found.decode(codec))["label"]
+                assert label.encode(codec, "replace") == world.converted("SJIS", encoding)
+    assert "能" in text
+
+
+def test_progress_and_labels(world: World) -> None:
+    job = "SELECT pg_background_progress(50, 'ä'); SELECT pg_sleep(60)"
+    with world.session() as session, world.session() as other:
+        assert session.takes("LATIN1")
+        pid, cookie = session.row(
+            b"SELECT pid, cookie FROM pg_background_launch_v2($1, 0, $2)",
+            [job.encode("latin-1"), b"n\xe4ht"],
+        )
+        call = b"SELECT * FROM pg_background_get_progress(%b, %b)" % (pid, cookie)
+        wait_until(lambda: other.row(call)[1] == "ä".encode())
+        assert session.row(call) == (b"50", b"\xe4")
+        assert session.takes("UTF8")
+        canceling = b"SELECT pg_background_cancel_by_label($1)"
+        assert session.row(canceling, [b"n__ht"]) == (b"0",)
+        assert session.row(canceling, ["nä_t".encode()]) == (b"1",)
+
+
+def test_long_texts_are_cut_between_characters(world: World) -> None:
+    for encoding, codec, letter in (("LATIN1", "latin-1", "ä"), ("SJIS", "cp932", "能")):
+        with world.session() as session, world.session() as other:
+            assert session.takes(encoding)
+            text = "x" + letter * 40_000
+            pid, cookie = failed_job(session, text.encode(codec))
+            handle = pid, cookie
+            for asker, its in ((session, codec), (other, "utf-8")):
+                of_list = listed(asker, DIRECT % b"pg_background_list_all()", None)[cookie]
+                preview, error, label = (part.decode(its) for part in of_list)
+                assert preview == ("SELECT CAST('" + text)[:120]
+                assert error.startswith('invalid input syntax for type integer: "' + text[:1900])
+                assert error.endswith(letter + "[...]")
+                assert text.startswith(label)
+                assert 500 < len(label) <= 1024
+                [whole] = asker.row(b"SELECT pg_background_full_sql(%b, %b)" % handle)
+                assert whole.decode(its).startswith("SELECT CAST('" + text[:30_000])
+
+
+def test_the_name_that_old_drivers_use(world: World) -> None:
+    with world.session() as session:
+        assert session.takes("UNICODE")
+        pid, cookie = failed_job(session, "ä日".encode())
+        for asker, text in (("UNICODE", "ä日".encode()), ("LATIN1", b"\xe4?")):
+            assert session.takes(asker)
+            [sql] = session.row(b"SELECT pg_background_full_sql(%b, %b)" % (pid, cookie))
+            assert sql == sql_of(text)
+
+
+def test_characters_that_the_server_does_not_take_back(
+    world: World, jobs: dict[str, tuple[bytes, bytes]]
+) -> None:
+    """It makes them, and calls them invalid."""
+    _, cookie = jobs["EUC_KR"]
+    with world.session() as session:
+        assert session.takes("JOHAB")
+        direct = listed(session, DIRECT % b"pg_background_list_all()", None)[cookie][2]
+        inside = listed(session, INSIDE % b"pg_background_list_all()" + LISTED, [])[cookie][2]
+        assert "한국" in direct.decode("johab")
+        assert inside.isascii()
+
+
+# --- the codecs -------------------------------------------------------------------------------
+
+
+@given(
+    text=st.binary(max_size=30),
+    source=st.sampled_from([*CODECS, b"SQL_ASCII", b"EUC_TW"]),
+    target=st.sampled_from([*CODECS]),
+)
+def test_what_arrives_is_valid(text: bytes, source: bytes, target: bytes) -> None:
+    found = recoded(text, source, target)
+    # The server's own may have characters that Python does not know.
+    assert source == target or is_valid(found, CODECS[target]) or source == b"SQL_ASCII"
+    assert recoded(text, source, b"SQL_ASCII") == text
+
+
+@given(text=st.text(max_size=40), size=st.integers(0, 60), encoding=st.sampled_from([*CODECS]))
+def test_a_beginning_is_whole_characters(text: str, size: int, encoding: bytes) -> None:
+    whole = text.encode(CODECS[encoding], "ignore")
+    start = beginning(whole, size, encoding)
+    assert whole.startswith(start)
+    assert len(start) <= size
+    assert is_valid(start, CODECS[encoding])
+
+
+# --- what stays -------------------------------------------------------------------------------
+
+
+def _has_failed(session: Raw, sql: bytes) -> bool:
+    return session.rows(sql) == [(b"error",)]
+
+
+def test_the_history(world: World, server: Server) -> None:
+    """Another proxy reads it, which knows none of the jobs."""
+    cases = (("UTF8", "SJIS", b"?\x94\x5c"), ("SQL_ASCII", "SQL_ASCII", b"\x93\xc3\xa4"))
+    made = {}
+    with (
+        Proxy(upstream_of(server), "--history", "all") as writing,
+        Proxy(upstream_of(server), "--history", "all") as reading,
+    ):
+        for database, encoding, text in cases:
+            name = world.names[database]
+            with Raw(writing, name) as session, Raw(reading, name) as reader:
+                assert session.takes(encoding)
+                made[database] = failed_job(session, text)
+                _, cookie = made[database]
+                view = b"SELECT state FROM pg_background_history WHERE cookie = %b" % cookie
+                wait_until(functools.partial(_has_failed, reader, view))
+                assert reader.takes("SQL_ASCII")
+                if database == "SQL_ASCII":
+                    text = b"\\x93\xc3\xa4"
+                else:
+                    text = "?能".encode()
+                columns = b"SELECT sql, message, label FROM pg_background_history WHERE cookie = %b"
+                assert reader.row(columns % cookie) == (sql_of(text), complaint(text), text)
+        for database, asker, text in (
+            ("UTF8", "UTF8", "?能".encode()),
+            ("UTF8", "LATIN1", b"??"),
+            ("UTF8", "SQL_ASCII", "?能".encode()),
+            ("SQL_ASCII", "UTF8", "\\x93ä".encode()),
+            ("SQL_ASCII", "LATIN1", b"\\x93\xe4"),
+        ):
+            _, cookie = made[database]
+            with Raw(reading, world.names[database]) as session:
+                assert session.takes(asker)
+                for way in (
+                    DIRECT % b"pg_background_list_all()",
+                    INSIDE % b"pg_background_list_all()" + LISTED,
+                ):
+                    expected = sql_of(text), complaint(text), text
+                    assert listed(session, way, [])[cookie] == expected, (database, asker)
+
+
+def test_a_text_that_is_none_costs_no_other_its_row(world: World, server: Server) -> None:
+    """All rows of a moment are written at once."""
+    job = "SET client_encoding = 'LATIN1'; SELECT CAST('\u00c3\u00a4' AS int4)"
+    with (
+        Proxy(upstream_of(server), "--history", "all") as proxy,
+        proxy.connect(dbname=world.names["UTF8"]) as conn,
+    ):
+        labels = [f"ä{number}" for number in range(5)]
+        jobs = ["SELECT 1", job, "SELECT 1", job, "SELECT 1"]
+        with conn.cursor() as cursor:
+            submit = "SELECT pg_background_submit(%s, 0, %s)"
+            cursor.executemany(submit, list(zip(jobs, labels, strict=True)))
+        query = "SELECT label, state, message FROM pg_background_history WHERE label = ANY (%s)"
+        ended = query + " AND state <> 'running' ORDER BY label"
+        wait_until(lambda: len(conn.execute(ended.encode(), [labels]).fetchall()) == 5)
+        found = conn.execute(ended.encode(), [labels]).fetchall()
+        assert [(label, state) for label, state, _ in found] == [
+            (label, "error" if each == job else "stopped")
+            for label, each in zip(labels, jobs, strict=True)
+        ]
+        assert found[1][2].startswith("invalid input syntax for type integer")
+
+
+def test_the_console_and_the_log(server: Server, world: World, tmp_path: Path) -> None:
+    extra = "--log-min-job-duration", "0", "--log-job-sql", "on", "--log-format", "json"
+    with Proxy(upstream_of(server), *options(tmp_path, *extra)) as proxy:
+        for database, encoding, label in (
+            ("UTF8", "LATIN1", b"\xe4"),
+            ("UTF8", "SJIS", "能".encode("cp932")),
+            ("SQL_ASCII", "SQL_ASCII", b"\x93"),
+        ):
+            with Raw(proxy, world.names[database]) as session:
+                assert session.takes(encoding)
+                failed_job(session, label)
+        with console(proxy) as conn:
+            jobs = show(conn, "JOBS")
+        assert {job["label"] for job in jobs} == {"ä", "能", "\\x93"}
+        assert {job["sql_preview"] for job in jobs} == {
+            f"SELECT CAST('{text}' AS int4)" for text in ("ä", "能", "\\x93")
+        }
+        assert {(job["error_message"] or "")[-3:] for job in jobs} == {'"ä"', '"能"', '93"'}
+        lines = [json.loads(line) for line in proxy.log.splitlines() if "job ended" in line]
+        assert {line["label"] for line in lines} == {"ä", "能", "\\x93"}

@@ -32,7 +32,7 @@ from proxy.jobs.registry import NO_PID, Handle, JobRecord, shortened
 from proxy.jobs.retries import RetriedJob
 from proxy.log import logger
 from proxy.reasons import explain
-from proxy.sql.encodings import array_2_text, array_text
+from proxy.sql.encodings import NO_CONVERSION, array_2_text, array_text
 from proxy.sql.recoding import recoded
 
 FIELDS: Final = 19
@@ -390,14 +390,15 @@ class History:
             *(percentage, progress, self._proxy),
         ]
         assert len(values) == FIELDS
-        if role.server_encoding == b"SQL_ASCII":
-            target = _encoding_of_table(role.server_encoding)
-            values = [
-                recoded(value, job.encoding, target) if isinstance(value, bytes) else value
-                for value in values
-            ]
+        # What a job says in an encoding of its own making may be no text in this one.
+        is_raw = role.server_encoding in NO_CONVERSION
+        target = _encoding_of_table(role.server_encoding) if is_raw else job.encoding
         return [
-            value if value is None or isinstance(value, bytes) else str(value).encode()
+            None
+            if value is None
+            else recoded(value, job.encoding, target)
+            if isinstance(value, bytes)
+            else str(value).encode()
             for value in values
         ]
 

@@ -33,6 +33,7 @@ from proxy.jobs.registry import LISTED_SQL_SIZE
 from proxy.jobs.termination import canceled
 from proxy.log import Event, Value, logger
 from proxy.sql import lexer
+from proxy.sql.encodings import codec
 
 MOST: Final = 10
 """Further attempts that may be asked for."""
@@ -181,9 +182,9 @@ class RetriedJob(Job):
             self._next = self._backend = None
             if self.finished:
                 return
-            self._fail(error.response())
+            self._fail(error.response(codec(self.encoding)))
             if self._may_go_on(error.sqlstate):
-                self._try_again(error.response())
+                self._try_again(error.response(codec(self.encoding)))
             else:
                 self._end()
         except (OSError, ProtocolViolation) as error:

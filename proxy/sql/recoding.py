@@ -69,14 +69,14 @@ def readable(text: bytes, encoding: bytes) -> str:
 def recoded(text: bytes, source: bytes, *targets: bytes) -> bytes:
     """A text in the last of these encodings, with no character that one before it has not.
 
-    Bytes of SQL_ASCII are taken for the next encoding's; for SQL_ASCII they stay as they are.
+    Bytes of SQL_ASCII are taken for the last encoding's; for SQL_ASCII they stay as they are.
     """
     if text.isascii():
         return text
+    if source in NO_CONVERSION:
+        source = targets[-1]
     for target in targets:
         if target not in NO_CONVERSION:
-            if source in NO_CONVERSION:
-                source = target
             if source != target or not _is_whole(text, target):
                 text = _encoded(readable(text, source), target)
             source = target
