@@ -785,7 +785,8 @@ def test_psql_through_two_workers(server: Server, pair: Proxy, db: str) -> None:
         assert done.stdout.splitlines()[-2:] == ["t", "stopped"], done.stderr
 
 
-def test_the_workers_run_the_code_of_their_supervisor(server: Server, pair: Proxy) -> None:
-    for worker in workers(pair):
+def test_the_workers_run_the_code_of_their_supervisor(start_proxy: StartProxy) -> None:
+    proxy = start_proxy("--workers", "2", env={"PYTHONUNBUFFERED": "1"})  # no fork of the tests'
+    for worker in workers(proxy):
         path = worker.environ()["PYTHONPATH"].split(os.pathsep)
         assert path[0] == str(REPOSITORY)

@@ -2,25 +2,30 @@
 
 Python takes 0.2 s of a core to import the proxy, and the tests start hundreds of them. Here one
 process, the fork server, imports it once, and forks for each proxy that is asked for. A fork goes
-on as ``python -m proxy`` does, with arguments, environment, output and session of its own.
+on as ``python -m proxy`` does, with arguments, environment, output and session of its own. Its
+worker processes are forks, too.
 
 Run as a program, with the descriptor of a socket, this is the fork server.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, NoReturn, Self
 
 _REPOSITORY: Final = Path(__file__).parents[2]
 _REQUEST: Final = 1 << 17  # bytes
@@ -155,17 +160,92 @@ def _watch(pid: int, status: int) -> None:
     os._exit(0)
 
 
-def _main() -> int:
-    import proxy.server
-    import proxy.workers.supervisor  # noqa: F401
-    from proxy import cli, loop
+class _WorkerFork:
+    """What a supervisor wants of an `asyncio.subprocess.Process`."""
 
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._loop = asyncio.get_running_loop()
+        self._code: asyncio.Future[int] = self._loop.create_future()
+        self._pidfd = os.pidfd_open(pid)
+        self._loop.add_reader(self._pidfd, self._has_ended)
+
+    def _has_ended(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        _, status = os.waitpid(self.pid, 0)
+        self._code.set_result(os.waitstatus_to_exitcode(status))
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self._code)
+
+    def kill(self) -> None:
+        if self._code.done():
+            raise ProcessLookupError
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def _fork_workers() -> None:
+    """From now on, this process forks where it would start a worker."""
+    start: Any = asyncio.create_subprocess_exec
+    program = (sys.executable, "-P", "-m", "proxy.workers.worker")
+
+    async def start_or_fork(*command: str, **options: Any) -> Any:
+        if command[:-2] != program:
+            return await start(*command, **options)
+        with warnings.catch_warnings():
+            # The log has a thread. Nothing of it is used in the fork.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        return _WorkerFork(pid) if pid else _become_worker(*command[-2:])
+
+    asyncio.create_subprocess_exec = start_or_fork  # type: ignore[assignment]
+
+
+def _become_worker(*fds: str) -> NoReturn:
+    """Goes on as the program of a worker does. What the supervisor had is left as it is."""
+    code = 1
+    try:
+        os.setsid()
+        gc.freeze()
+        asyncio._set_running_loop(None)
+        signal.set_wakeup_fd(-1)
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        logging.getLogger().handlers.clear()
+        lowest = 3
+        for fd in sorted(map(int, fds)):
+            os.closerange(lowest, fd)
+            lowest = fd + 1
+        os.closerange(lowest, os.sysconf("SC_OPEN_MAX"))
+        ended = worker.main(list(fds))
+        code = 0 if ended is None else ended if isinstance(ended, int) else 1
+        if isinstance(ended, str):
+            print(ended, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        log.flush()
+        os._exit(code)
+
+
+def _main() -> int:
     loop.has_uvloop()
     gc.freeze()
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         args = _serve(requests)
-    return 0 if args is None else cli.main(args)
+    if args is None:
+        return 0
+    _fork_workers()
+    return cli.main(args)
 
 
 if __name__ == "__main__":
+    # Not in who asks for forks.
+    import proxy.server
+    import proxy.workers.supervisor  # noqa: F401
+    from proxy import cli, log, loop
+    from proxy.workers import worker
+
     sys.exit(_main())
