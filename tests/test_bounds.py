@@ -102,7 +102,7 @@ def test_no_text_of_a_job_ends_a_process(
 
 
 # Of 2000 ended jobs something is kept.
-@pytest.mark.parametrize("jobs", [500, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("jobs", [250, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_list_of_many_jobs_with_all_that_is_kept(
     both: tuple[Connection, Connection], jobs: int
 ) -> None:
@@ -213,7 +213,7 @@ def test_memory_is_not_kept(start_proxy: StartProxy, scratch: str, what: str) ->
         run(conn)
         footprint = Footprint(proxy)
         before = footprint.rss
-        for _ in range(12):
+        for _ in range(8):
             run(conn)
         wait_until(lambda: footprint.rss - before < 40 * MEGABYTE)
 

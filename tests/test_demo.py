@@ -132,11 +132,15 @@ def test_without_the_extra_the_demo_says_what_to_install() -> None:
 
 
 @pytest.mark.parametrize(
-    "effort",
-    ["--trial", pytest.param("--quick", marks=pytest.mark.slow)],
+    "options",
+    [
+        "--trial --only launch --only rows --only pgbench",
+        pytest.param("--trial", marks=pytest.mark.slow),
+        pytest.param("--quick", marks=pytest.mark.slow),
+    ],
 )
-def test_the_benchmark_runs(temporary: Path, tmp_path: Path, effort: str) -> None:
-    with start(temporary, "bench", effort, "--results", str(tmp_path)) as process:
+def test_the_benchmark_runs(temporary: Path, tmp_path: Path, options: str) -> None:
+    with start(temporary, "bench", *options.split(), "--results", str(tmp_path)) as process:
         said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert "launch, then result" in said

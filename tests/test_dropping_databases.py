@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from tests.conftest import StartProxy
+from tests.conftest import upstream_of
 from tests.support.background import failure, job_failure, run, wait_until
 from tests.support.clients import succeed, tool
 from tests.support.in_database import inside
@@ -19,6 +19,7 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture(
+    scope="module",
     params=[
         pytest.param((workers, name), marks=() if usual else pytest.mark.slow)
         for workers, name, usual in (
@@ -38,10 +39,12 @@ def case(request: pytest.FixtureRequest) -> tuple[str, str]:
     return workers, name
 
 
-@pytest.fixture
-def proxy(case: tuple[str, str], start_proxy: StartProxy) -> Proxy:
+@pytest.fixture(scope="module")
+def proxy(case: tuple[str, str], server: Server) -> Iterator[Proxy]:
     """As one process, and as two: what waits may be another's than the command's."""
-    return start_proxy(*OPTIONS, "--workers", case[0])
+    with Proxy(upstream_of(server), *OPTIONS, "--workers", case[0]) as proxy:
+        yield proxy
+        assert "Traceback" not in proxy.log, proxy.log
 
 
 @pytest.fixture

@@ -461,7 +461,7 @@ def test_what_others_see(
 ) -> None:
     """No role, not one that sees all queries, and not the server's log have what a job returns, nor
     the words that answers are enciphered with."""
-    job = "SELECT repeat('do not' || ' tell', 50), pg_sleep(0.1)::text FROM generate_series(1, 20)"
+    job = "SELECT repeat('do not' || ' tell', 50), pg_sleep(0.02)::text FROM generate_series(1, 20)"
     observer.execute("CREATE ROLE monitor LOGIN IN ROLE pg_read_all_stats")
     observer.execute(f"ALTER DATABASE {scratch} SET log_min_duration_statement = 0".encode())
     before = server.cluster.log_size()
