@@ -6,7 +6,8 @@ folder. ``--workers 2`` runs every proxy as several processes.
 
 Tests whose outcome may depend on the server's version are marked ``every_server``. The others run
 on the first server by default; on the further ones they are ``exhaustive``. So are those that a
-module marked ``every_server`` marks ``one_server``, and all but every n-th case of ``turns(n)``.
+module marked ``every_server`` marks ``one_server``. Of a test with several cases each second runs
+there by default, or each n-th, by ``turns(n)``.
 At the end of the session nothing that it started may be left.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import itertools
 import os
@@ -66,6 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
         Proxy.every += ["--workers", workers]
     if worker := getattr(config, "workerinput", None):
         if not any(".py" in argument for argument in config.args):
+            gc.disable()  # until the tests are collected
             _compile_share(worker)
     elif sys.dont_write_bytecode:
         _write_bytecode_elsewhere(config)
@@ -165,16 +168,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     items.sort(key=order)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is collected stays. Python's garbage collection, which would look through it again and
+    again, takes as long as all the rest of the collection."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.freeze()
+
+
 def _take_turns(items: list[pytest.Item]) -> None:
-    """On the further servers each n-th case of a test marked ``turns(n)`` runs by default; which
-    one moves on, so that each value of one parameter meets each value of the last."""
+    """On the further servers each n-th case of a test runs by default, by ``turns(n)`` or else each
+    second; which one moves on, so that each value of one parameter meets each of the last."""
     cases: Counter[tuple[Path, str, int]] = Counter()
     for item in items:
-        marker, callspec = item.get_closest_marker("turns"), getattr(item, "callspec", None)
+        callspec = getattr(item, "callspec", None)
         server = callspec.indices.get("server", 0) if callspec else 0
-        if marker is None or server == 0 or not isinstance(item, pytest.Function):
+        if server == 0 or not isinstance(item, pytest.Function):
             continue
-        (every,) = marker.args
+        if item.get_closest_marker("slow") or item.get_closest_marker("exhaustive"):
+            continue
+        marker = item.get_closest_marker("turns")
+        (every,) = marker.args if marker else (2,)
         case = (item.path, item.originalname, server)
         if (cases[case] + cases[case] // every) % every:
             item.add_marker(pytest.mark.exhaustive)

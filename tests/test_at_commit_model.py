@@ -19,8 +19,6 @@ from tests.support.in_database import one, with_extension
 from tests.support.servers import Connection, Proxy, Server
 from tests.test_at_commit import ALL
 
-pytestmark = pytest.mark.every_server
-
 _numbers = itertools.count(1)
 
 _LAUNCH: Final = "SELECT pg_background_submit_at_commit('INSERT INTO ran VALUES ({n})')"

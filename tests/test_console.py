@@ -62,7 +62,7 @@ WATCHER: Final = "watcher pass"
 SLEEPS: Final = "SELECT pg_sleep(60)"
 DATABASE: Final = "pg_background_proxy"
 
-pytestmark = [pytest.mark.every_server, pytest.mark.turns(2)]
+pytestmark = pytest.mark.every_server
 
 
 def options(folder: Path, *more: str) -> list[str]:
@@ -952,6 +952,7 @@ def test_places_are_limited_and_some_are_kept(start_proxy: StartProxy, tmp_path:
         wait_until(lambda: len(show(conn, "SESSIONS")) == 1)
 
 
+@pytest.mark.one_server
 def test_a_client_that_floods_or_does_not_read(
     house: tuple[Proxy, Path], boss: Connection, scratch: str
 ) -> None:

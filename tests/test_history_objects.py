@@ -214,6 +214,7 @@ def states_of(server: Server) -> dict[str, str] | None:
         return None
 
 
+@pytest.mark.one_server
 def test_worker_processes_that_are_killed(server: Server, start_proxy: StartProxy, db: str) -> None:
     """The jobs of the one that is gone are lost; those of the others are told by all."""
     proxy = start_proxy("--workers", "2", "--history", "all")

@@ -112,7 +112,6 @@ def fetches(job: str, columns: str = COLUMNS) -> tuple[str, ...]:
     )
 
 
-@pytest.mark.turns(2)
 @pytest.mark.parametrize("settings", SESSIONS, ids=["defaults", "own"])
 @pytest.mark.parametrize("number", range(len(CHANGES)))
 def test_a_result_has_the_text_of_the_sessions_own_query(

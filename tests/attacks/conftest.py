@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -27,17 +27,25 @@ def scene(request: pytest.FixtureRequest, scenes: dict[str, Scene]) -> Scene:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On the further servers each place has, by default, one of its usual CASES; they take turns,
-    so that each case has some places. On the first server each place has all of them."""
-    turns: dict[tuple[str, str], Iterator[int]] = {}
+    """On the first server each place has, by default, the first of its usual CASES, in which a
+    superuser falls for it, and one of the others; on the further servers it has one. They take
+    turns, so that each case has some places."""
+    cases: dict[tuple[str, str, int], list[pytest.Function]] = {}
     for item in items:
         if not isinstance(item, pytest.Function) or item.get_closest_marker("slow"):
             continue
         callspec = getattr(item, "callspec", None)
-        if callspec is None or not callspec.indices.get("server"):
+        if callspec is None or "victim" not in callspec.params:
             continue
-        place = callspec.params.get("place") or callspec.params.get("event")
-        if place and "victim" in callspec.params:
-            turn = turns.setdefault((item.originalname, place), itertools.count(len(turns)))
-            if next(turn) % 3:
+        if place := callspec.params.get("place") or callspec.params.get("event"):
+            case = (item.originalname, place, callspec.indices.get("server", 0))
+            cases.setdefault(case, []).append(item)
+    turns: Counter[int] = Counter()
+    for (_, _, server), of_place in cases.items():
+        first = () if server else of_place[:1]
+        others = of_place[len(first) :]
+        chosen = others[turns[server] % len(others)]
+        turns[server] += 1
+        for item in others:
+            if item is not chosen:
                 item.add_marker(pytest.mark.exhaustive)

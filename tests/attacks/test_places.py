@@ -14,7 +14,8 @@ import pytest
 
 from tests.attacks.scene import CASES, MALLORY, Scene, needs, settled
 
-pytestmark = pytest.mark.every_server
+# The places themselves take turns: see conftest.py.
+pytestmark = [pytest.mark.every_server, pytest.mark.turns(1)]
 
 _number = itertools.count(1)
 
