@@ -418,7 +418,7 @@ def test_addresses_may_come_and_go(start_proxy: StartProxy, tmp_path: Path) -> N
     takeover = ("--takeover", socket_of(tmp_path))
     old = start_proxy(*takeover, "--listen", f"{tmp_path}:1", "--listen", "127.0.0.2:0")
     gone = int(old.wait_for_log(r"listening on 127\.0\.0\.2:(\d+)")[1])
-    old.wait_for_log("Unix")
+    wait_until(lambda: (tmp_path / "takeover").exists())
     new = start_proxy(*takeover, "--listen", f"{tmp_path}:2", "--listen", "127.0.0.3:0")
     taken_over(old, new)
     assert old.wait() == 0
