@@ -29,6 +29,7 @@ from tests.conftest import StartProxy
 from tests.support.background import wait_until
 from tests.support.certificates import Certificates
 from tests.support.servers import Proxy, Server, clean_environment, psql, run_program
+from tests.support.wire import Wire, error_of
 from tests.test_tls import raw, rest, tls_options
 
 JOB = "SELECT * FROM pg_background_result(pg_background_launch('SELECT 42')) AS (n int)"
@@ -143,6 +144,25 @@ def test_a_second_try_where_pg_hba_demands_it(
             strict.connect()
     finally:
         tls_server.set_hba(None)
+
+
+def test_a_cancel_request_of_an_unknown_session_goes_to_every_host(
+    server: Server, start_proxy: StartProxy
+) -> None:
+    """It may be another proxy's, or that of a process that has handed over."""
+    hosts = f"host=127.0.0.1,{server.host} port={free_port()},{server.port}"
+    own, other = start_proxy(upstream=hosts), start_proxy(upstream=hosts)
+    active = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
+    with (
+        Wire((own.host, own.port)) as session,
+        Wire((other.host, other.port)) as wire,
+        server.connect() as observer,
+    ):
+        session.send_query("SELECT pg_sleep(60)")
+        wait_until(lambda: observer.execute(active, [session.key.pid]).fetchone() == (1,))
+        wire.request_cancel(session.key)
+        assert error_of(session.until_ready()).sqlstate == "57014"
+    assert "could not pass on a cancel request" not in other.log
 
 
 def _cancel_works(conn: psycopg.Connection[tuple[object, ...]]) -> None:

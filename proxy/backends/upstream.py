@@ -143,22 +143,34 @@ class Dialer:
     async def cancel(self, route: Route | None, request: CancelRequest) -> None:
         """Deliver a cancel request the way that its session went; a failure is logged.
 
-        What belongs to no session that we know goes to the first host.
+        What belongs to no session that we know may be another proxy's, such as a predecessor's. It
+        goes to all hosts, and means nothing to those that have not given the key.
         """
 
+        ways = self._upstream.hosts if route is None else (route,)
+        reasons = await asyncio.gather(*(self._send_cancel(way, request) for way in ways))
+        # Anybody can send such a request, any number of times.
+        if all(reasons) and (
+            self._complaints.take(None, asyncio.get_running_loop().time()) is not None
+        ):
+            logger.warning(
+                "could not pass on a cancel request: %s", "; ".join(filter(None, reasons))
+            )
+
+    async def _send_cancel(self, way: Route | Host, request: CancelRequest) -> str | None:
+        """Why it could not be delivered."""
+
         async def connect(factory: Callable[[], P]) -> P:
-            if route is None:
-                return (await self._connect_host(self._upstream.hosts[0], factory))[1]
-            return await self.connect_by(route, factory)
+            if isinstance(way, Route):
+                return await self.connect_by(way, factory)
+            return (await self._connect_host(way, factory))[1]
 
         try:
             async with asyncio.timeout(self._config.connect_timeout or None):
                 await send_cancel(connect, request)
         except OSError as error:
-            # Anybody can send such a request, any number of times.
-            if self._complaints.take(None, asyncio.get_running_loop().time()) is not None:
-                reason = explain(error)
-                logger.warning("could not pass on a cancel request: %s", reason)
+            return explain(error)
+        return None
 
     async def check(self) -> Route:
         """See whether there is a server: ask it for TLS, as a client does first, and hang up.
