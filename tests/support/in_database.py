@@ -63,13 +63,15 @@ def rows(conn: Connection, job: str, columns: str) -> list[tuple[Any, ...]]:
 
 
 def wait_until_nothing_is_left(observer: Connection) -> None:
-    """No lock, no large object, and no backend but the observer, unused channels and spares."""
-    locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    """In the observer's database, that is: no lock, no large object, and no backend but the
+    observer, unused channels and spares."""
+    here = "(SELECT oid FROM pg_database WHERE datname = current_database())"
+    locks = f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = {here}"
     wait_until(lambda: one(observer, locks) == 0)
     assert one(observer, "SELECT count(*) FROM pg_largeobject_metadata") == 0
     others = (
-        "SELECT application_name FROM pg_stat_activity WHERE client_port IS NOT NULL"
-        " AND pid <> pg_backend_pid() AND application_name NOT IN"
+        f"SELECT application_name FROM pg_stat_activity WHERE datid = {here}"
+        " AND client_port IS NOT NULL AND pid <> pg_backend_pid() AND application_name NOT IN"
         " ('pg_background channel', 'pg_background spare')"
     )
     wait_until(lambda: not observer.execute(others).fetchall())
