@@ -154,10 +154,11 @@ _LONGEST: Final = (
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """All tests of a server together, and of these the longest files first."""
+    """All tests of a server together, and of these the longest files first; those that need none
+    before these, since a long one of them would be left at the end."""
     _take_turns(items)
     yield
-    servers: dict[str, int] = {}
+    servers = {server_id(""): 0}
 
     def order(item: pytest.Item) -> tuple[int, int]:
         callspec = getattr(item, "callspec", None)
