@@ -1,4 +1,5 @@
-"""Arrays in client encodings: what is written is read back, whatever bytes the characters have."""
+"""Arrays in client encodings: what is written is read back, whatever bytes the characters have. And
+texts that go from one to another."""
 
 from __future__ import annotations
 
@@ -8,7 +9,15 @@ from hypothesis import strategies as st
 
 from protocol.wire import ProtocolViolation
 from proxy.sql import encodings
-from proxy.sql.encodings import array_text, codec, parse_array, parse_array_in_turns
+from proxy.sql.encodings import (
+    CODECS,
+    array_text,
+    codec,
+    is_valid,
+    parse_array,
+    parse_array_in_turns,
+)
+from proxy.sql.recoding import beginning, recoded
 
 # 表, ポ and 能 end in a backslash or a brace in SJIS; the others are what an array quotes.
 CHARACTERS = 'a表ポ能ソ{}",\\ \tNULL'
@@ -71,3 +80,24 @@ def test_what_is_no_array_is_none_in_turns_either(text: list[str], turn: int) ->
         except ProtocolViolation:
             found = None
     assert found == expected
+
+
+@given(
+    text=st.binary(max_size=30),
+    source=st.sampled_from([*CODECS, b"SQL_ASCII", b"EUC_TW"]),
+    target=st.sampled_from([*CODECS]),
+)
+def test_what_arrives_is_valid(text: bytes, source: bytes, target: bytes) -> None:
+    found = recoded(text, source, target)
+    # The server's own may have characters that Python does not know.
+    assert source == target or is_valid(found, CODECS[target]) or source == b"SQL_ASCII"
+    assert recoded(text, source, b"SQL_ASCII") == text
+
+
+@given(text=st.text(max_size=40), size=st.integers(0, 60), encoding=st.sampled_from([*CODECS]))
+def test_a_beginning_is_whole_characters(text: str, size: int, encoding: bytes) -> None:
+    whole = text.encode(CODECS[encoding], "ignore")
+    start = beginning(whole, size, encoding)
+    assert whole.startswith(start)
+    assert len(start) <= size
+    assert is_valid(start, CODECS[encoding])

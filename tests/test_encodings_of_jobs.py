@@ -15,12 +15,8 @@ from typing import Any, Final, NamedTuple
 
 import psycopg
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from protocol.messages import Bind, DataRow, Execute, Parse, Query, Sync
-from proxy.sql.encodings import CODECS, is_valid
-from proxy.sql.recoding import beginning, recoded
 from tests.conftest import upstream_of
 from tests.support.background import wait_until
 from tests.support.in_database import with_extension
@@ -328,6 +324,31 @@ def test_rows_that_come_in_parts_and_the_encoding_changes_between(held: World) -
     assert error.sqlstate == "22P05"
 
 
+def test_many_rows_and_long_ones(held: World) -> None:
+    """Those in ASCII among the others keep their places."""
+    job = (
+        "SELECT n, CASE WHEN n % 3 = 0 THEN 'ascii' ELSE repeat('\u00e4', n % 500) END"
+        " FROM generate_series(1, 3000) n UNION ALL SELECT 0, repeat('\u00e4', 300000)"
+    )
+    fetches = (
+        "SELECT n, t FROM pg_background_result({}, {}) AS (n int4, t text)",
+        "SELECT r.* FROM (SELECT 1 OFFSET 0) o,"
+        " LATERAL pg_background_result({}, {}) AS r(n int4, t text)",
+    )
+    expected = [(n, "ascii" if n % 3 == 0 else "ä" * (n % 500)) for n in range(1, 3_001)] + [
+        (0, "ä" * 300_000)
+    ]
+    for fetch, binary in ((fetches[0], False), (fetches[0], True), (fetches[1], True)):
+        with held.proxy.connect(dbname=held.names["UTF8"]) as conn:
+            conn.execute("SET client_encoding = 'LATIN1'")
+            launch = "SELECT pid, cookie FROM pg_background_launch_v2(%s)"
+            [handle] = conn.execute(launch, [job]).fetchall()
+            conn.execute("SET client_encoding = 'UTF8'")
+            with conn.cursor(binary=binary) as cursor:
+                found = cursor.execute(fetch.format(*handle).encode()).fetchall()
+            assert found == expected
+
+
 def test_errors_and_notices_of_a_fetch(held: World) -> None:
     job = "DO $do$ BEGIN RAISE NOTICE 'ä'; RAISE EXCEPTION 'ö' USING DETAIL = 'ü'; END $do$"
     fetches = (
@@ -508,30 +529,6 @@ def test_characters_that_the_server_does_not_take_back(
         inside = listed(session, INSIDE % b"pg_background_list_all()" + LISTED, [])[cookie][2]
         assert "한국" in direct.decode("johab")
         assert inside.isascii()
-
-
-# --- the codecs -------------------------------------------------------------------------------
-
-
-@given(
-    text=st.binary(max_size=30),
-    source=st.sampled_from([*CODECS, b"SQL_ASCII", b"EUC_TW"]),
-    target=st.sampled_from([*CODECS]),
-)
-def test_what_arrives_is_valid(text: bytes, source: bytes, target: bytes) -> None:
-    found = recoded(text, source, target)
-    # The server's own may have characters that Python does not know.
-    assert source == target or is_valid(found, CODECS[target]) or source == b"SQL_ASCII"
-    assert recoded(text, source, b"SQL_ASCII") == text
-
-
-@given(text=st.text(max_size=40), size=st.integers(0, 60), encoding=st.sampled_from([*CODECS]))
-def test_a_beginning_is_whole_characters(text: str, size: int, encoding: bytes) -> None:
-    whole = text.encode(CODECS[encoding], "ignore")
-    start = beginning(whole, size, encoding)
-    assert whole.startswith(start)
-    assert len(start) <= size
-    assert is_valid(start, CODECS[encoding])
 
 
 # --- what stays -------------------------------------------------------------------------------

@@ -37,8 +37,12 @@ _BACKSLASH_AND_TILDE: Final = {0xA5: "\\", 0x203E: "~"}
 """What ASCII has where Python's SHIFT_JIS_2004 has a yen sign and an overline."""
 
 _RUNS: Final = re.compile(r"[\x00-\x7f]+|[^\x00-\x7f]+")
-_PRIVATE: Final = re.compile("[\x80\ue000-\uf8ff]")
-"""Characters that Python's SJIS has and the server's has not."""
+_ABSENT: Final = {
+    b"EUC_JP": re.compile("[¥‾]"),
+    b"SHIFT_JIS_2004": re.compile("[¥‾]"),
+    b"SJIS": re.compile("[\x80\ue000-\uf8ff]"),
+}
+"""Characters that Python has in these encodings, as ASCII or not, and the server has not."""
 
 
 ASCII: Final = b"ASCII"
@@ -93,8 +97,8 @@ def _is_whole(text: bytes, encoding: bytes) -> bool:
 
 def _encoded(letters: str, encoding: bytes) -> bytes:
     name = CODECS.get(encoding, "ascii")
-    if encoding == b"SJIS":
-        letters = _PRIVATE.sub("?", letters)
+    if encoding in _ABSENT:
+        letters = _ABSENT[encoding].sub("?", letters)
     parts = list[bytes]()
     for run in _RUNS.findall(letters):
         if encoding == b"EUC_JIS_2004" and not run.isascii():
