@@ -376,6 +376,9 @@ def test_names_of_columns(held: World) -> None:
         assert session.takes("LATIN1")
         result = session.pg.exec_(b"SELECT * FROM pg_background_result(%b, %b)" % (pid, cookie))
         assert result.fname(0) == b"\xe4?"
+        sql = b'SELECT r."n\xe4ht" FROM pg_background_result(pg_background_launch($$SELECT 1$$)) r'
+        assert session.rows(sql) == "42703"
+        assert session.message == b'column "n\xe4ht" does not exist'
         listed = b'SELECT * FROM pg_background_list_all() AS ("\xe4" int4, "\xf6" int8, c'
         listed += LISTED[LISTED.index(b" timestamptz") :]
         assert [session.pg.exec_(listed).fname(n) for n in range(3)] == [b"\xe4", b"\xf6", b"c"]

@@ -528,7 +528,7 @@ class Inside:
             if login is None:
                 raise
             await self._lease_channel(None)
-            reason = no_login(login, error)
+            reason = no_login(login, self._session.server_encoding, error)
         await self._refuse(question, call, reason)
 
     async def _show_word(self, question: Message, call: Call) -> None:

@@ -31,7 +31,7 @@ from proxy.jobs.rows import Notice
 from proxy.sql import encodings
 from proxy.sql.encodings import NO_CONVERSION
 from proxy.sql.lexer import has_lookalikes
-from proxy.sql.recoding import ASCII, encoding_of
+from proxy.sql.recoding import ASCII, encoding_of, readable
 
 WHOLE_AT_ONCE: Final = 512 * 1024
 """Bytes of a word that are decoded without a pause for others."""
@@ -68,7 +68,7 @@ def context_of(challenge: Challenge, session_role: bytes) -> Context:
     if may_become != b"t":
         raise SQLError(
             INSUFFICIENT_PRIVILEGE,
-            f'the session\'s role may not become "{call.role.decode("utf-8", "replace")}"',
+            f'the session\'s role may not become "{readable(call.role, call.encoding)}"',
         )
     return Context(
         may_call=may_call == b"t",

@@ -22,6 +22,7 @@ from protocol.messages import NoticeResponse
 from proxy.api.functions import DECLARED, Function, Needs
 from proxy.config.gucs import GUCS
 from proxy.jobs.context import NOT_CARRIED_OVER
+from proxy.sql.recoding import readable
 
 if TYPE_CHECKING:
     from proxy.jobs.at_commit import Notification
@@ -271,11 +272,12 @@ def malformed() -> SQLError:
     )
 
 
-def no_login(role: bytes, error: SQLError) -> SQLError:
-    """Why there is no channel of the role that the calling code runs as."""
+def no_login(role: bytes, server_encoding: bytes, error: SQLError) -> SQLError:
+    """Why there is no channel of the role that the calling code runs as. `server_encoding`: that of
+    its name."""
     if not error.sqlstate.startswith("28"):
         return error
-    name = role.decode("utf-8", "replace")
+    name = readable(role, server_encoding)
     return SQLError(
         INSUFFICIENT_PRIVILEGE,
         f'cannot start a background worker as role "{name}"',

@@ -106,7 +106,9 @@ class Fetch:
         self._given, self._tags = self._named(self.job.columns), self.job.tags
         self._check_shape()
         given = (text_field(),) if self._given is None else self._given
-        self._columns, fields = choose(self._plan.outputs, self._defined or given)
+        self._columns, fields = choose(
+            self._plan.outputs, self._defined or given, self.means.encoding
+        )
         if not self._defined:
             self._check_told(fields)
         self.fields = with_formats(fields, self._formats)

@@ -19,6 +19,7 @@ from protocol.values.records import record_binary
 from proxy.api.functions import Column, Type
 from proxy.api.values import text_form
 from proxy.session.conversion import Ask
+from proxy.sql.recoding import readable
 from proxy.statements.plan import Output
 
 if TYPE_CHECKING:
@@ -178,16 +179,17 @@ class Table:
 
 
 def choose(
-    outputs: Sequence[Output], source: Sequence[Field]
+    outputs: Sequence[Output], source: Sequence[Field], encoding: bytes = b"UTF8"
 ) -> tuple[tuple[int, ...], tuple[Field, ...]]:
     """What the client wants of a table in FROM: the columns' places, and their fields.
+    `encoding`: of the names.
 
     Raises SQLError 42703 for a name that is not there.
     """
     chosen: list[int] = []
     fields: list[Field] = []
     for output in outputs:
-        for place in _places(output, source):
+        for place in _places(output, source, encoding):
             # A label on `*` can only be that of the one column that a lone call has.
             renames = output.label and (output.column is not None or len(source) == 1)
             name = output.label if renames and output.label else source[place].name
@@ -196,7 +198,7 @@ def choose(
     return tuple(chosen), tuple(fields)
 
 
-def _places(output: Output, source: Sequence[Field]) -> Sequence[int]:
+def _places(output: Output, source: Sequence[Field], encoding: bytes) -> Sequence[int]:
     if output.column is None:
         return range(len(source))
     if isinstance(output.column, int):
@@ -204,7 +206,7 @@ def _places(output: Output, source: Sequence[Field]) -> Sequence[int]:
     for place, field in enumerate(source):
         if field.name == output.column:
             return [place]
-    name = output.column.decode("utf-8", "replace")
+    name = readable(output.column, encoding)
     raise SQLError(UNDEFINED_COLUMN, f'column "{name}" does not exist')
 
 
