@@ -70,7 +70,7 @@ class Runtime:
         self.dialer = Dialer(config, self.credentials)
         self.checks = Checks(
             config.client_tls_key_file if self.tls is not None else None,
-            self.credentials.secrets_of_file(),
+            self.credentials.secrets_of_files(),
         )
         self.auth_query = AuthQuery(config, self.dialer)
         self.password_command = PasswordCommand(config)

@@ -9,6 +9,7 @@ import ssl
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -17,7 +18,7 @@ from protocol import messages as m
 from protocol.scram import ScramSecret
 from protocol.startup import SSLRequest, StartupMessage
 from proxy.auth.checks import Checks
-from proxy.auth.secret import Cleartext, MD5Secret
+from proxy.auth.secret import Cleartext, MD5Secret, Secret
 from tests.conftest import StartProxy
 from tests.support.certificates import Certificates
 from tests.support.recorder import TIMEOUT
@@ -144,3 +145,28 @@ def test_salts_are_a_roles_own_and_last_as_long_as_the_key(tmp_path: Path) -> No
     loose = Checks(None, [])
     assert loose.check(b"a", None) == loose.check(b"a", None)
     assert loose.check(b"a", None) != Checks(None, []).check(b"a", None)
+
+
+def test_an_unknown_role_takes_as_long_as_most_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To derive a key takes milliseconds, when a role comes for the first time."""
+    password, scram = Cleartext(b"x"), ScramSecret.from_password(b"x")
+    derived: list[bytes] = []
+    derive = ScramSecret.from_password
+
+    def count(password: bytes, **how: Any) -> ScramSecret:
+        derived.append(password)
+        return derive(password, **how)
+
+    monkeypatch.setattr(ScramSecret, "from_password", count)
+    cases: list[tuple[list[Secret], int]] = [
+        ([password, password, scram], 1),
+        ([scram, scram, password], 0),
+        ([], 0),
+    ]
+    for known, times in cases:
+        checks = Checks(None, known)
+        for user, secret in ((b"known", known[0] if known else None), (b"unknown", None)):
+            for so_often in (times, 0):
+                derived.clear()
+                checks.check(user, secret)
+                assert len(derived) == so_often

@@ -42,13 +42,16 @@ class Checks:
     Args:
         key_file: the proxy's private key for TLS. The salts are derived from it, so they are the
             same in all workers and after a restart. Without it they are this process's own.
-        secrets_known: of the auth_file. Made-up secrets have their most common iteration count.
+        secrets_known: of the files. Made-up secrets have their most common iteration count, and
+            cost what most of them do.
     """
 
     def __init__(self, key_file: Path | None, secrets_known: Iterable[Secret]) -> None:
         material = secrets.token_bytes(32) if key_file is None else key_file.read_bytes()
         self._key = hmac.digest(material, b"pg_background_proxy: salts of roles", "sha256")
-        counts = Counter(s.iterations for s in secrets_known if isinstance(s, ScramSecret))
+        known = list(secrets_known)
+        counts = Counter(s.iterations for s in known if isinstance(s, ScramSecret))
+        self._derives = sum(isinstance(s, Cleartext) for s in known) > counts.total()
         self._iterations = counts.most_common(1)[0][0] if counts else MIN_ITERATIONS
         self._derived: dict[tuple[bytes, bytes], ScramSecret] = {}
 
@@ -60,12 +63,15 @@ class Checks:
             case Cleartext(password):
                 return Check(self._from_password(user, password), known)
             case _:  # unknown; an MD5 secret cannot check a SCRAM login
+                if self._derives:
+                    self._from_password(user, self._pseudorandom(b"password", user))
                 made_up = (self._pseudorandom(what, user) for what in (b"stored", b"server"))
                 salt = self._salt(user)
                 return Check(ScramSecret(self._iterations, salt, *made_up), None)
 
     def _from_password(self, user: bytes, password: bytes) -> ScramSecret:
-        """Cached, since the millisecond that it takes could be measured by the client."""
+        """Cached, since the milliseconds that it takes could be measured by the client: so it is
+        done for an unknown role, too, if most known ones have passwords."""
         key = user, hashlib.sha256(password).digest()
         if key not in self._derived:
             if len(self._derived) >= _MAX_DERIVED:

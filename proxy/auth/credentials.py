@@ -131,9 +131,11 @@ class CredentialStore:
         """Whether the proxy has a passfile or an auth_file."""
         return self._passfile is not None or self._auth_file is not None
 
-    def secrets_of_file(self) -> list[Secret]:
-        """All secrets of the auth_file."""
-        return [] if self._auth_file is None else list(self._auth_file.content().values())
+    def secrets_of_files(self) -> list[Secret]:
+        """All secrets of the auth_file, and all passwords of the passfile."""
+        found = [] if self._auth_file is None else list(self._auth_file.content().values())
+        entries = () if self._passfile is None else self._passfile.content()
+        return [*found, *(Cleartext(entry.password) for entry in entries)]
 
     def secret_in_file(self, user: bytes) -> Secret | None:
         """What the auth_file has for a name."""
