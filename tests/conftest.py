@@ -140,15 +140,16 @@ _EXHAUSTIVE: Final = (pytest.mark.exhaustive,)
 
 # What takes longest begins first, so that no process is left with it at the end.
 _LONGEST: Final = (
-    *("test_workers", "test_places", "test_bounds", "test_session", "test_leaving"),
-    *("test_hung_workers", "test_in_database_waits", "test_findings", "test_extension"),
-    *("test_transparent", "test_bystanders", "test_poolers", "test_load", "test_clients"),
-    *("test_console", "test_require_auth", "test_failures", "test_stale_logins", "test_doctor"),
-    *("test_demo", "test_log_events", "test_upstream", "test_hidden_names", "test_statements"),
-    *("test_do_blocks", "test_jobs_life", "test_lexer", "test_in_database", "test_launch"),
-    *("test_dropping_databases", "test_calls_in_protocol", "test_cookie_api_end", "test_private"),
-    *("test_regress", "test_long_names", "test_migration", "test_linear", "test_soak", "test_cli"),
-    *("test_replicas", "test_jobs_elsewhere"),
+    *("test_places", "test_hung_workers", "test_session", "test_takeover", "test_linear"),
+    *("test_leaving", "test_room_model", "test_workers", "test_failures", "test_console"),
+    *("test_demo", "test_extension", "test_findings", "test_clients", "test_admin_browser"),
+    *("test_bystanders", "test_transparent", "test_fuzz", "test_poolers", "test_stale_logins"),
+    *("test_encodings_of_jobs", "test_log", "test_at_commit", "test_replicas", "test_soak"),
+    *("test_at_commit_model", "test_admin_metrics", "test_hidden_names", "test_bounds"),
+    *("test_in_database_waits", "test_reuse", "test_result_types", "test_retries", "test_systemd"),
+    *("test_room_of_the_proxy", "test_history_objects", "test_in_database", "test_statements"),
+    *("test_proxy_protocol", "test_jobs_life", "test_cookie_api_end", "test_history", "test_load"),
+    *("test_jobs_model", "test_result", "test_lexer", "test_do_blocks", "test_upstream"),
 )
 
 
