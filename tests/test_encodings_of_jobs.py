@@ -230,6 +230,7 @@ def test_texts_of_jobs_in_each_encoding(
 
 # --- rows -------------------------------------------------------------------------------------
 
+LAUNCH: Final = b"SELECT pid, cookie FROM pg_background_launch_v2($1)"
 COLUMNS: Final = (
     "t text, a text[], c held_pair, j json, jb jsonb, n name, k char(40), i int4, b bytea"
 )
@@ -284,9 +285,7 @@ def test_rows_in_another_encoding_than_the_launch(
                 # All of them, and all fetchers, take three minutes.
                 for way, values, binary in (ways[number % 5], ways[(number + 2) % 5]):
                     assert session.takes(launcher)
-                    pid, cookie = session.row(
-                        b"SELECT pid, cookie FROM pg_background_launch_v2($1)", [query.encode()]
-                    )
+                    pid, cookie = session.row(LAUNCH, [query.encode()])
                     assert session.takes(fetcher)
                     call = f"pg_background_result({pid.decode()}, {cookie.decode()})"
                     names = "t, a, c, j, jb, n, k, i, b"
@@ -357,9 +356,7 @@ def test_errors_and_notices_of_a_fetch(held: World) -> None:
     )
     with held.session() as session:
         for sql in fetches:
-            pid, cookie = session.row(
-                b"SELECT pid, cookie FROM pg_background_launch_v2($1)", [job.encode()]
-            )
+            pid, cookie = session.row(LAUNCH, [job.encode()])
             assert session.takes("LATIN1")
             session.notices.clear()
             found = session.rows(sql.format(pid.decode(), cookie.decode()).encode())
@@ -370,9 +367,7 @@ def test_errors_and_notices_of_a_fetch(held: World) -> None:
 
 def test_names_of_columns(held: World) -> None:
     with held.session() as session:
-        pid, cookie = session.row(
-            b"SELECT pid, cookie FROM pg_background_launch_v2($1)", ['SELECT 1 AS "ä日"'.encode()]
-        )
+        pid, cookie = session.row(LAUNCH, ['SELECT 1 AS "ä日"'.encode()])
         assert session.takes("LATIN1")
         result = session.pg.exec_(b"SELECT * FROM pg_background_result(%b, %b)" % (pid, cookie))
         assert result.fname(0) == b"\xe4?"
@@ -625,3 +620,29 @@ def test_the_console_and_the_log(server: Server, world: World, tmp_path: Path) -
         assert {(job["error_message"] or "")[-3:] for job in jobs} == {'"ä"', '"能"', '93"'}
         lines = [json.loads(line) for line in proxy.log.splitlines() if "job ended" in line]
         assert {line["label"] for line in lines} == {"ä", "能", "\\x93"}
+
+
+@pytest.mark.parametrize("launcher", ["LATIN1", "EUC_JP", "SJIS", "SQL_ASCII"])
+def test_rows_of_a_database_that_converts_nothing(
+    world: World, server: Server, launcher: str
+) -> None:
+    """A backslash there is half of a character to one side, and a whole one to the other."""
+    rows = b"SELECT convert_from(decode('%b', 'hex'), 'SQL_ASCII') AS t, 'x'::text AS u"
+    with world.session("SQL_ASCII") as session, Raw(server, world.names["SQL_ASCII"]) as direct:
+        for text in (b"\x95\\", b"\xa4\xa2", b"\xc3\xa4", b'\x95"', b"\x93"):
+            query = rows % text.hex().encode()
+            assert direct.takes(launcher)
+            if isinstance(direct.rows(query, []), str):
+                continue
+            for fetcher in ("UTF8", "LATIN1", "EUC_JP", "SQL_ASCII"):
+                assert direct.takes(fetcher)
+                for way in (
+                    "SELECT * FROM {}",
+                    f"{(INSIDE % b'{}').decode()} AS r(t text, u text)",
+                ):
+                    assert session.takes(launcher)
+                    pid, cookie = session.row(LAUNCH, [query])
+                    assert session.takes(fetcher)
+                    call = f"pg_background_result({pid.decode()}, {cookie.decode()})"
+                    found = session.rows(way.format(call).encode(), [])
+                    assert found == direct.rows(query, []), (text, fetcher, way)

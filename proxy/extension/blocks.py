@@ -90,7 +90,7 @@ class Blocks:
 
     async def _block(self, rows: list[tuple[bytes | None, ...]]) -> Answer:
         fields = self._columns or ()
-        encoding = self.job.encoding
+        encoding = self._caller.encoding_of_values(self.job)
         columns = [array_text(column, encoding) for column in zip(*rows, strict=True)]
         values = await self._caller.values_of(self.job, b"{%b}" % b",".join(columns))
         return [

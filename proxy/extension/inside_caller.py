@@ -155,19 +155,24 @@ class InsideCaller(Caller):
         """Send a message of a job to the client."""
         await self._owner.inject(job.notice(notice, self._owner.encoding))
 
+    def encoding_of_values(self, job: Job) -> bytes:
+        """As the server reads values of a job; a database in SQL_ASCII reads bytes."""
+        is_raw = self._owner.server_encoding == b"SQL_ASCII"
+        return b"SQL_ASCII" if is_raw else job.encoding
+
     async def values_of(self, job: Job, text: bytes) -> bytes:
         """Values of a job, as the functions return them: converted by the server. Raises SQLError
         22P05 for a character that the encoding has not, OSError."""
         target = encoding_of(self._call.encoding, self._owner.server_encoding)
         if text.isascii():
             return text
-        if self._is_misread(job.encoding) or self._is_misread(target):
+        if self._is_misread(target):
             raise SQLError(
                 FEATURE_NOT_SUPPORTED,
                 f"a database in SQL_ASCII cannot read results in {target.decode()}",
                 hint="Use another client_encoding, or fetch the result in a statement of its own.",
             )
-        if job.encoding == target:
+        if self.encoding_of_values(job) in (target, b"SQL_ASCII"):
             return text
         # Not the channel whose query the function reads.
         channel = await self._launcher.channel()

@@ -293,6 +293,7 @@ class Execution:
                     batch.caller.wait_for,
                     functools.partial(self._ask, portal),
                     batch.session.encoding,
+                    batch.session.server_encoding,
                 )
                 await portal.result.describe()
                 yield portal.result

@@ -147,7 +147,8 @@ class Fetch:
                 given,
                 self._columns,
                 [field.format for field in self.fields],
-                self.job.encoding,
+                # A database in SQL_ASCII reads bytes, and converts none.
+                b"SQL_ASCII" if self.means.server_encoding == b"SQL_ASCII" else self.job.encoding,
                 encoding,
             )
         return self._conversions[encoding]

@@ -81,12 +81,14 @@ class Means(NamedTuple):
         ask: asks the server, in the client's transaction: SQL, its parameters as text, the formats
             of the result. Returns its rows. Raises BatchFailedError if it fails.
         encoding: what the client gets, as PostgreSQL names it (`recoding.encoding_of`).
+        server_encoding: of the database.
     """
 
     write: Write
     wait: Callable[[Job], Awaitable[None]]
     ask: Ask
     encoding: bytes
+    server_encoding: bytes
 
 
 class Result(Protocol):
