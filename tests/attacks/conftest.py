@@ -44,8 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for (_, _, server), of_place in cases.items():
         first = () if server else of_place[:1]
         others = of_place[len(first) :]
-        chosen = others[turns[server] % len(others)]
-        turns[server] += 1
-        for item in others:
-            if item is not chosen:
+        for number, item in enumerate(others):
+            if number != turns[server] % len(others):
                 item.add_marker(pytest.mark.exhaustive)
+        turns[server] += 1
