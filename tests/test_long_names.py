@@ -57,8 +57,8 @@ LETTERS = (
 )
 
 
-# By default each letter has every sixth combination of size and ending, and all have others.
-@pytest.mark.parametrize("step", [len(LETTERS), pytest.param(1, marks=pytest.mark.slow)])
+# By default each letter has every twelfth combination of size and ending, and all have others.
+@pytest.mark.parametrize("step", [2 * len(LETTERS), pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("encoding", "letter"), LETTERS)
 def test_names_are_the_same_as_for_the_server(
     server: Server, proxy: Proxy, native: str, encoding: str, letter: str, step: int

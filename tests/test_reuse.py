@@ -138,7 +138,7 @@ def test_a_loop_has_one_backend(conn: Connection) -> None:
 
 
 def test_a_loop_that_does_not_wait_is_right_as_well(conn: Connection) -> None:
-    for n in range(200):
+    for n in range(100):
         assert run(conn, f"SELECT {n}") == [(n,)]
         pid = launch(conn, "SELECT pg_backend_pid()")
         assert result(conn, pid) == [(pid,)]

@@ -185,7 +185,7 @@ def test_each_role_and_database_has_its_own(
             assert before < spares()
         proxy.stop()
     finally:
-        wait_until(lambda: not server.clients())
+        assert server.wait_for_no_clients() == []
         with server.connect() as admin:
             admin.execute("DROP ROLE launcher")
 

@@ -33,7 +33,7 @@ def stale(server: Server, start_proxy: StartProxy) -> Iterator[Proxy]:
     proxy = start_proxy(*OPTIONS)
     yield proxy
     proxy.stop()
-    wait_until(lambda: not server.clients())
+    assert server.wait_for_no_clients() == []
     with server.connect() as conn:
         for role in _roles(server) - before:
             conn.execute(f'DROP OWNED BY "{role}"')

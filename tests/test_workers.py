@@ -139,7 +139,7 @@ def test_each_has_as_many_clients(server: Server, pair: Proxy) -> None:
             shares = Counter(worker_of(pair, conn) for conn in conns)
             assert sorted(shares.values()) == [count // 2, count // 2]
             assert all(one(conn, "SELECT 1") == 1 for conn in conns)
-        wait_until(lambda: not server.clients())
+        assert server.wait_for_no_clients() == []
 
 
 def test_the_worker_with_the_fewest_clients_gets_the_next(server: Server, pair: Proxy) -> None:
@@ -242,7 +242,7 @@ def test_a_killed_worker_is_replaced_and_the_others_do_not_notice(
         gate.open()
         query = "SELECT n FROM pg_background_result(%s::int4, %s::int8) AS (n int)"
         assert one(kept, query, ours) == 5
-    wait_until(lambda: not server.clients())
+    assert server.wait_for_no_clients() == []
     assert proxy.stop() == 0
 
 
@@ -534,7 +534,7 @@ def drained(
     assert len(pids) == 2
     yield proxy, pids, tmp_path / ".s.PGSQL.6543"
     wait_until(lambda: not any(map(psutil.pid_exists, pids)))
-    wait_until(lambda: not server.clients())
+    assert server.wait_for_no_clients() == []
 
 
 def test_sessions_and_jobs_of_all_workers_may_end(

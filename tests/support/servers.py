@@ -138,17 +138,15 @@ class Server(_Endpoint):
     def clients(self) -> list[tuple[Any, ...]]:
         """Other client backends that the server has now: pid, application_name, state, query."""
         with self.connect() as conn:
-            return conn.execute(
-                "SELECT pid, application_name, state, query FROM pg_stat_activity"
-                " WHERE pid <> pg_backend_pid() AND client_port IS NOT NULL"
-            ).fetchall()
+            return _other_clients(conn)
 
-    def wait_for_no_clients(self, timeout: float = 10.0) -> list[tuple[Any, ...]]:
+    def wait_for_no_clients(self, timeout: float = 20.0) -> list[tuple[Any, ...]]:
         """Waits until no other client is connected; returns those that are left after all."""
         deadline = time.monotonic() + timeout
-        while (left := self.clients()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return left
+        with self.connect() as conn:  # one: a connection for each look takes as much as the rest
+            while (left := _other_clients(conn)) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            return left
 
     def _create_roles(self) -> None:
         with self.connect() as conn:
@@ -158,6 +156,13 @@ class Server(_Endpoint):
                     encryption = "md5" if METHODS[role] == "md5" else "scram-sha-256"
                     conn.execute(f"SET password_encryption = '{encryption}'")
                 conn.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{password}'")
+
+
+def _other_clients(conn: Connection) -> list[tuple[Any, ...]]:
+    return conn.execute(
+        "SELECT pid, application_name, state, query FROM pg_stat_activity"
+        " WHERE pid <> pg_backend_pid() AND client_port IS NOT NULL"
+    ).fetchall()
 
 
 class Proxy(_Endpoint):
