@@ -8,12 +8,8 @@ wrong with a configuration or with a new version ends the new process, and the o
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Awaitable, Callable
 from typing import Self
 
@@ -28,7 +24,9 @@ from proxy.net.listeners import Listeners
 from proxy.net.service_manager import ServiceManager
 from proxy.net.sockets import ADMIN, CLIENTS, MANAGER, TAKEOVER, Listening, Sockets
 from proxy.net.takeover import Offer, Predecessor
+from proxy.reasons import explain
 from proxy.runtime import client_keepalive
+from proxy.successor import Successor
 
 
 class Entrance:
@@ -67,7 +65,7 @@ class Entrance:
         self._admin_sockets: list[Listening] = []
         self._predecessor: Predecessor | None = None
         self._offer: Offer | None = None
-        self._successor: subprocess.Popen[bytes] | None = None
+        self._successor: Successor | None = None
         self._closing: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -195,6 +193,8 @@ class Entrance:
         self.listeners.close()
         self._closing = asyncio.get_running_loop().create_task(self._close_admin())
         self._sockets.handed_on()
+        if self._successor is not None and self._successor.pid == pid:
+            self._successor.let_go()
         self._manager.main_process_is(pid)
         self._ending.taken_over()
 
@@ -205,39 +205,16 @@ class Entrance:
         elif self._offer is None or self._ending.begun.is_set():
             logger.error("no other process is started to take over: this one takes no clients")
         elif self._successor is not None:
-            logger.error("process %d is about to take over already", self._successor.pid)
+            logger.error("another process is about to take over already")
         else:
             try:
-                self._successor = subprocess.Popen(  # noqa: S603 - what we were started with
-                    _command(),
-                    stdin=subprocess.DEVNULL,
-                    env={**os.environ, **self._manager.environ},
+                self._successor = Successor(
+                    {**os.environ, **self._manager.environ}, self._successor_ended
                 )
             except OSError as error:
-                logger.error("no other process could be started to take over: %s", error)
-                return
-            logger.info("started process %d to take over", self._successor.pid)
-            # A thread that nobody waits for, for that process may well outlive this one. Not every
-            # kernel and container has pidfd_open.
-            waiting = (self._successor, asyncio.get_running_loop())
-            threading.Thread(target=self._wait_for, args=waiting, daemon=True).start()
-
-    def _wait_for(
-        self, successor: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop
-    ) -> None:
-        code = successor.wait()
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(self._successor_ended, code)
+                logger.error("no other process could be started to take over: %s", explain(error))
 
     def _successor_ended(self, code: int) -> None:
         self._successor = None
         if not self._ending.is_taken_over:
             logger.error("the process that was to take over has ended: exit code %d", code)
-
-
-def _command() -> list[str]:
-    """What we were started with: the program, which may be of another version by now and so have
-    another interpreter; or an interpreter that was given a module."""
-    if os.access(sys.argv[0], os.X_OK):
-        return sys.argv
-    return [sys.executable, *sys.orig_argv[1:]]

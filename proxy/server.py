@@ -229,7 +229,7 @@ async def serve(
             await entrance.open()
             await ending.begun.wait()
             entrance.shut()
-            manager.stopping()
+            manager.stopping(server.runtime.config.shutdown_timeout)
             if looking is not None:
                 looking.cancel()
             await server.shut_down(ending.now)

@@ -28,6 +28,7 @@ from tests.support.background import run, wait_until
 from tests.support.servers import REPOSITORY, STOP_TIMEOUT, Server, running
 
 UNITS = REPOSITORY / "deploy" / "systemd"
+STOPPING = r"STOPPING=1\nEXTEND_TIMEOUT_USEC=(\d+)"
 WORKERS = pytest.mark.parametrize("workers", ["1", "2"])
 HAND_OVER = """
 import os, sys
@@ -97,8 +98,25 @@ def test_the_manager_is_told_of_start_reload_and_end(
         proxy.wait_for_log(words)
     manager.said.clear()
     assert proxy.stop() == 0
-    manager.wait_for("STOPPING=1")
-    assert manager.said == ["STOPPING=1"]
+    manager.wait_for(STOPPING)
+    assert len(manager.said) == 1
+
+
+@WORKERS
+@pytest.mark.parametrize(
+    ("timeout", "wanted"), [("0", 0), ("30s", 30), ("2h", 7200), ("unlimited", 86400 * 365)]
+)
+def test_the_manager_is_asked_to_wait_for_sessions_and_jobs(
+    start_proxy: StartProxy, tmp_path: Path, workers: str, timeout: str, wanted: int
+) -> None:
+    manager = Manager(str(tmp_path / "notify"))
+    with contextlib.closing(manager):
+        env = {"NOTIFY_SOCKET": manager.address}
+        proxy = start_proxy("--workers", workers, "--shutdown-timeout", timeout, env=env)
+        manager.wait_for("READY=1")
+        assert proxy.stop() == 0
+        microseconds = int(manager.wait_for(STOPPING)[1])
+        assert wanted * 10**6 < microseconds < 2**63
 
 
 @WORKERS
@@ -146,7 +164,7 @@ def test_a_watchdog_for_another_is_not_fed(
         proxy = start_proxy(env=given)
         manager.wait_for("READY=1")
         assert proxy.stop() == 0
-        manager.wait_for("STOPPING=1")
+        manager.wait_for(STOPPING)
         assert "WATCHDOG=1" not in manager.said
 
 

@@ -27,7 +27,7 @@ from tests.support.background import launch, result, wait_until
 from tests.support.http import address, ask
 from tests.support.servers import STOP_TIMEOUT, Connection, Proxy, Server, running
 from tests.support.wire import Monitor, gate
-from tests.test_systemd import HAND_OVER, Manager
+from tests.test_systemd import HAND_OVER, STOPPING, Manager
 
 WORKERS = pytest.mark.parametrize("workers", ["1", "2"])
 OTHER_USER: Final = 65534
@@ -194,10 +194,12 @@ def test_sigusr2_starts_the_successor_and_systemd_follows_it(
             pid = int(manager.wait_for(r"MAINPID=(\d+)")[1])
             assert pid != old.pid
             successor = psutil.Process(pid)
+            # systemd sees the end of its own children only.
+            assert psutil.Process(old.pid) not in successor.parents()
             # The new one speaks once the manager listens to it, and the old one no more.
             manager.wait_for("READY=1")
             assert "READY=1" not in manager.said[: manager.said.index(f"MAINPID={pid}")]
-            assert "STOPPING=1" not in manager.said
+            assert not any("STOPPING=1" in one for one in manager.said)
             wait_until(lambda: manager.hears("STATUS=Passing on to .*"))
             manager.said.clear()
             manager.wait_for("WATCHDOG=1")
@@ -214,7 +216,7 @@ def test_sigusr2_starts_the_successor_and_systemd_follows_it(
         old.connect().close()
         manager.hears("")  # which holds a few messages only
         third.terminate()
-        manager.wait_for("STOPPING=1")
+        manager.wait_for(STOPPING)
         wait_until(lambda: not third.is_running())
 
 

@@ -23,6 +23,12 @@ from proxy.reasons import explain
 _FIRST_FD: Final = 3
 """SD_LISTEN_FDS_START."""
 
+_TIDYING: Final = 15.0
+"""Seconds from when sessions and jobs must have ended until we have, at the most."""
+
+_LONGEST: Final = 366 * 86400.0
+"""Seconds that the manager is asked to wait where we would do so for ever."""
+
 
 class ServiceManager:
     """Is told how we are.
@@ -79,9 +85,11 @@ class ServiceManager:
         if self._is_ready:
             self._send("READY=1")
 
-    def stopping(self) -> None:
-        """No more clients are taken."""
-        self._send("STOPPING=1")
+    def stopping(self, seconds: float) -> None:
+        """No more clients are taken; sessions and jobs have so many seconds. The manager is asked
+        to wait for them, if TimeoutStopSec says less."""
+        wanted = min(seconds + _TIDYING, _LONGEST)
+        self._send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(wanted * 1e6)}")
 
     def status(self, text: str) -> None:
         """What `systemctl status` shows."""

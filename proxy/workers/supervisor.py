@@ -165,7 +165,7 @@ class Supervisor:
             watches.append(loop.create_task(self._watched.keep_asking()))
         await self._ending.begun.wait()
         self._entrance.shut()
-        self._manager.stopping()
+        self._manager.stopping(self._config.shutdown_timeout)
         if looking is not None:
             looking.cancel()
         for connection in self._held:

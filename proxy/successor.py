@@ -1,0 +1,92 @@
+"""The program, started again, to take over from us.
+
+Invariant: once it has taken over, its parent is init, which is the service manager, and not this
+process. systemd waits for its own children only: it would not notice that another's child has
+crashed, and at `systemctl stop` would kill it, and us, at once. So a process between us starts it,
+and is killed when the successor takes over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from proxy.log import logger
+
+_GO_BETWEEN: Final = """
+import os, signal, subprocess, sys
+try:
+    successor = subprocess.Popen(sys.argv[2:])
+except OSError as error:
+    sys.exit(f"pg-background-proxy: error: {error}")
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all three
+with open(int(sys.argv[1]), "w") as pipe:
+    pipe.write(str(successor.pid))
+code = successor.wait()
+sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+class Successor:
+    """Raises OSError: it cannot be started.
+
+    Args:
+        environ: that it gets.
+        ended: called in the event loop when it has ended, with its exit code, that of a shell if a
+            signal has ended it; or after `let_go`, with any.
+
+    Attributes:
+        pid: of its process; None until that is known.
+    """
+
+    def __init__(self, environ: Mapping[str, str], ended: Callable[[int], None]) -> None:
+        self.pid: int | None = None
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        reader, writer = os.pipe()
+        try:
+            self._go_between = subprocess.Popen(  # noqa: S603 - what we were started with
+                [sys.executable, "-I", "-S", "-c", _GO_BETWEEN, str(writer), *_command()],
+                stdin=subprocess.DEVNULL,
+                env=environ,
+                pass_fds=[writer],
+            )
+        except OSError:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        # A thread that nobody waits for, for that process may well outlive this one. Not every
+        # kernel and container has pidfd_open.
+        threading.Thread(target=self._watch, args=[reader], daemon=True).start()
+
+    def let_go(self) -> None:
+        """It has taken over: nobody is between it and init any more."""
+        self._go_between.kill()
+        self._go_between.wait()
+
+    def _watch(self, reader: int) -> None:
+        with open(reader, encoding="ascii") as pipe:
+            told = pipe.read()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            if told:
+                self._loop.call_soon_threadsafe(self._started, int(told))
+            self._loop.call_soon_threadsafe(self._ended, self._go_between.wait())
+
+    def _started(self, pid: int) -> None:
+        self.pid = pid
+        logger.info("started process %d to take over", pid)
+
+
+def _command() -> list[str]:
+    """What we were started with: the program, which may be of another version by now and so have
+    another interpreter; or an interpreter that was given a module."""
+    if os.access(sys.argv[0], os.X_OK):
+        return sys.argv
+    return [sys.executable, *sys.orig_argv[1:]]
