@@ -10,8 +10,8 @@ RUN pip install --no-cache-dir --only-binary :all: --require-hashes -r requireme
     && pip install --no-cache-dir --no-deps --no-build-isolation '.[admin]' \
     && pip uninstall --yes setuptools \
     && rm -rf /src \
-    && groupadd --system --gid 6543 pgbg \
-    && useradd --system --uid 6543 --gid 6543 --no-create-home --shell /usr/sbin/nologin pgbg
+    && groupadd --gid 6543 pgbg \
+    && useradd --uid 6543 --gid 6543 --no-create-home --shell /usr/sbin/nologin pgbg
 
 # It writes nothing, so the root file system may be read-only. By number, since Kubernetes cannot
 # tell otherwise that this is not root.

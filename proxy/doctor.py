@@ -48,7 +48,8 @@ _TIMEOUT: Final = 30.0
 """Seconds that a login of the client, or a query, may take beyond connect_timeout."""
 
 _GRANT: Final = (
-    "As a superuser, run SELECT grant_pg_background_privileges('{role}') in the database."
+    "As a superuser, run SELECT grant_pg_background_privileges('{role}') in the database, through"
+    " the proxy."
 )
 _MORE_CONNECTIONS: Final = (
     "Raise max_connections of the server, or close sessions: each session needs a connection, and"

@@ -117,6 +117,12 @@ def test_haproxy_takes_what_the_manual_has_for_it(tmp_path: Path) -> None:
         assert "WARNING" not in done.stderr
 
 
+def test_the_manual_has_each_unit_installed() -> None:
+    page = (REPOSITORY / "docs" / "operation.md").read_text(encoding="utf-8")
+    for unit in (REPOSITORY / "deploy" / "systemd").iterdir():
+        assert f"\ncp deploy/systemd/{unit.name} /etc/systemd/system/\n" in page
+
+
 # What belongs together
 
 
@@ -321,7 +327,7 @@ def test_what_compose_runs_needs_no_rights_and_writes_to_tmp_only(
     for old, new in {
         "$$": "$",
         "'*:6543'": f"127.0.0.1:{port}",
-        "host=postgres": f"'host={server.host} port={server.port}'",
+        "host=postgres": f"host={server.host} port={server.port}",
         "*:*:*:postgres:": f"*:*:*:{role}:",
     }.items():
         assert old in script
@@ -334,6 +340,7 @@ def test_what_compose_runs_needs_no_rights_and_writes_to_tmp_only(
         assert is_read_only(process.pid, "/")
         assert not is_read_only(process.pid, "/tmp")
         launches(role, port)
+        assert "WARNING" not in log_of(sandbox)
         assert PASSWORDS[role].encode() not in Path(f"/proc/{process.pid}/environ").read_bytes()
         process.send_signal(signal.SIGTERM)
         assert process.wait(STOP_TIMEOUT) == 0, log_of(sandbox)
