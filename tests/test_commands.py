@@ -4,7 +4,7 @@ from bytes alone."""
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.extension import catalogs, commands
@@ -102,6 +102,7 @@ FRAGMENTS = (
 
 
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=14), st.sampled_from([100000, 150000, 180000]))
+@example(words=["FROM", "pg_extension", "AS"], version=100000)
 def test_what_is_replaced_in_a_query_is_all_that_changes(words: list[str], version: int) -> None:
     sql = f"SELECT {' '.join(words)}".encode()
     found = replaced(sql, version)

@@ -318,7 +318,9 @@ class Query(Tokens):
     def has_alias(self, index: int) -> bool:
         if self.text(index) == b"" or self.tokens[index].kind not in _NAMES:
             return False
-        return self.keyword(index) == "as" or self.keyword(index) not in RESERVED
+        if self.keyword(index) == "as":
+            return self.text(index + 1) != b""
+        return self.keyword(index) not in RESERVED
 
 
 _NAMES: Final = (Kind.IDENTIFIER, Kind.QUOTED_IDENTIFIER)
