@@ -15,7 +15,8 @@ from tests.support.servers import PASSWORDS, Connection, Proxy, Server
 pytestmark = pytest.mark.every_server
 
 SPARE = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
-OPTIONS = ("--spare-lifetime", "60s", "--spares", "2")
+# Without reuse, which takes turns with spares as time will have it; test_reuse has its own.
+OPTIONS = ("--spare-lifetime", "60s", "--spares", "2", "--reuse-lifetime", "0")
 
 
 @pytest.fixture
