@@ -8,6 +8,7 @@ seen in pg_locks, and nothing depends on time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -351,6 +352,7 @@ def test_backends_that_are_killed(server: Server, start_proxy: StartProxy) -> No
             with contextlib.closing(_connected(proxy)) as conn:
                 for _ in range(30):
                     submit(conn)
+                wait_until(functools.partial(_has_one_stopped, conn, cookies))
                 while not _kill_one(conn):  # where submitting is slow all have ended by now
                     submit(conn)
         with contextlib.closing(_connected(proxy)) as conn:
@@ -359,13 +361,21 @@ def test_backends_that_are_killed(server: Server, start_proxy: StartProxy) -> No
         own.close()
 
 
-def _what_is_said_is_so(conn: Connection, cookies: dict[int, int]) -> None:
-    def state(id: int) -> str:
-        found: str = one(conn, f"SELECT (pg_background_outcome(NULL, {cookies[id]})).state")
-        return found
+def _has_one_stopped(conn: Connection, cookies: dict[int, int]) -> bool:
+    return any(_state(conn, cookie) == "stopped" for cookie in cookies.values())
 
-    wait_until(lambda: all(state(id) in ("stopped", "error") for id in cookies))
-    states = {id: state(id) for id in cookies}
+
+def _state(conn: Connection, cookie: int) -> str:
+    state: str = one(conn, f"SELECT (pg_background_outcome(NULL, {cookie})).state")
+    return state
+
+
+def _what_is_said_is_so(conn: Connection, cookies: dict[int, int]) -> None:
+    def states_now() -> dict[int, str]:
+        return {id: _state(conn, cookie) for id, cookie in cookies.items()}
+
+    wait_until(lambda: set(states_now().values()) <= {"stopped", "error"})
+    states = states_now()
     rows = conn.execute("SELECT id, count(*) FROM ran GROUP BY id").fetchall()
     ran: dict[int, int] = dict(rows)
     assert set(ran.values()) <= {1}

@@ -62,8 +62,13 @@ def _warm(admin: Connection, conn: Connection) -> set[int]:
     run(conn, "SELECT 1")
     wait_until(lambda: len(_spares(admin)) == 2)
     before = _spares(admin)
-    run(conn, "SELECT 1")
-    wait_until(lambda: len(_spares(admin) - before) == 1 and len(_spares(admin)) == 2)
+
+    def is_one_replaced() -> bool:
+        run(conn, "SELECT 1")  # which opens a backend of its own if no spare is ready yet
+        return bool(_spares(admin) - before)
+
+    wait_until(is_one_replaced)
+    wait_until(lambda: len(_spares(admin)) == 2)
     return _spares(admin)
 
 

@@ -198,7 +198,8 @@ def test_a_new_one_that_is_to_end_lets_the_old_one_go_on(
             new.wait_for_log("shutting down: 2 workers" if is_ready else "shutting down")
             if is_ready:
                 link.send(b'"paused"')
-            assert link.recv(4096) == b""
+            with contextlib.suppress(ConnectionResetError):  # it may have ended without reading
+                assert link.recv(4096) == b""
             # It does not wait for the old one.
             assert new.wait() == 0
 

@@ -16,7 +16,7 @@ import functools
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, cast
 
 from protocol.errors import ProtocolViolation, SQLError
 from proxy.backends.backend import Backend, number
@@ -115,13 +115,14 @@ class _Pool:
 
     ``identity``: of the last one that was opened (`identity`).
     ``server``: what the last one that asked for it has heard.
-    ``waiting``: launches that found none ready, and wait for one that is being opened.
+    ``opening``: one for each that is being opened.
+    ``waiting``: launches that found none ready, and wait for one of these.
     """
 
     ready: list[Backend] = field(default_factory=list)
     identity: bytes | None = None
     server: _Server | None = None
-    opening: int = 0
+    opening: set[asyncio.Task[None]] = field(default_factory=set)
     not_before: float = 0.0
     waiting: deque[asyncio.Future[Backend | None]] = field(default_factory=deque)
     refill: asyncio.TimerHandle | None = None
@@ -177,7 +178,7 @@ class Spares:
     @property
     def opening(self) -> int:
         """How many are being opened."""
-        return sum(pool.opening for pool in self._pools.values())
+        return sum(len(pool.opening) for pool in self._pools.values())
 
     async def take(self, key: Key, open_one: Open) -> tuple[Backend, bool]:
         """A backend for a job, and whether it is a spare; others are opened to replace it.
@@ -205,7 +206,7 @@ class Spares:
     async def _opening(self, pool: _Pool) -> Backend | None:
         """One that is being opened and has no taker yet: it is ready sooner than a new one. None if
         that fails."""
-        if pool.opening <= len(pool.waiting):
+        if len(pool.opening) <= len(pool.waiting):
             return None
         waiter: asyncio.Future[Backend | None] = asyncio.get_running_loop().create_future()
         pool.waiting.append(waiter)
@@ -293,17 +294,17 @@ class Spares:
         pool.refill = None
         if asyncio.get_running_loop().time() < pool.not_before:
             return
-        for _ in range(self.count - len(pool.ready) - pool.opening + len(pool.waiting)):
-            pool.opening += 1
+        for _ in range(self.count - len(pool.ready) - len(pool.opening) + len(pool.waiting)):
             task = asyncio.get_running_loop().create_task(self._add(key, pool, open_one))
+            pool.opening.add(task)
             self._tasks.add(task)
             task.add_done_callback(functools.partial(self._opened, pool))
 
     def _opened(self, pool: _Pool, task: asyncio.Task[None]) -> None:
         # Also called for a task that was cancelled before it began.
         self._tasks.discard(task)
-        pool.opening -= 1
-        if len(pool.waiting) > pool.opening:
+        pool.opening.discard(task)
+        if len(pool.waiting) > len(pool.opening):
             self._hand_on(pool, None)
 
     async def _add(self, key: Key, pool: _Pool, open_one: Open) -> None:
@@ -314,6 +315,8 @@ class Spares:
             try:
                 server = await self._greet(key[0], pool, backend)
                 backend.system_id = server.system_id
+                # Not later: it must not be counted twice when others are opened.
+                pool.opening.discard(cast("asyncio.Task[None]", asyncio.current_task()))
                 taken = self._hand_on(pool, backend)
                 if not taken and server.room <= 0:
                     raise ConnectionError("the server has no connection to spare")
@@ -375,7 +378,7 @@ class Spares:
         """For each login: how many are ready, how many are being opened, and how many launches wait
         for one."""
         for (login, _), pool in list(self._pools.items()):
-            yield login, len(pool.ready), pool.opening, len(pool.waiting)
+            yield login, len(pool.ready), len(pool.opening), len(pool.waiting)
 
     def close(self) -> None:
         """Close them all."""
