@@ -12,6 +12,8 @@ from tests.support.background import failure, launch, message, result, run, valu
 from tests.support.executors import executors
 from tests.support.servers import Connection, Server
 
+# Without reuse: to the server, what is used again is a spare, too.
+LASTING = ("--spare-lifetime", "60s", "--reuse-lifetime", "0")
 JOBS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background'"
 SPARE = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
 
@@ -30,7 +32,7 @@ def spares(server: Server) -> Callable[[], set[int]]:
 def test_none_is_opened_for_who_never_launches(
     server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
 ) -> None:
-    with start_proxy("--spare-lifetime", "60s").connect() as conn:
+    with start_proxy(*LASTING).connect() as conn:
         conn.execute("SELECT 1")
         assert not spares()
 
@@ -38,7 +40,7 @@ def test_none_is_opened_for_who_never_launches(
 def test_the_next_launch_takes_one_and_it_is_replaced(
     server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
 ) -> None:
-    with start_proxy("--spare-lifetime", "60s", "--spares", "3").connect() as conn:
+    with start_proxy(*LASTING, "--spares", "3").connect() as conn:
         run(conn, "SELECT 1")
         wait_until(lambda: len(spares()) == 3)
         before = spares()
@@ -52,9 +54,9 @@ def test_the_next_launch_takes_one_and_it_is_replaced(
 def test_a_job_in_a_spare_is_the_sessions_own(
     server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
 ) -> None:
-    with start_proxy("--spare-lifetime", "60s").connect() as conn:
+    with start_proxy(*LASTING).connect() as conn:
         run(conn, "SELECT 1")
-        wait_until(spares)
+        wait_until(lambda: len(spares()) == 2)
         conn.execute("SET search_path = pg_catalog; SET my.own = 'x'")
         job = "SELECT concat_ws(' ', current_user, current_setting('search_path'), "
         job += "current_setting('my.own'), current_setting('application_name'), pg_backend_pid())"
@@ -85,7 +87,7 @@ def test_no_job_runs_in_one_that_could_not_take_over(
     before: str,
 ) -> None:
     """Whether its text goes along with the takeover, or needs to know what that has set."""
-    proxy = start_proxy("--spare-lifetime", "60s")
+    proxy = start_proxy(*LASTING)
     job = before + "INSERT INTO kept VALUES (1) RETURNING n"
     with (
         server.connect(dbname=scratch) as admin,
@@ -112,7 +114,7 @@ def test_no_job_runs_in_one_that_could_not_take_over(
 def test_what_refuses_a_transaction_block_runs_in_one(
     server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]], job: str
 ) -> None:
-    with start_proxy("--spare-lifetime", "60s").connect() as conn:
+    with start_proxy(*LASTING).connect() as conn:
         run(conn, "SELECT 1")
         wait_until(lambda: len(spares()) == 2)
         before = spares()
@@ -135,7 +137,7 @@ def test_one_that_nobody_needs_is_closed(
 def test_none_at_all_if_told_so(
     server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
 ) -> None:
-    with start_proxy("--spares", "0", "--spare-lifetime", "60s").connect() as conn:
+    with start_proxy("--spares", "0", *LASTING).connect() as conn:
         for _ in range(3):
             run(conn, "SELECT 1")
         assert not spares()
@@ -144,7 +146,7 @@ def test_none_at_all_if_told_so(
 def test_one_that_was_killed_is_no_loss(
     server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
 ) -> None:
-    with start_proxy("--spare-lifetime", "60s").connect() as conn:
+    with start_proxy(*LASTING).connect() as conn:
         run(conn, "SELECT 1")
         wait_until(lambda: len(spares()) == 2)
         with server.connect() as admin:
@@ -158,7 +160,7 @@ def test_none_for_a_role_with_a_connection_limit(
     with server.connect() as admin:
         admin.execute("CREATE ROLE limited LOGIN SUPERUSER CONNECTION LIMIT 20")
     try:
-        with start_proxy("--spare-lifetime", "60s").connect(user="limited") as conn:
+        with start_proxy(*LASTING).connect(user="limited") as conn:
             run(conn, "SELECT 1")
             run(conn, "SELECT 1")
             wait_until(lambda: len(server.clients()) == 1)
@@ -171,7 +173,7 @@ def test_none_for_a_role_with_a_connection_limit(
 def test_each_role_and_database_has_its_own(
     server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]], db: str
 ) -> None:
-    proxy = start_proxy("--spare-lifetime", "60s", "--spares", "1")
+    proxy = start_proxy(*LASTING, "--spares", "1")
     with server.connect() as admin:
         admin.execute("CREATE ROLE launcher LOGIN SUPERUSER")
     try:
@@ -193,7 +195,7 @@ def test_each_role_and_database_has_its_own(
 def test_the_last_free_connection_slots_are_left_alone(
     server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
 ) -> None:
-    conn: Connection = start_proxy("--spare-lifetime", "60s", "--spares", "1").connect()
+    conn: Connection = start_proxy(*LASTING, "--spares", "1").connect()
     others: list[Connection] = []
     with conn:
         slots = int(value(conn, "SHOW max_connections"))
