@@ -20,13 +20,14 @@ SPARE = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_backgroun
 
 @pytest.fixture
 def spares(server: Server) -> Callable[[], set[int]]:
-    """The pids of the spares that there are now."""
+    """The pids of the spares that there are now, but for those of other tests' proxies."""
 
-    def look() -> set[int]:
+    def all_of_them() -> set[int]:
         with server.connect() as conn:
             return {pid for (pid,) in conn.execute(SPARE)}
 
-    return look
+    others = all_of_them()
+    return lambda: all_of_them() - others
 
 
 def test_none_is_opened_for_who_never_launches(

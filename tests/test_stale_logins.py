@@ -15,14 +15,16 @@ from tests.support.servers import PASSWORDS, Connection, Proxy, Server
 pytestmark = pytest.mark.every_server
 
 SPARE = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
+OTHERS = f"CREATE TEMP TABLE spares_of_others AS {SPARE}"
 # Without reuse, which takes turns with spares as time will have it; test_reuse has its own.
 OPTIONS = ("--spare-lifetime", "60s", "--spares", "2", "--reuse-lifetime", "0")
 
 
 @pytest.fixture
 def admin(server: Server) -> Iterator[Connection]:
-    """A superuser's session past the proxy."""
+    """A superuser's session past the proxy, which knows the spares of other tests' proxies."""
     with server.connect() as conn:
+        conn.execute(OTHERS)
         yield conn
 
 
@@ -54,7 +56,8 @@ def _executors(server: Server) -> None:
 
 
 def _spares(admin: Connection) -> set[int]:
-    return {pid for (pid,) in admin.execute(SPARE)}
+    own = f"{SPARE} AND pid NOT IN (SELECT pid FROM spares_of_others)"
+    return {pid for (pid,) in admin.execute(own.encode())}
 
 
 def _warm(admin: Connection, conn: Connection) -> set[int]:

@@ -144,7 +144,7 @@ def test_a_spare_of_another_cluster_is_no_spare(
         run(conn, "SELECT 1")
         spares = "SELECT FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
         with server.connect() as admin:
-            wait_until(lambda: len(admin.execute(spares).fetchall()) == 2)
+            wait_until(lambda: len(admin.execute(spares).fetchall()) >= 2)
         address.server = other
         with proxy.connect() as stranger:
             assert value(stranger, "SHOW port") == str(other.port)

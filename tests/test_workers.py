@@ -507,7 +507,7 @@ def test_spares_of_all_workers_give_way(server: Server, start_proxy: StartProxy)
     spare = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
     with sessions(proxy) as (here, there), server.connect() as observer:
         run(there, "SELECT 1")
-        wait_until(lambda: one(observer, spare) == 2)
+        wait_until(lambda: one(observer, spare) >= 2)
         try:
             with contextlib.suppress(psycopg.OperationalError):
                 while True:
