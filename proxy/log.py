@@ -11,7 +11,6 @@ of errors of clients' SQL, which may quote values; SQL itself only if ``log_job_
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -181,13 +180,6 @@ FORMATS: Final = tuple(_FORMATTERS)
 _MOST: Final = 4 * 1024 * 1024
 """Bytes of the log that may wait to be written."""
 
-_SOON: Final = 0.01
-"""Seconds that events below a warning wait for others, in an event loop. Whoever wakes the thread
-competes with it for Python's lock, and has the answer to a client yet to send."""
-
-_MANY: Final = 64 * 1024
-"""Bytes that do not wait for others."""
-
 _LAST_WORDS: Final = 1.0
 """Seconds that is waited for the log at the end, twice at most."""
 
@@ -207,7 +199,6 @@ class BackgroundHandler(logging.Handler):
         self._waiting: deque[bytes] = deque()
         self._size = 0  # of what waits, and of what is being written
         self._dropped = 0
-        self._is_due = False  # to be written soon
         self._closed = False
         self._changed = threading.Condition()
         self._writer = threading.Thread(target=self._write, name="log", daemon=True)
@@ -222,23 +213,6 @@ class BackgroundHandler(logging.Handler):
                 return
             self._own_up()
             self._put(event)
-            if record.levelno >= logging.WARNING or self._size > _MANY or not self._write_soon():
-                self._changed.notify_all()
-
-    def _write_soon(self) -> bool:
-        """Wake the thread soon; false if no event loop runs here."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            return False
-        if not self._is_due:
-            self._is_due = True
-            loop.call_later(_SOON, self._wake)
-        return True
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._is_due = False
             self._changed.notify_all()
 
     def _bytes(self, record: logging.LogRecord) -> bytes:
@@ -286,7 +260,6 @@ class BackgroundHandler(logging.Handler):
 
     def flush(self) -> None:
         """Wait until all is written, for a moment."""
-        self._wake()
         with self._changed:
             self._changed.wait_for(lambda: not self._size, _LAST_WORDS)
 
