@@ -19,7 +19,9 @@ _LONGEST_BATCH: Final = 4096
 """In bytes, since it is kept until it is answered."""
 
 _QUERY: Final = F.QUERY  # an attribute costs more
-_WITH_TEXT: Final = frozenset((F.QUERY, F.PARSE))
+WITH_TEXT: Final = frozenset((F.QUERY, F.PARSE))
+"""Messages with SQL."""
+
 # How CREATE, ALTER and DROP DATABASE may begin. Most statements do not, and are not searched.
 _COMMANDS: Final = b"cad \t\n\r\f\v-/"
 _IN_BATCH: Final = bytes(kind in (F.BIND, F.DESCRIBE, F.EXECUTE, F.CLOSE) for kind in range(256))
@@ -40,7 +42,7 @@ def is_plain_batch(data: bytes) -> bool:
         return False
     end = 0
     kind = data[0]
-    if kind in _WITH_TEXT:
+    if kind in WITH_TEXT:
         text = data.lower()
         if b"pg_" in text or b"set" in text:  # and more than these: that takes the slow path
             return False

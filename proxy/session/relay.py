@@ -26,7 +26,7 @@ from protocol.kinds import ENDS_COPY_IN, ENDS_EXTENDED, EXTENDED, B, F, Transact
 from protocol.messages import Flush
 from proxy.net.connection import Connection
 from proxy.session.custom_settings import CustomSettings
-from proxy.session.fast_path import is_plain_answer, is_plain_batch
+from proxy.session.fast_path import WITH_TEXT, is_plain_answer, is_plain_batch
 from proxy.session.outstanding import OutstandingRequests
 from proxy.sql import encodings
 from proxy.sql.lexer import MAX_TEXT
@@ -79,7 +79,6 @@ _ACTION: Final = {
     **dict.fromkeys(_HANDLED, _HANDLE),
 }
 _ACTIONS: Final = bytes(_ACTION.get(kind, _NOTHING) for kind in range(256))
-_WITH_TEXT: Final = frozenset((F.QUERY, F.PARSE))
 
 
 class Hooks(Protocol):
@@ -222,7 +221,7 @@ class Relay:
                 self._client_astray = True
                 self._give_up(self._client, self._server, data)
                 return
-            if kind in _WITH_TEXT:
+            if kind in WITH_TEXT:
                 if self._stops_at_text(kind, data, position, end):
                     return
             elif kind in EXTENDED:
