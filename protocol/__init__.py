@@ -1,9 +1,9 @@
-"""PostgreSQL's frontend/backend protocol, version 3, without I/O: bytes in, messages out.
+"""PostgreSQL's frontend/backend protocol 3, without I/O: bytes in, messages out.
 
-Invariant: nothing here opens a socket, awaits anything or knows what the program is for. The names
-are those of the manual's chapter "Frontend/Backend Protocol".
+Invariant: nothing here opens a socket, awaits anything or knows about pg_background. Names are
+those of the manual's chapter "Frontend/Backend Protocol".
 
-The map, from the wire upward:
+From the wire upward:
 
 =================  =============================================================================
 `wire`             reads and writes the primitive types (IntN, String, ByteN); the one exception
@@ -16,6 +16,6 @@ The map, from the wire upward:
 `values`           from the text form of a value to its binary form; type OIDs and sizes
 =================  =============================================================================
 
-Two promises hold everywhere: malformed input raises `ProtocolViolation` and nothing else, and no
-length field alone makes memory be allocated. Strings are bytes; the session knows their encoding.
+Malformed input raises `ProtocolViolation` and nothing else, and no length field alone causes an
+allocation. Strings are bytes; the session knows their encoding.
 """

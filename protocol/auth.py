@@ -1,6 +1,6 @@
 """MD5 password authentication (manual, "Password Authentication" and AuthenticationMD5Password).
 
-The secret that the server stores is as good as the password: the response can be made from either.
+Whoever has the stored secret can log in: the response is made from it or from the password.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ _SECRET = re.compile(rb"md5[0-9a-f]{32}")
 
 
 def md5_password(user: bytes, password: bytes, salt: bytes) -> bytes:
-    """The PasswordMessage's text that answers AuthenticationMD5Password with this four-byte salt.
+    """The text of the PasswordMessage that answers an AuthenticationMD5Password with this salt.
 
-    ``md5`` and the hexadecimal digits of md5(hex(md5(password + user)) + salt).
+    That is ``md5`` and the hexadecimal digits of md5(hex(md5(password + user)) + salt).
     """
     return md5_response_from_secret(md5_secret(user, password), salt)
 
 
 def md5_secret(user: bytes, password: bytes) -> bytes:
-    """The content of pg_authid.rolpassword: ``md5`` and 32 digits, of md5(password + user)."""
+    """The content of pg_authid.rolpassword: ``md5`` and the digits of md5(password + user)."""
     return _md5(password + user)
 
 
 def is_md5_secret(text: bytes) -> bool:
-    """Whether this has the form of an MD5 secret, which PostgreSQL then takes it for."""
+    """Whether PostgreSQL would take this for an MD5 secret."""
     return _SECRET.fullmatch(text) is not None
 
 
 def md5_response_from_secret(secret: bytes, salt: bytes) -> bytes:
-    """The same as `md5_password`, made from the stored secret.
+    """The same as `md5_password`, but from the stored secret.
 
     Raises:
-        ValueError: not a secret of that form. The message does not contain it.
+        ValueError: it is not such a secret. The message does not contain it.
     """
     if not is_md5_secret(secret):
         raise ValueError("not an MD5 secret")

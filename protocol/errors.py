@@ -1,10 +1,9 @@
-"""Errors: the one that malformed input raises, and those that we send to a client.
+"""The errors that clients get, and the SQLSTATEs in use.
 
-Invariant: an `SQLError` holds everything that its ErrorResponse will say. SQLSTATE and words are
-chosen where it is raised; nothing is added on the way out.
+Invariant: an `SQLError` holds everything that its ErrorResponse will say. SQLSTATE and texts are
+chosen where it is raised; nothing is added later.
 
-The constants are the SQLSTATEs in use, named as in the manual's appendix "PostgreSQL Error Codes"
-(in upper case).
+The constants are named as in the manual's appendix "PostgreSQL Error Codes", in upper case.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ INTERNAL_ERROR: Final = "XX000"
 
 
 class SQLError(Exception):
-    """An error for a client, with the fields of an ErrorResponse.
+    """An error to report to a client, with the fields of an ErrorResponse.
 
     Args:
         sqlstate: five characters, one of the constants of this module.
@@ -84,9 +83,9 @@ class SQLError(Exception):
         return self.severity in ("FATAL", "PANIC")
 
     def response(self, encoding: str = "utf-8") -> ErrorResponse:
-        """The ErrorResponse of this error, its texts in `encoding` (a Python codec's name).
+        """The ErrorResponse of this error, in `encoding` (a Python codec's name).
 
-        A character that the encoding lacks becomes ``?``. So does NUL, which ends a string.
+        NUL and characters that the encoding lacks become ``?``.
         """
         texts = {
             "S": self.severity,
@@ -107,9 +106,9 @@ class SQLError(Exception):
 
 
 class ServerError(SQLError):
-    """An error that a server has sent. Its ErrorResponse goes on as it came, with all its fields.
+    """An error that a server has sent. Its ErrorResponse is passed on unchanged, with all fields.
 
-    The texts of the exception are for logs and for errors about this one.
+    The exception's own texts serve logs and errors about this one.
     """
 
     def __init__(self, response: ErrorResponse) -> None:

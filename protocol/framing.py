@@ -1,9 +1,8 @@
 """Where messages begin and end in a stream of the wire protocol.
 
-Every message after the startup phase is one type byte, then a four-byte length that counts itself
-and the body (manual: "Message Flow", "Message Formats"). Invariant: this file looks at those five
-bytes only. It does not decode bodies, and a length field says how many bytes to skip or to wait
-for, never how many to allocate.
+After startup, each message is a type byte, a four-byte length that counts itself, and the body
+(manual: "Message Flow", "Message Formats"). Invariant: only those five bytes are read here. Bodies
+are not decoded, and a length says how much to skip or await, never how much to allocate.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ HEADER_SIZE = 5
 """Bytes of the type and the length word."""
 
 unpack_length = Struct("!i").unpack_from
-"""`unpack_length(data, offset)[0]`: the length word at an offset, which counts its own 4 bytes."""
+"""`unpack_length(data, offset)[0]` is the length word at that offset; it counts its own 4 bytes."""
 
 
 def bad_length(kind: int, length: int) -> ProtocolViolation:
-    """The error for an impossible length word: it counts itself, so it is at least 4."""
+    """The error for an impossible length word: one below 4."""
     return ProtocolViolation(f"message of type {chr(kind)!r} has the impossible length {length}")
 
 
@@ -29,23 +28,23 @@ _AUTHENTICATION = ord("R")
 
 
 def limit_before_login(kind: int) -> int:
-    """The length word of the longest message that a server may send before the login is done:
-    libpq's limits. Until then the server has not proved its identity, and needs no more."""
+    """The longest length word allowed from a server during the login, as in libpq: it has not
+    proved its identity yet."""
     return 2000 if kind == _AUTHENTICATION else 30_000
 
 
-# How many headers `skip_run` compares at once, and how many messages it looks at one by one after
-# headers that were not alike; each at first and at most.
+# `skip_run`: how many headers are compared at once, and how many messages are then stepped over one
+# by one if they were not alike: (at first, at most).
 _COMPARED = (16, 1024)
 _PAUSE = (4, 256)
 
 
 def skip_run(data: bytes, position: int) -> tuple[int, int]:
-    """The end of the run of whole messages of one type that begins at `position`; their number.
+    """Where the run of whole messages of one type at `position` ends, and how many there are.
 
-    A message with an impossible length ends the run. Many rows in a row are often of one length:
-    where a message is as long as the last, many headers are compared at once, as slices with that
-    length for a step. If all are equal, the messages begin there. (7 ns a message, 100 one by one.)
+    A message with an impossible length ends the run. Consecutive rows often have the same length:
+    where two do, many headers are compared at once, as slices with that length as the step. If all
+    are equal, messages begin there. (7 ns per message; 100 ns one by one.)
     """
     kind = data[position]
     end = len(data)
@@ -81,13 +80,12 @@ def skip_run(data: bytes, position: int) -> tuple[int, int]:
 
 
 class MessageBuffer:
-    """Gathers chunks of a stream and hands out its messages whole.
+    """Collects chunks of a stream and returns whole messages.
 
-    It holds what was fed and not yet taken. The caller bounds that by pausing its source when
-    `len(buffer)` is large.
+    Its size is not bounded: the caller pauses the source when `len(buffer)` is large.
 
     Attributes:
-        limit: gives the largest length word allowed for a message type; None for no limit.
+        limit: returns the largest length word allowed for a message type; None: no limit.
     """
 
     __slots__ = ("_data", "_start", "limit")
@@ -102,14 +100,14 @@ class MessageBuffer:
         return len(self._data) - self._start
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Add a chunk, cut anywhere."""
+        """Add a chunk, which may end anywhere."""
         if self._start:
             del self._data[: self._start]
             self._start = 0
         self._data += data
 
     def next_message(self) -> tuple[int, bytes] | None:
-        """The next whole message as (type, body); None until it has been fed.
+        """The next whole message as (type, body); None if it is not complete yet.
 
         Raises ProtocolViolation for a length word under 4 or over the limit.
         """
@@ -130,12 +128,12 @@ class MessageBuffer:
         return self._data[start], bytes(memoryview(self._data)[start + HEADER_SIZE : end])
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        """All messages that are whole so far."""
+        """All messages that are complete so far."""
         while (message := self.next_message()) is not None:
             yield message
 
     def take_rest(self) -> bytes:
-        """The bytes not handed out yet; the buffer is empty afterwards."""
+        """The bytes not returned yet, after which the buffer is empty."""
         rest = bytes(memoryview(self._data)[self._start :])
         self._data.clear()
         self._start = 0
@@ -143,20 +141,18 @@ class MessageBuffer:
 
 
 class LongMessage:
-    """A message that comes in pieces, of which the beginning is kept, up to a limit.
-
-    Bytes beyond the limit are counted and dropped as they come.
+    """A message that arrives in pieces; its beginning is kept, the rest only counted.
 
     Attributes:
         kind: its type.
-        missing: bytes of it that are still to come.
-        is_cut: whether `body` is only a part of it.
+        missing: bytes still to come.
+        is_cut: whether `body` is incomplete.
     """
 
     __slots__ = ("_body", "_limit", "is_cut", "kind", "missing")
 
     def __init__(self, kind: int, size: int, limit: int) -> None:
-        """`size`: of its body; `limit`: how many bytes of it are kept."""
+        """`size` is that of the body; at most `limit` bytes of it are kept."""
         self.kind = kind
         self.missing = size
         self.is_cut = size > limit
@@ -164,7 +160,7 @@ class LongMessage:
         self._body = bytearray()
 
     def feed(self, data: bytes | memoryview) -> int:
-        """Add a chunk. Returns how many bytes of it belong to this message."""
+        """Add a chunk. Returns how many of its bytes belong to this message."""
         view = memoryview(data)[: self.missing]
         self.missing -= len(view)
         room = self._limit - len(self._body)
@@ -174,7 +170,7 @@ class LongMessage:
 
     @property
     def body(self) -> bytes:
-        """The part of its body that is kept."""
+        """The kept part of the body."""
         return bytes(self._body)
 
 

@@ -1,8 +1,7 @@
 """The types of messages, by the manual's names ("Message Formats").
 
-A type byte means one thing from a frontend and another from a backend (``D``: Describe, DataRow),
-so there are two namespaces, under the letters with which the manual marks its messages. Below them
-stand the groups of types that its "Message Flow" treats alike.
+A type byte means one thing from a frontend and another from a backend (``D``: Describe, DataRow):
+hence two namespaces, named by the manual's marks. "Message Flow" treats the groups below alike.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Final
 
 
 class F:
-    """(F): what a frontend sends. ``p`` is the type of all its answers during the login."""
+    """(F): sent by a frontend. ``p`` is the type of all its answers during the login."""
 
     BIND: Final = ord("B")
     CLOSE: Final = ord("C")
@@ -30,7 +29,7 @@ class F:
 
 
 class B:
-    """(B): what a backend sends. ``R`` is the type of all its authentication requests."""
+    """(B): sent by a backend. ``R`` is the type of all authentication requests."""
 
     AUTHENTICATION: Final = ord("R")
     BACKEND_KEY_DATA: Final = ord("K")
@@ -59,31 +58,30 @@ class B:
 
 
 class TransactionStatus:
-    """What ReadyForQuery says of the transaction."""
+    """The transaction status in ReadyForQuery."""
 
     IDLE: Final = ord("I")
     """Not in a transaction block."""
     IN_BLOCK: Final = ord("T")
     FAILED: Final = ord("E")
-    """In a failed transaction block: up to its end the server rejects everything else."""
+    """In a failed transaction block: the server rejects everything but its end."""
 
 
 # Of the frontend
 
 EXTENDED: Final = bytes([F.PARSE, F.BIND, F.DESCRIBE, F.EXECUTE, F.CLOSE])
-"""The extended protocol, where each of these has an answer of its own, and after an error none has
-one up to the next Sync."""
+"""The extended protocol: each message has its own answer; after an error, none has up to Sync."""
 
 ENDS_COPY_IN: Final = bytes([F.COPY_DONE, F.COPY_FAIL])
-"""What ends the data of COPY FROM STDIN; ignored where nothing is copied."""
+"""End the data of COPY FROM STDIN; ignored outside a COPY."""
 
 GETS_READY: Final = bytes([F.QUERY, F.SYNC, F.FUNCTION_CALL])
-"""What is answered with a ReadyForQuery in the end."""
+"""Answered, in the end, by ReadyForQuery."""
 
 AFTER_LOGIN: Final = bytes(
     [*EXTENDED, *ENDS_COPY_IN, *GETS_READY, F.COPY_DATA, F.FLUSH, F.TERMINATE]
 )
-"""All that a frontend may send after the login; for any other type the server ends the session."""
+"""All that a frontend may send after the login; the server ends the session at any other type."""
 
 
 # Of the backend
@@ -93,9 +91,9 @@ ENDS_BIND: Final = bytes([B.BIND_COMPLETE])
 ENDS_CLOSE: Final = bytes([B.CLOSE_COMPLETE])
 ENDS_DESCRIBE: Final = bytes([B.ROW_DESCRIPTION, B.NO_DATA])
 ENDS_EXECUTE: Final = bytes([B.COMMAND_COMPLETE, B.EMPTY_QUERY_RESPONSE, B.PORTAL_SUSPENDED])
-"""What ends the answer to a message of the extended protocol, unless that is an ErrorResponse."""
+"""End the answer to a message of the extended protocol, unless an ErrorResponse does."""
 
 ENDS_EXTENDED: Final = ENDS_PARSE + ENDS_BIND + ENDS_CLOSE + ENDS_DESCRIBE + ENDS_EXECUTE
 
 ASYNCHRONOUS: Final = bytes([B.NOTICE_RESPONSE, B.NOTIFICATION_RESPONSE, B.PARAMETER_STATUS])
-"""What may come at any time, within another answer or between two."""
+"""May come at any time, between answers or within one."""

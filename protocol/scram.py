@@ -1,7 +1,7 @@
 """SCRAM-SHA-256, as client and as server (manual, "SASL Authentication"; RFC 5802, RFC 7677).
 
-Invariant: these objects hold the whole conversation and nothing else. Each method takes the message
-that came and gives the one to send, in this order:
+Invariant: these objects hold one conversation. Each method takes the message received and returns
+the one to send, in this order:
 
     ScramClient                              ScramServer
     first_message()          ── client-first ─→   first_message(…)
@@ -9,14 +9,14 @@ that came and gives the one to send, in this order:
                              ── client-final ─→   verify(…)
     verify(…)               ←─ server-final ──    final_message()
 
-Three things serve in a login; each can do more than the one before:
+Three things serve in a login, each stronger than the one before:
 
 - the secret that the server stores (`ScramSecret`: StoredKey, ServerKey) checks logins;
-- the ClientKey logs in wherever salt and iteration count are the same;
+- the ClientKey logs in to every server that has the same salt and iteration count;
 - the password logs in everywhere.
 
-A secret together with one login that was overheard gives the ClientKey: `client_key_from_proof`.
-Channel binding is not supported. No secret is in any repr or error message.
+The secret and one login reveal the ClientKey: `client_key_from_proof`. Channel binding is not
+supported. No secret is in any repr or error message.
 """
 
 from __future__ import annotations
@@ -39,12 +39,11 @@ from protocol.wire import ProtocolViolation
 MECHANISM = b"SCRAM-SHA-256"
 
 MAX_ITERATIONS = 1_000_000
-"""A server that asks for more is refused: the client does the work (about 0.2 s for this many)
-before the server has proved anything. PostgreSQL's default is 4096."""
+"""More are refused: the client does this work (about 0.2 s) before the server has proved anything.
+PostgreSQL's default is 4096."""
 
 MIN_ITERATIONS = 4096
-"""The least that RFC 7677 allows. A server may be configured to use fewer, so the caller decides
-which server may."""
+"""The minimum of RFC 7677. A server may be configured to use fewer; the caller decides."""
 
 _KeySource = Callable[[bytes, int], tuple[bytes, bytes | None]]
 """From salt and iteration count to ClientKey and ServerKey."""
@@ -81,7 +80,7 @@ class ScramSecret:
         """The secret in ``SCRAM-SHA-256$4096:salt$StoredKey:ServerKey``.
 
         Raises:
-            ValueError: not of that form. The message does not contain it.
+            ValueError: it has another form. The message does not contain it.
         """
         text = text.encode("utf-8", "replace") if isinstance(text, str) else text
         try:
@@ -108,7 +107,7 @@ class ScramSecret:
 
 @dataclass(frozen=True, slots=True)
 class ClientFirst:
-    """A client-first-message, which consists of `gs2_header` (``n,,``) and `bare`."""
+    """A client-first-message: `gs2_header` (``n,,``), then `bare`."""
 
     gs2_header: bytes
     bare: bytes
@@ -139,13 +138,13 @@ class ClientFinal:
 
 
 class ScramClient:
-    """One login as a client, by password.
+    """One login as a client.
 
     Args:
         password: as bytes; `saslprep` is applied.
-        min_iterations: a server that asks for fewer is refused, because fewer make the password
-            easier to guess from our answer.
-        user: PostgreSQL ignores it (the StartupMessage has the role), so it is empty by default.
+        min_iterations: fewer are refused, since they make the password easier to guess from our
+            answer.
+        user: ignored by PostgreSQL (the StartupMessage has the role), hence empty by default.
         nonce: for tests; random otherwise.
     """
 
@@ -173,17 +172,17 @@ class ScramClient:
         return client
 
     def first_message(self) -> bytes:
-        """The client-first-message: data of the SASLInitialResponse."""
+        """The client-first-message, for SASLInitialResponse."""
         return b"n,," + self._client_first_bare
 
     def final_message(self, server_first: bytes) -> bytes:
         """The client-final-message, with the proof that we have the key.
 
-        With a password this computes for about a millisecond per 4000 iterations.
+        From a password, this takes about a millisecond per 4000 iterations.
 
         Raises:
-            ProtocolViolation: malformed, a nonce that does not extend ours, or more iterations
-                than `MAX_ITERATIONS`, or too few.
+            ProtocolViolation: malformed, a nonce that does not extend ours, or an iteration count
+                out of bounds.
         """
         nonce, salt, iterations = _match(_SERVER_FIRST, server_first, "server-first-message")
         if not nonce.startswith(self._nonce) or nonce == self._nonce:
@@ -197,10 +196,10 @@ class ScramClient:
         return without_proof + b",p=" + b64encode(proof)
 
     def verify(self, server_final: bytes) -> None:
-        """Checks that the server knows the secret; without that, any machine may be the server.
+        """Check that the server knows the secret; an impostor does not.
 
         Raises:
-            ProtocolViolation: it does not know it, or the message is malformed or premature.
+            ProtocolViolation: it does not, or the message is malformed or premature.
         """
         if not self._auth_message:
             raise ProtocolViolation("a SCRAM server-final-message before the server-first-message")
@@ -213,9 +212,9 @@ class ScramClient:
 
 
 class ScramServer:
-    """One login as the server, with the secret of the role that the client names.
+    """One login as the server, with the secret of the role.
 
-    `client_key` is the key that the login has revealed, once `verify` has returned True.
+    `client_key` is the key that the login has revealed, set once `verify` has returned True.
     """
 
     def __init__(self, secret: ScramSecret, *, nonce: bytes | None = None) -> None:
@@ -229,7 +228,7 @@ class ScramServer:
         self.client_key: bytes | None = None
 
     def first_message(self, client_first: bytes) -> bytes:
-        """The server-first-message: data of AuthenticationSASLContinue.
+        """The server-first-message, for AuthenticationSASLContinue.
 
         Raises:
             ProtocolViolation: malformed, or the client demands channel binding.
@@ -248,7 +247,7 @@ class ScramServer:
         """Whether the client has the key.
 
         Raises:
-            ProtocolViolation: malformed, or from another conversation.
+            ProtocolViolation: malformed, or part of another conversation.
         """
         final = ClientFinal.parse(client_final)
         if final.channel_binding != self._gs2_header:
@@ -271,10 +270,9 @@ class ScramServer:
 def client_key_from_proof(stored_key: bytes, auth_message: bytes, proof: bytes) -> bytes | None:
     """The ClientKey that a client has proved to have.
 
-    AuthMessage is client-first-message-bare, server-first-message and
-    client-final-message-without-proof, joined by commas;
-    ClientKey = ClientProof XOR HMAC(StoredKey, AuthMessage), and it is right if its hash is
-    StoredKey (RFC 5802, section 3).
+    ClientKey = ClientProof XOR HMAC(StoredKey, AuthMessage), and is right if its hash is StoredKey
+    (RFC 5802, section 3). AuthMessage is client-first-message-bare, server-first-message and
+    client-final-message-without-proof, joined by commas.
 
     Returns:
         The key, 32 bytes, or None if the proof is wrong. `proof` is raw, not base64.
@@ -289,9 +287,9 @@ def client_key_from_proof(stored_key: bytes, auth_message: bytes, proof: bytes) 
 def saslprep(password: bytes) -> bytes:
     """The password as PostgreSQL hashes it: SASLprep (RFC 4013) where that is possible.
 
-    A password that is not valid UTF-8, or has characters that SASLprep forbids, is taken as it is.
+    Invalid UTF-8 and passwords with characters that SASLprep forbids are used as they are.
     """
-    if password.isascii():  # nothing to map; control characters, too, are left as they are
+    if password.isascii():  # nothing to map; control characters stay too
         return password
     try:
         text = password.decode("utf-8")
@@ -326,7 +324,7 @@ def _is_prohibited(character: str) -> bool:
 
 
 def _is_bidi_consistent(text: str) -> bool:
-    """RFC 3454, section 6: text that runs right to left does so throughout, and at both ends."""
+    """RFC 3454, section 6: right-to-left text is so throughout, and at both ends."""
     if not any(map(stringprep.in_table_d1, text)):
         return True
     if any(map(stringprep.in_table_d2, text)):

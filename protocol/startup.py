@@ -1,7 +1,7 @@
-"""The packets that open a connection: they have a length but no type byte (manual, "Start-up").
+"""The packets that open a connection, which have a length but no type byte (manual, "Start-up").
 
-Invariant: the four bytes after the length tell the packets apart. A packet comes from a client that
-has not been authenticated, so its length is bounded before it is read.
+Invariant: the four bytes after the length tell the packets apart. The client is not authenticated
+yet, so the length is bounded before the packet is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from protocol.messages.authentication import MAX_SECRET_KEY_LENGTH
 from protocol.wire import ProtocolViolation, Reader
 
 MAX_STARTUP_PACKET_LENGTH = 10000
-"""The longest body in bytes, length word not counted: PostgreSQL's own limit."""
+"""The longest body in bytes, without the length word: PostgreSQL's own limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class StartupMessage:
     version: tuple[int, int] = (3, 0)
 
     def serialize(self) -> bytes:
-        """The whole packet. Raises ValueError for an empty name, or a NUL in a string."""
+        """The whole packet. Raises ValueError for an empty name or a NUL in a string."""
         if b"" in self.parameters:
             raise ValueError("an empty name ends the list of parameters")
         pairs = [wire.string(text) for pair in self.parameters.items() for text in pair]
@@ -72,8 +72,8 @@ class CancelRequest:
 
 @dataclass(frozen=True, slots=True)
 class RefusedStartup:
-    """What every server refuses with an error: a StartupMessage of another major version than 3, or
-    one whose list of parameters does not end where the packet does."""
+    """A StartupMessage that every server refuses with an error: its major version is not 3, or its
+    list of parameters does not end where the packet does."""
 
     version: tuple[int, int]
 
@@ -85,7 +85,7 @@ def startup_packet_length(header: bytes) -> int:
     """How many bytes follow `header`, the first four bytes of a packet.
 
     Raises:
-        ProtocolViolation: fewer than a version has, or more than `MAX_STARTUP_PACKET_LENGTH`.
+        ProtocolViolation: too few for a version, or more than `MAX_STARTUP_PACKET_LENGTH`.
     """
     length = Reader(header[:4]).int32() - 4
     if not 4 <= length <= MAX_STARTUP_PACKET_LENGTH:
@@ -97,7 +97,7 @@ def parse_startup_packet(body: bytes) -> StartupPacket:
     """The packet with this body (what follows the length word).
 
     Raises:
-        ProtocolViolation: it is one that a server leaves unanswered.
+        ProtocolViolation: a server would not answer it.
     """
     if len(body) > MAX_STARTUP_PACKET_LENGTH:
         raise ProtocolViolation("invalid length of startup packet")
@@ -115,7 +115,7 @@ def _read(reader: Reader, code: tuple[int, int]) -> StartupPacket:
         return CancelRequest(pid, secret_key)
     rest = reader.rest()
     if code == SSLRequest.code:
-        return SSLRequest()  # whatever follows the code
+        return SSLRequest()  # whatever follows
     if code == GSSENCRequest.code:
         return GSSENCRequest()
     parameters = _parameters(rest) if code[0] == 3 else None
@@ -123,8 +123,8 @@ def _read(reader: Reader, code: tuple[int, int]) -> StartupPacket:
 
 
 def _parameters(data: bytes) -> dict[bytes, bytes] | None:
-    """Names and values; None if they end too early or too late. As in a server, the last byte is
-    the terminator, whatever it is."""
+    """Names and values; None if they end too early or too late. As in PostgreSQL, the last byte
+    serves as the terminator, whatever it is."""
     *strings, end = data[:-1].split(b"\0")
     names, values = strings[::2], strings[1::2]
     if not data or end or len(names) != len(values) or b"" in names:

@@ -1,8 +1,8 @@
-"""The primitive types of the manual's "Message Data Types", read from and written to bytes.
+"""Reads and writes the primitive types of the manual's "Message Data Types".
 
-Invariant: message bytes are taken apart here only. Every read first checks that the body is long
-enough, and raises nothing but `ProtocolViolation`; no count or length from the wire is allocated
-before its bytes are there.
+Invariant: message bytes are taken apart only here. Every read first checks that the body is long
+enough, and raises only `ProtocolViolation`; nothing is allocated for a count or length before its
+bytes are there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _UINT32 = struct.Struct(">I")
 
 
 class ProtocolViolation(ValueError):  # noqa: N818 (the SQLSTATE's name)
-    """The bytes received are not what the protocol allows (SQLSTATE 08P01, protocol_violation).
+    """The bytes received violate the protocol (SQLSTATE 08P01, protocol_violation).
 
     Malformed input raises no other exception.
     """
@@ -60,14 +60,14 @@ class Reader:
         return self._number(_INT16)
 
     def uint16(self) -> int:
-        """An Int16 that PostgreSQL reads as unsigned, as all counts are."""
+        """An Int16 that PostgreSQL reads as unsigned, like all counts."""
         return self._number(_UINT16)
 
     def int32(self) -> int:
         return self._number(_INT32)
 
     def uint32(self) -> int:
-        """An Int32 that PostgreSQL reads as unsigned: an OID."""
+        """An Int32 that PostgreSQL reads as unsigned, like an OID."""
         return self._number(_UINT32)
 
     def int16s(self) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ class Reader:
         return self._numbers(self.uint16(), 4, "I")
 
     def string(self) -> bytes:
-        """String: up to a NUL, which is consumed and not returned."""
+        """A String: up to a NUL, which is consumed but not returned."""
         end = self._body.find(0, self._at)
         if end < 0:
             raise ProtocolViolation("a string without its terminating NUL")
@@ -88,7 +88,7 @@ class Reader:
         return self._body[start:end]
 
     def value(self) -> bytes | None:
-        """An Int32 length and that many bytes; length -1 is NULL, which gives None."""
+        """An Int32 length and that many bytes; length -1 is NULL, returned as None."""
         length = self.int32()
         return None if length == -1 else self.take(length)
 
@@ -97,7 +97,7 @@ class Reader:
         count = self.uint16()
         if count * 4 > self.remaining:
             raise ProtocolViolation(f"{count} values cannot be in {self.remaining} bytes")
-        # As `value` would: rows come by the thousand, and calls cost more than what they do.
+        # `value`, inlined: there are thousands of rows, and calls cost more than the work.
         body, at, size = self._body, self._at, len(self._body)
         found: list[bytes | None] = []
         for _ in range(count):
@@ -117,7 +117,7 @@ class Reader:
         return tuple(found)
 
     def end(self) -> None:
-        """The message must end here."""
+        """Check that the message ends here."""
         if self.remaining:
             raise ProtocolViolation(f"{self.remaining} bytes follow the end of the message")
 
@@ -165,7 +165,7 @@ def uint32s(numbers: Sequence[int]) -> bytes:
 def string(text: bytes) -> bytes:
     """The text and its NUL.
 
-    Raises ValueError for a NUL inside: the rest would be read as the next field.
+    Raises ValueError for a NUL inside, after which the rest would be read as the next field.
     """
     if 0 in text:
         raise ValueError("a string in a message cannot contain NUL")

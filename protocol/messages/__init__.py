@@ -1,7 +1,7 @@
 """Every typed message of the protocol: a frozen dataclass each, with `parse` and `serialize`.
 
-Invariant: a message is a value. It holds what its bytes say and does nothing else. The files follow
-the sections of the manual's "Message Flow":
+Invariant: a message is a value that holds what its bytes say. The files follow the sections of the
+manual's "Message Flow":
 
 - `authentication`: start-up, up to the first ReadyForQuery
 - `query`: the simple protocol, and result rows
@@ -140,10 +140,10 @@ _BACKEND: dict[int, type[BackendMessage]] = {
 
 
 def parse_frontend(type: int, body: bytes | bytearray | memoryview) -> FrontendMessage:
-    """The frontend's message of this type byte and body (what follows the length word).
+    """The frontend message with this type byte and body (what follows the length word).
 
-    ``p`` gives PasswordMessage. If the backend has asked for SASL or GSS, parse the body by
-    `SASLInitialResponse`, `SASLResponse` or `GSSResponse` instead.
+    ``p`` gives PasswordMessage. If the backend has asked for SASL or GSS, use
+    `SASLInitialResponse.parse`, `SASLResponse.parse` or `GSSResponse.parse` instead.
 
     Raises:
         ProtocolViolation: malformed, or a type that frontends do not send.
@@ -155,7 +155,7 @@ def parse_frontend(type: int, body: bytes | bytearray | memoryview) -> FrontendM
 
 
 def parse_backend(type: int, body: bytes | bytearray | memoryview) -> BackendMessage:
-    """The backend's message of this type byte and body (what follows the length word).
+    """The backend message with this type byte and body (what follows the length word).
 
     Raises:
         ProtocolViolation: malformed, or a type that backends do not send.

@@ -1,7 +1,7 @@
 """ErrorResponse, and what a backend may send at any time (section "Asynchronous Operations").
 
-Invariant: an error or notice keeps every field that the server gave it, known to us or not, in the
-order of the wire. The codes are in the manual's "Error and Notice Message Fields".
+Invariant: an error or notice keeps every field the server sent, known to us or not, in their order.
+The field codes are in the manual's "Error and Notice Message Fields".
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from protocol.wire import Reader
 
 @dataclass(frozen=True, slots=True)
 class _Report(Message):
-    """An error or a notice: texts by their one-character field codes, in the order of the wire."""
+    """An error or notice: texts by one-character field codes, in the order of the wire."""
 
     fields: dict[str, bytes]
 
     @property
     def severity(self) -> str:
-        """ERROR, FATAL, NOTICE, …: never translated (``V``) where the server is 9.6 or later."""
+        """ERROR, FATAL, NOTICE, …; not translated (``V``) from server version 9.6 on."""
         return self.fields.get("V", self.fields.get("S", b"")).decode("ascii", "replace")
 
     @property
@@ -36,12 +36,12 @@ class _Report(Message):
         return self.fields.get("M", b"")
 
     def text(self, code: str) -> str | None:
-        """A field for people to read, as if it were UTF-8; None if it is not there."""
+        """A field to show to people, decoded as UTF-8; None if it is absent."""
         field = self.fields.get(code)
         return None if field is None else field.decode("utf-8", "replace")
 
     def with_fields(self, **codes: bytes) -> Self:
-        """A copy, with these fields replaced, or added at the end."""
+        """A copy with these fields replaced, or added at the end."""
         return type(self)({**self.fields, **codes})
 
     @classmethod

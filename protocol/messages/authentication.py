@@ -1,10 +1,10 @@
 """Messages of the section "Start-up": authentication, and what a backend says about itself.
 
-Invariant: what could be used to log in (passwords, SASL and GSS responses, secret keys) is not in
-the repr of a message, so no log or traceback can show it.
+Invariant: the repr of a message holds nothing one could log in with (passwords, SASL and GSS
+responses, secret keys), so no log or traceback can show it.
 
-All authentication requests have the type byte ``R``; an Int32 tells them apart. All of the
-frontend's answers have ``p``; only the request that they answer tells them apart.
+All authentication requests have the type ``R``; an Int32 tells them apart. All answers of the
+frontend have ``p``; only the request that they answer tells them apart.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from protocol.wire import ProtocolViolation, Reader
 
 MIN_SECRET_KEY_LENGTH = 4
 MAX_SECRET_KEY_LENGTH = 256
-"""Length of a BackendKeyData's key, in bytes: 4 in protocol 3.0, up to 256 in protocol 3.2."""
+"""Bytes of the key in BackendKeyData: 4 in protocol 3.0, up to 256 in protocol 3.2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Authentication(Message):
 
 @dataclass(frozen=True, slots=True)
 class _Continued(Authentication):
-    """A request of a mechanism that has begun; the data are the mechanism's."""
+    """A request of a mechanism that has begun, with the mechanism's data."""
 
     data: bytes
 
@@ -181,10 +181,10 @@ _REQUESTS: dict[int, type[AuthenticationRequest]] = {
 
 
 def parse_authentication(body: bytes | bytearray | memoryview) -> AuthenticationRequest:
-    """The authentication request with this body: a message of type ``R``.
+    """The authentication request with this body; its message type is ``R``.
 
     Raises:
-        ProtocolViolation: malformed, or unknown to the manual.
+        ProtocolViolation: malformed, or not in the manual.
     """
     code = Reader(body[:4]).int32()
     request = _REQUESTS.get(code)
@@ -256,7 +256,7 @@ class GSSResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class BackendKeyData(Message):
-    """The content of a CancelRequest for this backend. A pooler's `pid` is not a process ID."""
+    """What a CancelRequest for this backend must contain. A pooler's `pid` is no process ID."""
 
     type: ClassVar[int] = ord("K")
     pid: int
@@ -275,11 +275,11 @@ class BackendKeyData(Message):
 
 @dataclass(frozen=True, slots=True)
 class NegotiateProtocolVersion(Message):
-    """The server does not support the protocol version that the StartupMessage asked for.
+    """The server does not support the protocol version that the StartupMessage requested.
 
-    `version` is the newest that it supports, (major, minor); `options` are the ``_pq_.`` parameters
-    that it did not recognise. (The manual calls the number a minor version, but the server sends
-    both halves, as a StartupMessage has them.)
+    `version` is the newest that it supports, as (major, minor); `options` are the ``_pq_.``
+    parameters that it did not recognise. (The manual speaks of a minor version, but the server
+    sends both halves.)
     """
 
     type: ClassVar[int] = ord("v")

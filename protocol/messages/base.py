@@ -1,7 +1,7 @@
 """What all typed messages have in common: a type byte, a length word, a body.
 
-Invariant: a message class describes its body, once in `_read` and once in `_write`, side by side.
-Type, length and the end of the body are dealt with here.
+Invariant: a subclass describes its body only, in `_read` and in `_write`, side by side. Type,
+length and the end of the body are handled here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from protocol.wire import Reader
 class Message(ABC):
     """A message of the protocol (manual, "Message Formats"). Subclasses are frozen dataclasses.
 
-    Strings in messages are bytes, in the encoding of the session, without their NUL.
+    Strings are bytes in the session's encoding, without their NUL.
     """
 
     __slots__ = ()

@@ -1,7 +1,6 @@
 """Messages of the section "COPY Operations".
 
-Invariant: the data is opaque. Message boundaries mean nothing to COPY: a CopyData may end in the
-middle of a row.
+Invariant: the data is opaque. A CopyData may end in the middle of a row.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class CopyFail(Message):
 
 @dataclass(frozen=True, slots=True)
 class _CopyResponse(Message):
-    """The backend starts a copy. Formats are 0 for text and 1 for binary, one for each column."""
+    """The backend starts a copy. Format 0 is text, 1 is binary; `formats` has one per column."""
 
     overall_format: int
     column_formats: tuple[int, ...]

@@ -1,6 +1,6 @@
 """Messages of the section "Extended Query": Parse, Bind, Describe, Execute, Close, and the answers.
 
-Invariant: an empty name is the unnamed statement or portal, as on the wire; it is never None.
+Invariant: the unnamed statement or portal has the empty name, as on the wire; never None.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from protocol.wire import ProtocolViolation, Reader
 class Parse(Message):
     """Prepares `query` as `statement`.
 
-    `parameter_types` are OIDs; the server infers those that are 0 or left off at the end.
+    `parameter_types` are OIDs; the server infers types that are 0 or omitted at the end.
     """
 
     type: ClassVar[int] = ord("P")
@@ -36,10 +36,10 @@ class Parse(Message):
 
 @dataclass(frozen=True, slots=True)
 class Bind(Message):
-    """Makes `portal` of `statement` and its parameters.
+    """Makes `portal` from `statement` and parameter values.
 
-    Format codes are 0 for text and 1 for binary. No code means text for all values, a single code
-    is for all of them, otherwise each value has its own.
+    Format codes are 0 for text and 1 for binary. With no code all values are text; a single code
+    applies to all of them; otherwise each value has its own.
     """
 
     type: ClassVar[int] = ord("B")
@@ -104,7 +104,7 @@ class Close(_Named):
 
 @dataclass(frozen=True, slots=True)
 class Execute(Message):
-    """Runs a portal, for at most `max_rows` rows; 0 is no limit."""
+    """Runs a portal, for at most `max_rows` rows; 0 means no limit."""
 
     type: ClassVar[int] = ord("E")
     portal: bytes
@@ -120,7 +120,7 @@ class Execute(Message):
 
 @dataclass(frozen=True, slots=True)
 class Flush(Bare):
-    """Asks for the answers so far to be sent now."""
+    """Asks the backend to send the answers so far."""
 
     type: ClassVar[int] = ord("H")
 

@@ -1,6 +1,6 @@
 """Messages of the section "Function Call", the manual's "legacy feature".
 
-Invariant: arguments are like a Bind's parameters, the result is like a DataRow's value.
+Invariant: arguments are encoded like a Bind's parameters, the result like a DataRow's value.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Messages of the section "Simple Query", and the result of a query, which both protocols share.
 
-Invariant: rows are tuples of bytes as the server wrote them. What they mean depends on the format
-of their column, which this file does not read.
+Invariant: rows are tuples of bytes as the server wrote them, in the formats of their columns.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ class DataRow(Message):
 
 @dataclass(frozen=True, slots=True)
 class CommandComplete(Message):
-    """A statement has completed; the tag names it, and for some says how many rows it processed."""
+    """A statement has completed; the tag names it, and may say how many rows it processed."""
 
     type: ClassVar[int] = ord("C")
     tag: bytes

@@ -1,9 +1,9 @@
 """From the text form of a value to its binary form.
 
-Invariant: a wrong value is worse than an error. A type that we do not convert raises
-`NoBinaryForm`, text that we do not understand raises `ProtocolViolation`.
+Invariant: no value is better than a wrong one. A type that is not converted raises `NoBinaryForm`,
+text that is not understood raises `ProtocolViolation`.
 
-`oids` has the types, their arrays and sizes; `scalars`, `datetimes` and `arrays` the conversions.
+`oids` has the types, their arrays and sizes; `scalars`, `datetimes` and `arrays` convert values.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _CONVERSIONS: Final[dict[int, Callable[[bytes], bytes]]] = {
 
 
 class NoBinaryForm(LookupError):  # noqa: N818 (it says what is the matter)
-    """We cannot convert values of the type `type_oid`."""
+    """Values of the type `type_oid` cannot be converted."""
 
     def __init__(self, type_oid: int) -> None:
         super().__init__(type_oid)
@@ -71,11 +71,11 @@ def has_binary_form(type_oid: int) -> bool:
 def to_binary(type_oid: int, text: bytes) -> bytes:
     """The binary form of a value, from its text form as PostgreSQL writes it.
 
-    The text must come from a session with DateStyle ISO and IntervalStyle postgres. Characters keep
-    their encoding. Arrays of these types, of any dimensions, are converted too.
+    The session must have DateStyle ISO and IntervalStyle postgres. Characters keep their encoding.
+    Arrays of these types, of any dimensions, are converted too.
 
     Raises:
-        NoBinaryForm: we do not convert this type.
+        NoBinaryForm: the type is not converted here.
         ProtocolViolation: the text is malformed, or of another style.
     """
     convert = _CONVERSIONS.get(type_oid)

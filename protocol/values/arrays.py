@@ -1,12 +1,11 @@
 r"""Arrays: ``[2:3]={1,NULL}`` as dimensions and elements (manual, "Array Input and Output Syntax").
 
-Invariant: this file reads everything that PostgreSQL reads as an array, since a user may have
-written it, and knows only where the elements end. The delimiter is a comma, as for every type but
-``box``.
+Invariant: any array that PostgreSQL accepts is read, since users write them; elements are only
+delimited. The delimiter is a comma, as for every type but ``box``.
 
-In a client_encoding whose characters can end in a byte of ASCII (SJIS, BIG5, GBK, UHC, GB18030,
-JOHAB) the last byte of a character may look like ``\``, ``{`` or ``}``. There the structure is read
-in a *masked* copy of the text: as long, with bytes from 0x80 on in place of such characters.
+In a client_encoding whose characters can end in an ASCII byte (SJIS, BIG5, GBK, UHC, GB18030,
+JOHAB), that byte may look like ``\``, ``{`` or ``}``. There the structure is read from a *masked*
+copy of the same length, in which such characters are replaced by bytes from 0x80 on.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _DELIMITER = re.compile(rb"%b([,}])" % _SPACE)
 _QUOTED = rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"'
 _WORD = rb'(?:[^"\\{}, \t\n\r\v\f]|\\.)++'
 _PLAIN = rb"(%b(?:[ \t\n\r\v\f]++%b)*+)" % (_WORD, _WORD)
-# An element and the delimiter after it, in one match: arrays may be long.
+# An element with the delimiter behind it, in one match: arrays may be long.
 _ELEMENT = re.compile(rb"%b(?:%b|%b)%b([,}])" % (_SPACE, _QUOTED, _PLAIN, _SPACE), re.DOTALL)
 _ESCAPE = re.compile(rb"\\(.)", re.DOTALL)
 
@@ -51,10 +50,10 @@ class Array:
 
     @classmethod
     def parse(cls, text: bytes, masked: bytes | None = None) -> Array:
-        """The array of this literal.
+        """The array that this literal denotes.
 
         Raises:
-            ProtocolViolation: it is malformed.
+            ProtocolViolation: malformed.
         """
         return _Parser(text, text if masked is None else masked).array()
 
@@ -78,7 +77,7 @@ def parse_array(text: bytes, masked: bytes | None = None) -> list[bytes | None]:
     Raises:
         ProtocolViolation: malformed, or of more dimensions.
     """
-    if text == b"{}":  # as most are
+    if text == b"{}":  # most are
         return []
     array = Array.parse(text, masked)
     if len(array.dimensions) > 1:
@@ -87,14 +86,14 @@ def parse_array(text: bytes, masked: bytes | None = None) -> list[bytes | None]:
 
 
 class _Parser:
-    """Reads one literal from front to back."""
+    """Reads one literal."""
 
     def __init__(self, text: bytes, masked: bytes) -> None:
         self._text = text
         self._masked = masked
         self._at = 0
         self._elements: list[bytes | None] = []
-        self._sizes: dict[int, int] = {}  # by depth, known when the first array of it is closed
+        self._sizes: dict[int, int] = {}  # by depth, known once the first array there is closed
         self._element_depth: int | None = None
 
     def array(self) -> Array:

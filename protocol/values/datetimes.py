@@ -1,13 +1,13 @@
 """Dates, times and intervals.
 
-Invariant: the text is that of DateStyle ISO (with any order of day and month) and IntervalStyle
-postgres, which are the defaults and what drivers ask for. Text of another style is ambiguous (is
-01/02/2024 in January?) and raises a `ProtocolViolation` that says so.
+Invariant: the text has DateStyle ISO (any order of day and month) and IntervalStyle postgres, the
+defaults and what drivers set. Other styles are ambiguous (is 01/02/2024 in January?) and raise a
+`ProtocolViolation` that says so.
 
-In binary form dates are days since 2000-01-01, and times of day and timestamps are microseconds
-(timestamps since 2000-01-01 00:00:00, in UTC where they have a time zone); the largest and the
-smallest number are infinity and -infinity. The calendar is the proleptic Gregorian one, in which
-1 AD follows 1 BC. Python's datetime ends in 1 AD and in 9999, so it cannot be used.
+In binary, dates are days since 2000-01-01; times of day and timestamps are microseconds (timestamps
+since 2000-01-01 00:00:00, in UTC if they have a time zone). The largest and smallest number are
+infinity and -infinity. The calendar is proleptic Gregorian, with 1 AD after 1 BC; Python's datetime
+spans only 1 to 9999 AD, so it is not used.
 """
 
 from __future__ import annotations

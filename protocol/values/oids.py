@@ -1,7 +1,6 @@
 """PostgreSQL's built-in types: their OIDs (pg_type.dat) and sizes (pg_type.typlen).
 
-Invariant: these numbers are the same in every server version. Types that users have created are not
-here.
+Invariant: these numbers are the same in every server version. User-defined types are not here.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ XID8: Final = 5069
 OIDS: Final[dict[str, int]] = {
     name.lower(): oid for name, oid in tuple(globals().items()) if isinstance(oid, int)
 }
-"""The same, by the type's name in pg_type: ``OIDS["int4"] == INT4``."""
+"""The same, by name in pg_type: ``OIDS["int4"] == INT4``."""
 
 ARRAYS: Final[dict[int, int]] = {
     143: XML,
@@ -92,7 +91,7 @@ ARRAYS: Final[dict[int, int]] = {
     3221: PG_LSN,
     3807: JSONB,
 }
-"""The OID of an array type, and of the type of its elements."""
+"""From an array type's OID to that of its elements."""
 
 _SIZES: Final = {
     BOOL: 1,
@@ -128,9 +127,9 @@ _SIZES: Final = {
 
 
 def type_size(oid: int) -> int:
-    """The type's size in bytes, as a RowDescription has it (pg_type.typlen).
+    """The type's size in bytes, as in RowDescription (pg_type.typlen).
 
-    -1 is a varlena and -2 a C string. A type that is not in this file is taken for a varlena, as
-    nearly all types are; enums, with 4, are the exception among those that people define.
+    -1 is a varlena and -2 a C string. Unknown types count as varlena, as nearly all are; among
+    user-defined types only enums (4) are not.
     """
     return _SIZES.get(oid, -1)

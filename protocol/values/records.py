@@ -1,6 +1,6 @@
 """Text and binary form of a composite value (manual, "Composite Type Input and Output Syntax").
 
-Invariant: these functions put values together; the values come in the form that is asked for.
+Invariant: values are only put together here; they come in the form that is asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def record_binary(values: Sequence[tuple[int, bytes | None]]) -> bytes:
     """The binary form, as record_send writes it.
 
     Args:
-        values: of each column the type's OID and the value's binary form, or None for NULL.
+        values: for each column, the type's OID and the binary value; None is NULL.
     """
     parts = [struct.pack("!i", len(values))]
     for oid, value in values:

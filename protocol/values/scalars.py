@@ -1,8 +1,8 @@
-"""Types whose value is a number, a string of bytes, or an address.
+"""Types whose value is a number, a byte string or an address.
 
-Invariant: a conversion reads what the type's output function writes, which is less than its input
-function reads; anything else is a `ProtocolViolation`. The binary forms are those of the types'
-send functions. The manual does not describe these, so the docstrings here do.
+Invariant: a conversion reads what the type's output function writes; anything else is a
+`ProtocolViolation`. Binary forms are those of the types' send functions, which the manual does not
+describe; so the docstrings here do.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _MAX_DISPLAY_SCALE = 0x3FFF
 
 
 def bad_text(type_name: str) -> ProtocolViolation:
-    """The error for malformed text. It does not contain the text, which is the user's data."""
+    """The error for malformed text, without the text: that is the user's data."""
     return ProtocolViolation(f"cannot convert this text of type {type_name} to its binary form")
 
 
 def integer(type_name: str, code: str) -> Callable[[bytes], bytes]:
-    """A conversion to the integer that `struct` knows by `code`."""
+    """A conversion to the integer with `struct` code `code`."""
     form = struct.Struct(f">{code}")
 
     def convert(text: bytes) -> bytes:
@@ -53,7 +53,7 @@ def integer(type_name: str, code: str) -> Callable[[bytes], bytes]:
 
 
 def float_(type_name: str, code: str) -> Callable[[bytes], bytes]:
-    """A conversion to the IEEE 754 number that `struct` knows by `code`."""
+    """A conversion to the IEEE 754 number with `struct` code `code`."""
     form = struct.Struct(f">{code}")
 
     def convert(text: bytes) -> bytes:
@@ -72,7 +72,7 @@ def float_(type_name: str, code: str) -> Callable[[bytes], bytes]:
 
 
 def raw(text: bytes) -> bytes:
-    """Character types: the two forms are the same."""
+    """Character types: both forms are the same."""
     return text
 
 
@@ -93,7 +93,7 @@ def bool_(text: bytes) -> bytes:
 
 
 def char(text: bytes) -> bytes:
-    r"""``"char"``: one byte. Its text is empty for NUL, and ``\ooo`` where the high bit is set."""
+    r"""``"char"``: one byte. Its text is empty for NUL, and ``\ooo`` if the high bit is set."""
     if len(text) == 1:
         return text
     if not text:
@@ -104,12 +104,12 @@ def char(text: bytes) -> bytes:
 
 
 def jsonb(text: bytes) -> bytes:
-    """A version byte, and the text."""
+    """A version byte, then the text."""
     return b"\1" + text
 
 
 def bytea(text: bytes) -> bytes:
-    r"""The bytes themselves; their text is ``\x`` and hex digits, or of the older escape form."""
+    r"""The bytes themselves, from ``\x`` and hex digits or the older escape form."""
     if text.startswith(b"\\x"):
         try:
             return binascii.unhexlify(text[2:])
@@ -135,7 +135,7 @@ def uuid(text: bytes) -> bytes:
 
 
 def pg_lsn(text: bytes) -> bytes:
-    """An unsigned 64-bit number, whose halves the text has in hexadecimal."""
+    """An unsigned 64-bit number; the text has its halves in hexadecimal."""
     match = _PG_LSN.fullmatch(text)
     if match is None:
         raise bad_text("pg_lsn")
@@ -155,8 +155,8 @@ def macaddr(type_name: str, size: int) -> Callable[[bytes], bytes]:
 
 
 def network(type_name: str) -> Callable[[bytes], bytes]:
-    """A conversion of an inet or a cidr: family (2 IPv4, 3 IPv6), bits of the netmask, whether it
-    is a cidr, length, address."""
+    """A conversion of inet or cidr: family (2 IPv4, 3 IPv6), bits of the netmask, whether it is a
+    cidr, length, address."""
 
     def convert(text: bytes) -> bytes:
         match = _INET.fullmatch(text)
