@@ -52,7 +52,7 @@ class CopyFail(Message):
 
 @dataclass(frozen=True, slots=True)
 class _CopyResponse(Message):
-    """The backend starts a copy. Format 0 is text, 1 is binary; `formats` has one per column."""
+    """The backend starts a copy. Format 0 is text, 1 is binary; one format for each column."""
 
     overall_format: int
     column_formats: tuple[int, ...]

@@ -1,1 +1,1 @@
-"""One client: its startup, what passes between it and its server, and the calls in it."""
+"""One client: its startup, the traffic between it and its server, and the calls in that traffic."""

@@ -1,8 +1,7 @@
-"""Whom the proxy lets try to log in, before the server is asked: allow_from, allow_roles,
+"""Decides who may try to log in, before the server is asked: allow_from, allow_roles,
 allow_databases.
 
-Invariant: what is not allowed never reaches the server. Whether a client that is allowed gets in,
-the server decides.
+Invariant: what these do not allow never reaches the server. For the rest, the server decides.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from proxy.config import Config
 from proxy.net.connection import Connection
 
 _LONGEST_NAME: Final = 63
-"""Bytes of application_name that the server keeps."""
+"""Bytes of an application_name that the server keeps."""
 
 _REPLICATION: Final = "replication"
-"""What stands in allow_databases, as in pg_hba.conf, for physical replication."""
+"""Stands for physical replication in allow_databases, as in pg_hba.conf."""
 
 
 def check_address(client: Connection, config: Config) -> None:
-    """Raises SQLError, FATAL, if no client from there is taken. Unix sockets are always allowed."""
+    """Raises SQLError, FATAL, if allow_from excludes the client. Unix sockets always pass."""
     if not config.allow_from or (address := client.peer.address) is None:
         return
     if not any(address in network for network in config.allow_from):
@@ -30,7 +29,7 @@ def check_address(client: Connection, config: Config) -> None:
 
 
 def check_names(startup: StartupMessage, config: Config, *, is_replication: bool) -> None:
-    """Raises SQLError, FATAL, for a role or database that is not to be reached by the proxy."""
+    """Raises SQLError, FATAL, if the role or the database is not allowed."""
     user = startup.parameters.get(b"user", b"")
     role = _text(user)
     database = _text(startup.parameters.get(b"database") or user)
@@ -43,7 +42,7 @@ def check_names(startup: StartupMessage, config: Config, *, is_replication: bool
 
 
 def name_with_host(name: bytes, client: Connection) -> bytes:
-    """An application_name with the client's address behind it, as PgBouncer writes it."""
+    """The application_name followed by the client's address, as PgBouncer writes it."""
     address = client.peer.address
     if address is None:
         host = b"[local]"

@@ -1,7 +1,7 @@
-"""What the parts of an interception share: the batch that is served, and what is known of it.
+"""The batch that an interception serves: state and steps that its parts share.
 
-Invariant: what the batch has executed is noted before it is sent (`send_execute`). By that the
-others tell whether an error would have something to undo, and whether settings may have changed.
+Invariant: executions are noted before they are sent (`send_execute`). The notes tell whether an
+error would have something to undo, and whether settings may have changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from proxy.stats import counters
 
 
 class ClientMessages(Inbox):
-    """The client's messages, some of which may be looked at ahead of their turn."""
+    """The client's messages, with some look-ahead."""
 
     def __init__(self, client: Connection, data: bytes) -> None:
         super().__init__(client)
@@ -43,15 +43,15 @@ class ClientMessages(Inbox):
         self.feed(data)
 
     def next_nowait(self) -> tuple[int, bytes] | None:
-        """The next message if it is here already."""
+        """The next message; None if it has not arrived yet."""
         return self._ahead.popleft() if self._ahead else super().next_nowait()
 
     def put_back(self, kind: int, body: bytes) -> None:
-        """Have it be the next again."""
+        """Make this the next message again."""
         self._ahead.appendleft((kind, body))
 
     def peek(self, *kinds: int) -> list[bytes] | None:
-        """The bodies of the next messages if they are here and of these types."""
+        """The bodies of the next messages, if these have arrived and have these types."""
         while len(self._ahead) < len(kinds):
             message = super().next_nowait()
             if message is None:
@@ -62,7 +62,7 @@ class ClientMessages(Inbox):
         return [self._ahead[number][1] for number in range(len(kinds))]
 
     def take(self, *kinds: int) -> bool:
-        """Take the next messages if they are here and of these types."""
+        """Consume the next messages, if these have arrived and have these types."""
         if self.peek(*kinds) is None:
             return False
         for _ in kinds:
@@ -70,7 +70,7 @@ class ClientMessages(Inbox):
         return True
 
     def take_rest(self) -> bytes:
-        """All that was not taken, a part of a message included."""
+        """All that was not consumed, including part of a message."""
         ahead = b"".join(frame(kind, body) for kind, body in self._ahead)
         self._ahead.clear()
         return ahead + super().take_rest()
@@ -81,17 +81,17 @@ class Batch:
 
     Attributes:
         client, server: the connections.
-        messages: the client's.
-        primary: what is asked of the server.
+        messages: from the client.
+        primary: the requests to the server.
         caller: makes the calls.
-        executed: something was executed in this batch, which an error would have to undo.
-        settings_known: the relay knows the settings that SQL is read with: nothing was executed
-            since they were reported, or asked for.
-        copied: the server has begun to read COPY data: a Sync sent before has no ReadyForQuery.
+        executed: whether the batch has executed something, which an error would have to undo.
+        settings_known: whether the relay knows the settings that affect how SQL is read: nothing
+            was executed since the server reported them.
+        copied: the server has begun to read COPY data: an earlier Sync gets no ReadyForQuery.
     """
 
     def __init__(self, session: ClientSession, data: bytes) -> None:
-        """`data`: of the client, from the message with the call on."""
+        """`data`: the client's bytes, starting with the message that has the call."""
         assert session.primary is not None
         self.session = session
         self.relay = session.relay
@@ -106,7 +106,7 @@ class Batch:
         self.copied = False
 
     async def next_message(self) -> tuple[int, bytes]:
-        """The client's next message. The server is not kept waiting meanwhile."""
+        """The client's next message. What is queued for the server is sent first."""
         message = self.messages.next_nowait()
         if message is None:
             self.primary.push()
@@ -115,8 +115,8 @@ class Batch:
         return message
 
     def is_alone(self, plan: Plan) -> bool:
-        """Whether an error of ours would have nothing to undo, so that Sync may go along with a
-        call: then the server's transaction, and its snapshot, end before the call is made."""
+        """Whether an error in the call would have nothing to undo. Then Sync may go with the call,
+        so that the server's transaction and its snapshot end before the call is made."""
         if self.executed or self.relay.status != TransactionStatus.IDLE:
             return False
         return not plan.needs & (Needs.PRIMARY | Needs.COMMIT) and plan.has_no_side_effects
@@ -124,8 +124,8 @@ class Batch:
     # What is known of the server
 
     async def know_settings(self, body: bytes) -> None:
-        """Ask the server for the settings that it reads a Query or Parse with, if they make a
-        difference and it has not reported them since it executed something."""
+        """Ask the server for the settings by which it reads a Query or Parse, if they matter and it
+        has not reported them since the last execution."""
         if self.settings_known or not may_be_ours(body.lower()) or not depends_on_settings(body):
             return
         if self.relay.status == TransactionStatus.FAILED and not self.executed:
@@ -134,9 +134,9 @@ class Batch:
         self.settings_known = True
 
     async def know_names(self, statement: Statement, *, apart: bool = False) -> None:
-        """Ask the server what the calls in a statement mean, if that is not known yet: which
-        version of the API it has, and whether it has objects of its own under these names.
-        `apart`: the batch has not begun."""
+        """Ask the server, unless it is known, what the calls in a statement mean: which version of
+        the API it has, and which of these names belong to other objects. `apart`: the batch has not
+        begun."""
         session, reader = self.session, self.session.reader
         if self.relay.status == TransactionStatus.FAILED or not reader.may_call(statement):
             return
@@ -147,8 +147,8 @@ class Batch:
             statement.is_others = await self.caller.means_others(plan, apart=apart)
 
     async def know_view(self, statements: Sequence[Statement], *, apart: bool = False) -> None:
-        """Ask the server what is to be done about definitions that look for jobs, if there are
-        some. `apart`: the batch has not begun."""
+        """Ask the server how to serve definitions that look for jobs, if there are any. `apart`:
+        the batch has not begun."""
         reader = self.session.reader
         undecided = [
             statement
@@ -187,7 +187,7 @@ class Batch:
         )
 
     def close_unnamed(self) -> None:
-        """A Query leaves no unnamed statement or portal behind."""
+        """Close the unnamed statement and portal, as a Query does."""
 
         async def closed(kind: int, body: bytes) -> None:
             self.primary.unclosed.discard(b"")
@@ -198,10 +198,10 @@ class Batch:
     def pass_as(
         self, plan: Plan | Substitute | None, command: Command | None = None
     ) -> ResponseHandler:
-        """Passes on the answer to Execute or Query, with the command tag and the notice that a
-        substitute has, if any. `command`: as which it is prepared; the notice is given once."""
+        """Returns a handler that passes on the answer to Execute or Query, with the command tag and
+        notice of a substitute. `command`: the prepared statement, which gives its notice once."""
         if isinstance(plan, Substitute) and plan.blocks:
-            self.session.extension_state.change()  # even if it fails: it may have committed
+            self.session.extension_state.change()  # even on failure: it may have committed
 
         async def handler(kind: int, body: bytes) -> None:
             if kind != B.COMMAND_COMPLETE or not isinstance(plan, Substitute):
@@ -221,7 +221,7 @@ class Batch:
         return handler
 
     async def pass_execution(self, kind: int, body: bytes) -> None:
-        """Passes on the answer to Execute, and the client's COPY data to the server."""
+        """Pass on the answer to Execute, and meanwhile the client's COPY data."""
         await self.primary.pass_on(kind, body)
         if kind != B.COPY_IN_RESPONSE:
             return
@@ -233,7 +233,7 @@ class Batch:
                 return
             kind, body = message
             if kind not in (F.FLUSH, F.SYNC):
-                # Other messages are for the server to refuse.
+                # The server refuses other messages.
                 self.server.write(frame(kind, body))
                 if self.server.full is not None:
                     await asyncio.wait([self.server.full])
@@ -242,7 +242,7 @@ class Batch:
     async def _unless_server_speaks(
         self, early: asyncio.Task[tuple[int, bytes]]
     ) -> tuple[int, bytes] | None:
-        """The client's next message; None if the server's comes first: its COPY has failed."""
+        """The client's next message; None if the server speaks first, since its COPY has failed."""
         waiting = asyncio.ensure_future(self.next_message())
         try:
             await asyncio.wait((waiting, early), return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
-"""The session as the functions see it: their caller, and what they may ask of it.
+"""The session as the caller of the functions.
 
-Invariant: a call is made with the context that was read in its own transaction (`context`), and
-whatever it asks of the primary backend goes there within the client's batch.
+Invariant: a call uses the context read in its own transaction (`context`), and whatever it asks of
+the primary backend is asked within the client's batch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SessionCaller(Caller):
     """Makes calls for a session.
 
     Attributes:
-        may_wait_for_room: whether a launch would, as far as the context is known.
+        may_wait_for_room: whether a launch would wait, as far as the context is known.
     """
 
     def __init__(self, session: ClientSession, primary: Exchange, interrupts: Interrupts) -> None:
@@ -68,23 +68,23 @@ class SessionCaller(Caller):
         self._context: CallContext | None = None
         self._marker: bytes | None = None
         self.may_wait_for_room = False
-        # The context's, without settings, and what is asked about.
+        # Of the context without settings, and what it asks about.
         self._whole_query: Callable[[], bytes] = bytes
         self._names: Sequence[Name] = ()
 
     def ask_context(self, plan: Plan, *, first: bool, marker: bytes | None = None) -> None:
         """Queue the query that reads the context of the next call.
 
-        The settings, the expensive part, are reused if nothing can have changed them: between
-        calls that follow each other directly, outside a transaction block. `first`: nothing in
-        this batch has executed yet. `marker`: of the extension whose types were described.
+        The settings, its expensive part, are reused if nothing can have changed them: between
+        consecutive calls outside a transaction block. `first`: nothing in this batch has been
+        executed yet. `marker`: of the extension whose types were described.
         """
         session, relay = self._session, self._session.relay
         self._marker = marker
         wanted = Needs.SETTINGS in plan.needs
         lasting = first and relay.status == TransactionStatus.IDLE
         known = relay.known_settings if lasting else None
-        # A supposed name may be invalid, or be older than a change of client_encoding.
+        # A name that was only guessed may be invalid, or precede a change of client_encoding.
         custom = tuple(
             name for name in session.custom_settings if encodings.is_valid(name, session.codec)
         )
@@ -128,15 +128,15 @@ class SessionCaller(Caller):
         try:
             return self._session.launcher.setting(LAUNCH_TIMEOUT, self.context) > 0
         except SQLError:
-            return False  # the launch will say what is wrong
+            return False  # the launch will report the error
 
     @property
     def has_whole_context(self) -> bool:
-        """Whether the context says what the names mean, if that made a difference."""
+        """Whether the context says what the names mean, if that matters."""
         return self._context is None or self._context.is_whole
 
     async def complete_context(self) -> None:
-        """Ask what the names mean, in a database that seemed to have nothing under them."""
+        """Ask what the names mean in a database that seemed to have no objects of these names."""
         self._session.extension_state.forget()
         [row] = await self._primary.query(self._whole_query())
         whole = parse_context(row, names=self._names)
@@ -154,12 +154,12 @@ class SessionCaller(Caller):
         leaves: Sequence[bytes | None],
         others: Mapping[int, Any] = MappingProxyType({}),
     ) -> Any:
-        """Make a call, the calls in its arguments first.
+        """Make a call, after the calls in its arguments.
 
         Args:
-            call: what is called.
-            leaves: the arguments that the server has evaluated.
-            others: what the calls in other columns of the row have returned.
+            call: the call.
+            leaves: the arguments, evaluated by the server.
+            others: results of the calls in other columns of the row.
 
         Raises SQLError.
         """
@@ -182,7 +182,7 @@ class SessionCaller(Caller):
         return await function.run(self, **arguments)
 
     def _check(self, call: Call) -> None:
-        """Raises SQLError if the call is not to be made, as the server would for its own."""
+        """Raises SQLError if the role may not make the call, as the server would."""
         function, extension = call.function, self.context.extension
         name, meant = name_of(call), self.context.meant
         if name in meant.others or (name in meant.untrusted and not _finds(extension, call)):
@@ -198,11 +198,11 @@ class SessionCaller(Caller):
         if extension is not None:
             extension.check(function, call.schema)
         elif Needs.PRIMARY not in function.needs:
-            # The privileges that the others change or show are the server's to check.
+            # For functions that change or show privileges, the server checks.
             check_privilege(self, function.name)
 
     async def ask_state(self, *, apart: bool) -> None:
-        """Ask what this database has of the extension. `apart`: before the batch begins."""
+        """Ask which extension this database has. `apart`: before the batch begins."""
         [(is_there,)] = await self._primary.query(BARE_QUERY, apart=apart)
         if is_there == b"f":
             self._session.extension_state.learn(None, has_real=False)
@@ -223,7 +223,7 @@ class SessionCaller(Caller):
             self._warn(level or b"")
 
     def _warn(self, client_min_messages: bytes) -> None:
-        """Once in a session, that there are two extensions, if that is so."""
+        """Warn, once in a session, if there are two extensions."""
         session = self._session
         if session.has_been_warned or not session.extension_state.is_split:
             return
@@ -233,19 +233,19 @@ class SessionCaller(Caller):
             session.client.write(NoticeResponse(fields).serialize())
 
     async def means_others(self, plan: Plan, *, apart: bool) -> bool:
-        """Whether a name that the plan calls by means an object of the database's own. `apart`: as
-        in `ask_state`."""
+        """Whether the plan has a name that means another object of the database. `apart`: as in
+        `ask_state`."""
         names = names_of(plan)
         rows = await self._primary.query(b"SELECT " + meant_query(names), apart=apart)
         return any(parse_meant(names, self._elements(array)).others for (array,) in rows)
 
     def _elements(self, array: bytes | None) -> list[str]:
-        """Of a text[] of ASCII words."""
+        """The elements of a text[] of ASCII words."""
         found = encodings.parse_array(array or b"{}", self._session.client_encoding)
         return [(text or b"").decode("ascii", "replace") for text in found]
 
     async def arguments(self, call: Call, text: bytes | None) -> list[bytes | None]:
-        """The values that a stand-in has for the arguments of a call. Raises SQLError XX000."""
+        """The argument values in the stand-in's text. Raises SQLError XX000."""
         found: list[bytes | None] = []
         try:
             for elements in encodings.parse_array_in_turns(
@@ -261,11 +261,10 @@ class SessionCaller(Caller):
             raise misread()
         return found
 
-    # What the functions ask for
+    # What the functions use
 
     def may_use_primary(self, plan: Plan) -> bool:
-        """Whether a call of the plan may send statements to the primary backend. The context must
-        be known."""
+        """Whether a call of the plan may send statements to the primary. The context is known."""
         if plan.needs & (Needs.PRIMARY | Needs.COMMIT):
             return True
         return Needs.SETTINGS in plan.needs and self.launches_at_commit
@@ -305,14 +304,14 @@ class SessionCaller(Caller):
         if self._primary.synced:
             # The transaction has ended, and had nothing to commit.
             return await self.launch(request)
-        # If it is pending when this is interrupted, its word will not come.
+        # If this is interrupted while the job is pending, its word never comes.
         job, notification = await self._for(self._session.launch_at_commit(request, self.context))
-        # As parameters: who may see the session's queries is not to see the word.
+        # As parameters, since others who see the session's queries must not see the word.
         await self._primary.query(_NOTIFY, notification)
         return job
 
     async def _for(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for the result of the work, which is cancelled if the wait is interrupted."""
+        """Wait for a result. If the wait is interrupted, the work is cancelled."""
         working = asyncio.ensure_future(work)
         try:
             return await self._interrupts.for_future(working)
@@ -335,18 +334,18 @@ class SessionCaller(Caller):
         )
 
     async def _privileges_block(self, block: Callable[[str], bytes]) -> bool:
-        """Run a block that raises a random marker at its end; whether it did."""
+        """Run a block that raises a random marker at its end. Returns whether it did."""
         marker = secrets.token_hex(16)
         return await self._primary.ask_marked(block(marker), marker)
 
 
 def _finds(extension: Installed | None, call: Call) -> bool:
-    """Whether the extension's own function is there, under the name of a call."""
+    """Whether the extension's own function has the call's name."""
     return extension is not None and extension.finds(call.schema)
 
 
 def _not_ours(name: Name, *, is_trusted: bool) -> SQLError:
-    """A call that was planned as one of ours means something else, or it may be a trap."""
+    """The error for a call planned as ours that means something else, possibly as a trap."""
     own = name.function.name
     kind = "relation" if name.is_view else "function"
     if is_trusted:

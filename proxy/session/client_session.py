@@ -1,7 +1,6 @@
-"""A session as its interceptions see it: two connections, and what is known of their server.
+"""A session as its interceptions see it: two connections, and what is known about the server.
 
-Invariant: of `session.Session`, which adds startup and end, the modules that serve a batch know no
-more than this.
+Invariant: modules that serve a batch know no more of `session.Session` than this.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ class ClientSession(Owner, Hooks):
     """
     Attributes:
         client: its connection.
-        primary: that to its server, once there is one.
-        relay: passes bytes on, once the client has logged in.
-        reader: reads its SQL, from then on too.
+        primary: the connection to its server, once there is one.
+        relay: passes bytes on, after the login.
+        reader: reads its SQL, after the login.
         extension_state: which pg_background its database has.
-        has_been_warned: that the server has the C extension too.
+        has_been_warned: whether the client knows that the server has the C extension too.
     """
 
     client: Connection
@@ -49,12 +48,12 @@ class ClientSession(Owner, Hooks):
 
     @property
     def codec(self) -> str:
-        """The Python codec of the client_encoding."""
+        """The Python codec for client_encoding."""
         return encodings.codec(self.relay.setting(b"client_encoding"))
 
     @property
     def reading(self) -> Reading:
-        """The settings that SQL is read with, as far as they are known."""
+        """The known settings that affect how SQL is read."""
         return Reading(*map(self.relay.setting, READING))
 
     @property

@@ -1,10 +1,10 @@
-"""Rows of a job that the server converts: to the type modifiers of a column definition list, to
+"""Has the server convert the rows of a job: to the type modifiers of a column definition list, to
 binary formats that `protocol.values` does not know, or to another encoding than the job's.
 
-Invariant: each value goes through the input function of its type, with its modifier, in the
-client's own transaction; what comes back is passed on as it is. So values and errors are the
-server's. json_to_recordset() gives strings to the input functions as they are, arrays and composite
-types included; only json would get its quotes twice, and goes as text.
+Invariant: each value passes through its type's input function, with its modifier, in the client's
+own transaction, and what comes back is passed on unchanged. So values and errors are the server's.
+json_to_recordset() hands strings to the input functions unchanged, even for arrays and composite
+types; only json would be quoted twice, so it goes as text.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from proxy.sql.recoding import readable
 from proxy.sql.text import literal
 
 Ask = Callable[[bytes, Sequence[bytes], Sequence[int]], Awaitable[Sequence[Sequence[bytes | None]]]]
-"""Asks the server: SQL, its parameters as text, the formats of the result. Returns its rows."""
+"""Asks the server: SQL, parameters as text, result formats. Returns the rows."""
 
 _CASTS: Final = {oids.JSON: b"pg_catalog.json", oids.JSONB: b"pg_catalog.jsonb"}
 _TEXTUAL: Final = frozenset({oids.UNKNOWN, oids.VOID, oids.CSTRING, oids.PG_NODE_TREE})
-"""Types whose values cannot be read back, and whose binary form is that of text."""
+"""Types without an input function, whose binary form is the text."""
 _ESCAPED: Final = re.compile(rb'[\x00-\x1f"\\]')
 
 
@@ -34,12 +34,12 @@ class Conversion:
     """The statement that converts rows.
 
     Args:
-        types: of all the columns, as SQL.
+        types: of all columns, as SQL.
         given: the job's columns.
-        columns: the places of those that the client wants.
+        columns: positions of the columns that the client wants.
         formats: of these.
-        encoding: of the rows, as PostgreSQL names it.
-        client_encoding: that of the client, to which the server converts them if it is another.
+        encoding: of the rows, by PostgreSQL's name.
+        client_encoding: to which the server converts.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Conversion:
         for place, (field, type) in enumerate(zip(given, types, strict=True)):
             if field.type_oid in _CASTS or field.type_oid in _TEXTUAL:
                 type = b"pg_catalog.text"
-            # A comment may end in it.
+            # A type may end in a comment.
             definitions.append(b'"%d" %s\n' % (place, type))
         for place in columns:
             cast = _CASTS.get(given[place].type_oid)
@@ -77,7 +77,7 @@ class Conversion:
     async def rows(
         self, rows: Sequence[Sequence[bytes | None]], ask: Ask
     ) -> Sequence[Sequence[bytes | None]]:
-        """The rows as the client gets them. Raises BatchFailedError if a value does not fit."""
+        """The rows for the client. Raises BatchFailedError if a value does not fit."""
         objects = [
             b"{%s}"
             % b",".join(
@@ -92,7 +92,7 @@ class Conversion:
         return await ask(self._sql, [array], self._formats)
 
     def _string(self, value: bytes) -> bytes:
-        """A JSON string, also where a byte of a character looks like a backslash."""
+        """A JSON string, even where a byte of a character looks like a backslash."""
         masked = value if value.isascii() else mask(value, self._encoding)
         parts: list[bytes] = []
         end = 0
@@ -111,16 +111,16 @@ async def types_of(
     ask: Ask,
     encoding: bytes,
 ) -> Sequence[bytes]:
-    """The types of a job's columns, as SQL; text for those that the client does not want in binary.
+    """The types of a job's columns, as SQL; text where the client does not want binary.
 
     Args:
         given: the job's columns.
-        columns: the places of those that the client wants.
-        fields: these, with their formats.
+        columns: positions of the columns that the client wants.
+        fields: those columns, with their formats.
         ask: asks the server.
-        encoding: of the columns' names.
+        encoding: of the column names.
 
-    Raises SQLError 0A000 for a type that is not there, or has no values of its own.
+    Raises SQLError 0A000 for a type that does not exist or has no values.
     """
     binary = {place for place, field in zip(columns, fields, strict=True) if field.format}
     found = await ask(
@@ -145,7 +145,7 @@ async def types_of(
 
 
 def no_binary_form(name: str, reason: str) -> SQLError:
-    """What is said of a column of this name that cannot be had in binary format."""
+    """The error for a column of this name that has no binary format here."""
     return SQLError(
         FEATURE_NOT_SUPPORTED,
         "binary format is not available for this column of pg_background_result",

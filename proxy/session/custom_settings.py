@@ -1,8 +1,8 @@
-"""The names of the custom settings (with a dot) that a session may have set.
+"""The names of custom settings (those with a dot) that a session may have set.
 
-Invariant: no server lists them, so each SET, set_config and Bind that goes by is searched for such
-names. A name too many costs a little: the server is asked for a value, and has none. The number of
-names is bounded, and the latest are kept.
+Invariant: servers do not list them, so each SET, set_config and Bind that goes by is searched for
+names. A false one costs little: the server is asked and has no value. The number of names is
+bounded; the latest are kept.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-# What sets a custom setting, in lower-case SQL: SET [SESSION | LOCAL] a.b = …
+# SET [SESSION | LOCAL] a.b = …, in lower-case SQL
 _CUSTOM_SETTING: Final = re.compile(
     rb"""set(?<=\bset)\s++(?:session\s++|local\s++)?+"""
     rb"""("?[a-z_\x80-\xff][\w$\x80-\xff]*+"?\."?[\w$.\x80-\xff]++"?)"""
 )
-# A constant that may be such a name, in SQL that mentions set_config.
+# A constant that may be such a name, in SQL with set_config
 _NAME_CONSTANT: Final = re.compile(rb"'([a-z_\x80-\xff][\w$\x80-\xff]*+(?:\.[\w$\x80-\xff]++)++)'")
-# The same as a parameter of a Bind: its length in bytes, and the name.
+# The same as a parameter of Bind: its length in bytes, then the name
 _NAME_PARAMETER: Final = re.compile(
     rb"(?=\0\0\0([\x03-\x3f])([A-Za-z_\x80-\xff][\w$\x80-\xff]*+(?:\.[\w$\x80-\xff]++)++))"
 )
 _MAX_NAMES: Final = 1000
 _MAX_NAME: Final = 256
-"""Bytes; what is longer is not carried over to jobs."""
+"""In bytes; longer names are not carried over to jobs."""
 _OUR_SETTINGS: Final = b"pg_background_proxy."
 
 _SEARCHED: Final = 4096
-"""Bytes of a Bind."""
+"""Bytes of a Bind that are searched."""
 
 
 class CustomSettings:
-    """The names, those mentioned last at the end."""
+    """The names, the most recently mentioned last."""
 
     __slots__ = ("_names",)
 
@@ -43,7 +43,7 @@ class CustomSettings:
         return iter(self._names)
 
     def mentioned(self, sql: bytes) -> None:
-        """Note the names in a Query or Parse that has "set" in it; it is given in lower case."""
+        """Note the names in a Query or Parse that contains "set", given in lower case."""
         names = [
             name.replace(b'"', b"")
             for name in _CUSTOM_SETTING.findall(sql)
@@ -54,8 +54,8 @@ class CustomSettings:
         self._note(names)
 
     def bound(self, body: bytes) -> None:
-        """Note the names among the parameters of a Bind whose statement calls set_config; its
-        beginning is enough."""
+        """Note the names among the parameters of a Bind whose statement calls set_config. The
+        beginning of the body is enough."""
         found = _NAME_PARAMETER.findall(body[:_SEARCHED])
         self._note([name[: size[0]].lower() for size, name in found])
 

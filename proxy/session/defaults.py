@@ -1,14 +1,13 @@
-"""The defaults of our settings, given to a session at the end of its login.
+"""Gives a session the defaults of our settings at the end of its login.
 
-Invariant: the client sees a login as any other. What the server says up to its ReadyForQuery is
-passed on; then one query of ours is asked, and the client's first message waits until it has been
-answered. The query sets only what nothing on the server and no word of the client's has set: so our
-settings have the server's precedence. If it fails, the session goes on without them, and launches
-take the defaults all the same. Behind a pooler, where what is set would stay with another's
-connection, nothing is set.
+Invariant: to the client, the login looks like any other. The server's messages up to ReadyForQuery
+are passed on; then our query runs, and the client's first message waits for its end. The query sets
+only what neither the server nor the client has set, so the precedence is the server's. If it fails,
+the session goes on without, and launches use the defaults all the same. Behind a pooler nothing is
+set, since it would stay with a connection that others use.
 
-The query waits for the server's ReadyForQuery: a server that refuses the session after it has
-accepted the login closes the connection, and what it was sent by then would cost us its last words.
+The query waits for ReadyForQuery: a server that refuses a session after AuthenticationOk closes the
+connection, and anything already sent to it would cost us its last error.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from proxy.net.connection import Connection
 from proxy.sql.text import literal
 
 _LONGEST: Final = 1024 * 1024
-"""A message may have this many bytes; these are parameters, notices and our row."""
+"""Limit of a message in bytes; these are parameters, notices and our row."""
 _PASSED_ON: Final = (B.PARAMETER_STATUS, B.NOTICE_RESPONSE, B.NOTIFICATION_RESPONSE)
-"""What comes with our answer and is not a part of it."""
+"""May come with the answer to our query, without being part of it."""
 
 
 def defaults_query(defaults: Mapping[str, str], pid: int) -> bytes:
-    """The SELECT that gives a session the defaults of settings that it has no value for. Its first
-    column is whether the pid is the backend's.
+    """The SELECT that gives a session the defaults of settings that have no value. Its first column
+    is whether `pid` is the backend's.
 
     Args:
         defaults: by name.
-        pid: that the server has told; a pooler has told another than the backend's.
+        pid: as told at login; a pooler tells another than the backend's.
     """
     is_backends = b"pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) %d" % pid
     columns = [is_backends]
@@ -51,16 +50,16 @@ def defaults_query(defaults: Mapping[str, str], pid: int) -> bytes:
 
 
 class LoginEnd:
-    """The rest of one login. Messages are passed on as they come in, so that the last words of a
-    server are with the client before its end is noticed.
+    """The rest of one login. Messages are passed on as they arrive, so that a server's last error
+    is with the client before the connection's end is noticed.
 
     Args:
-        server: its connection, whose data come here.
-        pass_on: gets what is for the client.
-        query: the query of ours, asked for once the server waits for one.
+        server: its connection, whose input comes here.
+        pass_on: takes what is for the client.
+        query: our query, made once the server is ready for one.
 
     Attributes:
-        is_pooled: whether there is a pooler in between, as far as the server has answered.
+        is_pooled: whether there is a pooler in between, if the answer has told.
     """
 
     def __init__(
@@ -80,10 +79,10 @@ class LoginEnd:
         server.receive = self._feed
 
     async def run(self, received: bytes) -> bytes:
-        """Run until the query is answered. Returns what the server has sent after that.
+        """Run until the query is answered. Returns what the server has sent behind the answer.
 
         Args:
-            received: what the server has said behind AuthenticationOk.
+            received: what the server has sent behind AuthenticationOk.
 
         Raises ProtocolViolation.
         """
@@ -121,7 +120,7 @@ class LoginEnd:
 
 
 def _is_for_client(kind: int, body: bytes) -> bool:
-    """Of the answer to our query: what comes of itself, and a server's last words."""
+    """Whether a message within our query's answer is not part of it, or is a last error."""
     if kind == B.ERROR_RESPONSE:
         return ErrorResponse.parse(body).severity in ("FATAL", "PANIC")
     return kind in _PASSED_ON

@@ -1,8 +1,8 @@
-"""Requests to the primary backend, and its answers, while a batch is served message by message.
+"""Requests to the primary backend and its answers, while a batch is served message by message.
 
-Invariant: each request is queued with the handler of its answer, and requests go out together, so a
-batch costs as few round trips as its calls allow. The server's errors are passed on in terms of the
-client's own text; ours are raised in the server too, so its transaction fails as well.
+Invariant: each request is queued with a handler for its answer, and requests are sent together, so
+that a batch takes as few round trips as its calls allow. The server's errors are passed on in terms
+of the client's own text; ours are raised in the server too, so that its transaction also fails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from proxy.statements.plan import Block, Plan, Substitute
 from proxy.statements.standin import complaint
 
 OWN_NAME: Final = b"_pg_background_proxy"
-"""The name of our own statement and portal in the primary backend; closed after use."""
+"""The name of our own statement and portal in the primary; closed after use."""
 
 _BIND_OWN: Final = Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize()
 _EXECUTE_OWN: Final = Execute(OWN_NAME, 0).serialize()
@@ -46,11 +46,11 @@ _CLOSE_STATEMENT: Final = Close(b"S", OWN_NAME).serialize()
 SYNC_MESSAGE: Final = Sync().serialize()
 FLUSH: Final = Flush().serialize()
 SYNC_AHEAD: Final = SYNC_MESSAGE + FLUSH
-"""Sync, and a message that does nothing. It stops the idle_session_timeout that begins at Sync, so
-that the server does not end a session that waits for us."""
+"""Sync, and a message without effect, which stops the idle_session_timeout that begins at Sync: the
+server must not end a session that waits for us."""
 
 _LONG: Final = 64 * 1024
-"""Bytes that are sent as they are, not with others in one write."""
+"""Messages from this size on (bytes) are not copied into a common write."""
 
 ResponseHandler = Callable[[int, bytes], Awaitable[None]]
 """Handles one message of an answer, given as type and body."""
@@ -60,7 +60,7 @@ Undo = Callable[[bool], object]
 
 @dataclass(slots=True)
 class _Reply:
-    """What is done with the server's answer to one message; see `Exchange.send`."""
+    """How the server's answer to one message is handled; see `Exchange.send`."""
 
     ends: bytes
     handler: ResponseHandler
@@ -71,11 +71,11 @@ class _Reply:
 
     @property
     def has_blocks(self) -> bool:
-        """Whether a block of ours is executed, by itself or within one of the client's."""
+        """Whether a block of ours is executed, alone or within one of the client's."""
         return self.is_block or (isinstance(self.plan, Substitute) and bool(self.plan.blocks))
 
     def fields(self, fields: dict[str, bytes]) -> dict[str, bytes]:
-        """The fields of an error or notice, less what they tell of blocks of ours."""
+        """The fields of an error or notice, without those about our blocks."""
         if self.is_block:
             return _without_context(fields)
         context = fields.get("W", b"")
@@ -87,7 +87,7 @@ class _Reply:
 
 
 class BatchFailedError(Exception):
-    """The server sent an error, which has been passed on; it skips the rest of the batch."""
+    """The server has sent an error, which was passed on; it skips the rest of the batch."""
 
 
 async def drop(kind: int, body: bytes) -> None:
@@ -98,9 +98,9 @@ class Exchange:
     """The requests of one batch.
 
     Attributes:
-        inbox: the server's messages that were not read yet.
-        synced: whether Sync has been sent, ahead of the client's own.
-        unclosed: statements of ours that an error has kept us from closing.
+        inbox: the server's messages not read yet.
+        synced: whether Sync was sent ahead of the client's own.
+        unclosed: our statements that an error has kept us from closing.
     """
 
     def __init__(self, session: ClientSession, server: Connection, interrupts: Interrupts) -> None:
@@ -114,9 +114,9 @@ class Exchange:
         self.unclosed: set[bytes] = set()
         self._out: list[bytes] = []
         self._replies: deque[_Reply] = deque()
-        # Its next message, if it was waited for while the client's came.
+        # Its next message, awaited while waiting for the client's.
         self._early: asyncio.Task[tuple[int, bytes]] | None = None
-        # An INFO message that a block of ours has raised.
+        # The marker that one of our blocks raises as INFO, and whether it has.
         self._marker = b""
         self._marked = False
 
@@ -133,28 +133,28 @@ class Exchange:
         undo: Undo | None = None,
         is_block: bool = False,
     ) -> None:
-        """Queue a message for the server, and what is to be done with the answer.
+        """Queue a message for the server, and the handling of its answer.
 
         Args:
             message: the whole message.
-            ends: the types of message that end its answer.
-            handler: gets each message of the answer.
-            plan: of the statement that an error is about.
-            offset: where that begins in the client's text, in characters.
+            ends: the types of message that end the answer.
+            handler: called with each message of the answer.
+            plan: of the statement, for errors.
+            offset: where the statement begins in the client's text, in characters.
             undo: called if the server fails before it has answered, with whether it has read the
                 message at all.
-            is_block: what is executed is a block of ours, in place of a command; the client is not
-                told where in the block an error or notice was raised.
+            is_block: a block of ours is executed in place of a command; errors and notices do not
+                tell the client where in the block they arose.
         """
         self._out.append(message)
         self._replies.append(_Reply(ends, handler, plan, offset, undo, is_block))
 
     def push(self) -> None:
-        """Send what is queued, without asking for the answers yet."""
+        """Send what is queued, without a Flush yet."""
         self._write_out()
 
     def _write_out(self, end: bytes = b"") -> None:
-        """Send what is queued, and `end`; long messages without a copy."""
+        """Send what is queued, then `end`; long messages are not copied."""
         out, self._out = self._out, []
         if sum(map(len, out)) <= _LONG:
             out = [b"".join([*out, end])]
@@ -171,7 +171,7 @@ class Exchange:
         parameters: Sequence[bytes] = (),
         formats: Sequence[int] = (),
     ) -> int:
-        """Queue a query of ours, within the client's batch; returns how many answers it has."""
+        """Queue a query of ours within the client's batch. Returns its number of answers."""
         before = len(self._replies)
         bind = _BIND_OWN
         if parameters or formats:
@@ -196,8 +196,8 @@ class Exchange:
         *,
         apart: bool = False,
     ) -> list[tuple[bytes | None, ...]]:
-        """The rows of a query of ours, within the client's batch. `apart`: before that begins, as a
-        batch of its own."""
+        """The rows of a query of ours, within the client's batch; if `apart`, before that begins,
+        as a batch of its own."""
         rows: list[tuple[bytes | None, ...]] = []
 
         async def handler(kind: int, body: bytes) -> None:
@@ -214,8 +214,8 @@ class Exchange:
         return rows
 
     async def ask_settings(self, *names: bytes) -> None:
-        """Have the relay know what these settings are now, after all that was executed. SHOW takes
-        no snapshot, so the client may still choose its transaction's isolation."""
+        """Tell the relay what these settings are now, after all that was executed. SHOW takes no
+        snapshot, so the client may still choose its transaction's isolation level."""
 
         def noting(name: bytes) -> ResponseHandler:
             async def handler(kind: int, body: bytes) -> None:
@@ -229,8 +229,8 @@ class Exchange:
         await self.settle()
 
     async def reopen(self) -> bool:
-        """Begin another transaction if that of the batch has ended with a Sync ahead; whether it
-        has. To be ended with `sync_ahead`, or the client's own Sync."""
+        """Begin another transaction if a Sync sent ahead has ended that of the batch. Returns
+        whether it has. `sync_ahead` or the client's Sync must end it."""
         if not self.synced:
             return False
         await self._until_ready()
@@ -238,12 +238,12 @@ class Exchange:
         return True
 
     def sync_ahead(self) -> None:
-        """Send Sync ahead of the client's own."""
+        """Send Sync before the client has."""
         self._server.write(SYNC_AHEAD)
         self.synced = True
 
     async def ask_marked(self, sql: bytes, marker: str) -> bool:
-        """Run a block of ours; whether it has raised its marker as INFO (it is not passed on)."""
+        """Run a block of ours. Returns whether it raised its marker as INFO, which is dropped."""
         self._marker = marker.encode()
         self._marked = False
         try:
@@ -255,18 +255,18 @@ class Exchange:
 
     @property
     def owes(self) -> bool:
-        """Whether there are answers that were not read."""
+        """Whether some answers were not read."""
         return bool(self._replies)
 
     # Answers
 
     async def settle(self, end: bytes = FLUSH, *, leave: int = 0) -> None:
-        """Send what is queued and deal with the answers, in order, but for the last `leave`.
+        """Send what is queued and handle the answers, in order, except for the last `leave`.
 
-        Raises BatchFailedError if the server answers with an error, and what takers raise.
+        Raises BatchFailedError if the server answers with an error, and what handlers raise.
         """
         if self._replies:
-            # What was pushed is not flushed yet, so `end` is due even if nothing else is.
+            # What was pushed is not flushed yet, so `end` is needed even if nothing else is sent.
             self._write_out(end)
         while len(self._replies) > leave:
             kind, body = await self.next_message()
@@ -285,9 +285,9 @@ class Exchange:
         return await self._next_message()
 
     def listen(self) -> asyncio.Task[tuple[int, bytes]]:
-        """Wait for its next message while something else is waited for too."""
+        """Wait for the server's next message in a task."""
         self._early = asyncio.ensure_future(self._next_message())
-        # If the client ends first, its result is not used.
+        # If the client is gone first, nobody takes its result.
         self._early.add_done_callback(lambda task: task.cancelled() or task.exception())
         return self._early
 
@@ -312,7 +312,7 @@ class Exchange:
         return NoticeResponse.parse(notice).message == self._marker
 
     def _server_failed(self, reply: _Reply, body: bytes) -> None:
-        """Pass an error on, in the words and with the position of the client's own text."""
+        """Pass an error on, with texts and position for the client's own text."""
         body = self._relay.hidden.restored(body)
         error = ErrorResponse(reply.fields(ErrorResponse.parse(body).fields))
         position = int(error.fields.get("P", b"0"))
@@ -336,16 +336,17 @@ class Exchange:
         raise BatchFailedError
 
     def _forget_replies(self) -> None:
-        """The server has failed with the first message that is not answered, and skips the rest."""
+        """Drop the unanswered requests: the server has failed at the first, and skips the rest."""
         while self._replies:
             reply = self._replies.pop()
             if reply.undo is not None:
                 reply.undo(not self._replies)
 
     async def fail(self, error: SQLError) -> None:
-        """An error of ours: the server's transaction must fail too, then the client is told.
+        """Report an error of ours: first the server's transaction must fail, then the client is
+        told.
 
-        Raises ConnectionError if the client cannot be told, because the rest of a row is lost.
+        Raises ConnectionError if the client cannot be told, since the rest of a row is lost.
         """
         if self._interrupts.held:
             raise ConnectionError(f"in the middle of a row: {error}")
@@ -370,7 +371,7 @@ class Exchange:
         self._client.write(error.response(self._session.codec).serialize())
 
     async def ready(self) -> None:
-        """End the batch: Sync, unless it was sent ahead, and ReadyForQuery."""
+        """End the batch with Sync, unless it was sent ahead, and ReadyForQuery."""
         if not self.synced:
             self._server.write(SYNC_MESSAGE)
         body = await self._until_ready()
@@ -386,24 +387,24 @@ class Exchange:
             kind, body = await self.next_message()
             if kind == B.READY_FOR_QUERY:
                 return body
-            # The answer to Close is of our own; an error is of the COMMIT at Sync.
+            # The answer to Close is ours; an error comes from the COMMIT at Sync.
             if kind == B.ERROR_RESPONSE:
                 self._client.write(frame(kind, body))
 
     # To the client
 
     async def pass_on(self, kind: int, body: bytes) -> None:
-        """Takes a message that the client gets as it is."""
+        """Pass a message on to the client unchanged."""
         self._client.write(frame(kind, body))
         await self._drained()
 
     def hold(self, data: bytes) -> None:
-        """Send to the client, together with what comes next."""
+        """Send to the client together with what comes next."""
         self._interrupts.check_for_interrupts()
         self._client.hold(data)
 
     async def write(self, data: bytes, *, cut: bool = False) -> None:
-        """Send to the client, and wait while it is slow. `cut`: the last message goes on."""
+        """Send to the client, and wait while it is slow. `cut`: the last message is incomplete."""
         self._interrupts.check_for_interrupts()
         self._client.write(data)
         self._interrupts.held = cut
@@ -415,7 +416,7 @@ class Exchange:
 
 
 def _as_written(context: bytes, block: Block) -> bytes:
-    """CONTEXT with what the client wrote in the place of a block, and nothing from within that."""
+    """CONTEXT with the client's text in place of a block, and nothing from within the block."""
     before, _, after = context.partition(block.text)
     if not block.is_executed:
         first, newline, rest = after.partition(b"\n")
@@ -426,5 +427,5 @@ def _as_written(context: bytes, block: Block) -> bytes:
 
 
 def _without_context(fields: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The fields of a message less those that tell where in a block it was said."""
+    """The fields of a message, without those that locate it in a block."""
     return {code: value for code, value in fields.items() if code not in "Wpq"}

@@ -1,7 +1,7 @@
-"""Executing a portal with a call: the stand-in in the server, then the calls, with its rows.
+"""Executes a portal with a call: the stand-in in the server, then the calls with its rows.
 
-Invariant: Sync goes to the server ahead of a call only where an error of the call has nothing to
-undo (`Batch.is_alone`); otherwise the transaction stays open until the call has returned.
+Invariant: Sync is sent ahead of a call only if an error in the call has nothing to undo
+(`Batch.is_alone`); otherwise the transaction stays open until the call has returned.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ from proxy.session.visible_wait import VisibleWait
 from proxy.statements.plan import ScalarPlan
 
 _MOST_KEPT: Final = 1000
-"""Rows whose calls are made after the server's whole answer; the calls of more are made as they
-come."""
+"""Up to this many rows, calls are made after the server's whole answer; beyond, as rows come."""
 
 
 class Execution:
@@ -55,9 +54,9 @@ class Execution:
     async def execute(
         self, name: bytes, portal: Portal, max_rows: int, *, may_sync: bool = True
     ) -> None:
-        """Execute a portal, and send its rows with the calls' results.
+        """Execute a portal, and send its rows with the results of the calls.
 
-        `may_sync`: the batch may end with it.
+        `may_sync`: the batch may end here.
         """
         match portal.statement:
             case RowCalls() as statement:
@@ -71,7 +70,7 @@ class Execution:
                 self._batch.send_execute(name, max_rows, handler, plan=plan)
 
     def _ends_batch(self, portal: Portal, statement: WithCalls) -> bool:
-        """Whether Sync may go along with a call, and is due. The client's own is taken if so."""
+        """Whether Sync is due and may go with the call. The client's own Sync is then consumed."""
         if not self._batch.is_alone(statement.plan):
             return False
         return portal.in_query or self._batch.messages.take(F.SYNC)
@@ -79,9 +78,9 @@ class Execution:
     def describes(
         self, statement: WithCalls, formats: Sequence[int] | None = None
     ) -> ResponseHandler:
-        """Notes how the server describes a stand-in.
+        """Returns a handler that notes the server's description of a stand-in.
 
-        `formats`: of the result, if the client is to see the description of its own statement.
+        `formats`: the result formats, if the client is to get the description of its statement.
         """
 
         async def handler(kind: int, body: bytes) -> None:
@@ -107,7 +106,7 @@ class Execution:
         streams = False
 
         def waits() -> bool:
-            """Calls that may wait come after the server's answer, so that it can wait with them."""
+            """Whether calls are made after the server's answer, so that it waits with them."""
             return Needs.TIME in needs or batch.caller.may_wait_for_room
 
         async def handler(kind: int, body: bytes) -> None:
@@ -158,7 +157,7 @@ class Execution:
 
     async def _check_encoding(self) -> None:
         """Raises SQLError if a stand-in has changed the encoding of its own rows, perhaps between
-        two of them."""
+        two rows."""
         before = self._batch.caller.context.client_encoding
         await self._primary.ask_settings(b"client_encoding")
         if self._batch.session.client_encoding != before:
@@ -169,7 +168,7 @@ class Execution:
             )
 
     async def _row(self, portal: Portal, statement: RowCalls, kind: int, body: bytes) -> None:
-        """Make the calls of a row, and send it with their results; other messages pass."""
+        """Make the calls of a row, and send it with their results; pass on other messages."""
         if kind != B.DATA_ROW:
             await self._primary.pass_on(kind, body)
             return
@@ -208,7 +207,7 @@ class Execution:
                 hint="Ask for results in text format.",
             ) from None
 
-    # The rows of a function
+    # Rows of a function
 
     async def fetch(
         self,
@@ -220,9 +219,9 @@ class Execution:
         describe: bool = False,
         sync: bool = False,
     ) -> None:
-        """Execute a portal whose rows a function makes, or a job.
+        """Execute a portal whose rows come from a function or a job.
 
-        `describe`: the client has asked for its columns too. `sync`: Sync goes along.
+        `describe`: the client has asked for the columns too. `sync`: send Sync along.
         """
         async with self._result(name, portal, statement, sync=sync, redescribe=describe) as result:
             if describe or (portal.in_query and not statement.has_columns):
@@ -234,7 +233,7 @@ class Execution:
                 await self._primary.write(CommandComplete(b"SELECT %d" % sent).serialize())
 
     async def describe(self, name: bytes, portal: Portal, statement: FunctionResult) -> None:
-        """Send the columns of a portal, which only its job knows."""
+        """Send the columns of a portal whose job alone knows them."""
         async with self._result(name, portal, statement, redescribe=True) as result:
             await self._describe(statement, result, portal)
 
@@ -253,7 +252,7 @@ class Execution:
         sync: bool = False,
         redescribe: bool = False,
     ) -> AsyncIterator[Result]:
-        """The result of a portal, begun if it was not yet, its columns known and checked."""
+        """The result of a portal, started if it was not yet, its columns known and checked."""
         batch, plan = self._batch, statement.plan
         batch.caller.ask_context(plan, first=not batch.executed, marker=statement.marker)
         told = () if redescribe else statement.told
@@ -266,7 +265,7 @@ class Execution:
 
             batch.send_execute(name, 0, handler, plan=plan, offset=portal.offset)
         else:
-            # It may have gone with a savepoint; the server knows.
+            # It may be gone with a savepoint; the server knows.
             self._primary.send(Describe(b"P", name).serialize(), ENDS_DESCRIBE, drop)
         if portal.in_query:
             batch.close_unnamed()
@@ -307,18 +306,18 @@ class Execution:
                     batch.session.jobs.remove(portal.job)
 
     def _interrupted(self, job: Job) -> None:
-        """The fetch was interrupted. Cancel the job if no other way leads to it."""
+        """The fetch was interrupted: cancel the job if nothing else leads to it."""
         if not (job.has_handle or job.finished):
             self._batch.session.drop(job)
 
     async def _ask(
         self, portal: Portal, sql: bytes, parameters: Sequence[bytes], formats: Sequence[int]
     ) -> Sequence[Sequence[bytes | None]]:
-        """A `conversion.Ask`. If Sync went ahead, what is asked begins a transaction again, which
-        the client's own Sync ends: the first one had nothing that could be lost."""
+        """A `conversion.Ask`. If Sync went ahead, this begins a second transaction, which the
+        client's Sync ends: the first had nothing to lose."""
         await self._reopen(portal)
         interrupts = self._batch.interrupts
-        interrupts.is_waiting = False  # it is the server that a cancel request must reach
+        interrupts.is_waiting = False  # a cancel request must now reach the server
         try:
             return await self._primary.query(sql, parameters, formats)
         finally:
@@ -342,7 +341,7 @@ class Execution:
         *,
         told: Sequence[Field],
     ) -> Result:
-        """Call the function in FROM; `arguments`: as the stand-in has them. `defined`, `told`: see
+        """Call the function in FROM. `arguments`: from the stand-in. `defined`, `told`: see
         `Fetch`."""
         plan, caller = statement.plan, self._batch.caller
         function = plan.call.function
@@ -361,7 +360,7 @@ class Execution:
             rows = [value or (None,) * len(statement.columns)]
         columns = statement.columns
         if not columns:
-            # A job whose pid is NULL has no rows, of whatever columns.
+            # A NULL pid gives no rows, of any columns.
             fields = defined or (text_field(),)
             columns = [
                 Column(field.name.decode("utf-8", "surrogateescape"), TEXT) for field in fields
@@ -378,7 +377,7 @@ class Execution:
 
 
 def _has_other_letters(plan: ScalarPlan, kind: int, body: bytes) -> bool:
-    """Whether the arguments in a row are not ASCII, so that their encoding matters."""
+    """Whether the arguments in a row are not all ASCII, so that their encoding matters."""
     if kind != B.DATA_ROW or body.isascii():
         return False
     values = DataRow.parse(body).values

@@ -1,8 +1,8 @@
-"""The messages of the extended protocol in a batch with a call.
+"""Serves the messages of the extended protocol in a batch with a call.
 
-Invariant: the proxy's account of a statement or portal follows the server's. It is changed when the
-message is sent, and changed back if the server fails before it has carried that out (`undo`). What
-the server has under which names: see `hidden`.
+Invariant: our record of statements and portals follows the server's. It changes when a message is
+sent, and is restored if the server fails before it has carried that out (`undo`). Which names the
+server has: see `hidden`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _STILL_THERE: Final = (
     b"SELECT p.name FROM pg_catalog.pg_prepared_statements p WHERE NOT p.from_sql"
     b" AND p.name OPERATOR(pg_catalog.=) ANY (CAST($1 AS pg_catalog.text[]))"
 )
-"""Of some names those under which the protocol has made a statement."""
+"""Those of some names that are statements made by the protocol."""
 
 _LOOK_EACH: Final = 64
-"""Statements with calls, after which it is seen which ones are still there."""
+"""After this many statements with calls, check which still exist."""
 
 
 class ExtendedQuery:
@@ -53,7 +53,7 @@ class ExtendedQuery:
         self._execution = execution
         self._relay = batch.relay
         self._primary = batch.primary
-        # Hidden portals whose guards are there for certain: bound, and nothing executed since.
+        # Hidden portals whose guards certainly exist: bound, and nothing executed since.
         self._certain: set[bytes] = set()
         self._serve = {
             F.BIND: self._bind,
@@ -67,7 +67,7 @@ class ExtendedQuery:
         await self._serve[kind](body)
 
     async def parse(self, body: bytes, read: Sequence[Statement]) -> None:
-        """Serve Parse; `read`: its text, if the relay has read it."""
+        """Serve Parse. `read`: its statements, if the relay has read them."""
         session, relay = self._batch.session, self._relay
         statements = relay.statements
         lowered = body.lower()
@@ -88,7 +88,7 @@ class ExtendedQuery:
 
         def undo(was_read: bool) -> None:
             statements.pop(key, None)
-            # The unnamed statement goes with the attempt.
+            # A failed attempt ends the unnamed statement.
             if old is not None and (key or not was_read):
                 statements[key] = old
 
@@ -114,7 +114,7 @@ class ExtendedQuery:
         self._close_stand_in(old)
 
     def _parse_call(self, message: Parse, prepared: WithCalls, parameters: int, undo: Undo) -> None:
-        """Queue the Parse of a statement with calls, and a Describe for us."""
+        """Queue the Parse of a statement with calls, and a Describe of our own."""
         plan, primary, name = prepared.plan, self._primary, message.statement
         stand_in = plan.rewrite.sql + as_comment(plan.rewrite.unsent)
         prepared.server_name = hidden = self._hidden(name) if name else b""
@@ -151,14 +151,14 @@ class ExtendedQuery:
         primary.send(describe, ENDS_DESCRIBE, self._execution.describes(prepared), plan=plan)
 
     def _hidden(self, name: bytes) -> bytes:
-        """A new name in the server for a statement or portal of the client's."""
+        """A new server-side name for one of the client's statements or portals."""
         return self._relay.hidden.new(self._short(name))
 
     def _short(self, name: bytes) -> bytes:
         return encodings.short_name(name, self._batch.session.client_encoding)
 
     def _close_stand_in(self, statement: Prepared | None) -> None:
-        """Queue the Close of the stand-in of a statement that is gone."""
+        """Queue a Close for the stand-in of a statement that is gone."""
         if isinstance(statement, WithCalls) and statement.server_name:
             self._close_hidden(b"S", statement.server_name)
 
@@ -176,13 +176,13 @@ class ExtendedQuery:
         self._primary.send(Close(kind, name).serialize(), ENDS_CLOSE, closed)
 
     async def _look_again(self, name: bytes) -> None:
-        """If SQL may have deallocated a statement, see which ones are still there."""
+        """If SQL may have deallocated a statement, check which ones still exist."""
         relay = self._relay
         statements = relay.statements
         if not (relay.is_doubtful and name and relay.key(name) in statements):
             return
         if relay.status == TransactionStatus.FAILED and not self._batch.executed:
-            # It cannot be asked. If there is no such statement, that is its error.
+            # The server cannot be asked in SQL. If there is no such statement, it says so.
             describe = Describe(b"S", self._short(name)).serialize()
             self._primary.send(describe, ENDS_DESCRIBE, drop)
             return
@@ -195,19 +195,19 @@ class ExtendedQuery:
                 self._close_stand_in(statements.pop(name))
 
     async def _look_at_all(self) -> None:
-        """Close the stand-ins of what SQL has deallocated, whose names may never be used again."""
+        """Close the stand-ins of statements deallocated in SQL: their names may never recur."""
         if self._relay.status != TransactionStatus.FAILED:
             await self._look_again(max(self._relay.statements))
 
     def _is_text(self, key: bytes) -> bool:
-        """Whether a name, as the server has it, is text that can be sent as it is. It is not if it
-        was cut off within a character."""
+        """Whether a name, as the server has it, is valid text: it may be cut off inside a
+        character."""
         client, server = map(self._relay.setting, (b"client_encoding", b"server_encoding"))
         valid = client == server and encodings.is_valid(key, encodings.codec(client))
         return key.isascii() or valid
 
     async def _bind(self, body: bytes) -> None:
-        self._batch.settings_known = False  # a parameter's type has functions of its own
+        self._batch.settings_known = False  # parameter types have functions, which may run SET
         message = Bind.parse(body)
         relay, portals = self._relay, self._relay.portals
         key, name = relay.key(message.portal), relay.key(message.statement)
@@ -217,7 +217,7 @@ class ExtendedQuery:
         statement = relay.statements.get(name)
         if not message.portal:
             relay.forget_portal(b"")
-        # If it is there, the server refuses another of its name.
+        # If it exists, the server refuses another with its name.
         old = portals.pop(key, None)
 
         def undo(was_read: bool) -> None:
@@ -257,7 +257,7 @@ class ExtendedQuery:
         self._primary.send(bind, ENDS_BIND, handler, plan=statement.plan, undo=undo)
 
     def _bind_hidden(self, body: bytes, message: Bind, statement: WithCalls, undo: Undo) -> Portal:
-        """Queue the Bind of a stand-in to a portal that has a name, and of its guard."""
+        """Queue the Bind of a stand-in to a named portal, and that of its guard."""
         hidden = self._hidden(message.portal)
 
         def undo_hidden(was_read: bool) -> None:
@@ -273,7 +273,7 @@ class ExtendedQuery:
         return Portal(statement, hidden, message.result_formats)
 
     def _bind_own(self, plan: Plan, parse: Parse, bind: bytes, undo: Undo) -> None:
-        """Queue the Bind of a portal of the client's to a statement of ours."""
+        """Queue the Bind of the client's portal to a statement of ours."""
         primary, plan = self._primary, _as_it_is(plan, parse.query)
         primary.send(parse.serialize(), ENDS_PARSE, drop, plan=plan, undo=undo)
         primary.send(bind, ENDS_BIND, primary.pass_on, plan=plan, undo=undo)
@@ -285,10 +285,10 @@ class ExtendedQuery:
         )
 
     async def _bound(self, name: bytes) -> Portal | None:
-        """A portal with a call, if the server has that under the client's name. SQL may have closed
-        it, or put one of its own in its place.
+        """A portal with a call, if the server still has it under the client's name. SQL may have
+        closed it or put another in its place.
 
-        Raises BatchFailedError if there is none of this name.
+        Raises BatchFailedError if no portal has this name.
         """
         key = self._relay.key(name)
         portal = self._relay.portals.get(key)
@@ -334,7 +334,7 @@ class ExtendedQuery:
             await self._describe_job(portal, statement)
 
     async def _describe_job(self, portal: Portal | None, statement: FunctionResult) -> None:
-        """Describe a result whose columns only its job knows."""
+        """Describe a result whose job alone knows the columns."""
         if portal is None:
             raise SQLError(
                 FEATURE_NOT_SUPPORTED,
@@ -381,7 +381,7 @@ class ExtendedQuery:
         message = Execute.parse(body)
         portal = await self._bound(message.portal)
         if portal is None:
-            self._certain.clear()  # it may be CLOSE
+            self._certain.clear()  # it may execute CLOSE
             handler = self._batch.pass_execution
             self._batch.send_execute(message.portal, message.max_rows, handler)
         else:
@@ -389,7 +389,7 @@ class ExtendedQuery:
 
 
 def _parameters(message: Parse, statement: Statement) -> int:
-    """How many parameters a statement has, if it is valid: at most 65535."""
+    """An upper bound for the parameters of a statement: at most 65535."""
     count = len(message.parameter_types)
     if statement.tokens is not None:
         for token, text in zip(statement.tokens.tokens, statement.tokens.texts, strict=True):
@@ -399,13 +399,13 @@ def _parameters(message: Parse, statement: Statement) -> int:
 
 
 def _as_it_is(plan: Plan, sql: bytes) -> Plan:
-    """A plan for errors about a text that the server gets as it is."""
+    """A plan for errors about a text that is sent unchanged."""
     return replace(plan, rewrite=Rewrite(sql, (Piece(0, len(sql)),)))
 
 
 def _in_other_words(body: bytes, old: Bind, new: Bind) -> bytes:
-    """The Bind of this body with other names and result formats. They stand at its beginning and
-    end, and what is between them may be long."""
+    """The Bind in this body with other names and result formats. They are at its beginning and end,
+    and what is between may be long."""
     start = len(old.portal) + len(old.statement) + 2
     between = memoryview(body)[start : -2 - 2 * len(old.result_formats)]
     names = b"%b\0%b\0" % (new.portal, new.statement)

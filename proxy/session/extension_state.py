@@ -1,8 +1,8 @@
-"""Which pg_background the session's database has: the proxy's, in which version of the API, or the
-C extension; and which of its names the database has for objects of its own.
+"""Which pg_background the session's database has: ours, in which version of the API, or the C
+extension; and which of our names belong to other objects there.
 
 Invariant: it `is_known` only if no command about the extension was executed since the server was
-asked: in this session, or in a transaction of any session of the proxy that has ended.
+asked: in this session, or in a finished transaction of any session of the proxy.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from proxy.statements.plan import Plan
 
 
 def state_query(server_version: int) -> bytes:
-    """What `ExtensionState.learn` is told: our extension's version or NULL, whether the server has
-    the C extension, the names of ours that other objects have, the marker's OID and the composite
-    types, whether functions in the server reach the proxy; and which messages the session wants."""
+    """The query whose row `ExtensionState.learn` gets: our extension's version or NULL, whether the
+    server has the C extension, our names that other objects have, the marker's OID and the
+    composite types, whether functions in the server reach the proxy; and client_min_messages."""
     return _STATE_QUERY if server_version >= 90600 else _STATE_QUERY_9_5
 
 
@@ -50,11 +50,11 @@ BARE_QUERY: Final = b"SELECT %b OR %b" % (
     is_there(chain(*FUNCTIONS.values(), VIEWS.values())),
     REALLY.encode(),
 )
-"""Whether there is anything to ask about by that query, which takes ten times as long."""
+"""A query that tells whether the other, ten times as slow, would find anything."""
 
 
 class ExtensionState:
-    """What a session knows of it.
+    """What a session knows about the extension.
 
     Attributes:
         composites: the composite types, as last seen.
@@ -73,7 +73,7 @@ class ExtensionState:
 
     @property
     def api(self) -> int:
-        """The version of the API, as last seen; the configured one before that."""
+        """The version of the API, as last seen; before that, the configured one."""
         return self._api or self._services.runtime.config.api_version
 
     @property
@@ -83,8 +83,7 @@ class ExtensionState:
 
     @property
     def is_bare(self) -> bool:
-        """Whether the database has nothing under our names, as last seen, and nothing has changed
-        that since."""
+        """Whether the database has no objects of our names, as last seen and not changed since."""
         return self.is_known and self._is_bare
 
     @property
@@ -95,17 +94,17 @@ class ExtensionState:
 
     @property
     def has_functions(self) -> bool:
-        """Whether the server has our functions too, and they reach the proxy."""
+        """Whether the server has our functions too, and these reach the proxy."""
         return self.is_known and self._speaks and self.composites.marker is not None
 
     @property
     def possible(self) -> Collection[int]:
-        """The versions of the API that the next call may find."""
+        """The API versions that the next call may find."""
         return (self.api,) if self.is_known else CATALOGS
 
     def may_mean_others(self, plan: Plan) -> bool:
-        """Whether a call may mean an object of the database's own; the server knows. The C
-        extension's objects look like such ones."""
+        """Whether a call may mean another object of the database; the server knows. The C
+        extension's objects count as others."""
         return (
             not self.is_known
             or self._has_real
@@ -122,9 +121,9 @@ class ExtensionState:
         types: Mapping[str, int] | None = None,
         speaks: bool = False,
     ) -> None:
-        """The server has said which version of our extension is installed; whether the C extension
-        is, which counts if the server's is wanted; which names of ours other objects have; which
-        composite types are there; and whether functions in the server reach the proxy."""
+        """Note what the server has said: the version of our extension; whether it has the C
+        extension, which counts if the configuration prefers it; which of our names other objects
+        have; which composite types exist; and whether functions in the server reach the proxy."""
         self._has_real = has_real
         self._is_bare = version is None and not (has_real or alike)
         self._alike = frozenset(alike)
@@ -143,21 +142,21 @@ class ExtensionState:
 
     @property
     def is_split(self) -> bool:
-        """Whether calls that the client sends are ours, and those from inside the database the C
-        extension's."""
+        """Whether calls from the client are ours while those from inside the database go to the C
+        extension."""
         return self._has_real and self._services.runtime.config.extension == "proxy"
 
     def forget(self) -> None:
-        """A call has found something else than was last seen."""
+        """A call has found something else than last seen."""
         self._known_at = -1
 
     def change(self) -> None:
-        """A command was executed that makes or removes the extension, or something of one of its
-        names; its transaction may still roll back."""
+        """Note a command that creates or drops the extension, or an object with one of its names;
+        its transaction may still roll back."""
         self._is_changing = True
 
     def transaction_ended(self) -> None:
-        """If it has changed the extension, all sessions look at theirs again."""
+        """If it has changed the extension, have all sessions ask again."""
         if self._is_changing:
             self._is_changing = False
             self._services.extension_changed()

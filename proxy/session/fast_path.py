@@ -1,9 +1,9 @@
-"""Which traffic may pass with a look at the types and lengths of its messages only.
+"""Recognises traffic that may pass after a look at message types and lengths only.
 
-Invariant: what they let pass neither holds a call nor sets what a call would take over. When in
-doubt they say no, and the relay looks closer.
+Invariant: what passes has no call and sets nothing that a call would take over. When in doubt the
+answer is no, and the relay looks closer.
 
-They run for each transaction of each session, so they are written for speed.
+These functions run for each transaction of each session, so they are written for speed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from protocol.kinds import ENDS_EXTENDED, B, F
 from protocol.messages import Sync
 
 _LONGEST_BATCH: Final = 4096
-"""In bytes, since it is kept until it is answered."""
+"""In bytes; a batch is kept until it is answered."""
 
-_QUERY: Final = F.QUERY  # an attribute costs more
+_QUERY: Final = F.QUERY  # an attribute is slower
 WITH_TEXT: Final = frozenset((F.QUERY, F.PARSE))
 """Messages with SQL."""
 
-# How CREATE, ALTER and DROP DATABASE may begin. Most statements do not, and are not searched.
+# First bytes of CREATE, ALTER and DROP DATABASE; other statements are not searched.
 _COMMANDS: Final = b"cad \t\n\r\f\v-/"
 _IN_BATCH: Final = bytes(kind in (F.BIND, F.DESCRIBE, F.EXECUTE, F.CLOSE) for kind in range(256))
 _IN_ANSWER: Final = bytes(
     kind in (*ENDS_EXTENDED, B.PARAMETER_DESCRIPTION, B.DATA_ROW) for kind in range(256)
 )
-# Unsigned, unlike `unpack_length`: here an impossible length must lead on, to where nothing fits.
+# Unsigned, unlike `unpack_length`, so that an impossible length leads far out of the data.
 _unpack: Final = Struct("!I").unpack_from
 _SYNC: Final = Sync().serialize()
 _READY: Final = bytes([B.READY_FOR_QUERY, 0, 0, 0, 5])
@@ -36,7 +36,7 @@ _READY_SIZE: Final = len(_READY) + 1
 
 
 def is_plain_batch(data: bytes) -> bool:
-    """Whether this is one whole short batch that cannot concern calls or settings."""
+    """Whether this is one whole, short batch that cannot affect calls or settings."""
     size = len(data)
     if not HEADER_SIZE <= size <= _LONGEST_BATCH:
         return False
@@ -44,7 +44,7 @@ def is_plain_batch(data: bytes) -> bool:
     kind = data[0]
     if kind in WITH_TEXT:
         text = data.lower()
-        if b"pg_" in text or b"set" in text:  # and more than these: that takes the slow path
+        if b"pg_" in text or b"set" in text:  # or something similar: the slow path will see
             return False
         start = HEADER_SIZE if kind == _QUERY else text.find(0, HEADER_SIZE) + 1
         if text[start : start + 1] in _COMMANDS and b"database" in text:
@@ -59,7 +59,7 @@ def is_plain_batch(data: bytes) -> bool:
 
 
 def is_plain_answer(data: bytes) -> bool:
-    """Whether this is the whole answer to a batch, and all its messages are only passed on."""
+    """Whether this is the whole answer to a batch, with nothing that the relay must handle."""
     last = len(data) - _READY_SIZE
     end = 0
     while end < last and _IN_ANSWER[data[end]]:

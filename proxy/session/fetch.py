@@ -1,8 +1,8 @@
-"""Handing over a job's result: its shape is checked, its rows are passed on.
+"""Sends a job's result to the client, after a check of its columns.
 
-Invariant: rows go from the job to the client as the bytes that came. They are taken apart only when
+Invariant: rows go from the job to the client as the bytes that came. They are taken apart only if
 the client wants some of the columns, binary format, a limited number of rows, or another encoding
-than the job's; and converted by the server (`conversion`) where it alone can.
+than the job's; the server converts (`conversion`) what it alone can.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from proxy.sql.recoding import readable, recoded
 from proxy.statements.plan import ResultPlan
 
 _NO_BINARY_FORM: Final = frozenset({1033, 3642})
-"""aclitem and gtsvector have no send function; a column declared text takes them."""
+"""aclitem and gtsvector have no send function; a column declared text takes their values."""
 
 _TURN: Final = 256 * 1024
-"""Bytes of rows that are passed on before other sessions have their turn."""
+"""Bytes of rows that are passed on before other sessions get a turn."""
 
 _CONVERTED: Final = 8
-"""About how many times longer a row takes to be taken apart than to be passed on."""
+"""Roughly how many times slower a row is taken apart than passed on."""
 
 _ROWS: Final = 10_000
-"""Rows that the server converts at once."""
+"""Rows in one conversion by the server."""
 
 _TAGS: Final = 1000
-"""Command tags that are sent before other sessions have their turn."""
+"""Command tags that are sent before other sessions get a turn."""
 
 
 class Fetch:
@@ -63,9 +63,9 @@ class Fetch:
         """
         Args:
             job: whose result it is. It counts as consumed from now on.
-            plan: what the client wants of its columns.
+            plan: which of its columns the client wants.
             defined: the column definition list; empty if there is none.
-            described: what the client was told of the columns that it wants, if it was.
+            described: the columns that the client was told, if it was.
             formats: the result formats of the client's Bind.
         """
         self.job = job
@@ -74,7 +74,7 @@ class Fetch:
         self._plan = plan
         self._defined = defined
         self._told = described
-        # By the encoding to which it converts.
+        # By target encoding.
         self._conversions: dict[bytes, Conversion] = {}
         self._needs_types = False
         self._formats = formats
@@ -82,8 +82,8 @@ class Fetch:
         self._columns: tuple[int, ...] = ()
         self._as_it_is = False
         self._rows = MessageBuffer()
-        # Its columns, if it has any, and its command tags, once they are known: the job itself
-        # forgets them when its session is done with it.
+        # Its columns, if any, and its command tags, once known: the job itself forgets them when
+        # its session is done with it.
         self._given: tuple[Field, ...] | None = None
         self._tags: Sequence[bytes] = ()
         self._tags_sent = 0
@@ -91,9 +91,9 @@ class Fetch:
         job.consumed = True
 
     async def describe(self) -> None:
-        """Wait until the job's columns are known, passing its notices on, and check them.
+        """Wait until the job's columns are known, and check them; notices are passed on meanwhile.
 
-        Raises SQLError: the job's own, or 42804 if they do not fit the column definition list.
+        Raises SQLError: the job's own, or 42804 if the column definition list does not fit.
         """
         if self._described:
             return
@@ -123,7 +123,7 @@ class Fetch:
         )
 
     def _named(self, columns: tuple[Field, ...] | None) -> tuple[Field, ...] | None:
-        """The job's columns, their names in the client's encoding."""
+        """The job's columns, with names in the client's encoding."""
         if columns is None or not self._recodes:
             return columns
         encodings = self.job.encoding, self.means.encoding
@@ -131,15 +131,15 @@ class Fetch:
 
     @property
     def _recodes(self) -> bool:
-        """Whether the client gets another encoding than the job's: it was another session's then,
-        or the session has changed its own since."""
+        """Whether the client gets another encoding than the job's: the job is another session's, or
+        the session has changed its encoding."""
         return self.job.encoding != self.means.encoding
 
     async def _conversion(self, given: Sequence[Field]) -> Conversion:
-        """What has the server convert rows. Raises SQLError."""
+        """The conversion by the server. Raises SQLError."""
         encoding = self.means.encoding
         if encoding not in self._conversions:
-            # Without modifiers, only what is binary must be read by the server.
+            # Without modifiers, the server need only read what becomes binary.
             types = self._plan.types if self._needs_types else ()
             self._conversions[encoding] = Conversion(
                 types
@@ -147,14 +147,14 @@ class Fetch:
                 given,
                 self._columns,
                 [field.format for field in self.fields],
-                # A database in SQL_ASCII reads bytes, and converts none.
+                # A database in SQL_ASCII takes bytes and converts none.
                 b"SQL_ASCII" if self.means.server_encoding == b"SQL_ASCII" else self.job.encoding,
                 encoding,
             )
         return self._conversions[encoding]
 
     def _check_told(self, fields: Sequence[Field]) -> None:
-        """Raises SQLError 0A000 if the client was told of other columns."""
+        """Raises SQLError 0A000 if the client was told other columns."""
         if self._told and [_shape(field) for field in fields] != [
             _shape(field) for field in self._told
         ]:
@@ -167,7 +167,7 @@ class Fetch:
             )
 
     def _needs_server(self, given: Sequence[Field]) -> bool:
-        """Whether only the server can make of the job's values what the client wants."""
+        """Whether only the server can convert the job's values to what the client wants."""
         if any(field.format and not has_binary_form(field.type_oid) for field in self.fields):
             return True
         if not self._plan.has_modifiers:
@@ -179,7 +179,7 @@ class Fetch:
         )
 
     async def _notices(self) -> None:
-        """Pass on the notices that came before the first row."""
+        """Pass on the notices that precede the first row."""
         while (notice := self.job.output.take_notice()) is not None:
             await self.means.write(self.job.notice(notice, self.means.encoding))
 
@@ -206,10 +206,10 @@ class Fetch:
             )
 
     async def send(self, max_rows: int = 0) -> int:
-        """Hand over rows, all or at most `max_rows`, and the job's notices among them.
+        """Send rows, all or at most `max_rows`, and the notices among them.
 
-        Returns the number of rows sent. Raises SQLError: the job's own; 0A000 for a value that we
-        cannot give in binary format.
+        Returns the number of rows sent. Raises SQLError: the job's own; 0A000 for a value without a
+        binary format here.
         """
         if self.finished:
             return 0
@@ -237,7 +237,7 @@ class Fetch:
             elif self.job.fetched_error is not None:
                 raise self._failed(self.job.fetched_error)
             elif self.job.canceled:
-                # The cancel came too late or had no effect, but later rows were dropped.
+                # The cancel came too late or was caught, but later rows were dropped.
                 self.finished = True
                 raise SQLError(
                     QUERY_CANCELED,
@@ -248,15 +248,15 @@ class Fetch:
                 return sent
 
     async def _pause(self, size: int) -> None:
-        """Every `_TURN` bytes, let others have their turn: a client that reads as fast as we write
-        gives no other occasion."""
+        """Every `_TURN` bytes, give others a turn: a client that reads as fast as we write never
+        makes us wait."""
         self._since_pause += size
         if self._since_pause >= _TURN:
             self._since_pause = 0
             await asyncio.sleep(0)
 
     async def _send_rows(self, limit: int) -> int:
-        """Whole rows that are here, taken apart."""
+        """Send the whole rows that are here, taken apart."""
         sent = size = 0
         out = bytearray()
         rows: list[Sequence[bytes | None]] = []
@@ -282,7 +282,7 @@ class Fetch:
         return sent
 
     async def _send_converted(self, rows: Sequence[Sequence[bytes | None]]) -> None:
-        """Rows that the server converts. Raises BatchFailedError if it does not take a value."""
+        """Send rows that the server converts. Raises BatchFailedError if it rejects a value."""
         if not self._needs_types and all(
             value is None or value.isascii() for row in rows for value in row
         ):
@@ -294,7 +294,7 @@ class Fetch:
         await self.means.write(b"".join([DataRow(tuple(row)).serialize() for row in converted]))
 
     async def _send_tags(self, max_rows: int) -> int:
-        """A job without rows gives the command tags of its statements."""
+        """Send the command tags of a job without rows, one per statement."""
         begin, end = self._tags_sent, len(self._tags)
         if max_rows:
             end = min(end, begin + max_rows)
@@ -316,7 +316,7 @@ class Fetch:
         ).serialize()
 
     def abandon(self) -> None:
-        """The rest is not wanted: the job must not wait for us."""
+        """Drop the rest, so that the job does not wait for us."""
         if not self.finished:
             self.job.forget_output()
 
@@ -335,10 +335,10 @@ class Fetch:
 
 
 def _shape(field: Field) -> tuple[bytes, int, int]:
-    """What must not change of a column that was described."""
+    """What must stay the same in a described column."""
     return field.name, field.type_oid, field.type_modifier
 
 
 def text_field() -> Field:
-    """The one column of the result of a job that returns no rows."""
+    """The one column that the result of a job without rows has."""
     return Field(b"result", 0, 0, oids.TEXT, -1, -1, 0)

@@ -1,13 +1,13 @@
-"""A batch of the client's messages with a call in it, served message by message.
+"""Serves a batch with a call, message by message.
 
-Invariant: the primary backend does everything that it can do. It parses, describes, binds and
-executes a stand-in in the place of each statement with a call (see `statements`), so it is the
-server that infers parameters, evaluates arguments and keeps the transaction. The interception
-takes the stand-in's rows off the stream and puts the call's in.
+Invariant: the primary backend does everything it can. It parses, describes, binds and executes a
+stand-in for each statement with a call (see `statements`), so the server infers parameters,
+evaluates arguments and keeps the transaction. The interception takes the stand-in's rows off the
+stream and puts the call's in.
 
-An interception begins when everything before its first message is answered, and ends with the
-ReadyForQuery of its batch. `simple_query` serves Query, `extended_query` the extended protocol;
-`execution` executes the portals of both.
+An interception begins when all earlier messages are answered, and ends with its batch's
+ReadyForQuery. `simple_query` serves Query, `extended_query` the extended protocol; `execution`
+executes the portals of both.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from proxy.statements.plan import Statement
 from proxy.stats import counters
 
 TO_LEAVE: Final = 10.0
-"""Seconds that a server gets to end the session when its client has left, and it has nothing more
-to do. Then the connection is closed, which to it is a client that has vanished."""
+"""Seconds for a server to end the session whose client has left, once it has nothing more to do.
+Then we close the connection, as if the client had vanished."""
 
 
 class Interception:
-    """Serves one batch, then hands both connections back to the relay."""
+    """Serves one batch, then returns both connections to the relay."""
 
     def __init__(
         self, session: ClientSession, data: bytes, statements: Sequence[Statement]
     ) -> None:
         """
         Args:
-            session: whose client and primary backend these are.
-            data: of the client, from the message with the call on.
+            session: has the client and the primary backend.
+            data: the client's bytes, starting with the message that has the call.
             statements: of that message, if the relay has read them.
         """
         self._session = session
@@ -60,14 +60,14 @@ class Interception:
         self._simple_query = SimpleQuery(self._batch, execution)
         self._extended_query = ExtendedQuery(self._batch, execution)
         self._statements = statements
-        # Bytes of SQL that were read since others had their turn.
+        # Bytes of SQL read since others had a turn.
         self._read = 0
 
     async def run(self) -> None:
         """Serve the client's messages up to the end of the batch."""
         await self._relay.settle()
         if self._relay.outstanding.copying:
-            return  # the server will say that this is no COPY data
+            return  # the server will reject it as COPY data
         self._batch.settings_known = not self._relay.settings_may_differ
         self._server.receive = self._from_server
         self._client.gather()
@@ -79,14 +79,14 @@ class Interception:
         self._primary.inbox.feed(data)
 
     def hand_back(self) -> None:
-        """Let the relay go on with what was not read."""
+        """Let the relay continue with what was not read."""
         self._client.send_at_once()
         self._relay.batch.clear()
         self._server.receive = self._relay.from_server
         self._client.receive = self._relay.from_client
         rest = self._primary.inbox.take_rest()
         if rest:
-            counters.server_bytes -= len(rest)  # the relay counts them
+            counters.server_bytes -= len(rest)  # the relay will count them
             self._relay.from_server(rest)
         rest = self._messages.take_rest()
         if rest:
@@ -94,8 +94,8 @@ class Interception:
             self._relay.from_client(rest)
 
     def end_client(self) -> None:
-        """The client will send no more. It gets the answers to what it has sent, except that no
-        job is waited for."""
+        """The client will send no more. It gets the answers to what it has sent, but no job is
+        awaited."""
         self._messages.close(ConnectionError("the client has closed the connection"))
         self.interrupts.end_client(reads=self._client.full is None)
 
@@ -105,7 +105,7 @@ class Interception:
         self.interrupts.fail(error)
 
     def last_words(self) -> bytes:
-        """Messages that the server sent before it went, and that were not read."""
+        """Messages that the server sent before it went, not read yet."""
         words: list[bytes] = []
         with contextlib.suppress(ProtocolViolation):
             for kind, body in self._primary.inbox:
@@ -114,7 +114,7 @@ class Interception:
         return b"".join(words)
 
     async def _message(self) -> bool:
-        """Serve one message of the client; true if it ended the batch."""
+        """Serve one message of the client. Returns whether it ended the batch."""
         try:
             kind, body = await self._batch.next_message()
         except ConnectionError:
@@ -122,12 +122,12 @@ class Interception:
                 await self._end_server()
             raise
         except ProtocolViolation:
-            # Not our protocol: the relay lets the server judge the rest of the stream.
+            # Not a message: the relay lets the server judge the rest of the stream.
             await self._settle_anyhow()
             return True
         statements, self._statements = self._statements, ()
         if kind not in AFTER_LOGIN:
-            # The server ends the session for it, whatever it is doing.
+            # The server ends the session at this type, whatever it is doing.
             await self._settle_anyhow()
             return self._leave(kind, body)
         if kind == F.QUERY and not self._relay.outstanding.skipping:
@@ -149,7 +149,7 @@ class Interception:
         return False
 
     async def _serve(self, kind: int, body: bytes, read: Sequence[Statement]) -> bool:
-        """Serve a message that the server does not skip; true if it is for the relay to pass on.
+        """Serve a message that the server does not skip. Returns whether to leave it to the relay.
 
         Raises BatchFailedError, SQLError.
         """
@@ -176,39 +176,39 @@ class Interception:
             await self._primary.settle()
             return kind == F.FUNCTION_CALL
         elif self._primary.owes:
-            # COPY data, perhaps for what has not been executed yet.
+            # COPY data, perhaps for something not executed yet.
             self._messages.put_back(kind, body)
             await self._primary.settle()
-        # Otherwise COPY data after its end: the server ignores it too.
+        # Otherwise COPY data after its end, which the server ignores too.
         return False
 
     async def _settle_anyhow(self) -> None:
-        """Have what is queued answered; an error is passed on."""
+        """Have the queued requests answered; errors are passed on."""
         with contextlib.suppress(BatchFailedError):
             await self._primary.settle()
 
     def _leave(self, kind: int, body: bytes) -> bool:
-        """Leave this message to the relay, and what comes after it."""
+        """Leave this message and all later ones to the relay."""
         self._messages.put_back(kind, body)
         return True
 
     async def _take_turns(self, body: bytes) -> None:
-        """Before a text is read: let others have their turn, after many or long ones."""
+        """Before a text is read, give others a turn if many or long ones were read."""
         if self._read > TURN:
             self._read = 0
             await asyncio.sleep(0)
         self._read += len(body) + TEXT_COST
 
     async def _end_server(self) -> None:
-        """Let the server see that the client has ended, and pass on the errors that it still has.
-        Raises ConnectionError when it has closed the connection, or is not going to."""
+        """Tell the server that the client has ended, and pass on its last errors. Raises
+        ConnectionError when it has closed the connection, or will not."""
         self._primary.push()
-        rest = self._messages.take_rest()  # a part of a message
+        rest = self._messages.take_rest()  # part of a message
         if self._server.can_write_eof:
             self._server.write(rest)
             self._server.write_eof()
         elif rest:
-            # Terminate would be taken for more of it, and waited for the rest.
+            # It would take Terminate for more of the message, and wait for the rest.
             raise ConnectionError("the client has left in the middle of a message")
         else:
             self._server.write(Terminate().serialize())

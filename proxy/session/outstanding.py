@@ -1,9 +1,9 @@
-"""Requests of the client that the server has not answered yet.
+"""The client's requests that the server has not answered yet.
 
-Invariant: this is the server's own reading of the client's messages, in their order. What it skips
-is never answered, so it must not be waited for (manual, "Extended Query", "COPY Operations").
+Invariant: this reads the client's messages as the server does, in their order. What the server
+skips is never answered, so nobody may wait for it (manual, "Extended Query", "COPY Operations").
 
-The server is in one of three states. What does not stand here changes none of them.
+The server is in one of three states. Events not listed leave them unchanged.
 
 ========= ======================================= =====================================
 state     event                                   next
@@ -20,7 +20,7 @@ SKIPPING  Sync from the client                    ANSWERING
 any       ReadyForQuery                           ANSWERING
 ========= ======================================= =====================================
 
-A message of the client is queued while ANSWERING, a Sync also while SKIPPING.
+A message of the client is queued while ANSWERING; a Sync while SKIPPING, too.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from protocol.kinds import ENDS_COPY_IN, EXTENDED, GETS_READY, F
 
 ANSWERING: Final = "answering"
 COPYING: Final = "copying"
-"""The server reads COPY data, and the client has not sent its end."""
+"""The server reads COPY data, whose end the client has not sent."""
 SKIPPING: Final = "skipping"
-"""The server skips what comes, up to a Sync that the client has not sent."""
+"""The server skips everything up to a Sync that the client has not sent."""
 
 
 class OutstandingRequests:
     """A queue of message types.
 
     Attributes:
-        state: of the server when it has answered what is in the queue.
+        state: the server's, once it has answered what is queued.
     """
 
     __slots__ = ("_queue", "state")
 
     def __init__(self) -> None:
-        # The login is answered as a Sync is.
+        # The login is answered like a Sync.
         self._queue = deque([F.SYNC])
         self.state = ANSWERING
 
@@ -62,7 +62,7 @@ class OutstandingRequests:
 
     @property
     def skipping(self) -> bool:
-        """Whether the server skips what comes."""
+        """Whether the server skips messages."""
         return self.state is SKIPPING
 
     @property
@@ -71,7 +71,7 @@ class OutstandingRequests:
         return any(kind in GETS_READY for kind in self._queue)
 
     def add(self, kind: int) -> None:
-        """The client has sent a message: one of those that are answered, or that end a COPY."""
+        """The client has sent a message that is answered or ends a COPY."""
         if self.state is COPYING:
             if kind != F.SYNC:
                 self.state = ANSWERING
@@ -83,7 +83,7 @@ class OutstandingRequests:
             self._queue.append(kind)
 
     def answered(self) -> None:
-        """The server has sent what ends the answer to a message of the extended protocol."""
+        """The server has ended the answer to a message of the extended protocol."""
         if self._queue and self._queue[0] in EXTENDED:
             self._queue.popleft()
             self._drop_strays()
@@ -99,11 +99,11 @@ class OutstandingRequests:
                 self.state = SKIPPING
 
     def skip(self) -> None:
-        """The server has sent an error to an interception, whose requests are not in the queue."""
+        """The server has sent an error to an interception, whose requests are not queued here."""
         self.state = SKIPPING
 
     def copy_in(self) -> None:
-        """The server begins to read COPY data, for the first in the queue."""
+        """The server begins to read COPY data for the first request in the queue."""
         copier = self._queue.popleft() if self._queue else F.QUERY
         self.state = COPYING
         while self._queue and self.state is COPYING:
@@ -112,7 +112,7 @@ class OutstandingRequests:
         self._queue.appendleft(copier)
 
     def ready(self) -> int:
-        """The server is ready for the next query; after which type of message."""
+        """The server is ready for the next query. Returns the type of the message answered."""
         self.state = ANSWERING
         kind = F.SYNC
         while self._queue:
@@ -123,6 +123,6 @@ class OutstandingRequests:
         return kind
 
     def _drop_strays(self) -> None:
-        """The server ignores the end of a COPY that has failed, or never was."""
+        """Drop ends of COPY that the server ignores: its COPY has failed, or never began."""
         while self._queue and self._queue[0] in ENDS_COPY_IN:
             self._queue.popleft()

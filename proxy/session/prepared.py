@@ -1,7 +1,7 @@
-"""Statements and portals with calls, and what the client is told of their columns.
+"""Prepared statements and portals with calls, and how the client sees their columns.
 
-Invariant: the server describes the stand-in, and the client sees the description of its own
-statement. What is between the two is worked out here, from the plan alone.
+Invariant: the server describes the stand-in; the client gets the description of its own statement,
+derived from the plan alone.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Command:
-    """A statement without calls whose execution is followed, prepared: a command that a block of
+    """A prepared statement without calls whose execution is followed: a command that a block of
     ours carries out, or a definition with a notice. The server has it under the client's name.
 
     Attributes:
-        plan: what takes its place.
-        server_name: the client's.
+        plan: its substitute.
+        server_name: the client's name for it.
         is_told: whether the client has had the notice.
     """
 
@@ -38,21 +38,21 @@ class Command:
     is_told: bool = False
 
     def stand_in_formats(self, formats: tuple[int, ...]) -> tuple[int, ...]:
-        """The result formats for the stand-in, from those of the client's Bind."""
+        """The stand-in's result formats, from those of the client's Bind."""
         return formats
 
 
 @dataclass(slots=True)
 class RowCalls:
-    """A prepared statement whose stand-in makes calls with each of its rows.
+    """A prepared statement with calls for each row of its stand-in.
 
     Attributes:
-        result_types: of the calls in the plan's columns, as the database has them.
-        marker: of the extension that has these types, if a call returns one and it is there.
-        fields: the server's, of the stand-in.
-        server_name: the stand-in's; see `hidden`.
-        native: the client's Parse, if the server takes it too. Then it has that under the client's
-            name, if there is one.
+        result_types: of the calls, by the plan's columns, as the database has them.
+        marker: of the extension that has these types, if a call returns one and it is installed.
+        fields: the stand-in's columns, as the server describes them.
+        server_name: the stand-in's name; see `hidden`.
+        native: the client's Parse, if the server takes it too. Then the server has that under the
+            client's name, unless this is empty.
     """
 
     plan: ScalarPlan
@@ -65,7 +65,7 @@ class RowCalls:
     has_columns = True
 
     def described(self, fields: tuple[Field, ...]) -> None:
-        """Note the server's description. Raises SQLError XX000 if it is not that of the plan."""
+        """Note the server's description. Raises SQLError XX000 if it does not match the plan."""
         self.fields = fields
         _check(fields, [column.index for column in self.plan.columns], self.plan.width)
 
@@ -78,7 +78,7 @@ class RowCalls:
 
     @property
     def types(self) -> dict[int, Type]:
-        """The types of the calls, by their columns in the stand-in."""
+        """The result types of the calls, by their columns in the stand-in."""
         count = len(self.fields)
         return {
             column.index % count: type
@@ -105,7 +105,7 @@ class RowCalls:
         if outputs is None or len(formats) != len(outputs):
             return formats
         if not any(formats):
-            return ()  # all of them: their number may not be known yet
+            return ()  # all text: their number may not be known yet
         wanted = [0] * len(self.fields)
         for output, format in zip(outputs, formats, strict=True):
             wanted[output.column] = format
@@ -114,13 +114,13 @@ class RowCalls:
 
 @dataclass(slots=True)
 class FunctionResult:
-    """A prepared statement whose rows a function in FROM returns: its own, or a job's.
+    """A prepared statement whose rows come from a function in FROM: its own, or a job's.
 
     Attributes:
-        columns: the function's, their types as the database has them; none if its job knows them.
+        columns: the function's, with types as the database has them; none if only its job knows.
         marker, fields, server_name, native: as in `RowCalls`.
-        told: the columns of a job, of which the client was told at a Describe; a later execution
-            must have the same.
+        told: a job's columns as told to the client by Describe; later executions must have the
+            same.
     """
 
     plan: ResultPlan
@@ -133,7 +133,7 @@ class FunctionResult:
 
     @property
     def has_columns(self) -> bool:
-        """Whether its columns are known before it is executed; otherwise only its job knows."""
+        """Whether the columns are known before execution; otherwise only the job knows them."""
         return bool(self.plan.defined_columns or self.columns)
 
     def described(self, fields: tuple[Field, ...]) -> None:
@@ -147,7 +147,7 @@ class FunctionResult:
 
     def defined(self, row: Sequence[bytes | None]) -> tuple[Field, ...]:
         """The column definition list, from the stand-in's row; empty if there is none. Domains are
-        themselves. Names are not there, nor are modifiers: they are in the columns chosen.
+        not resolved. Names and modifiers are missing: the plan's chosen columns have them.
 
         Raises SQLError XX000.
         """
@@ -159,7 +159,7 @@ class FunctionResult:
         return tuple(Field(b"", 0, 0, int(type or b"0"), -1, -1, 0) for type in types)
 
     def client_fields(self) -> tuple[Field, ...]:
-        """The columns of the client's statement, if they are known."""
+        """The columns of the client's statement, if known."""
         if self.plan.defined_columns:
             return self.fields[:-2]
         return choose(self.plan.outputs, fields_of(self.columns))[1]
@@ -176,8 +176,8 @@ Prepared = Command | WithCalls
 
 
 def prepare(plan: Plan, composites: Composites) -> WithCalls:
-    """A statement with calls that is being prepared, in a database with these types. It has no
-    name yet."""
+    """A statement with calls to be prepared, without a name yet, in a database with these composite
+    types."""
     types = [composites.resolved(call.function.result_type) for call in plan.calls]
     shown = types if isinstance(plan, ScalarPlan) else [c.type for c in types[0].columns]
     marker = composites.marker if any(type.columns for type in shown) else None
@@ -191,11 +191,11 @@ class Portal:
     """A portal of such a statement.
 
     Attributes:
-        server_name: the stand-in's; see `hidden`.
+        server_name: the stand-in's name; see `hidden`.
         formats: the result formats of the client's Bind.
         offset: where the statement begins in the client's text, in characters.
-        in_query: whether a Query has it, and not the extended protocol.
-        result: of a function in FROM, once it has been called.
+        in_query: whether it belongs to a Query, not to the extended protocol.
+        result: of a function in FROM, once called.
     """
 
     statement: Prepared
@@ -212,23 +212,23 @@ class Portal:
 
     @property
     def job(self) -> Job | None:
-        """Whose result it is, if it is a job's, and begun."""
+        """The job whose result was begun, if it is a job's."""
         return None if self.result is None else self.result.job
 
     def close(self) -> None:
-        """The rest of its result is not wanted."""
+        """Drop the rest of the result."""
         if self.result is not None:
             self.result.abandon()
 
 
 def _check(fields: Sequence[Field], calls: Sequence[int], width: int | None) -> None:
-    """Raises SQLError XX000 if a stand-in has not these columns: the server and the proxy have read
-    the statement differently, and no call in it is to be made.
+    """Raises SQLError XX000 if a stand-in has other columns than planned: then server and proxy
+    have read the statement differently, and none of its calls may be made.
 
     Args:
         fields: the server's description.
-        calls: the columns with a call's arguments, a text each.
-        width: how many columns there are, None if a ``*`` hides that.
+        calls: positions of columns that hold a call's arguments, each a text.
+        width: number of columns; None if a ``*`` hides it.
     """
     count = len(fields)
     if width not in (None, count) or not all(
@@ -238,7 +238,7 @@ def _check(fields: Sequence[Field], calls: Sequence[int], width: int | None) -> 
 
 
 def misread() -> SQLError:
-    """The server has read a statement with a call otherwise than the proxy."""
+    """The error for a statement with a call that server and proxy have read differently."""
     return SQLError(
         INTERNAL_ERROR,
         "the server has read a statement with a pg_background call in another way than the proxy",
@@ -247,7 +247,7 @@ def misread() -> SQLError:
 
 
 def as_defined(columns: Sequence[Column], defined: Sequence[Field]) -> Sequence[Column]:
-    """A function's columns under a column definition list, which may leave out the last.
+    """A function's columns under a column definition list, which may omit the last ones.
 
     Raises SQLError 42804 if they do not fit.
     """
@@ -265,7 +265,7 @@ def as_defined(columns: Sequence[Column], defined: Sequence[Field]) -> Sequence[
 
 
 def format_of(formats: Sequence[int], column: int) -> int:
-    """The result format of a column (Bind: none means all text, one is for all)."""
+    """The result format of a column (in Bind, none means text for all; one applies to all)."""
     if len(formats) <= 1:
         return formats[0] if formats else 0
     return formats[column]

@@ -1,8 +1,8 @@
-"""SQL as the session's server reads it, and what is to be done about each statement.
+"""Reads SQL as the session's server does, and decides how to serve each statement.
 
-Invariant: a text is split into tokens once. The relay asks whether a Query or Parse holds a call,
-and the statements that were read for the answer go with it to the interception. They do not depend
-on settings that may have changed in between (`depends_on_settings`).
+Invariant: a text is tokenized once. To find out whether a Query or Parse holds a call, the relay
+has its statements read; they go with it to the interception, and do not depend on settings that may
+have changed since (`depends_on_settings`).
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from proxy.statements.plan import Plan, Statement, Substitute, substitute
 from proxy.statements.reading import depends_on_settings
 
 _MOST_CODE: Final = 2 * lexer.MAX_BYTES
-"""Bytes of definitions and DO blocks in one text that are read as code."""
+"""Bytes of definitions and DO blocks per text that are analysed."""
 _BEGIN_CODE: Final = frozenset(("create", "alter", "do"))
 _SHORT: Final = 1024
-"""Bytes of a text that is remembered."""
+"""Texts up to this many bytes are remembered."""
 _REMEMBERED: Final = 256
-"""So many: programs send the same few again and again."""
+"""Number of texts remembered: programs repeat the same few."""
 
 
 class SqlReader:
     """Reads the SQL of one session.
 
     Attributes:
-        too_long: whether the last text that may have held a call was too long to be read.
+        too_long: whether the last text that may hold a call was too long to be read.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class SqlReader:
     ) -> None:
         """
         Args:
-            relay: knows the settings that SQL is read by.
+            relay: knows the settings that affect how SQL is read.
             extension: what the database has.
-            config: the configuration at this moment.
-            pids: of the jobs that run.
+            config: returns the current configuration.
+            pids: returns those of running jobs.
         """
         self._relay = relay
         self._extension = extension
@@ -73,7 +73,7 @@ class SqlReader:
     # Into statements
 
     def read(self, kind: int, body: bytes) -> list[Statement]:
-        """The statements of a Query; the text of a Parse as one."""
+        """The statements of a Query; a Parse is read as one."""
         sql = text_of(kind, body)
         if not self._relay.is_of_interest(sql.lower()):
             return [Statement(sql)]
@@ -126,7 +126,7 @@ class SqlReader:
     def _known_calls(
         self, text: bytes, voids: frozenset[int] = frozenset()
     ) -> dict[int, Plan | None]:
-        """`Statement.calls`: of what was read in the same way before, if it is short."""
+        """`Statement.calls`, from memory if a short text was read before in the same way."""
         if len(text) > _SHORT:
             return {}
         return _calls_of_short(text, self._is_conforming, self._encoding, voids)
@@ -144,7 +144,7 @@ class SqlReader:
 
     @property
     def server_version(self) -> int:
-        """As server_version_num, e.g. 150004."""
+        """As in server_version_num, e.g. 150004."""
         version = self._relay.parameters.get(b"server_version", b"")
         match = re.match(rb"(\d+)(?:\.(\d+))?", version)
         if match is None:
@@ -152,30 +152,30 @@ class SqlReader:
         major = int(match[1])
         return major * 10000 + (int(match[2] or 0) * 100 if major < 10 else 0)
 
-    # What to do
+    # How to serve them
 
     def calls(self, kind: int, body: bytes) -> list[Statement] | None:
-        """The statements of a Query or Parse, if one is to be served or changed, or may be: whether
-        it is may depend on what the server has not said yet."""
+        """The statements of a Query or Parse if one is, or may be, served or changed: that can
+        depend on what the server has not said yet."""
         if self._relay.settings_may_differ and depends_on_settings(text_of(kind, body)):
             return []
         statements = self.read(kind, body)
         return statements if self.has_call(statements) else None
 
     def has_call(self, statements: Iterable[Statement]) -> bool:
-        """Whether one of these is to be served or changed, in a version of the API that the
-        database may have."""
+        """Whether one of these is to be served or changed, in some API version that the database
+        may have."""
         possible = self._extension.possible
         return any(
             self._plan(statement, api) is not None for statement in statements for api in possible
         )
 
     def plan(self, statement: Statement) -> Plan | Substitute | None:
-        """How to serve a statement; None if it passes as it is."""
+        """How to serve a statement; None if it passes unchanged."""
         return self._plan(statement, self._extension.api)
 
     def may_call(self, statement: Statement) -> bool:
-        """Whether this is a call in some version of the API."""
+        """Whether this has a call in some version of the API."""
         return any(isinstance(self._plan(statement, api), Plan) for api in CATALOGS)
 
     def _plan(self, statement: Statement, api: int) -> Plan | Substitute | None:
@@ -201,7 +201,7 @@ class SqlReader:
         return found
 
     def _command(self, tokens: Tokens) -> Substitute | None:
-        """What does a command about the extension."""
+        """The substitute for a command about the extension."""
         config = self._config()
         command = commands.parse(tokens) if config.extension == "proxy" else None
         if command is None:
@@ -209,19 +209,19 @@ class SqlReader:
         return substitute(tokens.sql, self._block(command, tokens.sql), command.tag)
 
     def _block(self, command: ddl.Command, text: bytes) -> bytes:
-        """What carries out a command."""
+        """The block that carries out a command."""
         api = self._config().api_version
         return ddl.block(command, text, api=api, server_version=self.server_version)
 
     def _code(self, tokens: Tokens) -> Substitute | None:
-        """A definition or DO block, unless enough of such was read in this text."""
+        """The substitute for a definition or DO block, unless this text had too much code."""
         self._code_left -= min(len(tokens.sql), lexer.MAX_BYTES)
         if self._code_left < 0:
             return None
         return self._do_block(tokens) or self._definition(tokens)
 
     def _do_block(self, tokens: Tokens) -> Substitute | None:
-        """A DO block that creates the extension, or asks for it; with what may be said of it."""
+        """The substitute for a DO block that creates or asks for the extension."""
         plan = self._about_extension(tokens)
         if plan is None or self._analyzed(tokens) is None:
             return plan
@@ -240,8 +240,8 @@ class SqlReader:
         )
 
     def _by_name(self, tokens: Tokens) -> Substitute | None:
-        """A statement that uses one with a call by its name is refused, unless the server can make
-        the call."""
+        """The substitute for a statement that uses one with a call by name: refused unless the
+        server can make the call."""
         use = by_name.used(tokens)
         if use is None:
             return None
@@ -256,7 +256,7 @@ class SqlReader:
         return substitute(tokens.sql, raise_block(use.refusal()), b"EXECUTE")
 
     def _setting(self, tokens: Tokens) -> Substitute | None:
-        """What sets or resets one of our settings."""
+        """The substitute for setting or resetting one of our settings."""
         if self._extension.is_real:
             return None
         return setting_commands.analyze(
@@ -264,7 +264,7 @@ class SqlReader:
         )
 
     def _with_catalogs(self, statement: Statement, tokens: Tokens) -> Substitute | None:
-        """A query that looks into the catalogs, which are to show our extension and jobs."""
+        """The substitute for a catalog query, which is to show our extension and jobs."""
         config = self._config()
         if config.catalogs == "off":
             return None
@@ -278,7 +278,7 @@ class SqlReader:
         )
 
     def _definition(self, tokens: Tokens) -> Substitute | None:
-        """A definition that looks for jobs, where it does not find them."""
+        """The substitute for a definition that looks for jobs where it does not find them."""
         found = self._analyzed(tokens)
         return None if found is None else found.undecided
 
@@ -290,7 +290,7 @@ class SqlReader:
     def decide(
         self, statement: Statement, schema: bytes | None, level: bytes, *, has_real: bool
     ) -> None:
-        """Settle what is done about such a definition, given what `VIEW_QUERY` has told."""
+        """Decide about such a definition, given the answer to `VIEW_QUERY`."""
         assert statement.tokens is not None
         found = None if has_real else self._analyzed(statement.tokens)
         plan = self._about_extension(statement.tokens)
@@ -307,7 +307,7 @@ class SqlReader:
 
     @property
     def _is_tool(self) -> bool:
-        """Whether the client is to see the catalogs as they are."""
+        """Whether the client is a tool that must see the catalogs as they are."""
         return self._relay.parameters.get(b"application_name") in catalogs.TOOLS
 
 
@@ -326,7 +326,7 @@ def _calls_of_short(
 
 
 def _voids(parse: bytes) -> frozenset[int]:
-    """The numbers of the parameters that are of type void."""
+    """The numbers of the parameters of type void."""
     try:
         types = Parse.parse(parse).parameter_types
     except ProtocolViolation:
@@ -338,7 +338,7 @@ _MAKES_OBJECTS: Final = frozenset((b"create", b"alter", b"drop"))
 
 
 def _makes_objects(sql: bytes, part: lexer.Statement) -> bool:
-    """Whether a statement may make or remove an object with one of our names."""
+    """Whether a statement may create or drop an object with one of our names."""
     start, end, tokens = part
     _, word, word_end = tokens[0]
     first = sql[word:word_end].lower()
@@ -346,6 +346,6 @@ def _makes_objects(sql: bytes, part: lexer.Statement) -> bool:
 
 
 def text_of(kind: int, body: bytes) -> bytes:
-    """The SQL of a Query or Parse; none if it is malformed, as the server will say."""
+    """The SQL of a Query or Parse; empty if malformed, which the server will report."""
     sql, end, rest = (body.partition(b"\0")[2] if kind == F.PARSE else body).partition(b"\0")
     return b"" if not end or (kind == F.QUERY and rest) else sql

@@ -1,18 +1,17 @@
-"""Passing bytes between a client and its primary backend, and noticing calls as they go by.
+"""Passes bytes between a client and its primary backend, and notices calls as they go by.
 
-Invariant: traffic without a call goes out as the bytes that came in, at once. Of each message the
-relay reads type and length. Three things make it look closer: a Query or Parse that mentions
-pg_background or a catalog that shows it, a message about a statement or portal that holds a call,
-and a server's error, which may be the complaint that such a function does not exist. A message that
-may have to be changed is held until it is whole; all others are passed on in the pieces that they
-come in.
+Invariant: traffic without a call goes out at once, as the bytes that came in. Of each message the
+relay reads type and length. It looks closer at a Query or Parse that mentions pg_background or a
+catalog that shows it, at a message about a statement or portal that holds a call, and at a server's
+error, which may say that such a function does not exist. A message that may have to be changed is
+held until it is complete; all others are passed on in the pieces in which they come.
 
-It also keeps account of what the server has not answered yet (`OutstandingRequests`). So a call in
-the middle of a pipeline can wait until everything before it is answered (`settle`).
+It also tracks what the server has not answered yet (`OutstandingRequests`), so that a call in the
+middle of a pipeline can wait for everything before it (`settle`).
 
-Most of the traffic of most clients is one batch, then its whole answer, with nothing of interest in
-either. For these two chunks there is a fast path (`fast_path`), which reads the same headers and
-skips the bookkeeping; all else takes the slow path, `_follow_client` and `_follow_server`.
+Most traffic is one batch, then its whole answer, with nothing of interest in either. Such chunks
+take a fast path (`fast_path`), which reads the same headers without the bookkeeping; all others
+take the slow path, `_follow_client` and `_follow_server`.
 """
 
 from __future__ import annotations
@@ -40,26 +39,26 @@ if TYPE_CHECKING:
 
 
 _LONGEST: Final = 1 << 30
-"""No message of the frontend is longer; the server closes the connection at once."""
+"""The server closes the connection at a longer message of the frontend."""
 
 NAMES_SIZE: Final = 4096
-"""The bytes of a message that are held to see which statement or portal it names; all of it if its
-names are longer."""
+"""Bytes held of a message to see which statement or portal it names; all of it if the names are
+longer."""
 
 TURN: Final = 64 * 1024
 TEXT_COST: Final = 2048
-"""The bytes of SQL that are read for calls in one turn of the event loop, and the bytes that each
-text counts for besides."""
+"""TURN: bytes of SQL that are read for calls in one turn of the event loop. Each text counts for
+TEXT_COST more."""
 
 _NOTICE_SIZE: Final = 512
-"""The watchword of a notice for us is within its first bytes, this many."""
+"""The watchword of a notice for us is within this many first bytes."""
 
 _LONGEST_NOTICE: Final = 1024 * 1024 + _NOTICE_SIZE
-"""The size of a notice for us, except one that makes a call: that carries SQL."""
+"""Limit of a notice for us in bytes, unless it makes a call: that carries SQL."""
 
 _CALL: Final = re.compile(rb" [0-9a-z]{32} (?:ask|call|settings) ")
 
-# What the relay does about a message of the backend.
+# What the relay does with a message of the backend.
 _NOTHING, _COUNT, _HANDLE, _SKIP = range(4)
 _HANDLED: Final = bytes(
     [
@@ -72,7 +71,7 @@ _HANDLED: Final = bytes(
     ]
 )
 _SKIPPED: Final = bytes([B.DATA_ROW, B.COPY_DATA])
-"""Messages of these types come by the thousand."""
+"""These come by the thousand."""
 _ACTION: Final = {
     **dict.fromkeys(_SKIPPED, _SKIP),
     **dict.fromkeys(ENDS_EXTENDED, _COUNT),
@@ -85,8 +84,8 @@ class Hooks(Protocol):
     """What the relay tells its session.
 
     Attributes:
-        watchword: what a NoticeResponse has near its beginning if it is for us.
-        custom_settings: names of settings that go by are noted there.
+        watchword: near the beginning of a NoticeResponse that is for us.
+        custom_settings: collects the names of settings that go by.
     """
 
     watchword: bytes
@@ -96,48 +95,48 @@ class Hooks(Protocol):
         """The server's BackendKeyData."""
 
     def calls(self, kind: int, body: bytes) -> list[Statement] | None:
-        """The statements of a Query or Parse that mentions what may be ours, if one of them is to
-        be served or changed, or may be; none if they cannot be read yet."""
+        """The statements of a Query or Parse that mentions what may be ours, if one is, or may be,
+        served or changed; none if they cannot be read yet."""
 
     def unread(self) -> None:
-        """A Query or Parse goes to the server that is too long to be looked at."""
+        """A Query or Parse too long to be read goes to the server."""
 
     def database_mentioned(self, sql: bytes) -> None:
-        """A Query or Parse that has "database" in it, in lower case."""
+        """A Query or Parse contains "database"; given in lower case."""
 
     def notice(self, body: bytes) -> bool:
-        """A NoticeResponse that mentions the watchword; true if the client is not to get it."""
+        """A NoticeResponse mentions the watchword. Returns whether to keep it from the client."""
 
     def statement_ended(self) -> None:
         """The server has sent an error."""
 
     def ready(self) -> None:
-        """It has sent ReadyForQuery; `status` is what that says."""
+        """The server has sent ReadyForQuery, whose status is `status`."""
 
     def complaint(self, error: bytes) -> bytes | None:
-        """The message that replaces this ErrorResponse (given its body), if it is about us."""
+        """The replacement for an ErrorResponse with this body, if that is about us."""
 
     def take_over(self, data: bytes, statements: list[Statement]) -> None:
-        """A call: the bytes from its message on are the session's, and so are both connections.
-        `statements`: of that message, if they were read."""
+        """There is a call: the session takes over both connections, and the bytes from that message
+        on. `statements`: of the message, if they were read."""
 
 
 class Relay:
     """Both directions of one session.
 
     Attributes:
-        statements, portals: those that hold calls, by name (`key`).
-        hidden: the names that these have in the server.
-        is_doubtful: SQL may have removed some of the statements, or prepared others in their place.
+        statements, portals: those with calls, by name (`key`).
+        hidden: their names in the server.
+        is_doubtful: SQL may have removed or replaced some of the statements.
         setters: names of statements that may call set_config.
-        parameters: of ParameterStatus, those in WATCHED.
-        unreported: what the server has said of these when it was asked within a batch. From 14 on
-            it reports changes at the end of the batch only, and what was undone by then not at all.
+        parameters: the values of the settings in WATCHED, by ParameterStatus.
+        unreported: their values, when the server was asked within a batch. From 14 on it reports
+            changes only at the end of a batch, and not at all if they were undone by then.
         status: of the last ReadyForQuery.
-        batch: types of the extended-query messages that the client sent since its last Sync.
+        batch: types of the extended-query messages since the client's last Sync.
         outstanding: requests that the server has not answered yet.
-        is_behind: the client's input is held until others have had their turn.
-        known_settings: what a call has read of the session's settings; None once anything that may
+        is_behind: the client's input is held while others have their turn.
+        known_settings: the session's settings as a call has read them; None once anything that may
             change them was sent to the server.
     """
 
@@ -167,18 +166,18 @@ class Relay:
         self.is_behind = False
         self.known_settings: tuple[tuple[bytes, bytes], ...] | None = None
         self._settling: asyncio.Future[None] | None = None
-        # The next batch may take the fast path (`_may_take_fast_path`).
+        # Whether the next batch may take the fast path (`_may_take_fast_path`).
         self._idle = False
-        # The batch that took it, until it is answered; empty if there is none.
+        # The batch that took it, until it is answered; else empty.
         self._fast_batch = b""
-        # The client's stream: bytes to pass on before the next message begins; or a message that
-        # is held, until that many bytes of it are here.
+        # The client's stream: bytes to pass on before the next message begins; or a held message,
+        # and how many bytes it must have to be looked at.
         self._client_skip = 0
         self._held: bytearray | None = None
         self._held_size = 0
-        # Bytes of SQL that were read in this turn.
+        # Bytes of SQL read in this turn.
         self._read = 0
-        # It is not a stream of messages; the server will say so.
+        # The client's stream holds no messages; the server will say so.
         self._client_astray = False
         # The server's stream: the same.
         self._server_skip = 0
@@ -233,7 +232,7 @@ class Relay:
                 self.outstanding.add(kind)
                 self.batch.clear()
             elif kind == F.FLUSH and end - position > HEADER_SIZE and not self.outstanding.copying:
-                # It should be empty. The server fails as at a Describe, and skips up to a Sync.
+                # A Flush must be empty. The server fails as at a Describe, and skips up to a Sync.
                 self.outstanding.add(F.DESCRIBE)
             elif kind in ENDS_COPY_IN:
                 self.outstanding.add(kind)
@@ -247,8 +246,8 @@ class Relay:
             self._pass_on(data)
 
     def _stops_at_text(self, kind: int, data: bytes, position: int, end: int) -> bool:
-        """Look at a Query or Parse. True if the relay stops there: it has passed on what comes
-        before, and has held the rest or handed it over."""
+        """Look at a Query or Parse. True if the relay stops there: it has passed on what precedes,
+        and has held the rest or handed it over."""
         if end - position > MAX_TEXT:
             return self._stops_at_long_text(kind, data, position)
         if end > len(data):
@@ -279,17 +278,17 @@ class Relay:
         return False
 
     def is_of_interest(self, text: bytes) -> bool:
-        """Whether SQL in lower case is to be read: it may be served or changed, or may use one of
-        `statements` or `portals` by its name."""
+        """Whether SQL in lower case must be read: it may be served or changed, or may use one of
+        `statements` or `portals` by name."""
         return may_be_ours(text) or (bool(self.statements or self.portals) and may_use_name(text))
 
     def read(self, text: bytes) -> None:
-        """SQL, in lower case, goes to the server, or what is in its place."""
+        """SQL goes to the server, given in lower case and perhaps changed."""
         if self.statements and may_change_names(text):
             self.is_doubtful = True
 
     def _stops_at_long_text(self, kind: int, data: bytes, position: int) -> bool:
-        """The same, for one that is too long to be read."""
+        """`_stops_at_text` for one that is too long to be read."""
         if len(data) - position < NAMES_SIZE:
             return self._hold(data, position, NAMES_SIZE)
         head = data[position + HEADER_SIZE : position + NAMES_SIZE]
@@ -301,7 +300,7 @@ class Relay:
         return False
 
     def _stops_at_name(self, kind: int, data: bytes, position: int, end: int) -> bool:
-        """The same, for a Bind, Describe, Execute or Close, by the names in it."""
+        """`_stops_at_text` for a Bind, Describe, Execute or Close, by its names."""
         if not (self.statements or self.portals or self.setters):
             return False
         known = min(end - position, NAMES_SIZE)
@@ -318,7 +317,7 @@ class Relay:
         self._server.write(data)
 
     def _note_text(self, kind: int) -> None:
-        """A Query or Parse is passed on."""
+        """A Query or Parse was passed on."""
         if kind == F.QUERY:
             self.batch.clear()
         else:
@@ -328,7 +327,7 @@ class Relay:
     # What stops the relay (each returns True)
 
     def _hold(self, data: bytes, position: int, size: int) -> bool:
-        """Hold the data from `position` on, until `size` bytes of it are here."""
+        """Hold the data from `position` on, until `size` bytes of it have arrived."""
         if position:
             self._pass_on(data[:position])
         self._held = bytearray(memoryview(data)[position:])
@@ -336,7 +335,7 @@ class Relay:
         return True
 
     def _yield(self, data: bytes, position: int) -> bool:
-        """Pass on what was read, and go on with the rest after other sessions have had a turn."""
+        """Pass on what was read, and continue after other sessions have had a turn."""
         self._hold(data, position, 0)
         self.is_behind = True
         self._client.take_a_break()
@@ -352,7 +351,7 @@ class Relay:
     def _hand_over(
         self, data: bytes, position: int, statements: list[Statement] | None = None
     ) -> bool:
-        """Leave the data from `position` on to an interception."""
+        """Hand the data from `position` on to an interception."""
         if position:
             self._pass_on(data[:position])
         self._hooks.take_over(data[position:], statements or [])
@@ -366,13 +365,13 @@ class Relay:
             portal.close()
 
     def key(self, name: bytes) -> bytes:
-        """The name by which the server knows a statement or portal."""
+        """The name under which the server knows a statement or portal."""
         return encodings.name_key(
             name, self.setting(b"client_encoding"), self.setting(b"server_encoding")
         )
 
     def setting(self, name: bytes) -> bytes:
-        """A setting in WATCHED, as far as it is known."""
+        """The value of a setting in WATCHED, as far as it is known."""
         return self.unreported.get(name) or self.parameters.get(name, b"")
 
     @property
@@ -381,10 +380,8 @@ class Relay:
         return bool(self.outstanding) or F.BIND in self.batch or F.EXECUTE in self.batch
 
     def _concerns_call(self, kind: int, body: bytes) -> bool:
-        """Tell whether this message is about a statement or portal with a call.
-
-        A Parse is if it would replace one.
-        """
+        """Whether this message is about a statement or portal with a call; a Parse, whether it
+        would replace one."""
         if kind == F.PARSE:
             return self.key(body.partition(b"\0")[0]) in self.statements
         if kind == F.BIND:
@@ -407,7 +404,7 @@ class Relay:
     # From the server
 
     def from_server(self, data: bytes) -> None:
-        """Pass on what came in, and count the answers in it."""
+        """Pass on what came in, and count its answers."""
         counters.server_bytes += len(data)
         if self._fast_batch and is_plain_answer(data):
             self.status = data[-1]
@@ -419,7 +416,7 @@ class Relay:
             self._follow_server(data)
 
     def _count_fast_batch(self) -> None:
-        """What took the fast path will be answered on the slow one."""
+        """Have the slow path track the batch that took the fast path."""
         if self._fast_batch:
             position = 0
             while position < len(self._fast_batch):
@@ -444,7 +441,7 @@ class Relay:
         self._server_skip = 0
         passed_on = 0
         needed = HEADER_SIZE
-        # Over a screen long, since all rows of all results go through this loop.
+        # A long loop, since all rows of all results go through it.
         while size - position >= HEADER_SIZE:
             kind = data[position]
             end = position + 1 + unpack_length(data, position + 1)[0]
@@ -482,8 +479,8 @@ class Relay:
             self._settling.set_result(None)
 
     def _may_take_fast_path(self) -> bool:
-        """Whether everything is answered, no message is partly here, and no later message can be
-        about a call, or make known settings out of date, unless its text says so."""
+        """Whether everything is answered, no message is incomplete, and no later message can be
+        about a call or outdate known settings, unless its text says so."""
         return not (
             self.outstanding
             or self.outstanding.skipping
@@ -499,8 +496,8 @@ class Relay:
         )
 
     def _passes(self, data: bytes, position: int, end: int) -> bool:
-        """Whether the beginning of this notice shows that it is not for us. Otherwise all of it is
-        held."""
+        """Whether the beginning of this notice shows that it is not for us; otherwise it is held
+        until complete."""
         known = min(end, position + _NOTICE_SIZE)
         if len(data) < known:
             return False
@@ -539,7 +536,7 @@ class Relay:
         self.unreported.clear()
         self._hooks.ready()
         if self.outstanding.ready() == F.QUERY:
-            # It has ended the unnamed statement and portal.
+            # The transaction has ended, and with it the unnamed statement and portal.
             self.statements.pop(b"", None)
             self.forget_portal(b"")
         if status == TransactionStatus.IDLE:
@@ -558,7 +555,7 @@ class Relay:
 
     @property
     def is_busy(self) -> bool:
-        """Whether the server is working on a request, and not waiting for the client."""
+        """Whether the server is working on a request, not waiting for the client."""
         if self._fast_batch:
             return True
         return self.outstanding.owes_ready and not self.outstanding.copying
@@ -566,7 +563,7 @@ class Relay:
     # Taking turns with an interception
 
     async def settle(self) -> None:
-        """Wait until every request passed on is answered, and every answer passed on."""
+        """Wait until every request has been answered, and every answer passed on."""
         if self.batch and not self._is_settled():
             self._server.write(Flush().serialize())
         while not self._is_settled():
@@ -577,22 +574,22 @@ class Relay:
                 self._settling = None
 
     def _is_settled(self) -> bool:
-        # Who copies gets no answer until the client goes on.
+        # During COPY FROM STDIN nothing is answered until the client goes on.
         return self.outstanding.copying or not (self.outstanding or self._server_skip or self._tail)
 
     def _give_up(self, source: Connection, sink: Connection, data: bytes) -> None:
-        """Not our protocol: the other side may judge the rest of the stream."""
+        """Let the other side judge the rest of the stream, which is not our protocol."""
         sink.write(data)
-        source.receive = lambda rest: sink.write(rest)  # which changes when it is gone
+        source.receive = lambda rest: sink.write(rest)  # `write` changes when the sink is gone
 
 
 def _needed(kind: int, here: int, size: int) -> int:
-    """How much of a message must be here, to see what it is or to handle it."""
+    """How many bytes of a message must have arrived to see what it is, or to handle it."""
     if kind == B.NOTICE_RESPONSE and here < _NOTICE_SIZE:
         return min(size, _NOTICE_SIZE)
     return size
 
 
 def _has_names(data: bytes, position: int, known: int) -> bool:
-    """Whether the first `known` bytes of a Bind, Describe, Execute or Close hold its names."""
+    """Whether the first `known` bytes of a Bind, Describe, Execute or Close include its names."""
     return len(data) - position < known or data.count(b"\0", position + 5, position + known) > 1

@@ -1,6 +1,6 @@
-"""From Python values to bytes on the wire.
+"""Turns Python values into bytes on the wire.
 
-Invariant: a value has a declared type (`functions.Type`), and its text form is the one that
+Invariant: each value has a declared type (`functions.Type`). Its text form is the one that
 PostgreSQL prints; the binary form is made from that.
 """
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from proxy.jobs.job import Job
 
 _AT_ONCE: Final = 500
-"""Rows that are converted before others have their turn."""
+"""Rows that are converted before others get a turn."""
 
 
 def encode(value: Any, type: Type, zone: tzinfo, *, binary: bool) -> bytes | None:
-    """A value in the format that the client asked for.
+    """A value in text or binary format.
 
     Raises NoBinaryForm for a type that has none here.
     """
@@ -47,7 +47,7 @@ def encode(value: Any, type: Type, zone: tzinfo, *, binary: bool) -> bytes | Non
 
 
 def fields_of(columns: Sequence[Column]) -> tuple[Field, ...]:
-    """Columns in RowDescription, in text format."""
+    """Columns as in RowDescription, in text format."""
     return tuple(
         Field(
             column.name.encode("utf-8", "surrogateescape"),
@@ -63,25 +63,25 @@ def fields_of(columns: Sequence[Column]) -> tuple[Field, ...]:
 
 
 class Write(Protocol):
-    """Sends to the client, and waits while the client is slow.
+    """Sends to the client, and waits while it is slow.
 
-    `cut`: the last message goes on in what is written next.
+    `cut`: the last message is incomplete; the next write continues it.
     """
 
     async def __call__(self, data: bytes, *, cut: bool = False) -> None: ...
 
 
 class Means(NamedTuple):
-    """What a result is handed over with. They belong to a batch, as what may interrupt it does,
-    and a portal may live longer.
+    """What is needed to send a result. Means belong to a batch, like what may interrupt it; a
+    portal may live longer.
 
     Attributes:
         write: sends to the client.
         wait: waits until something happens to the job.
-        ask: asks the server, in the client's transaction: SQL, its parameters as text, the formats
-            of the result. Returns its rows. Raises BatchFailedError if it fails.
-        encoding: what the client gets, as PostgreSQL names it (`recoding.encoding_of`).
-        server_encoding: of the database.
+        ask: asks the server, in the client's transaction: SQL, parameters as text, result formats.
+            Returns the rows. Raises BatchFailedError if the server fails.
+        encoding: the client's, by PostgreSQL's name (`recoding.encoding_of`).
+        server_encoding: the database's.
     """
 
     write: Write
@@ -92,37 +92,37 @@ class Means(NamedTuple):
 
 
 class Result(Protocol):
-    """A result on its way to the client: a job's (`fetch.Fetch`) or a function's (`Table`).
+    """A result to be sent to the client: a job's (`fetch.Fetch`) or a function's (`Table`).
 
-    `means`: to be set in each batch before the rest is used.
+    `means`: to be set in each batch before anything else is used.
     """
 
     means: Means
 
     @property
     def job(self) -> Job | None:
-        """Whose it is, if it is a job's."""
+        """The job, if it is a job's result."""
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """The client's columns, once described."""
+        """The client's columns, once known."""
 
     @property
     def finished(self) -> bool:
-        """Whether all of it was handed over."""
+        """Whether all of it was sent."""
 
     async def describe(self) -> None:
         """Wait until the columns are known. Raises SQLError."""
 
     async def send(self, max_rows: int = 0) -> int:
-        """Hand over rows, all or at most `max_rows`; the number of rows sent. Raises SQLError."""
+        """Send rows, all or at most `max_rows`. Returns their number. Raises SQLError."""
 
     def abandon(self) -> None:
-        """The rest is not wanted."""
+        """Drop the rest."""
 
 
 class Table:
-    """The rows that a function has returned (a `Result`)."""
+    """The rows that a function has returned, as a `Result`."""
 
     job: Final = None
     means: Means
@@ -138,9 +138,9 @@ class Table:
     ) -> None:
         """
         Args:
-            rows: the values; what is beyond `columns` is not looked at.
+            rows: the values; those beyond `columns` are ignored.
             columns: their names and types.
-            outputs: what the client wants of them.
+            outputs: which of them the client wants.
             formats: the result formats of the client's Bind.
             zone: the session's time zone.
         """
@@ -153,10 +153,10 @@ class Table:
         self._sent = 0
 
     async def describe(self) -> None:
-        """The columns are known."""
+        """Nothing to do: the columns are known."""
 
     async def send(self, max_rows: int = 0) -> int:
-        """Hand over rows, all or at most `max_rows`; the number of rows sent."""
+        """Send rows, all or at most `max_rows`. Returns their number."""
         end = self._sent + max_rows if max_rows else len(self._rows)
         rows = self._rows[self._sent : end]
         self._sent += len(rows)
@@ -176,23 +176,23 @@ class Table:
         ).serialize()
 
     def abandon(self) -> None:
-        """The rest is not wanted."""
+        """Drop the rest."""
         self.finished = True
 
 
 def choose(
     outputs: Sequence[Output], source: Sequence[Field], encoding: bytes = b"UTF8"
 ) -> tuple[tuple[int, ...], tuple[Field, ...]]:
-    """What the client wants of a table in FROM: the columns' places, and their fields.
-    `encoding`: of the names.
+    """What the client wants of a table in FROM: positions of columns, and their fields. `encoding`:
+    of the names.
 
-    Raises SQLError 42703 for a name that is not there.
+    Raises SQLError 42703 for a name that does not exist.
     """
     chosen: list[int] = []
     fields: list[Field] = []
     for output in outputs:
         for place in _places(output, source, encoding):
-            # A label on `*` can only be that of the one column that a lone call has.
+            # A label on `*` is possible only on the single column of a lone call.
             renames = output.label and (output.column is not None or len(source) == 1)
             name = output.label if renames and output.label else source[place].name
             chosen.append(place)
@@ -213,9 +213,9 @@ def _places(output: Output, source: Sequence[Field], encoding: bytes) -> Sequenc
 
 
 def with_formats(fields: Sequence[Field], formats: Sequence[int]) -> tuple[Field, ...]:
-    """Fields with the result formats of a Bind: none means all text, one is for all.
+    """Fields with the result formats of a Bind: none means text for all, one applies to all.
 
-    Raises SQLError 08P01 if there is another number of them.
+    Raises SQLError 08P01 if their number does not match.
     """
     if len(formats) <= 1:
         formats = [formats[0] if formats else 0] * len(fields)

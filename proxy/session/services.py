@@ -1,6 +1,6 @@
-"""What a session asks of the process that serves it, and what the process sees of a session.
+"""The interface between a session and the process that serves it.
 
-Invariant: a session knows no more of its process than this, so `server` stands above it.
+Invariant: a session knows no more of its process than this, so `server` is the layer above.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from proxy.runtime import Runtime
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """A session, as those see it who watch the proxy.
+    """A session as monitoring shows it.
 
     Attributes:
-        number: which tells it from others of its process, also from those that have ended.
-        user, database, application_name: of its startup packet.
+        number: unique in its process, among past sessions too.
+        user, database, application_name: from its startup packet.
         state: as in pg_stat_activity; ``login`` before that.
         connected_at: in UTC.
         backend_pid: of its primary; 0 before the login.
-        jobs: how many it has launched and not fetched or detached.
+        jobs: number of jobs that it has launched and not fetched or detached.
     """
 
     number: int
@@ -42,12 +42,12 @@ class Overview:
 
 
 class Served(Protocol):
-    """A session, as its process sees it.
+    """A session as its process sees it.
 
     Attributes:
         client: its connection.
         route: to its server.
-        is_console: whether it talks to the proxy, and no server.
+        is_console: whether it is a console session, which has no server.
     """
 
     client: Connection
@@ -56,22 +56,22 @@ class Served(Protocol):
 
     @property
     def overview(self) -> Overview:
-        """What there is to see of it."""
+        """The session as monitoring shows it."""
 
     @property
     def interrupts(self) -> Interrupts | None:
-        """Of the call that is being made, if any."""
+        """Those of the call in progress, if any."""
 
     def shut_down(self) -> None:
         """End the session as a server does that shuts down."""
 
 
 class Services(Protocol):
-    """The process, as its sessions see it."""
+    """The process as its sessions see it."""
 
     @property
     def runtime(self) -> Runtime:
-        """What the configuration has been made into; another one after a reload."""
+        """The live objects made of the configuration; a reload replaces it."""
 
     @property
     def jobs(self) -> JobService:
@@ -79,7 +79,7 @@ class Services(Protocol):
 
     @property
     def extension_changes(self) -> int:
-        """How many transactions have changed the extension, in any database."""
+        """Number of transactions that have changed the extension, in any database."""
 
     def extension_changed(self) -> None:
         """Count one more."""
@@ -88,27 +88,27 @@ class Services(Protocol):
         """A client has connected."""
 
     def session_ended(self, session: Served, key: CancelRequest | None) -> None:
-        """It has closed its connections; `key`: what cancels its statements."""
+        """A session has closed its connections. `key`: what cancels its statements."""
 
     def key_known(self, key: CancelRequest, session: Served) -> None:
-        """The server has said what cancels the statements of a session."""
+        """The server has told the key that cancels a session's statements."""
 
     async def cancel(self, request: CancelRequest) -> None:
-        """Cancel what waits in the proxy, or pass the request on to the server."""
+        """Cancel a wait in the proxy, or pass the request on to the server."""
 
     def has_console(self, startup: StartupMessage) -> bool:
-        """Whether a client wants to talk to the proxy itself, and there is a way to."""
+        """Whether a client asks for the console, and there is one."""
 
     async def console(
         self, client: Connection, startup: StartupMessage, rest: bytes, let_in: Callable[[], None]
     ) -> None:
-        """Have a client log in to the proxy, and serve it until it leaves.
+        """Log a client in to the console, and serve it until it leaves.
 
         Args:
             client: its connection.
-            startup: what it wants.
+            startup: its startup packet.
             rest: what it has sent behind that.
-            let_in: called when it is let in.
+            let_in: called after the login.
 
         Raises SQLError, ProtocolViolation, ConnectionError.
         """

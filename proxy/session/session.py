@@ -1,8 +1,8 @@
 """One client: its connection, its primary backend, its jobs.
 
-Invariant: the session decides who handles the two connections: first itself, for the startup
-packets; then the relay; and for the length of a batch with a call, an interception. The end of one
-connection ends the other, and lets the jobs run on.
+Invariant: the session decides who handles the two connections: first itself, during startup; then
+the relay; and, during a batch with a call, an interception. The end of one connection ends the
+other; the jobs run on.
 """
 
 from __future__ import annotations
@@ -72,37 +72,36 @@ from proxy.statements.plan import Statement
 from proxy.statements.unserved import unavailable, unserved
 from proxy.stats import counters
 
-# How a client says that it wants no replication.
+# Values of the startup parameter `replication` that ask for none
 _FALSE: Final = (b"false", b"off", b"no", b"0", b"f", b"n")
 
-# A version in the place of a request: 1234.5681, which asks for nothing.
+# The version number 1234.5681, which is no request code
 _NO_REQUEST: Final = struct.pack("!HH", 1234, 5681)
 
 _numbers = itertools.count(1)
 
-# The state of a session that waits for its client, as in pg_stat_activity.
 _IDLE_STATUS: Final = int(TransactionStatus.IDLE)
-"""An attribute and an enumeration cost more, and this is compared for each statement of all."""
+"""A constant, since each statement is compared with it, and an attribute is slower."""
 _IDLE: Final = {
     TransactionStatus.IDLE: "idle",
     TransactionStatus.IN_BLOCK: "idle in transaction",
     TransactionStatus.FAILED: "idle in transaction (aborted)",
 }
 
-# The SQLSTATE of a connection that pg_hba.conf has no line for.
+# The SQLSTATE for a connection that no line of pg_hba.conf allows
 _NOT_LIKE_THIS: Final = INVALID_AUTHORIZATION_SPECIFICATION
 
 
 class Session(ClientSession):
-    """A client and what it has.
+    """A client and what belongs to it.
 
     Attributes:
         route: to its server, once it is connected.
         jobs: those that it launched and has not fetched or detached.
-        watchword: what a message from inside the database begins with.
-        interception: what serves a batch with a call, as long as that lasts.
+        watchword: the beginning of messages from inside the database.
+        interception: serves a batch with a call, as long as that lasts.
         observer: of its client's login.
-        is_console: whether it talks to the proxy, and no server.
+        is_console: whether it is a console session, which has no server.
     """
 
     is_console = False
@@ -114,7 +113,7 @@ class Session(ClientSession):
         self._log = SessionLog()
         self._number = next(_numbers)
         self._connected_at = datetime.now(UTC)
-        self._sqlstate: str | None = None  # of the error that has refused it
+        self._sqlstate: str | None = None  # of the error that refused it
         self._ends_statement = False
         self._is_pooled = False
         self.client = Connection(self._startup_data, self._ended, self._lost, self._hung_up)
@@ -129,7 +128,7 @@ class Session(ClientSession):
         self._is_cancel_request = False
         self._is_refused = False
         self._is_replication = False
-        self._relays = False  # from the end of the login on
+        self._relays = False  # true from the end of the login on
         self._client_ended = False
         self._reuse = Reuse(self.service.spares)
         self.observer = LoginObserver()
@@ -151,7 +150,7 @@ class Session(ClientSession):
             self._login_timer.cancel()
             self._login_timer = None
 
-    # Its startup
+    # Startup
 
     def received(self, peer: Peer) -> None:
         """The client has connected."""
@@ -183,7 +182,8 @@ class Session(ClientSession):
                 self._spawn(self._connect(packet, raw))
 
     def _login_expired(self) -> None:
-        """End it; as a server does, with a word only to who has said who it is."""
+        """Time is up: end the login, with an error only if the client has said who it is, as a
+        server does."""
         if self._startup is None:
             self.client.abort()
             self.close()
@@ -191,13 +191,13 @@ class Session(ClientSession):
             self._refuse(SQLError(QUERY_CANCELED, "canceling authentication due to timeout"))
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
-        """Do this, until the session is closed."""
+        """Run this in a task that ends with the session."""
         self._task = asyncio.get_running_loop().create_task(self._guard(work))
-        # It may have been cancelled before it began.
+        # If it was cancelled before it began:
         self._task.add_done_callback(lambda _: work.close())
 
     async def _guard(self, work: Coroutine[object, object, None]) -> None:
-        """Whatever goes wrong in a session ends this session, and is logged."""
+        """Log any error in the work, and end this session only."""
         try:
             await work
         except ConnectionError as error:
@@ -214,10 +214,10 @@ class Session(ClientSession):
         self.client.close()
 
     async def _have_refused(self, version: tuple[int, int], packet: bytes) -> None:
-        """Give the client the server's own words about a packet that it does not take, in the form
-        that is right for the version; the server ends it."""
+        """Pass on the server's own refusal of a startup packet, in the form that is right for the
+        protocol version; then the server closes."""
         if version in (SSLRequest.code, GSSENCRequest.code):
-            # Asked once more. The server behind would answer it, for it was not asked before.
+            # An encryption request that comes again. A server would take it for the first.
             packet = packet[:4] + _NO_REQUEST + packet[8:]
 
         def pass_on(said: bytes) -> None:
@@ -232,7 +232,7 @@ class Session(ClientSession):
         self.primary.write(packet)
 
     async def _serve_console(self, startup: StartupMessage) -> None:
-        """Leave the client to the console; the proxy's own users are not the server's roles."""
+        """Let the console serve the client. Its users are not the server's roles."""
         self._startup = startup
         self._log.asked(startup, is_replication=False)
         check_address(self.client, self._config)
@@ -247,12 +247,12 @@ class Session(ClientSession):
         self.close()
 
     def _pids_of_jobs(self) -> list[int]:
-        """Of all that run on this server."""
+        """The pids of all jobs that run on this server."""
         running = self._services.jobs.registry.running
         return [job.backend_pid for job in running if job.route.host == self.route.host]
 
     async def _connect(self, startup: StartupMessage, raw: bytes) -> None:
-        """Connect, have the client log in, and leave the rest to the relay."""
+        """Connect to the server, let the client log in, and leave the rest to the relay."""
         self._startup = startup
         replication = startup.parameters.get(b"replication", b"false").lower()
         self._is_replication = replication not in _FALSE
@@ -288,7 +288,7 @@ class Session(ClientSession):
             self._ended(self.client)
 
     async def _set_defaults(self, from_client: bytes, from_server: bytes) -> tuple[bytes, bytes]:
-        """Give the session the defaults of our settings; what the two have sent after that."""
+        """Give the session the defaults of our settings. Returns what both have sent after that."""
         assert self.primary is not None
         early = bytearray(from_client)
         self.client.receive = early.extend
@@ -306,10 +306,10 @@ class Session(ClientSession):
         return bytes(early), from_server
 
     async def _log_in(self, parameters: dict[bytes, bytes], startup: bytes) -> tuple[bytes, bytes]:
-        """Connect to a server that lets the client in; what the two have sent after that.
+        """Connect to a server that lets the client in. Returns what both have sent after that.
 
         A server that refuses the connection at once may take it another way (`Dialer.alternative`),
-        or be starting up while another host is not.
+        or may be starting up while another host is ready.
 
         Raises ConnectionError, SQLError, ProtocolViolation.
         """
@@ -368,8 +368,8 @@ class Session(ClientSession):
         )
 
     def _with_watchword(self, startup: StartupMessage) -> StartupMessage:
-        """Give the session the words by which calls from inside the database are known, and the
-        client's address if that is wanted."""
+        """Add to the startup packet the words that identify calls from inside the database, and the
+        client's address if configured."""
         ours = {SESSION_SETTING: self._inside.secrets.setting}
         if self._config.application_name_add_host:
             name = startup.parameters.get(b"application_name", b"")
@@ -380,7 +380,7 @@ class Session(ClientSession):
         raise ProtocolViolation("the server spoke first")
 
     def _refuse(self, error: SQLError | ProtocolViolation) -> None:
-        """A last word to the client; none, as from a server, to who may not know the protocol."""
+        """Send the client a last error; none, like a server, if it may not know the protocol."""
         if isinstance(error, ProtocolViolation):
             if self._startup is None:
                 logger.info("%s", error)
@@ -392,13 +392,13 @@ class Session(ClientSession):
         self.client.write(error.response().serialize())
         self.close()
 
-    # What the relay tells
+    # Called by the relay
 
     def backend_key(self, body: bytes) -> None:
         try:
             key = BackendKeyData.parse(body)
         except ProtocolViolation:
-            return  # the client will say what is wrong with it
+            return  # the client will report what is wrong with it
         self._key = CancelRequest(key.pid, key.secret_key)
         self._log.authorized(self.client, key.pid, self._config)
         self._services.key_known(self._key, self)
@@ -407,14 +407,14 @@ class Session(ClientSession):
         return self.reader.calls(kind, body)
 
     def unread(self) -> None:
-        """A statement goes to the server that is too long to be looked at."""
+        """A statement too long to be read goes to the server."""
         self.reader.too_long = True
 
     def database_mentioned(self, sql: bytes) -> None:
         self.service.leave_databases(sql)
 
     def notice(self, body: bytes) -> bool:
-        """A NoticeResponse of the primary backend; true if it was a call, which is served."""
+        """A NoticeResponse of the primary. Returns whether it was a call, which is then served."""
         is_call = self._inside.notice(body)
         if is_call and self._inside.is_talkative and self.primary is not None:
             self.primary.take_a_break()
@@ -426,8 +426,8 @@ class Session(ClientSession):
             return
         primary = self.primary
         told = self.service.cancel_statement(self.route, self._key)
-        # Before 17 the server signals the backend twice. The second must not be for what the client
-        # sends after the error, so that is read when the server is done.
+        # Before 17 the server signals the backend twice. The second signal must not hit what the
+        # client sends after the error, so the client is read only when the server is done.
         primary.take_a_break()
         told.add_done_callback(lambda _: primary.end_break())
 
@@ -442,7 +442,7 @@ class Session(ClientSession):
         self._inside.statement_ended()
 
     def complaint(self, error: bytes) -> bytes | None:
-        if self._key is None:  # AuthenticationOk is not the last word: the database may be missing
+        if self._key is None:  # refused after AuthenticationOk: the database may not exist
             self._sqlstate = ErrorResponse.parse(error).sqlstate
         if self._is_replication or self.extension_state.is_real:
             return None
@@ -521,13 +521,13 @@ class Session(ClientSession):
     # The end
 
     def _ended(self, connection: Connection) -> None:
-        """One side will send no more. If it is the client, the server may still have to answer."""
+        """One side will send no more. If it is the client, the server may still owe answers."""
         if connection is self.primary:
             self._primary_lost()
         elif connection is not self.client:
-            pass  # a server that we have turned away from
+            pass  # a server that we have left
         elif self._is_refused:
-            pass  # it may still read why
+            pass  # the client may still be reading why
         elif self._startup is None or self.is_console:
             self.close()
         elif self.primary is None or not self._relays:
@@ -552,15 +552,15 @@ class Session(ClientSession):
             self.close()
 
     def _hung_up(self) -> None:
-        """The client has left behind messages that are not read yet."""
+        """The client has left messages behind that are not read yet."""
         if self.interception is not None:
             self.interception.interrupts.client_hung_up()
         else:
             self._inside.end_client()
 
     def _see_it_end(self) -> None:
-        """The server knows that the client has left, and closes the connection when it has done
-        what it was given. If it waits for more instead, it is hung up on."""
+        """The server knows that the client has left, and closes the connection once it has done its
+        work. If it waits for more instead, we close."""
         self._leaving = asyncio.get_running_loop().call_later(TO_LEAVE, self._has_it_ended)
 
     def _has_it_ended(self) -> None:
@@ -577,7 +577,7 @@ class Session(ClientSession):
             self.close()
 
     def _primary_lost(self) -> None:
-        """Tell the client what the server said last, and that it is gone."""
+        """Pass on the server's last message to the client, and say that the server is gone."""
         if self._login is not None:
             self._login.server_ended()
             return
@@ -587,7 +587,7 @@ class Session(ClientSession):
         self.close()
 
     def shut_down(self) -> None:
-        """End the session as a server does that shuts down: with the statement that it runs."""
+        """End the session as a server does that shuts down, even within a statement."""
         self._ends_statement = True
         self._refuse(
             SQLError(ADMIN_SHUTDOWN, "terminating connection due to administrator command")
@@ -602,13 +602,13 @@ class Session(ClientSession):
         self._log.ended(self._sqlstate or sqlstate, self._config)
         self._services.session_ended(self, self._key)
         self._stop_timer()
-        # A cancel request is passed on even if its sender has already left.
+        # A cancel request is passed on even if its sender has left.
         if self._task is not None and not self._is_cancel_request:
             self._task.cancel()
         if self._leaving is not None:
             self._leaving.cancel()
         if may_be_asked := self._key is not None and self._may_be_asked:
-            # The function would wait for an answer that will not come.
+            # Its function would wait for an answer that never comes.
             self.service.cancel_statement(self.route, self._key)
         self._inside.statement_ended()
         if self._key is not None:
@@ -619,19 +619,19 @@ class Session(ClientSession):
         if self.primary is None:
             return
         if may_be_asked:
-            # If the statement has yet to begin there, the request comes too early for it. Then its
-            # function must not be able to ask.
+            # If the statement has not begun, the request comes too early for it. Then its function
+            # must not be able to ask.
             self.primary.reset()
         elif self.primary.is_stopped_by_opposite:
-            # It may wait for us to read, and we for it; its output is not wanted.
+            # It may wait for us to read, while we wait for it; nobody wants its output.
             self.primary.abort()
         else:
             self.primary.close()
 
     @property
     def _may_be_asked(self) -> bool:
-        """Whether a function may be waiting for an answer, or about to: its question may be on the
-        way here."""
+        """Whether a function may be waiting for an answer, or about to: its question may be on its
+        way."""
         if self._inside.is_asked:
             return True
         is_busy = self._relays and (self.relay.is_busy or self.interception is not None)
@@ -641,8 +641,8 @@ class Session(ClientSession):
 def _no_connection(error: OSError) -> SQLError:
     if isinstance(error, OutOfDescriptorsError):
         return no_room()
-    # Of all SQLSTATEs this one tells libpq that there is no server: pg_isready says so, and a
-    # client with several hosts tries the next.
+    # This SQLSTATE alone tells libpq that there is no server: pg_isready reports that, and a client
+    # with several hosts tries the next.
     return SQLError(
         CANNOT_CONNECT_NOW,
         "could not connect to the server behind the proxy",

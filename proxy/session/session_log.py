@@ -1,8 +1,8 @@
-"""What the log says of a client: that it has connected, that it is let in or refused, that it left.
+"""Logs a client's connection, its login or refusal, and its end.
 
-Invariant: the words are PostgreSQL's, where it has the event. Behind them stand the client's
-address and the pid of its backend, since one process serves many, and the server's own log knows
-the one by the other. Only what log_connections and log_disconnections ask for is logged.
+Invariant: the texts are PostgreSQL's, where it has the event. The client's address and the pid of
+its backend follow, since one process serves many, and the server's own log has only the pid.
+log_connections and log_disconnections decide what is logged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LOCAL = "[local]"
 
 
 class SessionLog:
-    """Of one client."""
+    """The log entries of one client."""
 
     __slots__ = ("_application", "_authorized", "_began", "_from", "_is_replication", "_who")
 
@@ -33,7 +33,7 @@ class SessionLog:
         self._authorized = False
 
     def received(self, peer: Peer, config: Config) -> None:
-        """It has connected."""
+        """The client has connected."""
         if peer.is_local:
             self._from = {"host": _LOCAL}
         else:
@@ -42,7 +42,7 @@ class SessionLog:
             logger.info(Event("connection received", self._from))
 
     def asked(self, startup: StartupMessage, *, is_replication: bool) -> None:
-        """It has said who it is."""
+        """It has sent its startup packet."""
         user = startup.parameters.get(b"user", b"")
         database = startup.parameters.get(b"database") or user
         if is_replication and startup.parameters[b"replication"].lower() != b"database":
@@ -53,7 +53,7 @@ class SessionLog:
         self._is_replication = is_replication
 
     def authorized(self, client: Connection, pid: int, config: Config) -> None:
-        """The server has let it in, and given it a backend."""
+        """The server has let it in, on a backend."""
         self._authorized = True
         if not config.log_connections:
             return
@@ -68,8 +68,8 @@ class SessionLog:
         """It is gone.
 
         Args:
-            sqlstate: of the error that has refused it; None if it has left by itself, as psql does
-                to ask for a password.
+            sqlstate: of the error that refused it; None if it left by itself, as psql does to ask
+                for a password.
             config: says what is logged.
         """
         if self._authorized:

@@ -1,8 +1,8 @@
-"""A Query with a call, served statement by statement.
+"""Serves a Query with a call, statement by statement.
 
 Invariant: its statements are one implicit transaction, as in the server. Each goes by Parse, Bind,
-Describe and Execute, so that a call can be made before the next one is executed; one Sync ends
-them all.
+Describe and Execute, so that a call can be made before the next is executed; one Sync ends them
+all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SimpleQuery:
         self._primary = batch.primary
 
     async def serve(self, body: bytes, statements: Sequence[Statement]) -> None:
-        """Serve a Query with a call, or with a statement that is to be changed."""
+        """Serve a Query that has a call, or a statement to be changed."""
         session, relay = self._batch.session, self._batch.relay
         sql = body.removesuffix(b"\0")
         relay.statements.pop(b"", None)
@@ -59,8 +59,8 @@ class SimpleQuery:
             await self._primary.settle(SYNC_MESSAGE)
 
     async def _check_settings(self, before: Reading, texts: Sequence[bytes]) -> None:
-        """Raises SQLError if the server would read the statements that come next otherwise than it
-        has read the Query, because of what came before."""
+        """Raises SQLError if, because of earlier statements, the server would read the next ones
+        differently from how it has read the Query."""
         if not any(map(depends_on_settings, texts)):
             return
         await self._primary.ask_settings(*READING)
@@ -83,7 +83,7 @@ class SimpleQuery:
     async def _substitutes(
         self, sql: bytes, statements: Sequence[Statement], plans: Sequence[Plan | Substitute | None]
     ) -> None:
-        """A Query without calls: sent as one, with some of its statements replaced."""
+        """Serve a Query without calls: sent as one, with some of its statements replaced."""
         self._batch.relay.known_settings = None
         pairs = zip(statements, plans, strict=True)
         whole = joined(sql, [(s.offset, plan) for s, plan in pairs if plan is not None])
@@ -99,8 +99,7 @@ class SimpleQuery:
     async def _statement(
         self, statement: Statement, offset: int, *, is_last: bool, comment: bytes = b""
     ) -> None:
-        """One statement, which begins `offset` characters into the Query; `comment`: sent behind
-        it."""
+        """Serve one statement, `offset` characters into the Query. `comment`: sent behind it."""
         await self._batch.know_names(statement)
         text, plan = statement.text, self._batch.session.reader.plan(statement)
         if plan is not None:
@@ -116,7 +115,7 @@ class SimpleQuery:
         describe = Describe(b"P", b"")
         if plan is None or isinstance(plan, Substitute):
             send(describe, ENDS_DESCRIBE, self._pass_columns)
-            # Nothing may follow before its answer: it could be COPY FROM STDIN.
+            # Nothing may be sent before its answer: it may be COPY FROM STDIN.
             handler = self._batch.pass_as(plan)
             self._batch.send_execute(b"", 0, handler, plan=plan, offset=offset)
             await self._primary.settle()
@@ -127,17 +126,17 @@ class SimpleQuery:
         await self._execution.execute(b"", portal, 0, may_sync=is_last)
 
     async def _pass_columns(self, kind: int, body: bytes) -> None:
-        """Passes on the answer to Describe, but NoData, which no Query is answered with."""
+        """Pass on the answer to Describe, except NoData, which no Query is answered with."""
         if kind == B.ROW_DESCRIPTION:
             await self._primary.pass_on(kind, body)
 
 
 def _rest_as_comment(sql: bytes, first: Statement) -> bytes:
-    """What follows or precedes the first statement of a Query, as a comment, for the server to
-    check its encoding with that of the whole; none if it is ASCII."""
+    """What surrounds the first statement of a Query, as a comment, so that the server checks the
+    encoding of the whole; empty if it is ASCII."""
     return as_comment(sql[: first.offset] + b" " + sql[first.offset + len(first.text) :])
 
 
 def as_comment(text: bytes) -> bytes:
-    """A text that the server is only to check the encoding of."""
+    """A text as a comment, of which the server checks only the encoding."""
     return b"" if text.isascii() else b" --" + text.replace(b"\r", b" ").replace(b"\n", b" ")

@@ -1,8 +1,8 @@
-"""What a client sends before it says who it is: requests for encryption, a cancel request, or the
-StartupMessage.
+"""What a client sends before and with its StartupMessage: requests for encryption, or a cancel
+request.
 
 Invariant: each request for encryption is answered once, and nothing that came unencrypted is read
-as if it had come encrypted.
+as if it had been encrypted.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from proxy.session.services import Services
 
 
 class StartupPackets:
-    """Those of one client.
+    """The startup packets of one client.
 
     Attributes:
-        rest: bytes that came behind the last packet.
+        rest: bytes behind the last packet.
     """
 
     def __init__(
@@ -48,26 +48,26 @@ class StartupPackets:
     ) -> None:
         """
         Args:
-            services: has the certificate, and says whether TLS is demanded.
+            services: has the certificate, and says whether TLS is required.
             client: its connection.
-            accept: gets what the client wants, as a packet and as its bytes. Of a client that is
-                to log in, no more is read until its connection is told so; of one that is to be
-                refused, nothing at all.
-            spawn: runs the handshake, and ends the session if that raises an error.
+            accept: takes what the client wants, as a packet and as its bytes. If it is to log in,
+                nothing more is read until its connection is told to; if it is to be refused,
+                nothing at all.
+            spawn: runs the handshake, and ends the session on an error.
         """
         self.rest = bytearray()
         self._services = services
         self._client = client
         self._accept = accept
         self._spawn = spawn
-        self._waits = False  # for the end of a handshake, or for good
+        self._waits = False  # for the end of a handshake, or for ever
         self._tls_asked = False
         self._gss_asked = False
 
     def feed(self, data: bytes) -> None:
-        """Take what the client has sent.
+        """Add what the client has sent.
 
-        Raises SQLError; ProtocolViolation: it is to be hung up on without an answer.
+        Raises SQLError; ProtocolViolation: close without an answer.
         """
         self.rest += data
         while len(self.rest) >= 4 and not self._waits:
@@ -98,7 +98,7 @@ class StartupPackets:
             case RefusedStartup():
                 self._hand_on(packet, raw)
             case SSLRequest() | GSSENCRequest():
-                # Answered already: to a server, that is a version like any other now.
+                # Answered before: a server now takes it for a protocol version.
                 self._hand_on(RefusedStartup(packet.code), raw)
 
     def _hand_on(self, packet: StartupMessage | RefusedStartup, raw: bytes) -> None:
@@ -107,7 +107,7 @@ class StartupPackets:
         self._accept(packet, raw)
 
     def _direct_tls(self) -> None:
-        """TLS from the first byte on: both must have said that it is for PostgreSQL."""
+        """TLS from the first byte on, for which both sides must name the protocol (ALPN)."""
         self._tls_asked = True
         if not tls.speaks_postgresql(self._client.transport):
             raise ProtocolViolation(
@@ -136,10 +136,10 @@ class StartupPackets:
         _end_of("SSL request", behind)
         self._waits = False
         self._client.resume_reading()
-        self.feed(b"")  # what came with the end of the handshake waits here
+        self.feed(b"")  # what came with the end of the handshake
 
     def _check_tls(self) -> None:
-        """Raises SQLError if client_tls_sslmode demands TLS, and there is none."""
+        """Raises SQLError if client_tls_sslmode requires TLS and there is none."""
         mode = self._services.runtime.config.client_tls_sslmode
         if mode in tls.REQUIRED and not (self._client.is_encrypted or self._client.peer.is_local):
             raise SQLError(
@@ -150,7 +150,7 @@ class StartupPackets:
 
 
 def may_send_password(client: Connection) -> bool:
-    """Whether nobody else can read what it sends."""
+    """Whether nobody else can read what the client sends."""
     return client.is_encrypted or client.peer.is_on_this_machine
 
 
