@@ -1,1 +1,1 @@
-"""Jobs: what they are, what is known of them, and the backends that run them."""
+"""Jobs, their metadata, and the backends that run them."""

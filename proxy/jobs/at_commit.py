@@ -1,10 +1,10 @@
-"""Jobs that start when the transaction that has launched them commits, and never if it rolls back.
+"""Jobs that start when the transaction that launched them commits, and never if it rolls back.
 
-Invariant: the server decides. The caller's transaction sends a word by NOTIFY, which only the
-proxy and that transaction know. If it is heard (`listener`), the transaction has committed, and so
-has each savepoint around the call. If the transaction has ended and the word does not come, the job
-is forgotten, as if it had never been launched. If that cannot be known, since the connection was
-lost that listens, the job fails and does not run. A word is good for one job, once.
+Invariant: the server decides. The caller's transaction sends, by NOTIFY, a word that only it and
+the proxy know. If the word is heard (`listener`), the transaction has committed, and with it each
+savepoint around the call. If the transaction ends and the word does not come, the job is forgotten,
+as if never launched. If this cannot be known, because the listening connection was lost, the job
+fails and does not run. A word serves for one job, once.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ from proxy.log import logger
 from proxy.reasons import explain
 
 MOST_SQL: Final = 64 * 1024 * 1024
-"""Bytes of SQL of the jobs that are pending for one login role."""
+"""Bytes of SQL in pending jobs of one login role."""
 
 _SETTLE_AFTER: Final = 0.05
-"""Seconds after the end of a transaction in which most words come by themselves."""
+"""Seconds after the end of a transaction in which most words arrive unasked."""
 
 _LOOK_AGAIN: Final = 0.1
 _LOOK_SELDOM: Final = 2.0
-"""Seconds between looks whether a backend has ended, and between tries to listen: the first time,
+"""Seconds before checking again whether a backend has ended, or trying again to listen: at first,
 and at most."""
 
 _TRIES: Final = 5
-"""How often it is tried to listen again before jobs fail whose transactions have ended."""
+"""Failed attempts to listen again, after which jobs of finished transactions fail."""
 
 _MOST_FAILURES: Final = 30
-"""How often, one after the other, it is tried to look whether a backend has ended."""
+"""Consecutive failures to check whether a backend has ended."""
 
 _READ_ONLY: Final = "25006"
 
 _PREPARES: Final = b"\0RAtPrepare_Notify\0"
-"""The routine that refuses PREPARE TRANSACTION after NOTIFY, as the error names it."""
+"""The routine field of the error that refuses PREPARE TRANSACTION after NOTIFY."""
 
 _FAILURES: Final = (SQLError, OSError, ProtocolViolation, PooledError)
 
 
 class Notification(NamedTuple):
-    """What the caller's transaction is to send."""
+    """What the caller's transaction must send: NOTIFY's channel and payload."""
 
     channel: bytes
     word: bytes
@@ -67,11 +67,11 @@ class Pending:
     """A job whose transaction has not committed, as far as is known.
 
     Attributes:
-        job: that waits.
+        job: the job.
         size: bytes of its SQL.
-        word: that tells of the commit.
+        word: tells of the commit.
         is_over: whether the transaction has ended.
-        is_doubtful: whether the word may have come when nobody listened.
+        is_doubtful: whether the word may have come while nobody listened.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Pending:
     ) -> None:
         """
         Args:
-            job: that has no backend.
+            job: has no backend yet.
             size: bytes of its SQL.
-            mine: those of its owner, among which it is as long as it waits.
+            mine: its owner's pending jobs, to which it belongs while it waits.
             start: runs it; raises nothing.
             forget: called if its transaction was rolled back.
         """
@@ -102,33 +102,33 @@ class Pending:
         mine.add(self)
 
     async def start(self) -> None:
-        """Run it."""
+        """Run the job."""
         start = self._start
         self.let_go()
         if start is not None:
             await start()
 
     def withdraw(self) -> None:
-        """Nobody is to know of it."""
+        """Forget the job, as if never launched."""
         forget = self._forget
         self.let_go()
         if forget is not None:
             forget()
 
     def let_go(self) -> None:
-        """It does not wait any more."""
-        # The job may be known for long, and what it keeps of its SQL is short.
+        """The job no longer waits."""
+        # It may be remembered for long, without its SQL.
         self._start = self._forget = None
         self._mine.discard(self)
 
 
 class PendingJobs:
-    """Those of a process."""
+    """The pending jobs of a process."""
 
     def __init__(self, most: int, lifetime: float) -> None:
         """
         Args:
-            most: how many there may be of one login role.
+            most: limit for one login role.
             lifetime: seconds for which an unused listener is kept.
         """
         self.most = most
@@ -138,14 +138,14 @@ class PendingJobs:
         self._size: Counter[bytes] = Counter()
 
     async def add(self, login: Login, open_one: Open, pending: Pending) -> Notification:
-        """Start a job when the word comes that its transaction is to send.
+        """Start a job once its word comes. Returns what its transaction must send.
 
         Args:
             login: of the job.
-            open_one: opens and logs in a backend of that; raises SQLError.
+            open_one: opens a backend of that login; raises SQLError.
             pending: the job.
 
-        Raises SQLError: it cannot be heard; 53400: there are too many.
+        Raises SQLError: nothing can be heard; 53400: there are too many jobs.
         """
         self._check(login.user, pending.size)
         self._count[login.user] += 1
@@ -186,32 +186,33 @@ class PendingJobs:
             )
 
     def done(self, login: Login, pending: Pending) -> None:
-        """Nothing of it is held any more."""
+        """The job no longer counts."""
         for used, amount in ((self._count, 1), (self._size, pending.size)):
             used[login.user] -= amount
             if not used[login.user]:
                 del used[login.user]
 
     def gone(self, login: Login) -> None:
-        """A follower has nothing to do any more."""
+        """A follower has nothing left to do."""
         del self._followers[login]
 
-    # What their owners tell
+    # Called by owners
 
     def transaction_ended(self, mine: Collection[Pending]) -> None:
-        """So it did, for all of these: those whose word does not come now were rolled back."""
+        """The transaction of these jobs has ended: those whose word does not come were rolled
+        back."""
         for pending in mine:
             pending.is_over = True
         for follower in self._of(mine):
             follower.settle()
 
     def owner_gone(self, mine: Collection[Pending], pid: int) -> None:
-        """Their session is closed; its backend, of this PID, may still be committing."""
+        """The session of these jobs is closed; its backend, `pid`, may still be committing."""
         for follower in self._of(mine):
             follower.spawn(follower.until_gone(tuple(p for p in mine if p in follower), pid))
 
     async def catch_up(self, mine: Collection[Pending]) -> None:
-        """Returns when each of these is started whose transaction has committed by now."""
+        """Wait until those of these jobs have started whose transactions have committed by now."""
         for follower in self._of(mine):
             await asyncio.shield(follower.spawn(follower.catch_up()))
 
@@ -219,14 +220,14 @@ class PendingJobs:
         followers = tuple(self._followers.values())
         return [one for one in followers if any(pending in one for pending in mine)]
 
-    # When connections must go
+    # Giving up connections
 
     def give_way(self) -> bool:
-        """Close listeners without anything to listen to; whether there were any."""
+        """Close listeners that nobody needs. Returns whether there were any."""
         return self.leave(lambda login: True)
 
     def leave(self, matches: Callable[[Login], bool]) -> bool:
-        """The same for those of some logins alone."""
+        """Close those of some logins that nobody needs. Returns whether there were any."""
         found = [one for login, one in self._followers.items() if matches(login)]
         return sum(one.give_way() for one in found) > 0
 
@@ -250,7 +251,7 @@ class _Follower:
         return self._by_word.get(pending.word) is pending
 
     def add(self, pending: Pending) -> None:
-        """One more to wait for."""
+        """Wait for the word of one more job."""
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
@@ -258,7 +259,7 @@ class _Follower:
         pending.job.when_finished(lambda: self._ended(pending))
 
     def spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        """Have something done."""
+        """Run this in a task of its own."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -268,11 +269,11 @@ class _Follower:
 
     @property
     def listens(self) -> bool:
-        """Whether what commits now is heard."""
+        """Whether commits are heard now."""
         return self._listener is not None and self._listener.is_alive
 
     async def expect(self) -> None:
-        """Listen. Raises SQLError."""
+        """Make sure that commits are heard. Raises SQLError."""
         try:
             await self._listening()
         except PooledError:
@@ -297,7 +298,7 @@ class _Follower:
             return self._listener
         if self._opening is None:
             self._opening = asyncio.get_running_loop().create_task(self._open())
-        # It is for others too.
+        # Others wait for it too.
         return await asyncio.shield(self._opening)
 
     async def _open(self) -> Listener:
@@ -331,7 +332,7 @@ class _Follower:
                 delay = min(delay * 2, _LOOK_SELDOM)
 
     def give_way(self) -> bool:
-        """Close the connection, unless it is needed; whether there was one to close."""
+        """Close the connection unless it is needed. Returns whether it was closed."""
         if self._by_word or self._opening is not None:
             return False
         listened = self.listens
@@ -347,7 +348,7 @@ class _Follower:
             loop = asyncio.get_running_loop()
             self._idle = loop.call_later(self._jobs.lifetime, self.give_way)
 
-    # What becomes of them
+    # Outcomes
 
     def _heard(self, word: bytes) -> None:
         pending = self._by_word.pop(word, None)
@@ -362,14 +363,14 @@ class _Follower:
             self._rest()
 
     def _ended(self, pending: Pending) -> None:
-        """It has, in whatever way; if it was still waiting, it is not to be started."""
+        """The job has ended: if it was still waiting, it must not start."""
         if self._by_word.pop(pending.word, None) is not None:
             pending.let_go()
             self._jobs.done(self._login, pending)
             self._rest()
 
     def settle(self) -> None:
-        """Transactions have ended."""
+        """Transactions have ended: find out which have committed."""
         if self._settling is None or self._settling.done():
             self._settling = self.spawn(self._settle())
 
@@ -398,7 +399,7 @@ class _Follower:
         return [pending for pending in self._by_word.values() if pending.is_over]
 
     async def catch_up(self) -> None:
-        """Returns when all words were heard that were sent by commits before the call.
+        """Wait until all words have been heard that were sent by commits before this call.
 
         Raises SQLError, OSError, ProtocolViolation, PooledError.
         """
@@ -419,7 +420,7 @@ class _Follower:
             )
 
     async def until_gone(self, mine: Collection[Pending], pid: int) -> None:
-        """The transaction of these ends with the backend at the latest that has this PID."""
+        """Wait for the end of the transaction of these jobs, or of its backend, `pid`."""
         began: bytes | None = None
         failures = 0
         delay = _LOOK_AGAIN
@@ -442,7 +443,7 @@ class _Follower:
 
 
 def rolled_back() -> SQLError:
-    """What those are told who wait for a job that is not to run."""
+    """The error for those who wait for a job whose transaction was rolled back."""
     return SQLError(
         TRANSACTION_ROLLBACK,
         "the transaction that has launched the background worker was rolled back",
@@ -450,7 +451,7 @@ def rolled_back() -> SQLError:
 
 
 def on_standby() -> SQLError:
-    """The error of a launch that could be committed by no transaction."""
+    """The error of a launch at commit where no transaction can commit."""
     return SQLError(
         _READ_ONLY,
         "background workers cannot start at commit during recovery",
@@ -460,8 +461,8 @@ def on_standby() -> SQLError:
 
 
 def cannot_prepare(error: bytes) -> bytes | None:
-    """What replaces an ErrorResponse with this body, if it refuses to prepare a transaction that
-    has notified: the same with a hint."""
+    """The replacement for an ErrorResponse with this body that refuses to prepare a transaction
+    after NOTIFY: the same with a HINT. None for other errors."""
     if _PREPARES not in error:
         return None
     return (

@@ -1,7 +1,7 @@
-"""The jobs that a session is attached to, and the limits of what it launches.
+"""The jobs that a session is attached to, and the limits of its launches.
 
-Invariant: a session finds only jobs in here that it has launched and not yet fetched or detached.
-Those of other sessions are in the `registry`, which knows no output.
+Invariant: these are only jobs that the session has launched and not yet fetched or detached. Those
+of other sessions are in the `registry`, without output.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from proxy.jobs.registry import NO_PID, JobRecord
 from proxy.jobs.room import FullError, Line, Patience
 
 WAIT_FOR_ROOM: Final = f"set {LAUNCH_TIMEOUT.name} to wait for that"
-"""For a HINT."""
+"""Part of a HINT."""
 
 MIN_QUEUE_SIZE: Final = 64
 MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024
@@ -27,7 +27,7 @@ MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024
 
 @dataclass(slots=True)
 class Counts:
-    """How many jobs a session had, and how they ended; active is how many run now."""
+    """How many jobs were launched, and how they ended."""
 
     launched: int = 0
     completed: int = 0
@@ -38,12 +38,12 @@ class Counts:
 
     @property
     def active(self) -> int:
-        """Those that have not ended."""
+        """Number of jobs that have not ended."""
         return self.launched - self._ended
 
     @property
     def mean_ms(self) -> float:
-        """Of those that have ended; 0 if there are none."""
+        """Mean duration of jobs that have ended; 0 if there are none."""
         return self.total_ms / self._ended if self._ended else 0.0
 
     @property
@@ -51,7 +51,7 @@ class Counts:
         return self.completed + self.failed + self.canceled
 
     def ended(self, job: Job) -> None:
-        """One more has ended."""
+        """Count the end of a job."""
         self.total_ms += job.elapsed_ms
         self.timed_out += job.timed_out
         if job.state == b"canceled":
@@ -62,36 +62,35 @@ class Counts:
             self.completed += 1
 
 
-@dataclass(slots=True, eq=False)  # several may be alike
+@dataclass(slots=True, eq=False)  # equal ones are still distinct
 class Start:
-    """A launch that counts among a session's jobs, as long as its job does not.
+    """A launch that counts among a session's running jobs until its job counts itself.
 
     Attributes:
-        job: that has begun.
+        job: once it has begun.
     """
 
     job: Job | None = None
 
 
 class Jobs:
-    """The jobs of one session that it has launched and not yet fetched or detached."""
+    """The jobs that one session has launched and not yet fetched or detached."""
 
     MOST: Final = 2_000
-    """How many it has at the most, as long as some have ended: the oldest of those is detached, as
-    they do not seem to be fetched."""
+    """Limit while some of them have ended: the oldest of those is then detached, since nobody seems
+    to fetch it."""
 
     def __init__(self) -> None:
         # By cookie.
         self._jobs: dict[int, Job] = {}
-        # Those that have had a backend also by its pid, oldest first: it may have run several
-        # (`backends/reuse`).
+        # Those that have had a backend also by its pid, oldest first: a backend may run several
         self._of_pid: defaultdict[int, dict[int, Job]] = defaultdict(dict)
         self.counts = Counts()
-        # All that were launched and have not ended, attached or not.
+        # All that have not ended, attached or not.
         self._all: set[Job] = set()
         self._starts: list[Start] = []
-        # Launches that wait for room; and queued ones, for which all jobs count. Neither line keeps
-        # the other waiting.
+        # Launches that wait for room; and queued ones, which count all jobs. Neither line holds the
+        # other up.
         self._waiting = Line()
         self._queued = Line()
 
@@ -105,16 +104,16 @@ class Jobs:
     async def room(
         self, max_workers: int, most: int, patience: Patience, *, count_all: bool = False
     ) -> AsyncIterator[Start]:
-        """Room for one more, as soon as fewer are running than the session's setting and the
-        proxy's configuration allow.
+        """Room for one more job, once fewer run than the session's setting and the proxy's
+        configuration allow.
 
         Args:
             max_workers: the setting.
             most: max_session_workers.
-            patience: how long it waits for that.
-            count_all: whether those count, too, that are not attached any more.
+            patience: how long to wait.
+            count_all: whether jobs count that are no longer attached.
 
-        Raises FullError if there is none in time.
+        Raises FullError if there is no room in time.
         """
         limit = min(max_workers, most)
         line = self._queued if count_all else self._waiting
@@ -179,19 +178,19 @@ class Jobs:
                 self.remove(ended)
 
     def begun(self, job: Job) -> None:
-        """One that has got a backend, if the session is not done with it."""
+        """A job has got a backend; ignored if the session is done with it."""
         if job in self:
             self._of_pid[job.pid][job.cookie] = job
 
     def waits_again(self, job: Job) -> None:
-        """It is about to lose its backend, which has not run it."""
+        """A job is about to lose its backend, which has not run it."""
         of_pid = self._of_pid.get(job.pid, {})
         of_pid.pop(job.cookie, None)
         if not of_pid:
             self._of_pid.pop(job.pid, None)
 
     def withdraw(self, job: Job) -> None:
-        """One that was added, and has not run."""
+        """Remove a job that was added, and has not run."""
         if job in self:
             self._forget(job)
         self.counts.launched -= 1
@@ -199,14 +198,14 @@ class Jobs:
         job.withdraw()
 
     def ended(self, job: Job) -> None:
-        """One that was added."""
+        """A job that was added has ended."""
         self.counts.ended(job)
         self._all.discard(job)
         self._changed()
 
     def get(self, pid: int, cookie: int | None = None) -> Job:
-        """The latest job of this pid, unless one has this cookie, too; without a pid the one of
-        this cookie. Raises SQLError 42704."""
+        """The job with this pid and cookie, else the latest with this pid; without a pid, the job
+        with this cookie. Raises SQLError 42704."""
         if pid == NO_PID and cookie is not None:
             if cookie in self._jobs:
                 return self._jobs[cookie]
@@ -221,8 +220,8 @@ class Jobs:
         return latest if cookie is None else self._of_pid[pid].get(cookie, latest)
 
     def remove(self, job: JobRecord) -> None:
-        """The session is done with it. If it runs, it runs on to its end. Those of other sessions
-        are not touched."""
+        """The session is done with a job, which may run on to its end. Jobs of other sessions are
+        ignored."""
         if job in self:
             self._forget(job).leave()
             self._changed()
@@ -233,13 +232,13 @@ class Jobs:
         return job
 
     def clear(self) -> None:
-        """The session ends."""
+        """Detach all jobs, since the session ends."""
         for job in self:
             self.remove(job)
 
 
 def checked_queue_size(queue_size: int, default: int) -> int:
-    """The queue size in bytes for what a launch asks for; 0 or less is the default.
+    """The queue size in bytes that a launch asks for; `default` if it is 0 or less.
 
     Raises SQLError 22023.
     """

@@ -1,7 +1,7 @@
-"""What is known of the session that makes a call, and how a side backend takes it over.
+"""What is known about the calling session, and SQL by which a side backend takes it over.
 
-Invariant: a job runs with the role and the settings that its call had, or not at all. All names in
-this SQL are schema-qualified, operators too: the session's search_path is among its settings.
+Invariant: a job runs with the role and settings of its call, or not at all. All names in this SQL,
+operators too, are schema-qualified: the session's search_path is one of the settings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from proxy.jobs.output_settings import COLUMNS
 from proxy.sql.text import literal
 
 NOT_CARRIED_OVER: Final = frozenset(
-    # Of the caller's transaction or connection, not of its session.
+    # They belong to the caller's transaction or connection.
     {
         b"application_name",
         b"transaction_deferrable",
@@ -34,14 +34,14 @@ class Context:
         role_id, role, session_role: OID and name of the current role, name of the session's.
         set_role: the setting ``role``: ``none``, or what SET ROLE has set.
         statement_timeout: as SHOW prints it.
-        own_settings: the ``pg_background.`` settings as SHOW prints them, by name; one that the
-            server has lost is missing.
+        own_settings: the ``pg_background.`` settings as SHOW prints them, by name; without those
+            that the server has lost.
         usable_roles: of the role OIDs asked about, those whose rights the current role has.
-        settings: names and values of all that was set in this session, ready for set_config();
-            empty if they were not asked for.
-        client_encoding, time_zone: the settings, as PostgreSQL names them.
-        extension: what CREATE EXTENSION has made in this database, None if it is not there or
-            does not matter. If it is there, the privileges on its functions count, not `may_call`.
+        settings: names and values of all that was set in the session, ready for set_config(); empty
+            if not asked for.
+        client_encoding, time_zone: by PostgreSQL's names.
+        extension: what CREATE EXTENSION has made in this database; None if it is not installed or
+            does not matter. If it is installed, privileges on its functions replace `may_call`.
     """
 
     may_call: bool
@@ -59,19 +59,19 @@ class Context:
 
     @property
     def roles(self) -> frozenset[int]:
-        """OIDs of those whose jobs the current role may touch."""
+        """OIDs of the roles whose jobs the current role may see and stop."""
         return self.usable_roles | {self.role_id}
 
 
 def takeover_query(
     context: Context, login_role: bytes, overrides: dict[bytes, bytes], pid: int
 ) -> bytes:
-    """The SELECT that gives a fresh side backend the settings and the role of a session.
+    """The SELECT that gives a fresh side backend the settings and role of a session.
 
-    Its first column is the backend's pid, and from the third on there are the `output_settings`
-    that the job begins with. If that is not `pid`, the one that BackendKeyData has
-    told, there is a connection pooler in between, and nothing is set: it would stay with a server
-    connection that the next transaction of another client may get, and this one may not.
+    Its first column is the backend's pid; from the third on come the `output_settings` that the job
+    begins with. If the pid is not `pid`, the one in BackendKeyData, there is a connection pooler in
+    between and nothing is set: the setting would stay with a server connection that another client
+    may get next, and this one may not.
     """
     return (
         b"SELECT pg_catalog.pg_backend_pid(),"
@@ -81,10 +81,10 @@ def takeover_query(
 
 
 def takeover_block(context: Context, login_role: bytes, overrides: dict[bytes, bytes]) -> bytes:
-    """Begins a transaction with the settings and the role of a session, which end with it.
+    """Begins a transaction with the settings and role of a session, which end with it.
 
-    For what is behind a connection pooler: none gives the server connection of an open transaction
-    to another client. The row is that of `takeover_query`.
+    It is for backends behind a connection pooler: no pooler gives the server connection of an open
+    transaction to another client. The row is that of `takeover_query`.
     """
     return b"BEGIN%b; SELECT pg_catalog.pg_backend_pid(), %b, %b" % (
         b"".join(_TRANSACTION_MODES.get(pair, b"") for pair in context.settings),
@@ -103,17 +103,17 @@ _TRANSACTION_MODES: Final = {
     (b"default_transaction_deferrable", b"on"): b" DEFERRABLE",
     (b"default_transaction_deferrable", b"off"): b" NOT DEFERRABLE",
 }
-"""What a setting says about a transaction, if it holds before the transaction begins."""
+"""The mode of BEGIN that has the effect of a setting made before the transaction."""
 
 _PROXYS_OWN: Final = b"pg_background_proxy."
-"""How the names of settings begin that the proxy gives each backend, and no other may have."""
+"""Prefix of the settings that the proxy gives its backends, and that nobody else may have."""
 
 
 def _set_all(
     context: Context, login_role: bytes, overrides: dict[bytes, bytes], *, local: bool
 ) -> bytes:
-    """An expression that sets all that a job takes over. The role comes last, since what was set
-    may be above its rights."""
+    """An expression that sets all that a job takes over; the role last, since its rights may not
+    suffice for the settings."""
     settings = [
         (name, value)
         for name, value in context.settings
@@ -122,7 +122,7 @@ def _set_all(
     settings += overrides.items()
     if context.session_role != login_role:
         settings.append((b"session_authorization", context.session_role))
-    # Also if it is none: ALTER ROLE … SET role has made the login another.
+    # Even if it is none: ALTER ROLE … SET role may have changed the login's.
     settings.append((b"role", context.set_role))
     return b"ARRAY[%b]" % b", ".join(
         b"pg_catalog.set_config(%b, %b, %b)"
@@ -132,8 +132,8 @@ def _set_all(
 
 
 def activity_query(pids: Sequence[int]) -> bytes:
-    """What pg_stat_activity has on these backends: pid, and the columns that the view
-    pg_background_activity takes from there."""
+    """The query for the pids of these backends, and for what the view pg_background_activity takes
+    from pg_stat_activity."""
     return (
         b"SELECT pid, state, wait_event_type, wait_event, xact_start, query_start, backend_start,"
         b" query FROM pg_catalog.pg_stat_activity WHERE pid OPERATOR(pg_catalog.=)"

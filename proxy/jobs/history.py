@@ -1,12 +1,11 @@
-"""What became of jobs, in a table of their database: `pg_background_history`.
+"""Writes the outcomes of jobs to a table of their database, `pg_background_history`, and reads it.
 
-Invariant: the launching session waits for none of this. A job has a row as soon as it has run for
-a moment, and its end is written when it has ended. All is written by another backend of the same
-role, a channel with the role that the job was launched with: so it does not matter in what state
-the job has left its own one, and rows of jobs that end together go together. The channel stays as
-long as the end of a job with a row is to come: where it is gone, and the job's backend too, nobody
-will write that, and the job is lost. What a role may write and read there, the server decides
-(`extension/sql/record.sql`, `history_view.sql`).
+Invariant: the launching session never waits for this. A job gets a row once it has run for a
+moment; the row is completed when it has ended. Another backend writes it: a channel with the role
+that the job was launched with, so the state of the job's own backend does not matter, and jobs that
+end together are written together. The channel stays while the end of a job with a row is to come:
+if both the channel and the job's backend are gone, nobody will write the end, and the job is lost.
+The server decides what a role may read and write (`extension/sql/record.sql`, `history_view.sql`).
 """
 
 from __future__ import annotations
@@ -36,34 +35,34 @@ from proxy.sql.encodings import NO_CONVERSION, array_2_text, array_text
 from proxy.sql.recoding import recoded
 
 FIELDS: Final = 19
-"""Of a row, as _pg_background_record takes it."""
+"""Number of fields of a row, as _pg_background_record takes it."""
 
 MOST_AT_ONCE: Final = 500
-"""Rows that are written at once."""
+"""Rows in one write."""
 
 _SOON: Final = 0.1
-"""Seconds for which a job has run when it gets its row. One that ends before has its outcome
-written only."""
+"""Seconds after which a running job gets its row. If it ends earlier, only its outcome is written.
+"""
 
 _MOST_PENDING: Final = 10_000
 _MOST_OF_ROLE: Final = 2_000
-"""Rows that wait to be written, of all jobs of the process, and of those of one role."""
+"""Limits of unwritten rows: of the process, and of one role."""
 
 _SQL_SIZE: Final = 8 * 1024
 
 _AGAIN: Final = (0.2, 1.0, 5.0)
 _PASSING: Final = ("08", "40", "53", "55", "57")
-"""Seconds until a write is tried again that has failed by an error of these classes: of the
-connection, by a lock, or for want of something."""
+"""Seconds before a failed write is retried, and the error classes for which it is: problems of the
+connection, locks, lack of resources."""
 
 _QUIET: Final = 60.0
-"""Seconds between warnings about one login."""
+"""Seconds between warnings for one login."""
 
 _READ_PATIENCE: Final = 5.0
-"""Seconds for a look into the history."""
+"""Seconds for a query on the history."""
 
 MOST_READ: Final = 1_000
-"""Rows that a list has of the history, the newest ones."""
+"""Rows of the history in a list, the newest."""
 
 _BEGIN: Final = b"BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE"
 _LIMITS: Final = (
@@ -76,7 +75,7 @@ _AS_STORED: Final = (
     b"SELECT pg_catalog.set_config('client_encoding',"
     b" pg_catalog.current_setting('server_encoding'), true)"
 )
-"""Has the server convert nothing: one row that it cannot convert would hide all others."""
+"""Keeps the server from converting: a single row that it cannot convert would hide all others."""
 
 Lease = Callable[[], Awaitable[Channel]]
 """Lends a channel of a login. Raises SQLError, OSError, ProtocolViolation."""
@@ -85,12 +84,12 @@ Command = tuple[bytes, Sequence[bytes]]
 
 
 class Role(NamedTuple):
-    """As what a session reads and writes: what it has logged in to, and what it is since.
+    """The role as which a session reads and writes: its login, and what it has become since.
 
     Attributes:
         session_role: by SET SESSION AUTHORIZATION.
         set_role: by SET ROLE, or ``none``.
-        encoding: client_encoding, for the names and its jobs' texts.
+        encoding: client_encoding, of the names and the jobs' texts.
         server_encoding: of the database.
     """
 
@@ -102,13 +101,13 @@ class Role(NamedTuple):
 
     @classmethod
     def of(cls, login: Login, context: Context, encoding: bytes, server_encoding: bytes) -> Role:
-        """The current role of a call, in a session with these encodings."""
+        """The role of a call in a session with these encodings."""
         if server_encoding == b"SQL_ASCII":
-            encoding = server_encoding  # the database takes what it gets
+            encoding = server_encoding  # no conversion: the database takes any bytes
         return cls(login, context.session_role, context.set_role, encoding, server_encoding)
 
     def taken(self) -> list[Command]:
-        """What a channel does first in a transaction."""
+        """The commands by which a channel becomes this role in a transaction."""
         commands: list[Command] = [(_LIMITS, (self.encoding,))]
         if self.session_role != self.login.user:
             commands.append((_SET, (b"session_authorization", self.session_role)))
@@ -118,7 +117,7 @@ class Role(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """A job that may get a row, or has one."""
+    """A job that has a row, or may get one."""
 
     job: Job
     sql: bytes
@@ -129,9 +128,9 @@ class _Entry:
 
 @dataclass(slots=True, eq=False)
 class _Writer:
-    """Writes the rows of one role, one time after the other.
+    """Writes the rows of one role, one batch after another.
 
-    ``open``: jobs that have a row, and no end in it.
+    ``open``: jobs whose rows have no end yet.
     """
 
     lease: Lease
@@ -142,10 +141,10 @@ class _Writer:
 
 
 class PastJob(JobRecord):
-    """A job as the history has it."""
+    """A job as read from the history."""
 
     def __init__(self, row: Sequence[bytes | None], cluster: bytes) -> None:
-        """`row`: of `_READ`. Raises ValueError."""
+        """`row`: a row of `_READ`. Raises ValueError."""
         pid, cookie, role_id, state, started, finished, rows, tag, code, message, *rest = row
         label, sql, attempts, server_encoding = rest
         super().__init__(
@@ -202,9 +201,9 @@ class History:
     ) -> None:
         """
         Args:
-            config: as it is now.
+            config: returns the current configuration.
             give_back: takes a channel that was lent.
-            find: SQL that returns the schema of the history, quoted, if there is one.
+            find: SQL that returns the quoted schema of the history, if there is one.
         """
         self._config = config
         self._give_back = give_back
@@ -212,25 +211,25 @@ class History:
         self._writers: dict[Role, _Writer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._count = 0
-        # Until when no further warning is logged, by the loop's clock.
+        # When each login may be warned about again, by the loop's clock.
         self._is_quiet: dict[Login, float] = {}
         self._proxy = f"{socket.gethostname()}/{os.getpid()}".encode("ascii", "replace")
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is written, and so worth reading."""
+        """Whether the history is written, and so worth reading."""
         return self._config().history != "off"
 
-    # What is written
+    # Writing
 
     def follow(self, job: Job, role: Role, lease: Lease, *, waited: float) -> None:
-        """A job has been started.
+        """Record a job that has been started.
 
         Args:
-            job: it may have ended, too.
+            job: may have ended already.
             waited: seconds for room.
-            role: that it was launched with.
-            lease: lends a channel that has logged in as its backend has.
+            role: as which it was launched.
+            lease: lends a channel with the job's login.
         """
         config = self._config()
         if config.history == "off" or (config.history == "labeled" and job.label is None):
@@ -250,12 +249,12 @@ class History:
         job.when_finished(note)
 
     def _changed(self, note: Callable[[], None], entry: _Entry) -> None:
-        """It has another backend, or none for a while."""
+        """A retried job has another backend, or none for a while."""
         if entry.is_noted:
             note()
 
     def _note(self, role: Role, writer: _Writer, entry: _Entry) -> None:
-        """Have it written how the job is now."""
+        """Have the present state of the job written."""
         if entry.timer is not None:
             entry.timer.cancel()
         if not (entry.is_noted or self._is_worth_a_row(entry.job)):
@@ -266,7 +265,7 @@ class History:
                 self._warn(role.login, "too much is to be written; jobs have no row")
                 return
             self._count += 1
-        entry.is_noted = True  # it may be, from now on
+        entry.is_noted = True  # from now on it may have a row
         writer.pending[entry.job.handle] = entry
         if writer.task is None:
             self._writers[role] = writer
@@ -301,7 +300,7 @@ class History:
             self._forget(role, writer)
 
     async def _write(self, role: Role, writer: _Writer, entries: list[_Entry]) -> bool:
-        """Write how these jobs are now; whether that is done."""
+        """Write the present state of these jobs. Returns whether that worked."""
         for delay in (*_AGAIN, None):
             try:
                 await self._write_once(role, writer, [self._row(entry, role) for entry in entries])
@@ -322,8 +321,8 @@ class History:
         return False
 
     async def _write_one_by_one(self, role: Role, writer: _Writer, entries: list[_Entry]) -> str:
-        """The same where the server cannot convert a text, each row by itself, and in ASCII if it
-        is that row; why it has failed, if so."""
+        """Write each row by itself, since the server cannot convert some text; a row that has it is
+        written in ASCII. Returns the error, if it was another."""
         reason = ""
         for entry in entries:
             row = self._row(entry, role)
@@ -362,7 +361,7 @@ class History:
         )
 
     def _warn(self, login: Login, message: str) -> None:
-        """In the log, once a minute for each login."""
+        """Log a warning, at most once a minute for each login."""
         now = asyncio.get_running_loop().time()
         if self._is_quiet.get(login, 0.0) <= now:
             self._is_quiet = {each: until for each, until in self._is_quiet.items() if until > now}
@@ -375,14 +374,14 @@ class History:
         return last[0] if len(last) == 1 else None
 
     def _row(self, entry: _Entry, role: Role) -> list[bytes | None]:
-        """How a job is now, for _pg_background_record."""
+        """The present state of a job, for _pg_background_record."""
         job, config = entry.job, self._config()
         rests = isinstance(job, RetriedJob) and job.rests
         percentage, progress = job.progress
         is_worth_it = self._is_worth_a_row(job)
         values = [
             *(job.pid, job.cookie, 0 if rests else job.backend_pid),
-            job.label,  # which has as many bytes at the most
+            job.label,  # its length is limited already
             *(entry.sql, _epoch(entry.queued_at), _epoch(job.launched_at)),
             *(_epoch(job.finished_at), config.history_retention),
             *(_state(job) if is_worth_it else None, job.attempts, job.row_count, job.command_tag),
@@ -390,7 +389,7 @@ class History:
             *(percentage, progress, self._proxy),
         ]
         assert len(values) == FIELDS
-        # What a job says in an encoding of its own making may be no text in this one.
+        # Text in an encoding that a job has set itself may be invalid in this one.
         is_raw = role.server_encoding in NO_CONVERSION
         target = _encoding_of_table(role.server_encoding) if is_raw else job.encoding
         return [
@@ -403,16 +402,16 @@ class History:
         ]
 
     async def finish(self, seconds: float) -> None:
-        """Write what is to be written, for so long at the most."""
+        """Write what is pending, within this many seconds."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
 
-    # What is read
+    # Reading
 
     async def read(
         self, role: Role, lease: Lease, cluster: bytes, handles: Sequence[Handle] | None
     ) -> list[PastJob]:
-        """What the history has of these jobs, or of all (the newest), as this role sees it. Nothing
+        """The history of these jobs, or of the newest ones, as far as this role may see it. Empty
         if it cannot be read."""
         try:
             async with asyncio.timeout(_READ_PATIENCE):
@@ -443,7 +442,7 @@ class History:
 
 
 _COLUMNS: Final = 14
-"""Of `_READ`."""
+"""Number of columns of `_READ`."""
 
 
 def _state(job: Job) -> bytes:
@@ -463,8 +462,8 @@ def _time(epoch: bytes | None) -> datetime | None:
 
 
 def _encoding_of_table(server_encoding: bytes) -> bytes:
-    """Of the texts in the table. A database that would take any bytes has UTF-8: else one text in
-    the bytes of another encoding would make a list of all fail."""
+    """The encoding of texts in the table. In a database that takes any bytes it is UTF-8, since one
+    text in another encoding would break each list that includes it."""
     return b"UTF8" if server_encoding == b"SQL_ASCII" else server_encoding
 
 

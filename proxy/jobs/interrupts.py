@@ -1,9 +1,8 @@
-"""What a call waits for in the proxy, and what ends the wait.
+"""The waits of calls in the proxy, and what ends them.
 
 Invariant: what would end such a wait in the server ends it here: a cancel request, the session's
-statement_timeout, the loss of the server, the client's leaving. The call then fails with the error
-that the server would have given, at the next point where it can: never in the middle of a row of
-which the client already has a part.
+statement_timeout, the loss of the server, the client's leaving. The call fails with the server's
+error, at the next possible point: never in the middle of a row that the client has got in part.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ from proxy.jobs.registry import JobRecord
 T = TypeVar("T")
 
 PATIENCE: Final = 0.1
-"""Seconds that a call waits before the server waits too."""
+"""Seconds that a call waits before the server is made to wait too."""
 
 
 class ServerWait(Protocol):
-    """Has the server wait while a call does."""
+    """Makes the server wait while a call does."""
 
     def may_wait_for(self, jobs: Collection[JobRecord]) -> bool:
-        """Whether it may, in a wait for these jobs."""
+        """Whether the server may wait for these jobs."""
 
     async def until(self, done: asyncio.Future[None]) -> None:
-        """Wait in the server until this is done. Raises what has ended the call."""
+        """Wait in the server until `done`. Raises what has ended the call there."""
 
 
 class Interrupts:
-    """The waits of one batch; there is at most one at a time.
+    """The waits of one batch, at most one at a time.
 
     Attributes:
-        is_calling: whether a call is being made, which cancel() would end.
-        is_waiting: whether the server has done its part of it, so that nothing else would.
-        held: the client has got a part of a row: all else would be taken for the rest of it.
+        is_calling: whether a call is in progress, which cancel() would end.
+        is_waiting: whether the server has done its part, so that only cancel() would end the call.
+        held: the client has got part of a row, so an error would be read as the rest of it.
         client_ended: the client will send no more.
     """
 
@@ -49,17 +48,17 @@ class Interrupts:
         self.client_ended = False
         self._waiter: asyncio.Future[None] | None = None
         self._waits_for_jobs = False
-        # A word that came between two waits.
+        # An interrupt that arrived between two waits.
         self._interrupt: SQLError | None = None
         self._server_wait: ServerWait | None = None
         self._in_server: asyncio.Task[None] | None = None
-        # Ends the call that is being made, if it takes its statement_timeout.
+        # Whether statement_timeout ends the present call.
         self._limited = False
         self._timer: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager
     def calling(self, *, limited: bool) -> Iterator[None]:
-        """A call is being made: a cancel request ends it, and statement_timeout if `limited`."""
+        """A call is in progress: a cancel request ends it, and, if `limited`, statement_timeout."""
         self.is_calling = True
         self._limited = limited
         try:
@@ -72,31 +71,32 @@ class Interrupts:
                 self._timer = None
 
     def wait_in_server(self, wait: ServerWait) -> None:
-        """The server has done its part; from now on it waits too when the call does."""
+        """The server has done its part; from now on it waits when the call does."""
         self.is_waiting = True
         self._server_wait = wait
 
     @property
     def is_in_server(self) -> bool:
-        """Whether the server waits too, so that a cancel request ends something there."""
+        """Whether the server waits too, where a cancel request takes effect."""
         return self._in_server is not None
 
     def start_timer(self, timeout_ms: int, *, limited: bool = False) -> None:
-        """The session's statement_timeout is known now; 0 is none. `limited`: it ends the call,
-        whatever was said before."""
+        """The session's statement_timeout is known; 0 is none. `limited`: it ends the call,
+        whatever `calling` was told.
+        """
         if (self._limited or limited) and timeout_ms and self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(timeout_ms / 1000, self._time_out)
 
     def check_for_interrupts(self) -> None:
-        """Raises the SQLError with which the call was ended meanwhile."""
+        """Raises the SQLError that has ended the call, if any."""
         if self._interrupt is not None and not self.held:
             raise self._interrupt
 
-    # What is waited for
+    # Waits
 
     async def for_jobs(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
-        """Wait until something happens to one of the jobs, or until that time of the loop."""
+        """Wait until a job changes, or until this time of the loop's clock."""
         if self.client_ended:
             raise _client_gone()
         loop = asyncio.get_running_loop()
@@ -115,7 +115,7 @@ class Interrupts:
                 timer.cancel()
 
     async def for_future(self, future: asyncio.Future[T], jobs: Collection[JobRecord] = ()) -> T:
-        """Wait for its result. `jobs`: those for whose end that may wait."""
+        """Wait for a result, which may itself wait for the end of `jobs`."""
         waiter = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda _: _resolve(waiter))
         await self._wait(waiter, jobs)
@@ -123,7 +123,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def for_room(self) -> Iterator[None]:
-        """What is waited for waits for the end of jobs now."""
+        """While entered, waits are for the end of other jobs."""
         self._waits_for_jobs = True
         if self.client_ended:
             self.fail(_client_gone())
@@ -149,8 +149,8 @@ class Interrupts:
                 try:
                     await self._in_server
                 except BaseException:
-                    # It is what the client was told. To further requests, as in a wait for the end
-                    # of a job that is cancelled now, the server would not answer.
+                    # The client has been told this error. During later waits, e.g. for the end of a
+                    # job being cancelled, the server would not answer.
                     self._server_wait = None
                     raise
                 finally:
@@ -167,10 +167,10 @@ class Interrupts:
             self._in_server = asyncio.ensure_future(wait.until(waiter))
             self._in_server.add_done_callback(end)
 
-    # What ends it
+    # What ends them
 
     def cancel(self) -> None:
-        """The client has asked for it."""
+        """The client has sent a cancel request."""
         self._end(SQLError(QUERY_CANCELED, "canceling statement due to user request"))
 
     def _time_out(self) -> None:
@@ -182,20 +182,20 @@ class Interrupts:
             self.fail(error)
 
     def end_client(self, *, reads: bool) -> None:
-        """The client will send no more: no job is waited for, since most probably no client is
-        there to read the result. `reads`: whether it reads what is sent."""
+        """The client will send no more: no job is awaited, since most probably nobody is there to
+        read its result. `reads`: whether the client reads what is sent."""
         self.client_ended = True
         if reads and self._waits_for_jobs:
             self.fail(_client_gone())
 
     def client_hung_up(self) -> None:
-        """The client has left behind messages that were not read yet, which may still be served;
-        but no job is waited for."""
+        """The client has left, with messages not read yet. They may still be served, but no job is
+        awaited."""
         if self._waits_for_jobs:
             self.fail(_client_gone())
 
     def fail(self, error: Exception) -> None:
-        """The wait, if there is one, ends with this error."""
+        """End the wait, if there is one, with this error."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(error)
 

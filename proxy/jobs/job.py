@@ -1,13 +1,13 @@
 """Background jobs: SQL strings that run in side backends.
 
 Invariant: a job is one Query message in a backend of its own. PostgreSQL runs such a message as one
-transaction, so the string commits or fails as a whole, and a single statement may be one that
-refuses transaction blocks. (Behind a connection pooler it may not: there the transaction is open
-already, and is committed after the message.) Only the last statement's rows are results; earlier
-ones are dropped as they arrive, and output that is not fetched stays in the server (`rows`). A
-message longer than the queue (or `LONGEST`) is cut as it arrives, and when the session is done with
-a job, only what others may ask for is kept (`registry`). Statements of ours come behind a string
-that may change how its result is printed (`output_settings`).
+transaction, so the string commits or fails as a whole; a single statement may be one that refuses
+transaction blocks. (Not behind a connection pooler: there a transaction is already open, and is
+committed after the message.) Only the last statement's rows are results; earlier ones are dropped
+as they arrive, and output that is not fetched stays in the server (`rows`). A message longer than
+the queue (or `LONGEST`) is cut as it arrives. When the session is done with a job, only metadata is
+kept (`registry`). Our own statements follow a string that may change output settings
+(`output_settings`).
 """
 
 from __future__ import annotations
@@ -64,49 +64,49 @@ from proxy.sql.lexer import LexError
 from proxy.sql.rewrite import Piece
 
 LONGEST: Final = 1024 * 1024
-"""Bytes that an error or a notice may have, whatever the queue size."""
+"""Bytes of an error or notice that are kept, whatever the queue size."""
 
 _IDLE: Final = bytes([TransactionStatus.IDLE])
 
 
 class JobSession(Protocol):
-    """Serves what a job's SQL calls."""
+    """Serves the calls in a job's SQL."""
 
     def begin(self, output: OutputQueue) -> None:
-        """The job is about to start; its messages go there."""
+        """The job is about to start. `output`: for messages to its caller."""
 
     def notice(self, body: bytes) -> bool:
-        """A NoticeResponse of the job; whether it was a call, and is dealt with."""
+        """A NoticeResponse of the job. Returns whether it was a call, which is then handled."""
 
     @property
     def is_talkative(self) -> bool:
-        """Whether others should have their turn before more is read."""
+        """Whether others should get a turn before more is read."""
 
     def statement_ended(self) -> None:
         """No function waits for an answer any more."""
 
     def close(self, *, is_idle: bool) -> None:
-        """The job has ended. `is_idle`: its backend has said so."""
+        """The job has ended. `is_idle`: its backend is ready for another."""
 
 
 class Job(JobRecord):
-    """One job: its backend while it runs, its output until somebody takes it, how it went.
+    """One job: its backend while it runs, its output until it is fetched, its outcome.
 
     Attributes:
         route: to its server.
-        user, database: what its backend has logged in to.
-        output: rows and notices that have not been fetched yet.
-        keeps_rows: whether its rows are kept for somebody to fetch.
-        columns: of the result; None as long as they are not known, and if there are none.
+        user, database: its backend's login.
+        output: rows and notices not fetched yet.
+        keeps_rows: whether its rows are kept to be fetched.
+        columns: of the result; None if there are none, or not yet known.
         parameters: what its backend has reported (ParameterStatus).
-        has_handle: whether anybody knows it by one; if not, only its reader can stop it.
-        lease: a channel that may terminate its backend, while it runs.
-        termination: of its backend, once it is tried.
-        is_abandoned: whether the proxy has hung up on it while it ran; what became of it, only the
-            server knows.
-        is_lost: whether the server has not said why the connection ended.
-        cut_off: the error of a job whose backend went without a word when it was terminated, if
-            it turns out that it may have committed before.
+        has_handle: whether anybody knows its handle; if not, only its reader can stop it.
+        lease: lends a channel that may terminate its backend, while it runs.
+        termination: of its backend, once tried.
+        is_abandoned: whether the proxy closed its connection while it ran; only the server knows
+            the outcome.
+        is_lost: whether the server did not say why the connection ended.
+        cut_off: the error of a job whose terminated backend ended without one, if it turns out that
+            the job may have committed before.
     """
 
     def __init__(
@@ -149,9 +149,9 @@ class Job(JobRecord):
         self._free: Free | None = None
         self._left = False
         self._afterwards: list[Callable[[], object]] = []
-        # The whole error, for a fetch of the result; `error` is what is kept of it.
+        # The whole error, for a fetch; `error` is shortened.
         self._whole_error: ErrorResponse | None = None
-        # None before it has one, and once it has ended: many are known for a while after that.
+        # None before and after the run: many ended jobs are remembered for a while.
         self._backend: Backend | None = None
         self._session: JobSession | None = None
         self.parameters: dict[bytes, bytes] = {}
@@ -169,13 +169,13 @@ class Job(JobRecord):
         session: JobSession | None,
         keep_backend: Keep,
     ) -> None:
-        """It is about to run on a backend.
+        """Assign the job to a backend.
 
         Args:
             backend: that nothing else uses.
-            sql: the whole string, of which a job keeps what others may ask for.
-            marker: the word by which messages of pg_background_progress are known.
-            session: serves what its SQL calls.
+            sql: the whole string; the job's metadata may have less of it.
+            marker: a word that identifies messages of pg_background_progress.
+            session: serves the calls in its SQL.
             keep_backend: takes the backend when the job has ended.
         """
         self.pid, self.unfinished_state = backend.pid, RUNNING
@@ -184,14 +184,14 @@ class Job(JobRecord):
         self._run_on(backend, marker, session, keep_backend)
 
     def wait_again(self, state: bytes) -> None:
-        """The backend has not run it, and another may: it waits for one, in this state."""
+        """The backend has not run the job: wait for another, in this state."""
         self._let_go(is_idle=False)
         self.pid, self.unfinished_state = NO_PID, state
 
     def _run_on(
         self, backend: Backend, marker: bytes, session: JobSession | None, keep_backend: Keep
     ) -> None:
-        """Nothing of the string has run on this backend. The arguments are those of `take`."""
+        """Run on a backend on which nothing of the string has run. Arguments as for `take`."""
         self._keep_backend = keep_backend
         self.parameters = backend.parameters
         self._backend = backend
@@ -203,29 +203,29 @@ class Job(JobRecord):
         self._statements_done = 0
         self._taken_up = False
         self._output_settings = OutputSettings(backend.parameters)
-        # Whether the string has run, and its transaction commits; or has, and a query of ours runs.
+        # The string has run, and: its transaction is being committed; was, and our query runs.
         self._commits = False
         self._is_committed = False
         self._text = JobText(self._sql, backend.parameters, marker)
         self._marker = marker
         self._session = session
-        # Reading: what is behind the last message, and how much of the next one is missing; a long
-        # one; or bytes still to come of a long row, which is passed on in pieces.
+        # Input: the rest behind the last whole message, and how many bytes of the next message are
+        # missing; a long message; or bytes to come of a long row, which is passed on in pieces.
         self._partial = b""
         self._missing = 0
         self._long: LongMessage | None = None
         self._rest_of_row = 0
-        # What the server said before it closed the connection.
+        # The server's error before it closed the connection.
         self._fatal: ErrorResponse | None = None
         self.cut_off = None
 
-    # Its life
+    # Life cycle
 
     async def start(self) -> None:
         """Run the string, unless it holds a statement that a job may not run.
 
-        Returns when the backend has taken it up. Raises what `Backend.start` raises: nothing of it
-        has run.
+        Returns when the backend has begun to run it. Raises what `Backend.start` raises: nothing of
+        it has run.
         """
         backend = self._backend
         assert backend is not None
@@ -243,7 +243,7 @@ class Job(JobRecord):
                 self._fail(refusal.response())
                 self._finish()
         except asyncio.CancelledError:
-            self.abandon()  # nothing has been sent that could be canceled
+            self.abandon()  # nothing was sent that could be cancelled
             raise
         else:
             if self.finished:
@@ -255,7 +255,7 @@ class Job(JobRecord):
             await backend.start(sql, self, functools.partial(self._take_up, backend))
 
     async def _take_over(self, backend: Backend) -> None:
-        """Have the backend do what it has to do before a job, now, if that is not done."""
+        """Have the backend take over the session's state now, unless it has."""
         if backend.takeover is not None:
             await backend.take_over()
             if not self.finished:
@@ -269,17 +269,17 @@ class Job(JobRecord):
             self.leave()
 
     def withdraw(self) -> None:
-        """It has not run, and will not: nobody is to know of it."""
+        """Forget the job, which has not run and will not."""
         self._on_finish = None
         self._finish()
 
     async def _prepared(self, backend: Backend) -> bytes:
-        """The string for the server. Its statements are counted, and looked at one by one; it may
-        be long, and others have their turn between them.
+        """The string for the server. Statements are counted and examined one by one, with turns for
+        others, since there may be many.
 
-        What cannot be lexed is left to the server, which will say what is wrong with it. Raises
-        SQLError for a statement that would break the job's transaction or the protocol; else what
-        `Backend.take_over` raises.
+        What cannot be tokenized is left to the server to reject. Raises SQLError for a statement
+        that would break the job's transaction or the protocol; otherwise what `Backend.take_over`
+        raises.
         """
         parameters = backend.parameters
         conforming = parameters.get(b"standard_conforming_strings") != b"off"
@@ -326,7 +326,7 @@ class Job(JobRecord):
         return self._text.sent(pieces, blocks)
 
     def _refused(self, sql: bytes, statement: lexer.Statement) -> str | None:
-        """Why a job may not run this, if that is so."""
+        """Why a job may not run this statement; None if it may."""
         if lexer.is_transaction_control(sql, statement):
             return "transaction control statements are not allowed in pg_background"
         if lexer.is_client_copy(sql, statement):
@@ -349,7 +349,7 @@ class Job(JobRecord):
             on_finish(self)
 
     def _let_go(self, *, is_idle: bool) -> None:
-        """Of what it runs on."""
+        """Release the backend."""
         self._partial = b""
         self._long = None
         if self._backend is not None:
@@ -360,7 +360,7 @@ class Job(JobRecord):
             elif not is_idle or self.canceled:
                 backend.terminate()
             elif (free := self._keep_backend(backend)) and (self._left or not self.keeps_rows):
-                free()  # of what was submitted only the outcome is of use, by its cookie
+                free()  # of a submitted job only the outcome is wanted, by its cookie
             else:
                 self._free = free
         self.output.end()
@@ -369,72 +369,72 @@ class Job(JobRecord):
             self._session = None
 
     def when_finished(self, then: Callable[[], object]) -> None:
-        """Have something done when it has ended, or at once."""
+        """Call `then` when the job has ended, or now if it has."""
         if self.finished:
             then()
         else:
             self._afterwards.append(then)
 
     def abandon(self) -> None:
-        """The proxy stops: hang up."""
+        """Close the connection, since the proxy stops."""
         if not self.finished:
             self.is_abandoned = True
             self._finish()
 
     @property
     def backend_pid(self) -> int:
-        """Of the backend that it runs on, which is another one after an attempt that failed."""
+        """The pid of the present backend; a retry has another than the first attempt."""
         return self.pid if self._backend is None else self._backend.pid
 
     def stop_trying(self) -> bool:
-        """It is not to be tried again; whether it has ended by that."""
+        """Make no further attempt. Returns whether that ends the job."""
         return False
 
     @property
     def is_pooled(self) -> bool:
-        """Whether, while it runs, there is a pooler in between."""
+        """Whether a pooler is in between, while the job runs."""
         return self._backend is not None and self._backend.is_pooled
 
     def cancel_request(self) -> CancelRequest:
-        """What makes the server cancel it, while it runs."""
+        """The request that cancels the job in the server, while it runs."""
         assert self._backend is not None
         return self._backend.cancel_request()
 
-    # Without a reader
+    # Without a fetch
 
     def leave(self) -> None:
-        """Its session is done with it: of what it holds only the outcome is of use, to others."""
+        """Its session is done with it: from now on only the outcome is kept."""
         self._left = True
         if self._free is not None:
             self._free()
             self._free = None
-        if not self.canceled:  # else that follows when the server was told
+        if not self.canceled:  # if it is, the output is dropped once the server was told
             self.forget_output()
         self._sql = self._sql[:LISTED_SQL_SIZE]
         if self.pid != NO_PID:
             self._text.forget()
-        # Who is in the middle of the result has its own.
+        # A fetch in progress has its own copies.
         self._whole_error = self.columns = None
         self.tags = self.tags[-1:]
 
     def forget_output(self) -> None:
-        """It will not be fetched: from now on it is read and dropped, so the job never waits."""
+        """Nobody will fetch it: read and drop its output, so that it never waits."""
         self.output.drop()
 
     @property
     def fetched_error(self) -> ErrorResponse | None:
-        """Its error for a fetch of the result: all of it, as long as the session has the job."""
+        """The error for a fetch of the result; whole, as long as the session has the job."""
         return self._whole_error or self.error
 
-    # What its backend sends
+    # Input from the backend
 
     def room(self) -> int:
-        """Bytes that may come in: what is left of the queue."""
+        """Bytes that fit into the queue."""
         room = self.output.room
         return READ_SIZE if room is None else max(room, self._missing)
 
     def feed(self, data: memoryview) -> None:
-        """Sort the input. A malformed stream ends the job."""
+        """Process input. A malformed stream ends the job."""
         try:
             if self._long is not None:
                 data = data[self._long.feed(data) :]
@@ -458,7 +458,7 @@ class Job(JobRecord):
         position = min(self._rest_of_row, size)
         self._rest_of_row -= position
         self._rows(data[:position], 0, cut=self._rest_of_row > 0)
-        # data[rows:position] is rows that are not queued yet: they are queued a run at a time.
+        # data[rows:position] holds rows not queued yet; they are queued a run at a time.
         rows, count = position, 0
         self._missing = 0
         while size - position >= HEADER_SIZE:
@@ -544,7 +544,7 @@ class Job(JobRecord):
             elif self.error is None and not self._is_committed:
                 self._fail(self._explained(error))
         elif kind == B.COPY_IN_RESPONSE:
-            # A COPY that the lexer did not recognise; without this the server waits for ever.
+            # A COPY that the lexer did not recognise; the server would wait for ever.
             assert self._backend is not None
             refusal = CopyFail(b"not allowed in pg_background")
             self._backend.transport.write(refusal.serialize())
@@ -552,12 +552,12 @@ class Job(JobRecord):
             self._ready(body)
 
     def _ready(self, status: bytes) -> None:
-        """The string has run. The transaction that was open for it is committed; if it has failed,
-        that ends it, too."""
+        """The string has run: end the transaction that was opened for it, by COMMIT even if it has
+        failed."""
         assert self._backend is not None
         settings = self._output_settings
         if settings.asks_behind:
-            settings.asks_behind = False  # the next ReadyForQuery is that of the comparison
+            settings.asks_behind = False  # the next ReadyForQuery belongs to the comparison
             self._is_committed = not self._backend.is_pooled
             return
         columns = self.columns if self.keeps_rows and self.error is None else None
@@ -566,13 +566,13 @@ class Job(JobRecord):
         if self._backend.is_pooled and status != _IDLE and not self._commits:
             self._commits = True
             if self.canceled and self.error is None:
-                self._fail(canceled(None))  # its code has caught it
+                self._fail(canceled(None))  # its code caught the cancel
             self._send(b"ROLLBACK" if self.canceled else b"COMMIT")
         else:
             self._finish(is_idle=status == _IDLE and not (self._backend.is_pooled or self._partial))
 
     def _send(self, sql: bytes) -> None:
-        """A query of ours, behind the job's."""
+        """Send a query of ours after the job's."""
         assert self._backend is not None
         self._backend.transport.write(Query(sql).serialize())
 
@@ -588,7 +588,7 @@ class Job(JobRecord):
         elif self._left:
             self.tags = [tag]
         else:
-            # A long string has many statements, and most of them end in the same way.
+            # Long strings have many statements, mostly with equal tags.
             self.tags.append(self.tags[-1] if self.tags and self.tags[-1] == tag else tag)
 
     def _statement_ended(self) -> None:
@@ -596,7 +596,7 @@ class Job(JobRecord):
             self._session.statement_ended()
 
     def _report_progress(self, notice: bytes) -> bool:
-        """What a call of pg_background_progress has said; false if it is something else."""
+        """Note a report of pg_background_progress; false if the notice is none."""
         report = reported(notice, self._marker, self.encoding)
         self.progress = report or self.progress
         return report is not None
@@ -606,7 +606,7 @@ class Job(JobRecord):
         return pooler.explained_of_job(error) if self.is_pooled else error
 
     def notice(self, output: Notice, encoding: bytes) -> bytes:
-        """A message of the job for who has this encoding: the whole NoticeResponse."""
+        """A notice of the job as a whole NoticeResponse, in this encoding."""
         notice = self._text.located(NoticeResponse.parse(output.data))
         return self.report_in(self._with_context(notice), encoding).serialize()
 
@@ -637,14 +637,14 @@ class Job(JobRecord):
             self.end_with(lost)
 
     def end_with(self, error: ErrorResponse) -> None:
-        """Its backend is gone, for this reason, if it has not ended already."""
+        """End with this error, since the backend is gone, unless the job has ended."""
         if not self.finished:
             self._fail(error)
             self._finish()
 
 
 def _whole(message: LongMessage, encoding: bytes) -> bytes:
-    """The body of an error or a notice that was cut. Raises ProtocolViolation for others."""
+    """The body of an error or notice that was cut. Raises ProtocolViolation for other messages."""
     if message.kind not in (B.ERROR_RESPONSE, B.NOTICE_RESPONSE):
         raise ProtocolViolation(f"message of type {chr(message.kind)!r} is too long")
     return cut_fields(message.body, encoding)

@@ -1,7 +1,7 @@
-"""What the log says of a job: one line at its end, and at the level debug one at its start.
+"""Logs jobs: one line at the end, and at the level debug one at the start.
 
-Invariant: of what a job runs and of what went wrong the log has the SQLSTATE only, since SQL and
-messages may quote what is secret; the beginning of the SQL is there if ``log_job_sql`` says so.
+Invariant: SQL and messages may quote secrets, so the log has only the SQLSTATE; with
+``log_job_sql`` also the beginning of the SQL.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from proxy.log import Event, Milliseconds, Value, logger
 from proxy.sql.recoding import readable
 
 OFF: Final = -1
-"""The log_min_job_duration that logs no job."""
+"""The value of log_min_job_duration that logs no job."""
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
 
 
 def started(job: Job, config: Config) -> None:
-    """It is about to run."""
+    """The job is about to run."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug(Event("job launched", _names(job) | _sql(job, config)))
 
 
 def ended(job: Job, config: Config) -> None:
-    """Its backend is done with it."""
+    """The job has ended."""
     assert job.finished_at is not None
     took = (job.finished_at - job.launched_at) / _MILLISECOND
     failed = job.error is not None or job.is_abandoned

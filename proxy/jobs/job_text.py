@@ -1,8 +1,8 @@
-"""Where an error or a notice of a job points: into the job's own text.
+"""Makes the errors and notices of a job point into the job's own text.
 
-Invariant: no position goes to the caller as one in his own statement. It is that of an internal
-query, as the server gives it for the text of an EXECUTE in PL/pgSQL; and the text is the job's as
-it was launched, also where the server got other words.
+Invariant: the caller never gets such a position as one in its own statement. It is that of an
+internal query, as the server gives it for EXECUTE in PL/pgSQL, and refers to the job's text as
+launched, even where the server got another.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from proxy.sql.encodings import position_codec
 from proxy.sql.rewrite import Piece, Rewrite
 
 LONGEST_QUERY: Final = FULL_SQL_SIZE
-"""Bytes of a text that goes along with its errors. Those of a longer one have the position only."""
+"""Bytes of a text that accompanies its errors. Those of a longer one have the position only."""
 
 
 class JobText:
-    """The text of one job, from its launch until its session is done with it.
+    """The text of one job, from launch until its session is done with it.
 
     Attributes:
-        progress_calls: places of the statements that stand for a call of pg_background_progress.
+        progress_calls: indexes of the statements that stand for calls of pg_background_progress.
     """
 
     def __init__(self, sql: bytes, parameters: Mapping[bytes, bytes], marker: bytes) -> None:
@@ -30,7 +30,7 @@ class JobText:
         Args:
             sql: the job's string.
             parameters: of the job's backend.
-            marker: what a block in place of such a statement has in its text.
+            marker: identifies the blocks that replace such statements.
         """
         self.progress_calls: frozenset[int] = frozenset()
         self._sql: bytes | None = sql
@@ -41,7 +41,7 @@ class JobText:
         self._blocks: Mapping[int, Sequence[Piece]] = {}
 
     def sent(self, pieces: Sequence[Piece], blocks: Mapping[int, Sequence[Piece]]) -> bytes:
-        """What the server gets. `blocks`: those among the pieces, by their statement's place."""
+        """The text for the server. `blocks`: those among the pieces, by statement index."""
         assert self._sql is not None
         self.progress_calls = frozenset(blocks)
         if all(piece.inserted is None for piece in pieces):
@@ -52,21 +52,21 @@ class JobText:
         return self._rewrite.sql
 
     def taken_up(self) -> None:
-        """The server has it. A long one is not kept."""
+        """The server has the text: drop it if it is long."""
         if self._sql is not None and len(self._sql) > LONGEST_QUERY:
             self.forget()
 
     def forget(self) -> None:
-        """Nobody will fetch its errors."""
+        """Drop the text: nobody will fetch its errors."""
         self._sql = self._rewrite = None
         self._blocks = {}
 
     def located(self, report: ReportT, place: int | None = None) -> ReportT:
-        """A message of the job's backend, pointing into the job's text if it points at all.
+        """A message of the job's backend, made to point into the job's text if it has a position.
 
         Args:
             report: as the server has sent it.
-            place: how many statements had ended before.
+            place: number of statements that had ended before.
         """
         fields = dict(report.fields)
         is_blocks = place in self.progress_calls
@@ -87,8 +87,8 @@ class JobText:
         return type(report)(fields)
 
     def _position(self, sent: bytes) -> bytes | None:
-        """In the job's text, of what is there in the text that was sent; None if it is not known.
-        Both are in characters, from 1."""
+        """From a position in the text that was sent to that in the job's text; None if unknown.
+        Both count characters from 1."""
         if not self._is_changed:
             return sent
         if self._rewrite is None or (codec := self._codec()) is None:
@@ -98,7 +98,7 @@ class JobText:
     def _position_in_block(
         self, fields: Mapping[str, bytes], pieces: Sequence[Piece]
     ) -> bytes | None:
-        """Of what is in a query of a block."""
+        """The position for one in a query of a block."""
         if self._rewrite is None or (codec := self._codec()) is None:
             return None
         block = Rewrite(self._rewrite.original, tuple(pieces))
@@ -116,7 +116,7 @@ class JobText:
         return position_codec(self._rewrite.original, client, server)
 
     def _around_block(self, context: bytes) -> bytes:
-        """The lines of a CONTEXT less the last ones, which are about a block."""
+        """The lines of a CONTEXT without the last ones, which are about a block."""
         lines = context.split(b"\n")
         marked = (number for number, line in enumerate(lines) if self._marker in line)
         return b"\n".join(lines[: next(marked, len(lines) - 1)])

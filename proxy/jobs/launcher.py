@@ -1,9 +1,9 @@
-"""Launching a job on a spare or a new backend, with the launching session's role and settings.
+"""Launches a job on a spare or new backend, with the launching session's role and settings.
 
 Invariant: the backend logs in as the client did, with the same startup packet, and takes over what
-the session has changed since: a spare in the write that brings its job (`backends/takeover`). If
-any of that fails the launch fails; a job never runs with another role or other settings than its
-session had, even behind a connection pooler.
+the session has changed since; a spare in the write that brings its job (`backends/takeover`). If
+any of that fails, the launch fails: a job never runs with another role or other settings than its
+session's, not even behind a connection pooler.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Launcher:
     ) -> None:
         """
         Args:
-            service: what all sessions share.
+            service: shared by all sessions.
             startup: the parameters of the session's StartupMessage.
             route: to its server.
             observer: of its login.
@@ -82,12 +82,12 @@ class Launcher:
 
     @property
     def login(self) -> Login:
-        """That of the jobs' backends."""
+        """The login of the jobs' backends."""
         return self._login
 
     @property
     def database(self) -> bytes:
-        """That it logs in to."""
+        """The database of that login."""
         return self._login.database
 
     async def launch(
@@ -99,24 +99,23 @@ class Launcher:
         label: bytes | None,
         system_id: bytes | None,
     ) -> T:
-        """Begin a job on a backend that is ready for it.
+        """Begin a job on a ready backend.
 
         Args:
-            begin: sends the job, and has the backend kept at its end. It may be called again, on
-                another backend, if it raises what `Backend.start` raises.
+            begin: sends the job, and has the backend kept at its end. Called again with another
+                backend if it raises what `Backend.start` raises.
             context: of the call.
-            client_encoding: of the SQL, and of the results.
+            client_encoding: of the SQL and the results.
             label: of the job.
-            system_id: of the session's database cluster, if it is known.
+            system_id: of the session's database cluster, if known.
 
-        Raises SQLError: there is no backend to be had, or it cannot take over the session's
-        settings.
+        Raises SQLError: no backend can be had, or it cannot take over the session's settings.
         """
         login = StartupMessage(
             {
                 **self._startup,
                 b"client_encoding": client_encoding,
-                # Its own name, as jobs have it, comes with what it takes over.
+                # A job's own application_name is set when it takes over.
                 b"application_name": b"pg_background starting",
             }
         )
@@ -143,7 +142,7 @@ class Launcher:
                 is_begun = True
                 return await begin(backend, functools.partial(self.reuse.keep, key))
             except StaleLoginError as error:
-                # Let the server judge a new login. The other spares are no better.
+                # Let the server judge a new login; the other spares are just as stale.
                 logger.debug("the spares of %s are retired: %s", self._login, explain(error))
                 backend.terminate()
                 spares.retire(self._login)
@@ -154,9 +153,9 @@ class Launcher:
                     raise
                 if not is_spare:
                     raise no_backend(explain(error)) from None
-                # The spare had died unnoticed; try the next one.
+                # The spare died unnoticed; try the next one.
             except BaseException:
-                if not is_begun:  # else a hang-up would not stop what was sent
+                if not is_begun:  # closing alone would not stop what was sent
                     backend.terminate()
                 raise
 
@@ -164,10 +163,10 @@ class Launcher:
         self, backend: Backend, context: Context, overrides: dict[bytes, bytes], *, is_spare: bool
     ) -> None:
         """Have a backend take over the session's role and settings: a spare when its job begins, in
-        the same write; another at once.
+        the same write; another now.
 
-        Behind a connection pooler the next query may be for another server connection, unless a
-        transaction is open: there the job runs in the transaction that has taken over.
+        Behind a connection pooler the next query may reach another server connection unless a
+        transaction is open; there the job runs in the transaction that has taken over.
 
         Raises ServerError, ConnectionError, ProtocolViolation.
         """
@@ -176,13 +175,13 @@ class Launcher:
             reading = [(name, value) for name, value in context.settings if name in READING]
             changes = any(backend.parameters.get(name) != value for name, value in reading)
             backend.takeover = Takeover(query, changes)
-            # The server reports them when the job has ended, but its rows may be read before.
+            # The server reports them at the end of the job, but rows may be read before.
             styles = {name: value for name, value in context.settings if name in STYLES}
             backend.parameters.update(styles)
             return
         row = await backend.row(query)
         if number(row[0]) != backend.pid:
-            # The pooler may have kept what the startup packet says from the server.
+            # The pooler may not have passed the startup packet's settings to the server.
             overrides = overrides | backend.own_settings | {SESSION_SETTING: b""}
             row = await backend.row(takeover_block(context, self.user, overrides))
             backend.pid = number(row[0])
@@ -190,19 +189,19 @@ class Launcher:
         backend.taken_over = row
 
     def setting(self, setting: Guc, context: Context) -> int:
-        """A setting of ours, as it is in a session. Raises SQLError 22023."""
+        """The value of one of our settings in the session. Raises SQLError 22023."""
         try:
             return setting.parse(self._text(setting.name, context))
         except ValueError as error:
             raise SQLError(INVALID_PARAMETER_VALUE, str(error)) from None
 
     def _text(self, name: str, context: Context) -> str:
-        # RESET ALL leaves a setting empty that nothing on the server has set.
+        # RESET ALL leaves a setting empty unless the server's configuration sets it.
         default = self._service.runtime.config.session_defaults[name]
         return context.own_settings.get(name) or default
 
     def _own_settings(self, context: Context) -> dict[bytes, bytes]:
-        """Ours, for a job's session, which has the default of none."""
+        """Our settings for a job's session, which gets no defaults."""
         return {name.encode(): self._text(name, context).encode() for name in GUCS}
 
     async def channel(self) -> Channel:
@@ -220,31 +219,31 @@ class Launcher:
         )
 
     async def open_listener(self) -> Backend:
-        """A backend that may listen. Raises SQLError."""
+        """A backend for LISTEN. Raises SQLError."""
         _, database, user = self._login
         name = LISTENER_NAME
         login = StartupMessage({b"user": user, b"database": database, b"application_name": name})
         return await self._service.spares.open_now(functools.partial(self._open, login))
 
     def idle_channel(self, pid: int) -> Channel | None:
-        """The same, if the one with this pid is idle and shows a word."""
+        """The channel with this pid, if it is idle and shows a word."""
         return self._service.channels.take(self._login, pid)
 
     def for_job(self, pid: int) -> Launcher:
-        """One for what a job launches, whose backend has this PID."""
+        """The launcher for a job whose backend has this pid."""
         reuse = Reuse(self._service.spares)
         return Launcher(self._service, self._startup, self.route, self._observer, pid, reuse)
 
     def for_login(self, role: bytes) -> Launcher:
-        """One for what code launches that runs as another role than the session's: it logs in with
-        what the proxy has for that role, and with nothing of the session's."""
+        """The launcher for code that runs as another role than the session's: it logs in with the
+        proxy's credentials for that role, and with none of the session's."""
         startup = {**self._startup, b"user": role, b"database": self._login.database}
         observer = LoginObserver.of_code()
         return Launcher(self._service, startup, self.route, observer, self.pid, self.reuse)
 
     async def _open_side_backend(self, login: StartupMessage) -> Backend:
-        """One that has its words from the startup packet: in SQL, monitors and the server's log
-        would see them."""
+        """A backend that gets its words in the startup packet: in SQL, monitoring and the server's
+        log would show them."""
         own_settings = {
             JOB_SETTING: secrets.token_hex(16).encode(),
             SESSION_SETTING: session_secret(),

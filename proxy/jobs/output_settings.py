@@ -1,10 +1,10 @@
-"""Output settings (DateStyle, bytea_output, …) that a job changes for itself.
+"""Keeps output settings (DateStyle, bytea_output, …) that a job changes away from its result.
 
-Invariant: values are read with the settings that the caller had at the launch, so none may be
+Invariant: a job's values are read with the settings that the caller had at launch, so none may be
 printed with others. Where a job's text may change them, its last statement becomes a cursor: the
-query runs to its end with the job's settings, and then its rows are printed with the caller's, all
-in the job's one transaction. Where there can be no such cursor, or a function changes settings out
-of sight, they are compared afterwards, and the result ends in an error.
+query runs to its end with the job's settings, then its rows are printed with the caller's, all in
+the job's one transaction. Where no such cursor is possible, or a function changes settings out of
+sight, they are compared afterwards, and the result ends in an error.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ _NAMES: Final = (
 )
 
 COLUMNS: Final = b", ".join(b"pg_catalog.current_setting(%b)" % literal(name) for name in _NAMES)
-"""Of a SELECT: the settings as they are."""
+"""Columns of a SELECT: the present settings."""
 
 _SETS: Final = frozenset((*_NAMES, b"time", b"names"))
-"""Words of a SET that changes one of them."""
+"""Words that begin a SET of one of them."""
 
 _HIDDEN: Final = (b"set_config", b"pg_settings", b'u&"')
-"""What a statement has in its text that changes settings itself, or by a name that is not read."""
+"""Texts of statements that change settings themselves, or use names that are not read."""
 
 _LONG: Final = 64 * 1024
-"""Bytes."""
+"""In bytes."""
 
 _MAY_SET: Final = frozenset(
     ("call", "copy", "discard", "do", "execute", "explain", "fetch", "load", "move", "reset")
 )
-# A query may begin with a bracket, which is no key word.
+# A query may begin with a bracket: its first word is empty.
 _QUERIES: Final = frozenset(("", "select", "table", "values", "with"))
 _RETURNS: Final = frozenset(("call", "execute", "fetch", *_QUERIES))
 _CHANGES: Final = frozenset(("delete", "insert", "merge", "update"))
 _IN_A_BLOCK: Final = frozenset((*_QUERIES, *_CHANGES))
-"""What certainly does not refuse a transaction block."""
+"""Statements that certainly do not refuse a transaction block."""
 
 _KNOWN: Final = re.compile(
     rb"pg_(try_)?advisory_\w+|pg_sleep(_for|_until)?|pg_notify|pg_backend_pid|pg_background_\w+"
     rb"|now|clock_timestamp|generate_series|nextval|setval|count|sum|min|max|avg"
     rb"|select|values|with|as|from|in|exists|any|all|and|or|not|coalesce|greatest|least"
 )
-"""Common functions that change no setting, and key words in front of a bracket. What they stand for
-must still be seen as it is in pg_stat_activity."""
+"""Common functions that change no setting, and key words in front of brackets. Statements with
+no others are sent unchanged, as pg_stat_activity should show them."""
 
 _UNAFFECTED: Final = frozenset(
     (
@@ -76,47 +76,46 @@ _UNAFFECTED: Final = frozenset(
 
 _CURSOR: Final = b'"pg_background result"'
 _DECLARE: Final = b"DECLARE %b SCROLL CURSOR FOR WITH %b AS %%b(" % (_CURSOR, _CURSOR)
-# The first MOVE runs the query, the second one only goes back to the first of its rows, because
-# they are kept (MATERIALIZED). A cursor WITH HOLD would run it at the commit: after the job's last
-# chance to fail by statement_timeout.
+# The first MOVE runs the query; the second only returns to the first row, since the rows are kept
+# (MATERIALIZED). A cursor WITH HOLD would run it at the commit, after the job's last chance to fail
+# by statement_timeout.
 _FETCH: Final = (
     b") TABLE %b; MOVE ALL IN %b; SELECT %%b; MOVE ABSOLUTE 0 IN %b; FETCH ALL IN %b"
     % ((_CURSOR,) * 4)
 )
 _BEHIND_DECLARE: Final = 4
-"""Statements, the last of which returns the rows."""
+"""Statements behind DECLARE; the last returns the rows."""
 
 _ENCODING: Final = 2
-"""The bit of client_encoding among the differences; 1 is that of the other settings."""
+"""The bit of client_encoding among the differences; 1 is that of all others."""
 
 
 class OutputSettings:
-    """What is done about them for one job, from its text to its end.
+    """The output settings of one job, from its text to its end.
 
     Attributes:
-        callers: the caller's, as the job begins with them (`read`); empty as long as they are not
-            known.
-        compares: whether a statement behind the job's own compares them.
-        asks_behind: whether that is a query of its own.
+        callers: the caller's, with which the job begins (`read`); empty if not known.
+        compares: whether a statement behind the job's compares them.
+        asks_behind: whether that statement is a query of its own.
     """
 
     def __init__(self, parameters: dict[bytes, bytes]) -> None:
-        """`parameters`: of the job's backend."""
+        """`parameters`: those of the job's backend."""
         self.callers: Sequence[bytes] = ()
         self.compares = False
         self.asks_behind = False
         self._parameters = parameters
-        # Whether a statement before the last one may change them, or at least runs code of others.
+        # Whether a statement before the last may change them, or runs code of others.
         self._may_change = False
         self._runs_code = False
         self._differ = 0
-        # The cursor's place among the statements.
+        # The index of the cursor's statement.
         self._cursor: int | None = None
 
     # The text
 
     def look(self, sql: bytes, statement: Statement) -> None:
-        """At a statement before the last one."""
+        """Examine a statement before the last."""
         self._may_change = self._may_change or _may_change(sql, statement)
         self._runs_code = self._runs_code or _runs_code(sql, statement)
 
@@ -125,12 +124,12 @@ class OutputSettings:
         return self._may_change or self._runs_code or _is_hidden(sql, last)
 
     def last_statement(self, sql: bytes, last: Statement, place: int) -> list[Piece]:
-        """What is sent for it and what follows it.
+        """What is sent in place of the last statement.
 
         Args:
             sql: the job's string.
             last: its last statement.
-            place: how many statements there are before that.
+            place: number of statements before that.
         """
         may_change = self._may_change or _is_hidden(sql, last)
         if may_change and _can_be_cursor(sql, last):
@@ -142,7 +141,7 @@ class OutputSettings:
                 Piece(last.start, last.end),
                 Piece(last.end, last.end, _FETCH % _restoration(self.callers)),
             ]
-        # Alone it may be one that refuses a transaction block.
+        # A single statement may be one that refuses a transaction block.
         is_in_a_block = place or keyword(sql, last.tokens[0]) in _IN_A_BLOCK
         if not ((may_change or self._runs_code) and is_in_a_block and _may_return_rows(sql, last)):
             return [Piece(last.start, len(sql))]
@@ -152,28 +151,28 @@ class OutputSettings:
 
     @property
     def added_statements(self) -> int:
-        """How many of ours follow the last one up to that which returns its rows."""
+        """Number of our statements between the last one and the one that returns its rows."""
         return 0 if self._cursor is None else _BEHIND_DECLARE
 
     def tag(self, place: int, tag: bytes) -> bytes | None:
-        """The command tag that the caller gets for one of the statements, if any."""
+        """The command tag for the caller of one of the statements; None if it is ours."""
         if self._cursor is None or place < self._cursor:
             return tag
         if place < self._cursor + _BEHIND_DECLARE:
             return None
         return tag.replace(b"FETCH", b"SELECT")
 
-    # The result
+    # Result
 
     def question(self, columns: Sequence[Field]) -> bytes | None:
-        """A query to send at once behind a job that returns these columns, if one is needed."""
+        """A query to send behind a job that returns these columns; None if none is needed."""
         if self._cursor is not None or self.compares or not _depends(columns):
             return None
         self.compares = self.asks_behind = True
         return _comparison(self.callers)
 
     def compared(self, tag: bytes) -> None:
-        """By what ends in this command tag."""
+        """The comparison has ended with this command tag."""
         self._differ |= int(tag.rpartition(b" ")[2])
 
     def reported_encoding(self, encoding: bytes) -> None:
@@ -182,7 +181,7 @@ class OutputSettings:
             self._differ = _ENCODING * (encoding != self.callers[0])
 
     def fault(self, columns: Sequence[Field]) -> SQLError | None:
-        """0A000 if these columns were printed with other settings, as far as is known by now."""
+        """0A000 if these columns were printed with other settings, as far as is known."""
         is_wrong = self._differ & _ENCODING or (self._differ and _depends(columns))
         if self._cursor is not None or not is_wrong:
             return None
@@ -204,8 +203,7 @@ def read(row: Sequence[bytes | None]) -> tuple[bytes, ...]:
 
 
 def _may_change(sql: bytes, statement: Statement) -> bool:
-    """Whether a statement before the last one changes them by its own text, or may do so by what it
-    calls."""
+    """Whether a statement before the last changes them itself, or may do so by what it calls."""
     if _is_hidden(sql, statement):
         return True
     first = keyword(sql, statement.tokens[0])
@@ -217,7 +215,7 @@ def _may_change(sql: bytes, statement: Statement) -> bool:
 
 
 def _calls(sql: bytes, tokens: Sequence[Token]) -> bool:
-    """Whether there are calls of functions that are not known."""
+    """Whether it calls functions that are not known."""
     if len(tokens) > MAX_TOKENS:
         return True
     for token, bracket in pairwise(tokens):
@@ -229,15 +227,15 @@ def _calls(sql: bytes, tokens: Sequence[Token]) -> bool:
 
 
 def _runs_code(sql: bytes, statement: Statement) -> bool:
-    """Whether it is more than a SET or a query of known functions: the code of a trigger, a view or
-    a function may change settings for the transaction."""
+    """Whether it is more than SET or a query of known functions: code of triggers, views or
+    functions may change settings for the transaction."""
     first = keyword(sql, statement.tokens[0])
     reads = any(keyword(sql, token) == "from" for token in statement.tokens)
     return first not in ("set", "select", "values") or reads
 
 
 def _is_hidden(sql: bytes, statement: Statement) -> bool:
-    """Whether it has one of the words `_HIDDEN`. A very long constant is data, and not searched."""
+    """Whether it contains one of `_HIDDEN`. A very long constant is data, and is not searched."""
     start, end, tokens = statement
     if end - start <= _LONG or len(tokens) > MAX_TOKENS:
         lower = sql[start:end].lower()
@@ -250,7 +248,7 @@ def _is_hidden(sql: bytes, statement: Statement) -> bool:
 
 
 def _may_return_rows(sql: bytes, statement: Statement) -> bool:
-    """Whether it may have a result, of other columns than text."""
+    """Whether it may have a result with columns other than text."""
     first = keyword(sql, statement.tokens[0])
     return first in _RETURNS or any(
         keyword(sql, token) == "returning" for token in statement.tokens
@@ -258,7 +256,7 @@ def _may_return_rows(sql: bytes, statement: Statement) -> bool:
 
 
 def _can_be_cursor(sql: bytes, statement: Statement) -> bool:
-    """Whether it is certainly a query that can stand in brackets."""
+    """Whether it is certainly a query that may stand in brackets."""
     tokens = statement.tokens
     if len(tokens) > MAX_TOKENS:
         return False
@@ -278,7 +276,7 @@ def _can_be_cursor(sql: bytes, statement: Statement) -> bool:
 
 
 def _restoration(callers: Sequence[bytes]) -> bytes:
-    """The columns of a SELECT that sets them for the rest of the transaction."""
+    """The columns of a SELECT that restores them for the rest of the transaction."""
     return b", ".join(
         b"pg_catalog.set_config(%b, %b, true)" % (literal(name), literal(own))
         for name, own in zip(_NAMES, callers, strict=True)
@@ -286,7 +284,7 @@ def _restoration(callers: Sequence[bytes]) -> bytes:
 
 
 def _comparison(callers: Sequence[bytes]) -> bytes:
-    """A query whose command tag tells which settings differ: it returns rows without columns."""
+    """A query whose command tag tells which settings differ; its rows have no columns."""
     encoding, *others = (
         b"pg_catalog.current_setting(%b) OPERATOR(pg_catalog.<>) %b" % (literal(name), literal(own))
         for name, own in zip(_NAMES, callers, strict=True)
@@ -298,5 +296,5 @@ def _comparison(callers: Sequence[bytes]) -> bytes:
 
 
 def _depends(columns: Iterable[Field]) -> bool:
-    """Whether values of these columns may be printed in several ways."""
+    """Whether settings affect how values of these columns are printed."""
     return any(column.type_oid not in _UNAFFECTED for column in columns)

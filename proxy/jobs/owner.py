@@ -1,7 +1,7 @@
-"""Whose jobs they are: a session; or a job, whose SQL launches others.
+"""Owners of jobs: a session, or a job whose SQL launches others.
 
-Invariant: for the functions both are the same. They differ in where an owner's messages go, and in
-how its settings are known.
+Invariant: the functions treat both alike. They differ in where messages go and in how settings are
+known.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """A launch under way: what was asked for, and all that decides how it is done.
+    """A launch under way: the request, and what decides how it is carried out.
 
     Attributes:
-        client_encoding: of the SQL, and of the results.
+        client_encoding: of the SQL and the results.
         queue_size: in bytes.
-        system_id: of the owner's database cluster, if it is known.
+        system_id: of the owner's database cluster, if known.
     """
 
     request: LaunchRequest
@@ -78,15 +78,14 @@ class _Launch:
 
 
 class Owner(ABC):
-    """What launches jobs, and may ask after them.
+    """Launches jobs, and may ask about them.
 
     Attributes:
         service: the jobs of all owners.
-        jobs: those that it launched and has not fetched or detached.
+        jobs: those that it has launched and not fetched or detached.
         pending: jobs that start when its transaction commits.
         custom_settings: names with a dot that it may have set.
-        system_id: the system identifier of its database cluster; empty if that cannot be known,
-            None if not asked for yet.
+        system_id: of its database cluster; empty if it cannot be known, None if not asked for yet.
     """
 
     custom_settings: Iterable[bytes]
@@ -100,48 +99,48 @@ class Owner(ABC):
     @property
     @abstractmethod
     def launcher(self) -> Launcher:
-        """Opens the backends of its jobs."""
+        """Opens backends for its jobs."""
 
     @property
     @abstractmethod
     def server_version(self) -> int:
-        """As server_version_num has it, without the minor version: 90500, 150000."""
+        """As server_version_num, without the minor version: 90500, 150000."""
 
     @property
     @abstractmethod
     def client_encoding(self) -> bytes:
-        """As PostgreSQL names it."""
+        """By PostgreSQL's name."""
 
     @property
     @abstractmethod
     def server_encoding(self) -> bytes:
-        """As PostgreSQL names it; empty if it is not known."""
+        """By PostgreSQL's name; empty if unknown."""
 
     @property
     def encoding(self) -> bytes:
-        """Of what it is sent."""
+        """The encoding of what it is sent."""
         return encoding_of(self.client_encoding, self.server_encoding)
 
     @abstractmethod
     async def inject(self, message: bytes) -> None:
-        """A message of one of its jobs, while the server is in the middle of a statement."""
+        """Deliver a message of one of its jobs, while the server is within a statement."""
 
     @abstractmethod
     def cancel_statement(self) -> None:
-        """Have the server cancel the statement that it runs for this owner."""
+        """Have the server cancel the owner's present statement."""
 
     @abstractmethod
     def job_session(self, launcher: Launcher, backend: Backend) -> JobSession:
-        """What serves the calls of one of its jobs.
+        """The session that serves the calls of one of its jobs.
 
         Args:
-            launcher: opens the backends of the jobs that this one launches.
+            launcher: opens the backends of the jobs that this job launches.
             backend: runs the job.
         """
 
     @property
     def cluster(self) -> bytes:
-        """What tells its database cluster from others, by which OIDs mean something."""
+        """Identifies its database cluster, within which OIDs have a meaning."""
         return self.system_id or repr(self.launcher.route.host).encode()
 
     async def launch(
@@ -153,18 +152,18 @@ class Owner(ABC):
         client_encoding: bytes | None = None,
         waiting: Waiting = contextlib.nullcontext,
     ) -> Job:
-        """Start a job on a spare or a new backend, with the owner's role and settings; as soon as
-        there is room for it, if that is soon enough for pg_background.launch_timeout.
+        """Start a job on a spare or new backend, with the owner's role and settings, once there is
+        room for it; pg_background.launch_timeout limits the wait.
 
         If it may be queued, all jobs count that the owner has launched and that run, attached or
-        not: who queues jobs often detaches them at once, or leaves.
+        not: those who queue jobs often detach them at once, or leave.
 
         Args:
-            request: what is launched.
+            request: the launch.
             context: of the call.
             launcher: opens the backend, if not as the owner's role.
-            client_encoding: of the SQL, and of the results, if it is not the owner's.
-            waiting: entered while it waits for room.
+            client_encoding: of the SQL and the results, if not the owner's.
+            waiting: entered during a wait for room.
 
         Raises SQLError.
         """
@@ -194,7 +193,7 @@ class Owner(ABC):
         launcher: Launcher,
         client_encoding: bytes | None,
     ) -> _Launch:
-        """Raises SQLError for a queue size that is none."""
+        """Raises SQLError for an invalid queue size."""
         size = checked_queue_size(request.queue_size, launcher.setting(DEFAULT_QUEUE_SIZE, context))
         return _Launch(
             request,
@@ -227,8 +226,7 @@ class Owner(ABC):
         return await self._in_room(begin, launch, patience, count_all=count_all)
 
     async def _queue(self, launch: _Launch, tried: Patience) -> Job:
-        """Have a job start when there is room for it, some time. `tried`: in vain. Raises
-        SQLError."""
+        """Queue a job until there is room. `tried`: the wait that failed. Raises SQLError."""
         size = len(launch.request.sql)
         queue = self.service.queue
         queue.check(launch.launcher.user, size)
@@ -241,7 +239,7 @@ class Owner(ABC):
         return job
 
     async def _announce(self, job: Job) -> None:
-        """Tell the other processes of a job that waits."""
+        """Tell the other processes about a waiting job."""
         try:
             await self.service.peers.announce(job.role_id)
         except asyncio.CancelledError:
@@ -249,13 +247,14 @@ class Owner(ABC):
             raise
 
     async def _start(self, job: Job, start: Start, otherwise: Callable[[], None]) -> None:
-        """Start it on the backend that it has. If that fails, and the launch may be tried on
-        another: `otherwise`, and raises what `Job.start` has raised."""
+        """Start the job on its backend. If that fails before it has run, call `otherwise`, and
+        raise what `Job.start` has raised: another backend may do.
+        """
         start.job = job
         try:
             await job.start()
         except (StaleLoginError, SQLError, OSError, ProtocolViolation):
-            if job.canceled:  # it is not to be tried again
+            if job.canceled:  # no other attempt
                 job.end_with(canceled(None))
             if not job.finished:
                 otherwise()
@@ -291,12 +290,12 @@ class Owner(ABC):
             label=request.label,
             keep_rows=request.keeps_rows,
             budgets=self.service.budgets.of_role(launcher.user),
-            # Not of the owner, which may be gone before the job.
+            # Without reference to the owner, which may be gone before the job.
             on_finish=functools.partial(_ended, self.jobs, self.service),
         )
 
     def _give(self, job: Job, launch: _Launch, backend: Backend, keep_backend: Keep) -> None:
-        """Have a job run on this backend."""
+        """Assign the job to this backend."""
         launcher = launch.launcher
         session = self.job_session(launcher.for_job(backend.pid), backend)
         if isinstance(job, RetriedJob):
@@ -319,7 +318,7 @@ class Owner(ABC):
         *,
         count_all: bool,
     ) -> T:
-        """Begin a job on a backend when there is room for it. Raises SQLError."""
+        """Begin a job on a backend once there is room for it. Raises SQLError."""
         service, launcher = self.service, launch.launcher
 
         async def attempt(start: Start) -> T:
@@ -360,7 +359,7 @@ class Owner(ABC):
         launcher: Launcher | None = None,
         client_encoding: bytes | None = None,
     ) -> tuple[Job, Notification]:
-        """The same, when a transaction commits that sends this notification.
+        """Launch once a transaction commits that sends the notification.
 
         Raises SQLError.
         """
@@ -387,7 +386,7 @@ class Owner(ABC):
         return job, notification
 
     def _forget(self, job: Job) -> None:
-        """The transaction that has launched it was rolled back."""
+        """Forget a job, since the transaction that launched it was rolled back."""
         job.error = rolled_back().response()
         self._withdraw(job)
         self.service.withdrawn(job)
@@ -395,10 +394,10 @@ class Owner(ABC):
     async def _start_waiting(
         self, job: Job, launch: _Launch, promised: Patience | None = None
     ) -> None:
-        """Run a job that is known already, as soon as there is room for it. If it cannot run, it
-        ends with the error: nobody could be told of it otherwise.
+        """Run a job that is known already, once there is room. If it cannot run, it ends with the
+        error, since nobody could be told otherwise.
 
-        `promised`: if it did not come just now.
+        `promised`: its wait for room, if that began earlier.
         """
         job.unfinished_state = QUEUED
 
@@ -436,23 +435,23 @@ class Owner(ABC):
             self._follow(job, launch, patience)
 
     def transaction_ended(self) -> None:
-        """Its transaction has, and so has each before that."""
+        """The owner's transaction has ended, and so have all earlier ones."""
         if self.pending:
             self.service.pending.transaction_ended(tuple(self.pending))
             self.pending.clear()
 
     def transaction_lost(self, pid: int) -> None:
-        """It has no session any more; the backend of that, of this PID, may still be committing."""
+        """The owner's session is gone; its backend, `pid`, may still be committing."""
         if self.pending:
             self.service.pending.owner_gone(tuple(self.pending), pid)
             self.pending.clear()
 
     async def check_may_wait(self, jobs: Iterable[JobRecord]) -> None:
-        """Raises SQLError 55000 for a job that waits until this transaction commits."""
+        """Raises SQLError 55000 if a job waits for this very transaction to commit."""
         waited_for = set(jobs)
         mine = {pending for pending in self.pending if pending.job in waited_for}
         if mine:
-            # A procedure may have committed, which is not heard yet.
+            # A procedure may have committed, whose words are not heard yet.
             await self.service.pending.catch_up(mine)
         if mine & self.pending:
             raise SQLError(
@@ -462,28 +461,27 @@ class Owner(ABC):
             )
 
     def drop(self, job: Job) -> None:
-        """Stop a job whose launch or fetch was interrupted, and that no caller can ask for."""
+        """Stop a job whose launch or fetch was interrupted, and whose handle nobody has."""
         if not job.finished:
             self.service.cancel(job)
         self.jobs.remove(job)
 
     def launcher_for(self, login: bytes | None) -> Launcher:
-        """Opens the backends of jobs that log in as another role; None: as the owner's."""
+        """The launcher for jobs that log in as another role; None: as the owner's."""
         return self.launcher if login is None else self.launcher.for_login(login)
 
     async def lease_channel(self, login: bytes | None) -> Channel:
         """A channel to answer calls from inside the database.
 
         Args:
-            login: the role that it is of, as the server's database has the name; None for that
-                of the owner.
+            login: its role, in the encoding of the database; None for the owner's.
 
         Raises SQLError, OSError.
         """
         return self._known_by(await self.launcher_for(login).channel())
 
     def idle_channel(self, login: bytes | None, pid: int) -> Channel | None:
-        """The same, if the one with this pid is idle and shows a word."""
+        """The channel with this pid, if it is idle and shows a word."""
         channel = self.launcher_for(login).idle_channel(pid)
         return None if channel is None else self._known_by(channel)
 
@@ -496,18 +494,18 @@ class Owner(ABC):
 async def _relaunch(
     service: JobService, launch: _Launch, begin: Callable[[Backend, Keep], Awaitable[None]]
 ) -> None:
-    """Begin another attempt, behind the launches that wait for room. Raises SQLError."""
+    """Begin another attempt, after the launches that wait for room. Raises SQLError."""
     attempt = functools.partial(launch.on_backend, begin)
     await service.room.launch(launch.launcher.login, attempt, Patience(LONGEST_PAUSE))
 
 
 def _next_session(first: Owner, launcher: Launcher, backend: Backend) -> JobSession:
-    """What serves the calls of another attempt; `first` has served those of the first one."""
+    """The session that serves the calls of a later attempt. `first`: that of the first one."""
     return first.job_session(launcher.for_job(backend.pid), backend)
 
 
 def _ended(jobs: Jobs, service: JobService, job: Job) -> None:
-    if job.pid == NO_PID:  # what ends counts as launched
+    if job.pid == NO_PID:  # it counts as launched now that it has ended
         counters.launched += 1
     job_log.ended(job, service.runtime.config)
     jobs.ended(job)

@@ -1,7 +1,6 @@
-"""The other processes that serve clients, as the jobs of this one need them.
+"""The other processes that serve clients, as the jobs of this one see them.
 
-Invariant: a process serves its clients alone unless it is given other peers than these, which know
-nothing. `workers.peers` has those of several processes.
+Invariant: unless it is given other peers (`workers.peers`), a process is alone: these know nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ class Peers:
     """No other processes.
 
     Attributes:
-        roles: OIDs of the roles whose jobs they know.
+        roles: OIDs of the roles whose jobs other processes know.
     """
 
     @property
@@ -25,38 +24,37 @@ class Peers:
         return frozenset()
 
     async def find(self, handles: Sequence[Handle]) -> tuple[dict[int, JobRecord], int]:
-        """Those of these jobs that they know, by cookie; how many did not answer of those that may
-        know the rest."""
+        """The jobs that other processes know, by cookie; and the number of processes that may know
+        more but did not answer."""
         return {}, 0
 
     async def jobs_of(self, roles: Collection[int]) -> tuple[list[JobRecord], int]:
-        """All that they know of jobs of these roles; how many did not answer."""
+        """Their jobs of these roles, and how many processes did not answer."""
         return [], 0
 
     async def cancel_job(self, job: RemoteJob) -> bool:
-        """Have its process tell the server to stop it; whether it has answered."""
+        """Have the job's process stop it in the server. Returns whether it has answered."""
         return False
 
     async def cancel(self, request: CancelRequest) -> bool:
-        """Have one of them do what a cancel request asks for, if it is for one of its sessions;
-        whether it was."""
+        """Have the right process carry out a cancel request. Returns whether there was one."""
         return False
 
     async def give_way(self) -> bool:
-        """Have them close their spares; whether there were any."""
+        """Have them close their spares. Returns whether there were any."""
         return False
 
     async def announce(self, role_id: int) -> None:
-        """We know jobs of this role; returns when all know that."""
+        """We have jobs of this role. Returns when all processes know."""
 
     def role_gone(self, role_id: int) -> None:
-        """We know none of this role any more."""
+        """We have no more jobs of this role."""
 
     def job_ended(self, job: Job) -> None:
-        """One of ours."""
+        """A job of this process has ended."""
 
     def extension_changed(self) -> None:
-        """A command about the extension has done its work in some database."""
+        """A command has changed the extension in some database."""
 
     def leave_databases(self, sql: bytes) -> None:
-        """A statement here is about to drop, rename or copy databases."""
+        """A statement is about to drop, rename or copy databases."""

@@ -1,7 +1,7 @@
-"""A job's report of its progress: ``SELECT pg_background_progress(pct, msg)``.
+"""Progress reports of a job: ``SELECT pg_background_progress(pct, msg)``.
 
-Invariant: the server gets a DO block that evaluates and type-checks the arguments, and sends them
-at once in an INFO message. A statement that is more than one such call stays as it is.
+Invariant: the server gets a DO block that evaluates and type-checks the arguments and sends them
+at once in an INFO message. A statement that is more than one such call is not changed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from proxy.sql.tokens import NotRecognizedError, Tokens
 _FUNCTIONS: Final = (b"pg_background_progress", b"pg_background_report_progress")
 
 _SHORTEST: Final = 5
-"""Tokens: SELECT, the name, brackets, and pct between them."""
+"""Tokens: SELECT, the name, brackets, and pct."""
 
-# The parameters, and a function of pg_catalog that resolves and converts as theirs would.
+# Each parameter, and what resolves and converts an argument as it would.
 _PARAMETERS: Final = {
     "pct": (b"CAST(pg_catalog.int4up(", b") AS pg_catalog.text)"),
     "msg": (b"pg_catalog.textcat('=', pg_catalog.textcat(", b", ''))"),
 }
 
-# A query in a loop, because then the arguments stand where they stood: they may use aggregates, and
-# make several rows. In them a column comes before a variable of the block.
+# A query in a loop, so that the arguments keep their place: they may use aggregates and produce
+# several rows. In them, columns take precedence over variables of the block.
 _BLOCK: Final = (
     b"#variable_conflict use_column\n"
     b"DECLARE pg_background_report pg_catalog.record;"
@@ -39,13 +39,13 @@ _BLOCK: Final = (
 def progress_statement(
     sql: bytes, statement: Statement, marker: bytes, *, encoding: str | None = None
 ) -> tuple[Piece, ...] | None:
-    """The block in place of a statement. parse_progress() reads its message.
+    """The block for a statement, whose message parse_progress() reads.
 
     Args:
         sql: the job's string.
         statement: one of those that it was split into.
-        marker: a word that cannot be guessed, ASCII letters and digits.
-        encoding: client_encoding, as PostgreSQL names it.
+        marker: an unguessable word of ASCII letters and digits.
+        encoding: client_encoding, by PostgreSQL's name.
 
     Returns:
         None if the statement is anything but one such call.
@@ -70,7 +70,7 @@ def progress_statement(
 
 
 def _begins_as_report(sql: bytes, statement: Statement, encoding: str | None) -> bool:
-    """A quick look at its first tokens: the text may be long."""
+    """A quick check of its first tokens: the text may be long."""
     tokens = statement.tokens
     if keyword(sql, tokens[0]) != "select" or len(tokens) < _SHORTEST:
         return False
@@ -81,18 +81,18 @@ def _begins_as_report(sql: bytes, statement: Statement, encoding: str | None) ->
 
 
 def parse_progress(message: bytes, marker: bytes) -> tuple[int | None, bytes | None]:
-    """The report in a message that begins with the marker: what was given for pct, not clamped,
-    and for msg; None for NULL.
+    """The report in a message that begins with the marker: pct, not clamped, and msg; None for
+    NULL.
 
-    The message is the marker, a blank, pct in digits or nothing, a blank, and ``=`` with msg behind
-    it or nothing.
+    The message is the marker, a blank, pct in digits or nothing, a blank, and ``=`` with msg, or
+    nothing.
     """
     pct, _, text = message[len(marker) + 1 :].partition(b" ")
     return int(pct) if pct else None, text[1:] if text else None
 
 
 def _arguments(tokens: Tokens) -> dict[str, tuple[int, int]]:
-    """Where what each parameter gets begins and ends. Raises NotRecognizedError."""
+    """Where each parameter's argument begins and ends. Raises NotRecognizedError."""
     at = 2 if tokens.keyword(1) == "all" else 1
     while tokens.text(at + 1) == b"." and tokens.name(at) is not None:
         at += 2
@@ -128,7 +128,7 @@ def _arguments(tokens: Tokens) -> dict[str, tuple[int, int]]:
 def reported(
     notice: bytes, marker: bytes, encoding: bytes
 ) -> tuple[int | None, bytes | None] | None:
-    """What the body of a NoticeResponse reports, percentage and text; None if it is no report.
+    """Percentage and text reported by the body of a NoticeResponse; None if it is no report.
     `encoding`: of the job."""
     if marker not in notice:
         return None

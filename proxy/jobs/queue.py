@@ -1,7 +1,7 @@
-"""Jobs that are queued, since there was no room for them when they were submitted.
+"""Jobs that were queued on submission, since there was no room.
 
-Invariant: they are in memory only. Their number and the size of their SQL are bounded, for each
-role, from when one is queued until it has been launched or will not be.
+Invariant: the queue is in memory only. Number of jobs and size of SQL are limited for each role,
+and count until a job has been launched or will not be.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from proxy.jobs.job import Job
 from proxy.log import logger
 
 _KEPT_BESIDE: Final = 16 * 1024
-"""About how many bytes a queued job takes beside its SQL: the settings of its session."""
+"""Approximate bytes that a queued job takes besides its SQL, for the settings of its session."""
 
 
 class JobQueue:
-    """Those of all sessions of this process."""
+    """The queued jobs of all sessions of this process."""
 
     def __init__(self, config: Config) -> None:
-        """`config`: has the limits; it may be replaced."""
+        """`config`: has the limits; a reload replaces it."""
         self.config = config
         self._numbers: Counter[bytes] = Counter()
         self._sizes: Counter[bytes] = Counter()
         self._tasks: set[asyncio.Future[None]] = set()
 
     def check(self, role: bytes, size: int) -> None:
-        """Raises SQLError 53400 if a login role has too many for another one, with so many bytes
-        of SQL."""
+        """Raises SQLError 53400 if a login role cannot queue another job with this many bytes of
+        SQL."""
         config, size = self.config, size + _KEPT_BESIDE
         name = f'role "{role.decode("utf-8", "replace")}"'
         if self._numbers[role] >= config.max_queued_jobs:
@@ -54,7 +54,7 @@ class JobQueue:
         )
 
     def add(self, job: Job, size: int, launch: Awaitable[None]) -> None:
-        """Queue a job with so many bytes of SQL. `launch`: waits for room."""
+        """Queue a job whose SQL has `size` bytes. `launch`: waits for room."""
         self._count(job.user, 1, size)
         task = asyncio.ensure_future(launch)
         self._tasks.add(task)

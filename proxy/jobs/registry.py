@@ -1,8 +1,8 @@
 """Job metadata, shared with other sessions and worker processes.
 
 Invariant: a record never includes rows. A job is a `JobRecord` in the process that runs it, and a
-`RemoteJob` in those that have asked for it: the last answer of its own process. That does not
-change by itself, except for the end, which every process that has seen the job running is told.
+`RemoteJob` in those that have asked about it: the last answer of its process. That stays as it is,
+but every process that has seen the job running is told of its end.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from proxy.sql.recoding import beginning, first_characters, recoded, whole_chara
 PREVIEW_SIZE: Final = 120
 FULL_SQL_SIZE: Final = 64 * 1024
 LISTED_SQL_SIZE: Final = 4 * PREVIEW_SIZE
-"""Bytes that hold the preview, whatever the encoding."""
+"""Bytes that hold the preview in any encoding."""
 
 LABEL_SIZE: Final = 1024
 TEXT_SIZE: Final = 4096
-"""Bytes that are kept of a label, and of each field of an error and a text of progress: what users
-make up must not fill our memory, nor the messages between processes."""
+"""Bytes kept of a label, of each field of an error, and of a progress text: what users make up must
+fill neither our memory nor the messages between processes."""
 
 CUT: Final = b"[...]"
-"""What stands for the rest of a text that is not kept whole."""
+"""Stands for the rest of a text that was cut."""
 
 _LISTED_FIELDS: Final = "CM"
-"""The fields of an error that lists and outcomes show."""
+"""The fields of an error in lists and outcomes."""
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
 
@@ -42,43 +42,42 @@ JobT = TypeVar("JobT", bound="JobRecord")
 ReportT = TypeVar("ReportT", ErrorResponse, NoticeResponse)
 
 Handle = tuple[int, int]
-"""Pid and cookie. No pid, `NO_PID`, means the job of the cookie, whatever its pid is."""
+"""Pid and cookie; with `NO_PID` it means the job with the cookie, whatever its pid."""
 
 NO_PID: Final = 0
-"""The pid of a job that waits for a backend; to users NULL."""
+"""The pid of a job that waits for a backend; users see NULL."""
 
 RUNNING: Final = b"running"
 PENDING: Final = b"pending"
 QUEUED: Final = b"queued"
-"""States of a job that has not ended. `PENDING`: it waits for the commit of its caller; `QUEUED`:
-for room."""
+"""States of an unfinished job. `PENDING`: it waits for its caller's commit; `QUEUED`: for room."""
 
 
 def new_cookie() -> int:
-    """A number that tells a job from all others, and that nobody can guess."""
+    """A random number that identifies a job and cannot be guessed."""
     return int.from_bytes(secrets.token_bytes(8), "big", signed=True)
 
 
 class JobRecord:
-    """One job, as those see it who do not read its rows.
+    """The metadata of one job.
 
     Attributes:
-        pid: of its backend; `NO_PID` as long as it waits for one.
-        cookie: a random number that tells it from all others.
+        pid: of its backend; `NO_PID` while it waits for one.
+        cookie: a random number that identifies it.
         unfinished_state: its state until it ends: `RUNNING`, or what it waits for.
-        encoding: of its SQL, its label and all that its backend says, as PostgreSQL names it;
-            SQL_ASCII if it is unknown.
-        label: what its launcher called it.
+        encoding: of its SQL, its label and its backend's messages, by PostgreSQL's name; SQL_ASCII
+            if unknown.
+        label: given by its launcher.
         role_id: OID of the current role at launch.
-        cluster: what tells the database cluster of that role from others.
-        queue_size: bytes of output that are held at the most.
-        launched_at, finished_at: in UTC; as long as it waits for a backend, the first is when it
-            was asked for.
-        tags: the command tag of each statement that has ended.
-        progress: percentage and message that it has last reported.
+        cluster: identifies the database cluster of that role.
+        queue_size: limit of unfetched output in bytes.
+        launched_at, finished_at: in UTC; while it waits for a backend, the first is the time of the
+            call.
+        tags: the command tags of the statements that have ended.
+        progress: the last report: percentage and message.
         finished: whether the backend is done, one way or the other.
-        canceled, timed_out: whether it was told to stop, and because it took too long.
-        error: what went wrong; fields as the server sent them, CONTEXT extended.
+        canceled, timed_out: whether it was told to stop; and whether for taking too long.
+        error: the error; fields as the server sent them, CONTEXT extended.
         consumed: whether somebody has begun to fetch the result.
         attempts: how many times it was started; more than once with `retries`.
     """
@@ -99,7 +98,7 @@ class JobRecord:
         self.cookie = cookie
         self.unfinished_state = RUNNING
         self.encoding = encoding
-        # More than application_name shows, and all that a name may be.
+        # More than application_name shows, and as long as a name may be.
         self.label = None if label is None else beginning(label, LABEL_SIZE, encoding)
         self.role_id = role_id
         self.cluster = cluster
@@ -126,12 +125,12 @@ class JobRecord:
         return self.pid, self.cookie
 
     def is_meant_by(self, pid: int) -> bool:
-        """Whether a handle with its cookie and this pid is one of it."""
+        """Whether this pid may accompany its cookie in a handle."""
         return pid in (NO_PID, self.pid)
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it waits for a backend."""
+        """Whether the job waits for a backend."""
         return self.pid == NO_PID and not self.finished
 
     @property
@@ -146,48 +145,48 @@ class JobRecord:
 
     @property
     def elapsed_ms(self) -> int:
-        """How long it has run."""
+        """How long the job has run."""
         return round(((self.finished_at or datetime.now(UTC)) - self.launched_at) / _MILLISECOND)
 
     @property
     def command_tag(self) -> bytes | None:
-        """Of the last statement that has ended, without the counts: INSERT, CREATE TABLE."""
+        """The last statement's tag without counts: INSERT, CREATE TABLE."""
         return self.tags[-1].rstrip(b" 0123456789") if self.tags else None
 
     @property
     def row_count(self) -> int | None:
-        """Of that statement, if its command tag has one."""
+        """The row count in that tag, if any."""
         count = self.tags[-1].rpartition(b" ")[2] if self.tags else b""
         return int(count) if count.isdigit() else None
 
     def error_field(self, code: str) -> bytes | None:
-        """A field of its error; None without one."""
+        """A field of the error; None without one."""
         return None if self.error is None else self.error.fields.get(code)
 
     def report_in(self, report: ReportT, *encodings: bytes) -> ReportT:
-        """A message of its backend for who has the last of these encodings (see `recoded`)."""
+        """A message of its backend, for a reader with the last of `encodings` (see `recoded`)."""
         fields = report.fields.items()
         return type(report)({code: recoded(it, self.encoding, *encodings) for code, it in fields})
 
     @property
     def preview(self) -> bytes:
-        """The beginning of its SQL: 120 characters."""
+        """The first 120 characters of the SQL."""
         start = beginning(self._sql, LISTED_SQL_SIZE, self.encoding)
         return first_characters(start, PREVIEW_SIZE, self.encoding)
 
     @property
     def full_sql(self) -> bytes:
-        """Its SQL; what is longer than 64 KiB is cut and marked so."""
+        """The SQL; cut after 64 KiB, with a mark."""
         return shortened(self._sql, FULL_SQL_SIZE, self.encoding)
 
-    # Who follows it
+    # Waiting for changes
 
     def add_waiter(self, waiter: asyncio.Future[None]) -> None:
         """Have a future resolved at the next change: output, columns, the end."""
         self._waiters.add(waiter)
 
     def remove_waiter(self, waiter: asyncio.Future[None]) -> None:
-        """Forget a future of add_waiter()."""
+        """Undo add_waiter()."""
         self._waiters.discard(waiter)
 
     def _wake(self) -> None:
@@ -196,10 +195,10 @@ class JobRecord:
                 waiter.set_result(None)
         self._waiters.clear()
 
-    # To other processes
+    # For other processes
 
     def snapshot(self, *, whole: bool) -> dict[str, Any]:
-        """What is known of it now, for JSON; unless `whole`, what a list and an outcome show."""
+        """The metadata as JSON values; unless `whole`, only what lists and outcomes show."""
         sql_size = FULL_SQL_SIZE + 1 if whole else LISTED_SQL_SIZE
         return {
             "pid": self.pid,
@@ -231,10 +230,10 @@ class JobRecord:
 
 
 class RemoteJob(JobRecord):
-    """The stand-in for a job that another process runs.
+    """A job that another process runs, as last reported.
 
     Attributes:
-        owner: that process, by the number that the supervisor has given it.
+        owner: that process, by its number from the supervisor.
     """
 
     def __init__(self, owner: int, snapshot: dict[str, Any]) -> None:
@@ -252,7 +251,7 @@ class RemoteJob(JobRecord):
         self.update(snapshot)
 
     def update(self, snapshot: dict[str, Any]) -> Self:
-        """What its process says now."""
+        """Update from a snapshot by its process."""
         finished_at, tag, error = snapshot["finished_at"], snapshot["tag"], snapshot["error"]
         percentage, message = snapshot["progress"]
         self.pid = snapshot["pid"]
@@ -271,14 +270,14 @@ class RemoteJob(JobRecord):
         )
         self.consumed = snapshot["consumed"]
         self.attempts = snapshot["attempts"]
-        # A list has less of it than others have asked for; it never changes.
+        # A list has less of it than other answers; the SQL never changes.
         self._sql = max(self._sql, base64.b64decode(snapshot["sql"]), key=len)
         if self.finished:
             self._wake()
         return self
 
     def lose(self) -> None:
-        """Its process is gone, and so the job has lost its connection."""
+        """Its process is gone, and with it the job's connection."""
         if self.finished:
             return
         self.finished = True
@@ -292,7 +291,7 @@ class RemoteJob(JobRecord):
 
 
 def _text(data: bytes | None) -> str | None:
-    """Bytes in JSON, in base64: as characters some would take six times their size."""
+    """Bytes as base64 in JSON: as characters, some would take six times their size."""
     return None if data is None else base64.b64encode(data).decode()
 
 
@@ -301,25 +300,25 @@ def _bytes(text: str | None) -> bytes | None:
 
 
 def shortened(text: bytes, size: int, encoding: bytes) -> bytes:
-    """At most about that many bytes of a text, and a mark if it is cut."""
+    """About the first `size` bytes of a text, with a mark if it was cut."""
     return text if len(text) <= size else beginning(text, size, encoding) + CUT
 
 
 def kept_error(error: ErrorResponse, encoding: bytes) -> ErrorResponse:
-    """What is kept of an error after its result was fetched, or will not be."""
+    """What is kept of an error once nobody will fetch the result."""
     if all(len(text) <= TEXT_SIZE for text in error.fields.values()):
         return error
     return ErrorResponse(
         {
             code: shortened(text, TEXT_SIZE, encoding)
             for code, text in error.fields.items()
-            if code != "q" or len(text) <= TEXT_SIZE  # a part of it would not fit the position
+            if code != "q" or len(text) <= TEXT_SIZE  # cut, it would not fit the position
         }
     )
 
 
 def cut_fields(body: bytes, encoding: bytes) -> bytes:
-    """The body of an ErrorResponse or NoticeResponse of which only the beginning is here."""
+    """The body of an ErrorResponse or NoticeResponse of which only the beginning is known."""
     whole, _, last = body.rpartition(b"\0")
     if last:
         last = whole_characters(last, encoding) + CUT + b"\0"
@@ -327,34 +326,33 @@ def cut_fields(body: bytes, encoding: bytes) -> bytes:
 
 
 class JobRegistry(Generic[JobT]):
-    """The jobs of all sessions of this process: those that wait or run, and for a while those that
-    have ended.
+    """The jobs of all sessions of this process, including, for a while, those that have ended.
 
-    So another session of the same role can follow a job and stop it. What is kept of one that has
-    ended is how it went, never its rows.
+    Through it other sessions of the same role can follow and stop a job. Of an ended job it keeps
+    the outcome, never rows.
 
     Attributes:
-        retention: seconds for which a job that has ended is known.
-        running: those that have a backend.
-        waiting: those that wait for one.
+        retention: seconds for which an ended job is known.
+        running: jobs that have a backend.
+        waiting: jobs that wait for one.
     """
 
     MOST = 2_000
-    """How many that have ended are kept; beyond that the oldest are forgotten."""
+    """Limit of ended jobs; beyond it the oldest are forgotten."""
 
     def __init__(self, retention: float, role_gone: Callable[[int], None]) -> None:
         """
         Args:
-            retention: seconds for which a job that has ended is known.
-            role_gone: called with a role's OID when its last job has been forgotten.
+            retention: seconds for which an ended job is known.
+            role_gone: called with a role's OID when its last job is forgotten.
         """
         self.retention = retention
         self._role_gone = role_gone
-        # By cookie, as in the next but one.
+        # By cookie.
         self._jobs: dict[int, JobT] = {}
-        # How many of them each role has launched: every call asks about their roles.
+        # Number of jobs by launching role: every call asks about roles.
         self._roles: Counter[int] = Counter()
-        # When those that have ended did so, in that order.
+        # When jobs ended, by cookie, in that order.
         self._ended: dict[int, float] = {}
         self.running: set[JobT] = set()
         self.waiting: set[JobT] = set()
@@ -365,13 +363,13 @@ class JobRegistry(Generic[JobT]):
 
     @property
     def roles(self) -> set[int]:
-        """OIDs of the roles that have launched them."""
+        """OIDs of the roles that have launched these jobs."""
         self._forget()
         return set(self._roles)
 
     @property
     def unfinished(self) -> int:
-        """How many wait or run."""
+        """Number of jobs that wait or run."""
         return len(self.running) + len(self.waiting)
 
     def get(self, pid: int, cookie: int) -> JobT | None:
@@ -381,7 +379,7 @@ class JobRegistry(Generic[JobT]):
         return job if job is not None and job.is_meant_by(pid) else None
 
     def add(self, job: JobT) -> None:
-        """A new one, or one that has got a backend, or that waits for one again."""
+        """Add a new job; or move one that has got a backend, or waits for one again."""
         if job.cookie not in self._jobs:
             self._jobs[job.cookie] = job
             self._roles[job.role_id] += 1
@@ -392,12 +390,12 @@ class JobRegistry(Generic[JobT]):
         elsewhere.discard(job)
 
     def withdraw(self, job: JobT) -> None:
-        """It has not run, and will not."""
+        """Remove a job that has not run and will not."""
         self._unlist(job)
         self._remove(job.cookie)
 
     def ended(self, job: JobT) -> None:
-        """It has ended; it will be forgotten later."""
+        """A job has ended; it is forgotten later."""
         self._unlist(job)
         self._ended[job.cookie] = time.monotonic()
         self._forget()

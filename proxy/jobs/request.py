@@ -1,4 +1,4 @@
-"""What a caller asks for when it launches a job."""
+"""A caller's request to launch a job."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LaunchRequest:
-    """Of one call of a function that launches.
+    """The arguments of one call that launches.
 
     Attributes:
         sql: what the job runs.
-        queue_size: of its results, in bytes; 0 or less for the setting's.
+        queue_size: for its results, in bytes; 0 or less means the setting's.
         label: of the job.
-        keeps_rows: whether its rows are kept for somebody to fetch.
+        keeps_rows: whether its rows are kept to be fetched.
         retries: how many attempts may follow one that fails by chance; then no rows are kept.
         may_queue: whether it is queued if there is no room and pg_background.queue is on.
     """

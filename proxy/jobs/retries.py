@@ -1,9 +1,9 @@
-"""Jobs that are tried again when they have failed by chance.
+"""Retries jobs that have failed by chance.
 
-Invariant: an attempt is tried again only if nothing of it is committed: it was one transaction, and
-the server has said that this failed, by an error that another attempt may not meet. A connection
-that is lost tells nothing, so that is the end. To all others the attempts are one job: it has one
-handle, runs until the last of them has ended, and is stopped as a whole.
+Invariant: another attempt is made only if nothing of the last was committed: it was one
+transaction, which failed according to the server, with an error that another attempt may not meet.
+A lost connection proves nothing, so it ends the job. To everybody else the attempts are one job: it
+has one handle, runs until the last attempt ends, and is stopped as a whole.
 """
 
 from __future__ import annotations
@@ -36,31 +36,32 @@ from proxy.sql import lexer
 from proxy.sql.encodings import codec
 
 MOST: Final = 10
-"""Further attempts that may be asked for."""
+"""Limit of further attempts."""
 
 _LONGEST_SQL: Final = 1024 * 1024
-"""Bytes of a string that is kept for another attempt."""
+"""Bytes of SQL that are kept for another attempt."""
 
 _FIRST_PAUSE: Final = 0.1
 LONGEST_PAUSE: Final = 5.0
-"""Seconds before the second attempt, and before any; each pause is twice the one before it, less up
-to half, since those that failed together would meet again."""
+"""Seconds before the second attempt, and the longest pause. Each pause is twice the last, less up
+to half at random, so that jobs that failed together do not meet again.
+"""
 
 _ONE_TRANSACTION: Final = (
     *("select", "with", "values", "table", "insert", "update", "delete", "merge"),
     *("truncate", "refresh", "copy"),
 )
-"""How a statement begins that is one transaction when it is alone in its string."""
+"""First words of statements that, alone in the string, are one transaction."""
 
 Relaunch = Callable[[Callable[[Backend, Keep], Awaitable[None]]], Awaitable[None]]
-"""Has the job begin on another backend that is ready for it. Raises SQLError."""
+"""Has the job begin on another ready backend. Raises SQLError."""
 
 NextSession = Callable[[Backend], JobSession]
-"""What serves the calls of an attempt on this backend."""
+"""The session that serves the calls of an attempt on this backend."""
 
 
 def checked(retries: int | None, sql: bytes | None) -> int:
-    """How many further attempts a call asks for. Raises SQLError 22023, 54000."""
+    """The number of further attempts that a call asks for. Raises SQLError 22023, 54000."""
     retries = retries or 0
     if not 0 <= retries <= MOST:
         raise SQLError(INVALID_PARAMETER_VALUE, f"retries must be between 0 and {MOST}")
@@ -74,15 +75,15 @@ def checked(retries: int | None, sql: bytes | None) -> int:
 
 
 def may_pass(sqlstate: str) -> bool:
-    """Whether an error may not come again: a conflict with others, or a lack of resources."""
+    """Whether an error may not recur: it was a conflict with others, or a lack of resources."""
     return sqlstate[:2] == "53" or sqlstate in (
         *(SERIALIZATION_FAILURE, DEADLOCK_DETECTED, CANNOT_CONNECT_NOW),
     )
 
 
 def pause_after(attempts: int, sqlstate: str, pid: int | None = None) -> float:
-    """Seconds to wait behind so many attempts, of which the last has failed with this error. The
-    log is told. `pid`: of the job, if there is one yet."""
+    """Seconds to wait after this many attempts, the last of which failed with this error; logged.
+    `pid`: of the job, if it has one."""
     values: dict[str, Value] = {"pid": pid, "sqlstate": sqlstate, "attempts": attempts}
     logger.info(Event("job is tried again", values))
     longest = min(_FIRST_PAUSE * float(2 ** (attempts - 1)), LONGEST_PAUSE)
@@ -90,16 +91,16 @@ def pause_after(attempts: int, sqlstate: str, pid: int | None = None) -> float:
 
 
 class RetriedJob(Job):
-    """A job with further attempts. Its rows are not kept.
+    """A job with further attempts; its rows are not kept.
 
     Attributes:
         retries: how many attempts may follow.
-        next_session: what serves the calls of another one; set when it begins.
+        next_session: makes the session for another attempt; set when that begins.
         on_change: called when it has lost its backend, or has another one.
     """
 
     def __init__(self, sql: bytes, *, retries: int, relaunch: Relaunch, **others: Any) -> None:
-        """`others`: as of a `Job`."""
+        """`others`: arguments of `Job`."""
         assert not others["keep_rows"]
         self.retries = retries
         self._relaunch: Relaunch | None = relaunch
@@ -107,7 +108,7 @@ class RetriedJob(Job):
         self._whole_sql = sql
         self.on_change: Callable[[], None] = lambda: None
         self._begins_with = ""
-        # While there is no backend: brings the next attempt.
+        # Without a backend: starts the next attempt.
         self._next: asyncio.Task[None] | None = None
         super().__init__(sql, **others)
 
@@ -193,9 +194,9 @@ class RetriedJob(Job):
 
     async def _begin_again(self, backend: Backend, keep_backend: Keep) -> None:
         if self.canceled or self.next_session is None:
-            backend.terminate()  # while the login of another was found to be out of date
+            backend.terminate()  # while its replacement for a stale login was found
             raise SQLError(QUERY_CANCELED, "canceling statement due to user request")
-        self._next = None  # this task, or one that comes after this attempt
+        self._next = None  # it is this task, or will follow this attempt
         self.tags = []
         self.progress = (None, None)
         self._sql = self._whole_sql
@@ -208,7 +209,7 @@ class RetriedJob(Job):
             self._text.forget()
 
     def stop_trying(self) -> bool:
-        """It is not to be tried again; whether it has ended by that."""
+        """Make no further attempt. Returns whether that ends the job."""
         self.retries = 0
         if self.finished or self._backend is not None:
             return False
@@ -224,7 +225,7 @@ class RetriedJob(Job):
 
 
 def _beginning(sql: bytes, statement: lexer.Statement) -> str:
-    """The first word, behind opening brackets; in lower case."""
+    """The first word behind opening brackets, in lower case."""
     for token in statement.tokens:
         if sql[token.start : token.end] != b"(":
             return lexer.keyword(sql, token)

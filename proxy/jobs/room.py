@@ -1,9 +1,8 @@
 """Room for a job, and the launches that wait for it.
 
-Invariant: who waits for the same waits in order of arrival, and only the first in line tries. A
-launch that does not wait does not overtake those that do. Whoever leaves a line, for whatever
-reason, wakes the next. What a launch waits for is not held back from others meanwhile: none holds
-one kind of room for longer than a try while it waits for another.
+Invariant: launches that wait for the same room wait in order of arrival, and only the first in line
+tries. One that does not wait overtakes none that do. Whoever leaves a line, for whatever reason,
+wakes the next. No launch holds one kind of room for longer than a try while it waits for another.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from proxy.backends.identity import Login
 T = TypeVar("T")
 
 Waiting = Callable[[], contextlib.AbstractContextManager[object]]
-"""What is entered while a launch waits."""
+"""Entered while a launch waits."""
 
 FOR_EVER: Final = float("inf")
 
 _FIRST_LOOK: Final = 0.05
 _SELDOM: Final = 0.5
-"""Seconds until the first in line asks the server again: the first time, and at most. It does not
-tell when it has room; when a connection of ours ends it is asked at once."""
+"""Seconds until the first in line asks the server again: at first, and at most. The server does not
+tell when it has room; when one of our connections ends, it is asked at once."""
 
 
 class FullError(SQLError):
-    """As many jobs run as may."""
+    """As many jobs run as are allowed."""
 
     def __init__(self, *, detail: str, hint: str) -> None:
         message = "too many background workers"
@@ -42,23 +41,23 @@ class FullError(SQLError):
 
 
 class Changing(Protocol):
-    """What a launch waits for."""
+    """Something to wait for."""
 
     async def changed(self) -> None:
-        """Wait until there is a reason to look again."""
+        """Wait until there is a reason to try again."""
 
 
 class Patience:
     """How long one launch waits for room.
 
     Args:
-        seconds: from now on; 0 for not at all; FOR_EVER.
+        seconds: from now on; 0 for no wait; FOR_EVER.
         waiting: entered while it waits.
-        since: an earlier try of the same launch, which came then.
+        since: an earlier try of the same launch, whose time of arrival counts.
 
     Attributes:
         exists: whether it waits at all.
-        arrived: when it came, by the system's monotonic clock, which all processes have.
+        arrived: its time of arrival, by the system's monotonic clock, which processes share.
         waited: seconds, so far.
     """
 
@@ -75,9 +74,9 @@ class Patience:
         self._waiting = waiting
 
     async def wait(self, place: Changing, error: SQLError, at_most: float = FOR_EVER) -> None:
-        """Wait until there is a reason to look again, or so many seconds at the most.
+        """Wait for a reason to try again, at most `at_most` seconds.
 
-        Raises `error` when the time is over.
+        Raises `error` when the launch's time is over.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -94,7 +93,7 @@ class Patience:
 
 
 class Place:
-    """Of one launch in a `Line`."""
+    """The place of one launch in a `Line`."""
 
     def __init__(self, line: Line, arrived: float) -> None:
         self.arrived = arrived
@@ -103,28 +102,28 @@ class Place:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is its turn."""
+        """Whether this launch may try."""
         return self._line.first is self
 
     def wake(self) -> None:
-        """Have it look again."""
+        """Have the launch try again."""
         self._woken.set()
 
     async def changed(self) -> None:
-        """Wait until it is woken, or was since it has last waited."""
+        """Wait until woken, if that has not happened since the last wait."""
         await self._woken.wait()
         self._woken.clear()
 
 
 class Line:
-    """Launches that wait for the same, in order of arrival."""
+    """Launches that wait for the same room, in order of arrival."""
 
     def __init__(self) -> None:
         self._places: list[Place] = []
 
     @property
     def first(self) -> Place | None:
-        """Whose turn it is."""
+        """The launch that may try."""
         return self._places[0] if self._places else None
 
     def __len__(self) -> int:
@@ -132,7 +131,7 @@ class Line:
 
     @contextlib.contextmanager
     def join(self, arrived: float) -> Iterator[Place]:
-        """A place, among those who came before and after."""
+        """A place by time of arrival, given up on exit."""
         place = Place(self, arrived)
         bisect.insort(self._places, place, key=operator.attrgetter("arrived"))
         try:
@@ -142,13 +141,13 @@ class Line:
             self.changed()
 
     def changed(self) -> None:
-        """There may be room now."""
+        """There may be room now: wake the first."""
         if self._places:
             self._places[0].wake()
 
 
 class _ServerLine(Line):
-    """`error`: what the server said last."""
+    """`error`: the server's last refusal."""
 
     def __init__(self, error: NoRoomError) -> None:
         super().__init__()
@@ -156,8 +155,8 @@ class _ServerLine(Line):
 
 
 class ServerRoom:
-    """Launches for which the server has no connection: a line for each login, since a role or a
-    database may have a limit of its own."""
+    """Launches for which the server has no connection, in one line for each login: roles and
+    databases may have limits of their own."""
 
     def __init__(self) -> None:
         self._lines: dict[Login, _ServerLine] = {}
@@ -173,7 +172,7 @@ class ServerRoom:
     async def launch(
         self, login: Login, launch: Callable[[], Awaitable[T]], patience: Patience
     ) -> T:
-        """What `launch` returns, which is called again while it raises NoRoomError.
+        """Call `launch` until it no longer raises NoRoomError. Returns its result.
 
         Raises SQLError.
         """

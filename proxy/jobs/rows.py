@@ -1,8 +1,8 @@
 """The output of a job that has not been fetched yet.
 
-Invariant: it is bounded. When `limit` bytes are held, or when all queues of the process or of the
-role together hold what they may, the job's backend is not read, and the server makes the job wait.
-Nothing is lost by that, and no job waits for ever: an empty queue is always filled.
+Invariant: it is bounded. When a queue holds `limit` bytes, or all queues of the process or the role
+hold what they may, the job's backend is not read, and the server makes the job wait. So nothing is
+lost; and no job waits for ever, since an empty queue is always filled.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from proxy.net.inbox import Source
 
 _READ_AT_ONCE: Final = 64 * 1024
 _LEAST_READ: Final = 8 * 1024
-"""Bytes that a queue reads at once, at the most, and where there is no room for more."""
+"""Limit of bytes that a queue reads at once where there is no room for more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A piece of the result as it came: whole DataRow messages; or a part of a long one.
+    """A piece of the result as received: whole DataRow messages, or part of a long one.
 
-    `count` messages begin in it. `cut`: the last one goes on in the next piece.
+    `count` messages begin in it. `cut`: the last one continues in the next piece.
     """
 
     data: bytes
@@ -43,17 +43,17 @@ Output = Rows | Notice
 
 
 class Budget:
-    """Bytes that several queues may hold together.
+    """A limit of bytes that several queues hold together.
 
     Attributes:
-        limit: how many; a queue that is empty may go beyond it by what is read at once.
-        held: how many they hold.
+        limit: the limit; an empty queue may exceed it by what is read at once.
+        held: bytes held now.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
-        # Those that were stopped because of it, in that order.
+        # Queues stopped by this limit, in that order.
         self._waiting: dict[OutputQueue, None] = {}
 
     @property
@@ -61,15 +61,15 @@ class Budget:
         return self.held >= self.limit
 
     def wait(self, queue: OutputQueue) -> None:
-        """Have a queue go on when there is room."""
+        """Have a queue continue when there is room."""
         self._waiting[queue] = None
 
     def forget(self, queue: OutputQueue) -> None:
-        """It does not wait any more."""
+        """The queue no longer waits."""
         self._waiting.pop(queue, None)
 
     def release(self, size: int) -> None:
-        """So much less is held."""
+        """These bytes are no longer held."""
         self.held -= size
         if not self._waiting or self.is_full:
             return
@@ -79,7 +79,7 @@ class Budget:
 
 
 class Budgets:
-    """Those of a process: one for all queues, and one for the queues of each role."""
+    """The budgets of a process: one for all queues, and one for those of each role."""
 
     def __init__(self, limit: int, role_limit: int) -> None:
         self._all = Budget(limit)
@@ -87,13 +87,13 @@ class Budgets:
         self._roles: weakref.WeakValueDictionary[bytes, Budget] = weakref.WeakValueDictionary()
 
     def change(self, limit: int, role_limit: int) -> None:
-        """Other limits, from now on."""
+        """Set other limits."""
         self._all.limit, self._role_limit = limit, role_limit
         for budget in self._roles.values():
             budget.limit = role_limit
 
     def of_role(self, role: bytes) -> tuple[Budget, Budget]:
-        """For a queue of a job of this login role."""
+        """The budgets for a queue of this login role's job."""
         budget = self._roles.get(role)
         if budget is None:
             budget = self._roles[role] = Budget(self._role_limit)
@@ -101,7 +101,7 @@ class Budgets:
 
 
 class OutputQueue:
-    """A bounded queue of output, in the order in which it came."""
+    """A bounded queue of output, in order of arrival."""
 
     __slots__ = ("_budgets", "_dropping", "_held", "_items", "_limit", "_paused", "_source")
 
@@ -116,7 +116,7 @@ class OutputQueue:
 
     @property
     def room(self) -> int | None:
-        """Bytes until it is full; None if all is dropped."""
+        """Bytes until it is full; None if everything is dropped."""
         if self._dropping:
             return None
         left = (max(budget.limit - budget.held, _LEAST_READ) for budget in self._budgets)
@@ -131,12 +131,12 @@ class OutputQueue:
                 budget.held += len(output.data)
 
     def read(self, source: Source) -> None:
-        """What comes is from there."""
+        """Take input from this source from now on."""
         self._source = source
         self._paused = False
 
     def stop_if_full(self) -> None:
-        """Stop the source when the queue is full; take() lets it go on."""
+        """Stop the source if the queue is full; take() lets it continue."""
         if self._source is not None and not self._paused and self._must_wait():
             self._paused = True
             self._source.pause_reading()
@@ -150,13 +150,13 @@ class OutputQueue:
         return bool(full)
 
     def go_on(self) -> None:
-        """Read the source again if there is room now."""
+        """Read the source again if there is room."""
         if self._source is not None and self._paused and not self._must_wait():
             self._paused = False
             self._source.resume_reading()
 
     def take(self) -> Output | None:
-        """The oldest piece."""
+        """Remove the oldest piece."""
         if not self._items:
             return None
         output = self._items.popleft()
@@ -164,7 +164,7 @@ class OutputQueue:
         return output
 
     def take_notice(self) -> Notice | None:
-        """The oldest piece if it is a notice."""
+        """Remove the oldest piece if it is a notice."""
         output = self._items[0] if self._items else None
         if not isinstance(output, Notice):
             return None
@@ -172,7 +172,7 @@ class OutputQueue:
         return output
 
     def drop_cut_row(self) -> None:
-        """Forget the pieces of a row whose rest will not come."""
+        """Drop the pieces of a row whose rest will not come."""
         while self._items:
             piece = self._items[-1]
             if isinstance(piece, Notice) or not piece.cut:
@@ -187,7 +187,7 @@ class OutputQueue:
             budget.forget(self)
 
     def drop(self) -> None:
-        """Drop what is here, and from now on what comes."""
+        """Drop all output, present and future."""
         self._dropping = True
         self._items.clear()
         self._release(self._held)

@@ -1,7 +1,7 @@
-"""The jobs of this process, and what they run on: found, listed, cancelled, limited.
+"""The jobs of this process: finds, lists, cancels and limits them.
 
-Invariant: a job is in the registry from its start until it is forgotten, also when its session has
-ended; what sessions know of it they ask for here, and here the other processes are asked too.
+Invariant: a job is in the registry from its start until it is forgotten, even after its session has
+ended. Sessions ask about jobs here, and this asks the other processes.
 """
 
 from __future__ import annotations
@@ -34,34 +34,35 @@ from proxy.runtime import Runtime
 T = TypeVar("T")
 
 _MOST_DATABASES: Final = 1_000
-"""Whose jobs are counted each by itself."""
+"""Limit of databases whose jobs are counted separately."""
 
 _CANCEL_AGAIN: Final = 0.02
 _CANCEL_SELDOM: Final = 1.0
-"""Seconds between cancel requests to a job that goes on: the first time, and at most."""
+"""Seconds between cancel requests to a job that goes on: at first, and at most."""
 
 _MOST_AT_ONCE: Final = 8
-"""Terminations, each with a connection for a moment."""
+"""Concurrent terminations, each with a connection for a moment."""
 
 _WRITE_PATIENCE: Final = 2.0
-"""Seconds for the history at the proxy's end."""
+"""Seconds to write the history when the proxy ends."""
 
 _LOGIN_PATIENCE: Final = 1.0
-"""Seconds in which a termination should have been sent; it may need a login."""
+"""Seconds to send a termination, which may need a login."""
 
 
 class JobService:
-    """
+    """The jobs of a process, and what they share.
+
     Attributes:
-        runtime: what the configuration has been made into; replaced by a reload.
+        runtime: the live objects made of the configuration; a reload replaces it.
         peers: the other processes.
         registry: the jobs of all sessions.
-        history: what became of them, in their databases.
-        counts: of all jobs so far, by the database that they have logged in to.
+        history: outcomes, written to the jobs' databases.
+        counts: of all jobs so far, by database.
         room: launches for which the server has no connection.
-        slots: where they get the slots that the proxy has for all.
-        pending: those that wait for a commit.
-        queue: those that were submitted when there was no room.
+        slots: the places that the whole proxy has for jobs.
+        pending: jobs that wait for a commit.
+        queue: jobs that were submitted when there was no room.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class JobService:
     ) -> None:
         """
         Args:
-            runtime: what the configuration has been made into.
+            runtime: the live objects made of the configuration.
             channel_setup: SQL that each channel runs first.
             find_history: SQL that finds the history (`jobs/history`).
             on_end: called when a job has ended.
@@ -102,11 +103,11 @@ class JobService:
         self._on_end = on_end
         self._tasks: set[asyncio.Task[Any]] = set()
         self._terminating = asyncio.Semaphore(_MOST_AT_ONCE)
-        # Those of `cancel_statement`.
+        # The tasks of `cancel_statement`.
         self._cancels: set[asyncio.Task[None]] = set()
 
     def reload(self, runtime: Runtime) -> None:
-        """Go by another configuration from now on."""
+        """Apply another configuration."""
         config = runtime.config
         moved = config.upstream != self.runtime.config.upstream
         self.runtime = runtime
@@ -123,7 +124,7 @@ class JobService:
         self.queue.config = config
 
     def give_way(self) -> bool:
-        """Close connections that only save time; whether there were any."""
+        """Close connections that only save time. Returns whether there were any."""
         listeners = self.pending.give_way()
         return self.spares.give_way() or listeners
 
@@ -132,23 +133,23 @@ class JobService:
         return await self.peers.give_way() or listeners
 
     def counts_of(self, database: bytes) -> Counts:
-        """Of the jobs in a database; of those beyond the first many together, under no name."""
+        """The counts for a database; beyond the limit, databases share one."""
         if database not in self.counts and len(self.counts) >= _MOST_DATABASES:
             database = b""
         return self.counts.setdefault(database, Counts())
 
     @property
     def roles(self) -> set[int]:
-        """OIDs of the roles whose jobs are known, here or elsewhere."""
+        """OIDs of the roles whose jobs are known, here or in other processes."""
         return self.registry.roles | self.peers.roles
 
     async def find(
         self, own: Iterable[Job], handles: Sequence[Handle]
     ) -> tuple[list[JobRecord | None], int]:
-        """Jobs by their handles: the caller's own, those of this process, those of the others; and
-        how many processes did not answer that may know those which were not found.
+        """Jobs by handle: among the caller's own, then in this process, then in the others; and how
+        many processes did not answer that may know the rest.
 
-        A caller's own are known to it until it detaches them.
+        A caller knows its own jobs until it detaches them.
         """
         here = {job.cookie: job for job in own}
 
@@ -166,26 +167,26 @@ class JobService:
         return [found[handle] for handle in handles], unanswered
 
     async def jobs_of(self, roles: Collection[int]) -> tuple[list[JobRecord], int]:
-        """What is known of the jobs of these roles, and of all others of this process; and how many
-        processes did not answer."""
+        """The known jobs of these roles, and all others of this process; and how many processes did
+        not answer."""
         theirs, unanswered = await self.peers.jobs_of(roles)
         return [*self.registry, *theirs], unanswered
 
     def ended(self, job: Job) -> None:
-        """Its backend is done."""
+        """A job's backend is done."""
         self.registry.ended(job)
         self.peers.job_ended(job)
         self.room.changed()
         self._on_end()
 
     def withdrawn(self, job: Job) -> None:
-        """It was to run, and will not."""
+        """A job that was to run will not."""
         self.peers.job_ended(job)
         self._on_end()
 
     def cancel(self, job: JobRecord) -> asyncio.Task[bool]:
-        """Have the server stop a job for certain. The task ends when it was told; its result is
-        false if the process does not answer that has to tell."""
+        """Have the server stop a job for certain. The task ends once the server was told; false if
+        the process that must tell it does not answer."""
         if isinstance(job, RemoteJob):
             return self._spawn(self.peers.cancel_job(job))
         assert isinstance(job, Job)
@@ -193,12 +194,12 @@ class JobService:
         return self._spawn(self._stop(job))
 
     async def _stop(self, job: Job) -> bool:
-        """Terminate its backend. Where that cannot be, or takes long: a cancel request, again and
-        again until the job ends, since a backend that has only just got its query does not listen.
+        """Terminate the job's backend. Where that is impossible or slow, send cancel requests until
+        the job ends, since a backend that has only just got its query does not react.
 
-        Behind a connection pooler the server connection may be another's by then; there, the
-        transaction is open until we end it (`Job`). The output is dropped last: before, a job that
-        waits for its reader would run on, and commit.
+        Behind a connection pooler the server connection may be another client's by then; there, we
+        keep a transaction open (`Job`). The output is dropped last: before, a job that waits for
+        its reader would run on and commit.
         """
         if job.is_waiting:
             job.end_with(canceled(None))
@@ -212,7 +213,7 @@ class JobService:
         return True
 
     async def _is_terminating(self, job: Job) -> bool:
-        """Whether the server was told to terminate its backend."""
+        """Whether the server was told to terminate the backend."""
         if job.termination is None:
             job.termination = Termination(job.backend_pid)
             self._spawn(self._terminate(job, job.termination))
@@ -221,8 +222,8 @@ class JobService:
         return sent.done() and sent.result()
 
     async def _terminate(self, job: Job, termination: Termination) -> None:
-        """Terminate the backend of a job, and find out whether it has committed before, if the
-        server does not tell."""
+        """Terminate a job's backend, and find out whether it committed before, if the server does
+        not say."""
         sent = termination.sent
         try:
             async with self._terminating, self._channel(job) as channel:
@@ -247,7 +248,7 @@ class JobService:
 
     @contextlib.asynccontextmanager
     async def _channel(self, job: Job) -> AsyncIterator[Channel | None]:
-        """A channel of the job's login role; None if the job has ended.
+        """A channel of the job's login; None if the job has ended.
 
         Raises SQLError, OSError, ProtocolViolation.
         """
@@ -272,7 +273,7 @@ class JobService:
             delay = min(delay * 2, _CANCEL_SELDOM)
 
     def limit(self, job: Job, timeout_ms: int) -> None:
-        """Cancel a job that runs longer than that."""
+        """Cancel a job that runs longer than this."""
 
         def time_out() -> None:
             if not job.finished:
@@ -283,14 +284,14 @@ class JobService:
         job.when_finished(timer.cancel)
 
     def cancel_statement(self, route: Route, key: CancelRequest) -> asyncio.Task[None]:
-        """Tell the server to stop a statement that waits for an answer which will not come."""
+        """Have the server cancel a statement that waits for an answer that will not come."""
         task = self._spawn(self.runtime.dialer.cancel(route, key))
         self._cancels.add(task)
         task.add_done_callback(self._cancels.discard)
         return task
 
     async def end_all(self) -> None:
-        """Cancel the jobs that wait or run, and let go of their backends."""
+        """Cancel the unfinished jobs, and release their backends."""
         jobs = (*self.registry.waiting, *self.registry.running)
         for job in jobs:
             job.canceled = True
@@ -300,20 +301,21 @@ class JobService:
         await self.history.finish(_WRITE_PATIENCE)
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close idle connections."""
         self.spares.close()
         self.channels.give_way()
         self.pending.give_way()
 
     def leave_databases(self, sql: bytes) -> None:
-        """Close what waits in databases that a statement, in lower case, may be about to drop,
-        rename or copy: the server waits 5 seconds for others to be gone, and then refuses."""
+        """Close idle connections to databases that a statement, in lower case, may be about to
+        drop, rename or copy: the server waits 5 seconds for others to leave, then refuses.
+        """
         if len(sql) <= LONGEST_COMMAND and any(verb in sql for verb in DATABASE_COMMANDS):
             self.leave(sql)
             self.peers.leave_databases(sql)
 
     def leave(self, sql: bytes) -> None:
-        """The same for this process alone."""
+        """`leave_databases` for this process alone."""
         self.spares.leave(sql)
         self.pending.leave(lambda login: is_named(login, sql))
 

@@ -1,9 +1,9 @@
-"""Slots: how many jobs the proxy runs at a time, over all sessions and processes.
+"""Slots: the places that the proxy has for jobs, over all sessions and processes.
 
-Invariant: who runs a job has a slot from before its login to its end, and gives it back once.
-`Slots` counts them where all are counted: in the one process, or in the supervisor
-(`workers.slots`). There, and nowhere else, launches wait for one, in order of arrival over all of
-them. One that waits for its role or database keeps no others waiting.
+Invariant: a job has a slot from before its login to its end, and gives it back once. `Slots` counts
+them in one place: in the single process, or in the supervisor (`workers.slots`). There alone,
+launches wait for a slot, in order of arrival. One that waits because of its role or database does
+not hold up others.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Key = tuple[int, int]
 """The process that a slot is for, and its number there."""
 
 HERE: Final = 0
-"""This process, where there is no other."""
+"""The process number if there is only one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many jobs there may be, in all and of each role and database; 0: any number."""
+    """Limits of jobs: in all, of each role and of each database; 0: none."""
 
     jobs: int = 0
     per_role: int = 0
@@ -38,7 +38,7 @@ class Limits:
 
     @classmethod
     def of(cls, config: Config) -> Limits:
-        """Those that the configuration sets."""
+        """The limits that the configuration sets."""
         return cls(config.max_jobs, config.max_jobs_per_role, config.max_jobs_per_database)
 
     def __bool__(self) -> bool:
@@ -49,7 +49,7 @@ NO_LIMITS: Final = Limits()
 
 
 class Full(NamedTuple):
-    """The setting that lets no more jobs run, and its value."""
+    """The setting that allows no more jobs, and its value."""
 
     setting: str
     most: int
@@ -67,11 +67,11 @@ _Group = tuple[str, str]
 
 
 class Slots:
-    """Who has one, and who waits for one.
+    """The slots granted, and the requests that wait.
 
     Args:
         limits: of their number.
-        granted: called when one is granted that was waited for.
+        granted: called when a request that waited is granted.
         is_able: whether a process would notice.
     """
 
@@ -93,18 +93,18 @@ class Slots:
 
     @property
     def held(self) -> int:
-        """How many are granted."""
+        """Number of slots granted."""
         return len(self._held)
 
     @property
     def waiting(self) -> int:
-        """How many are waited for."""
+        """Number of requests that wait."""
         return len(self._group_of)
 
     def take(self, key: Key, role: str, database: str, arrived: float) -> bool:
-        """Grant one, or have it wait; whether it is granted at once.
+        """Request a slot. Returns whether it is granted at once; otherwise the request waits.
 
-        `arrived`: when its launch came, by the system's monotonic clock.
+        `arrived`: the time of the launch, by the system's monotonic clock.
         """
         group = role, database
         bisect.insort(self._waiting.setdefault(group, []), _Waiter(arrived, next(self._turns), key))
@@ -113,19 +113,19 @@ class Slots:
         return key in self._held
 
     def hold(self, key: Key, role: str, database: str) -> None:
-        """It is had already, whatever the limits."""
+        """Count a slot that is in use already, whatever the limits."""
         if key not in self._held:
             self._held[key] = role, database
             self._roles[role] += 1
             self._databases[database] += 1
 
     def free(self, key: Key) -> None:
-        """It is not needed any more, or not waited for."""
+        """Give back a slot, or withdraw a request."""
         self._forget(key)
         self._dispense()
 
     def free_all(self, process: int) -> None:
-        """The process is gone."""
+        """Free all slots of a process that is gone."""
         for key in [key for key in (*self._held, *self._group_of) if key[0] == process]:
             self._forget(key)
         self._dispense()
@@ -134,22 +134,22 @@ class Slots:
         if (held := self._held.pop(key, None)) is not None:
             self._roles[held[0]] -= 1
             self._databases[held[1]] -= 1
-            self._roles += Counter()  # forget those that are 0
+            self._roles += Counter()  # removes zeros
             self._databases += Counter()
         elif key in self._group_of:
             self._leave(key)
 
     def change(self, limits: Limits) -> None:
-        """Other limits hold from now on, for what is granted from now on."""
+        """Apply other limits to what is granted from now on."""
         self._limits = limits
         self._dispense()
 
     def able_again(self) -> None:
-        """A process would notice again what is granted."""
+        """A process can be told again what is granted."""
         self._dispense()
 
     def full(self, role: str, database: str) -> Full | None:
-        """The limit that keeps one waiting."""
+        """The limit that stops a request; None if there is none."""
         limits = self._limits
         for setting, most, number in (
             ("max_jobs", limits.jobs, len(self._held)),
@@ -176,9 +176,10 @@ class Slots:
                 self._granted(key)
 
     def _next(self) -> Key | None:
-        """Whose turn it is: the first in order of arrival that no limit stops. One that its
-        database stops has a claim to its role's next slot: else later ones of the role, in other
-        databases, could have it again and again."""
+        """The next request: the first in order of arrival that no limit stops. One that its
+        database stops has a claim to its role's next slot; otherwise later ones of the role, in
+        other databases, could take it again and again.
+        """
         firsts: list[tuple[_Waiter, _Group]] = []
         for group, waiters in self._waiting.items():
             able = (waiter for waiter in waiters if self._is_able(waiter.key[0]))
@@ -201,13 +202,13 @@ class Slots:
 
 
 class Slot:
-    """One that a launch here has asked for.
+    """A slot that a launch in this process has asked for.
 
     Attributes:
-        number: among those of this process.
-        is_granted: whether it has it.
-        full: why it has not.
-        is_counted: whether it is counted where all are.
+        number: unique in this process.
+        is_granted: whether it was granted.
+        full: if not, the limit that stops it.
+        is_counted: whether the counting process knows it.
     """
 
     def __init__(self, number: int, role: str, database: str) -> None:
@@ -220,17 +221,17 @@ class Slot:
         self._woken = asyncio.Event()
 
     def grant(self) -> None:
-        """It is granted now."""
+        """The slot is granted now."""
         self.is_granted = True
         self._woken.set()
 
     async def changed(self) -> None:
-        """Wait until it is granted."""
+        """Wait until the slot is granted."""
         await self._woken.wait()
 
     @property
     def refusal(self) -> FullError:
-        """The error of a launch that does not get it."""
+        """The error for a launch that gets no slot."""
         whose = f'of role "{self.role}"'
         detail = f"Others {whose} came before."
         if self.full is not None:
@@ -244,14 +245,14 @@ class Slot:
 
 
 class SlotSource(ABC):
-    """Where the launches of this process get their slots."""
+    """Where the launches of this process get slots."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self.slots: dict[int, Slot] = {}
 
     async def take(self, role: bytes, database: bytes, patience: Patience) -> Slot:
-        """One for a job of a login role in a database.
+        """A slot for a job of this login role in this database.
 
         Raises SQLError; FullError if there is none in time.
         """
@@ -270,30 +271,30 @@ class SlotSource(ABC):
         return slot
 
     def give_back(self, slot: Slot) -> None:
-        """Its job has ended, or there will be none. A second time nothing happens."""
+        """The slot's job has ended, or never was. Repeated calls do nothing."""
         if self.slots.pop(slot.number, None) is not None and slot.is_counted:
             self._free(slot)
 
     def granted(self, number: int) -> None:
-        """One is granted that was asked for."""
+        """A slot that was asked for is granted."""
         if (slot := self.slots.get(number)) is not None:
             slot.grant()
 
     @abstractmethod
     async def _ask(self, slot: Slot, patience: Patience) -> None:
-        """Ask for one: it is granted, or `full` says why not. Raises SQLError."""
+        """Ask for a slot: it is granted, or its `full` says why not. Raises SQLError."""
 
     @abstractmethod
     def _free(self, slot: Slot) -> None:
-        """It is not needed any more."""
+        """The slot is no longer needed."""
 
     @abstractmethod
     def change(self, limits: Limits) -> None:
-        """Other limits hold from now on."""
+        """Apply other limits."""
 
 
 class OwnSlots(SlotSource):
-    """Those of the one process."""
+    """The slots of the single process."""
 
     def __init__(self, limits: Limits) -> None:
         super().__init__()

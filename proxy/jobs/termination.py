@@ -1,9 +1,8 @@
-"""The certain end of a job that is cancelled: the server terminates its backend.
+"""Ends a cancelled job for certain: the server terminates its backend.
 
-Invariant: no code catches a termination, as it may a cancel request: once the server has it,
-nothing more of the job commits. A job counts as canceled only if its transaction did not commit
-before. The pid is the job's as long as its connection is open, so that is held until the server has
-answered.
+Invariant: code can catch a cancel request, but no termination: once the server has it, nothing more
+of the job commits. A job counts as canceled only if its transaction had not committed. The pid is
+the job's as long as its connection is open, so this stays open until the server has answered.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from proxy.backends.channels import Channel
 from proxy.reasons import explain
 
 Lease = Callable[[], Awaitable[Channel]]
-"""Lends a channel of the login role that the job's backend has. Raises SQLError, OSError."""
+"""Lends a channel with the login of the job's backend. Raises SQLError, OSError."""
 
 _TERMINATE: Final = b"""
 SELECT CAST(a.backend_xid AS pg_catalog.text),
@@ -30,14 +29,14 @@ FROM pg_catalog.pg_stat_get_activity(%d) a"""
 _STATUS: Final = b"SELECT pg_catalog.txid_status(%d)"
 
 _LOOK_AGAIN: Final = 0.02
-"""Seconds between looks at a transaction whose backend is still ending it."""
+"""Seconds before checking again on a transaction whose backend is still ending it."""
 
 
 class Termination:
-    """Of one job.
+    """The termination of one job.
 
     Attributes:
-        sent: done when the server was told; whether that is so, or there is nothing to stop.
+        sent: resolved after the attempt: whether the server was told, or had nothing to stop.
         is_sent: whether the server may have been told.
     """
 
@@ -47,7 +46,7 @@ class Termination:
         self.is_sent = False
         self._is_asking = False
         self._ended: Backend | None = None
-        # The transaction ID that the job had then; None if it had not written anything.
+        # The job's transaction ID at that time; None if it had written nothing.
         self._xid: int | None = None
         self._found = False
 
@@ -65,15 +64,14 @@ class Termination:
             self._xid = None if xid is None else _with_epoch(number(xid), number(xmax))
 
     def let_go(self, backend: Backend) -> None:
-        """Close the connection of the job, which has ended, as soon as its pid need not stay its
-        own."""
+        """Close the connection of a job that has ended, once its pid may be reused."""
         if self._is_asking:
             self._ended = backend
         else:
             backend.terminate()
 
     async def has_rolled_back(self, channel: Channel) -> bool:
-        """Whether the job's transaction is aborted for certain, now that its connection is closed.
+        """Whether the job's transaction has certainly aborted; its connection is closed.
 
         Raises ServerError, OSError, ProtocolViolation.
         """
@@ -87,20 +85,20 @@ class Termination:
 
 
 def _with_epoch(xid: int, near: int) -> int:
-    """The transaction ID of 64 bits whose lower half is `xid`, and which is nearest to another."""
+    """The 64-bit transaction ID nearest to `near` whose lower half is `xid`."""
     return near - ((near - xid + 2**31) % 2**32 - 2**31)
 
 
 def canceled(fatal: ErrorResponse | None) -> ErrorResponse:
-    """The error of a job that was terminated because it was to be cancelled: what a cancel request
-    gives. `fatal`: what the server said; where the job was then, it says in CONTEXT."""
+    """The error of a job that was cancelled by termination: that of a cancel request. `fatal`: the
+    server's own error, whose CONTEXT tells where the job was."""
     error = SQLError(QUERY_CANCELED, "canceling statement due to user request").response()
     context = None if fatal is None else fatal.fields.get("W")
     return error if context is None else error.with_fields(W=context)
 
 
 def lost_connection(pid: int, error: Exception, fatal: ErrorResponse | None) -> ErrorResponse:
-    """The error of a job whose connection ended. `fatal`: what the server said before that."""
+    """The error of a job whose connection was lost. `fatal`: the server's last error."""
     reason = fatal.message.decode("utf-8", "replace") if fatal else explain(error)
     return SQLError(
         CONNECTION_FAILURE,
