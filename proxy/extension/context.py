@@ -34,8 +34,8 @@ from proxy.sql.encodings import parse_array
 from proxy.sql.text import EXECUTOR_ROLE, literal
 
 _IS_EXECUTOR: Final = (
-    b"(r.rolsuper OR EXISTS(SELECT 1 FROM pg_catalog.pg_roles g WHERE g.rolname"
-    b" OPERATOR(pg_catalog.=) %b AND pg_catalog.pg_has_role(r.oid, g.oid, 'MEMBER')))"
+    b"(r.rolsuper OR COALESCE(pg_catalog.pg_has_role(r.oid,"
+    b" CAST(pg_catalog.to_regrole(%b) AS pg_catalog.oid), 'MEMBER'), false))"
     % literal(EXECUTOR_ROLE.encode())
 )
 """Whether the role ``r`` may call the functions where the extension's objects are not there."""

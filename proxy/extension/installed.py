@@ -83,10 +83,10 @@ FIND: Final = sql(
     version=VERSION,
     versions=",".join(VERSIONS),
     owner_is_trusted=is_trusted("p.proowner"),
-    schema_is_trusted=is_trusted("s.nspowner"),
+    schema_is_trusted=is_trusted("n.nspowner"),
 )
-"""FROM … of the marker, as ``p``: one row or none. It and its schema must belong to somebody whom
-the session trusts; a superuser's comes first."""
+"""FROM … of the marker, as ``p``, and its schema, as ``n``: one row or none. Both must belong to
+somebody whom the session trusts; a superuser's comes first."""
 
 
 def _is_settled(row: str) -> str:
@@ -163,7 +163,7 @@ class Installed:
             function: what is called, or selected from.
             schema: what the call says, if anything.
         """
-        is_view = VIEWS.get(function.name) is function
+        is_view = _is_view(function)
         own = self.schema.decode("utf-8", "replace")
         if not self.finds(schema):
             types = ", ".join(parameter.type.name for parameter in function.parameters)
@@ -181,20 +181,25 @@ class Installed:
             raise SQLError(INSUFFICIENT_PRIVILEGE, f"permission denied for {kind} {function.name}")
 
 
+def _is_view(function: Function) -> bool:
+    return VIEWS.get(function.name) is function
+
+
 def _key(function: Function) -> str:
-    is_view = VIEWS.get(function.name) is function
-    return f"{function.name}/{'view' if is_view else len(function.parameters)}"
+    return f"{function.name}/{'view' if _is_view(function) else len(function.parameters)}"
 
 
 # Made once, but for the names: each call has the query.
-_INSTALLED: Final = sql(
-    "installed",
-    version=VERSION,
-    find=FIND,
-    role="current_user",
-    executor=EXECUTOR_ROLE,
-    names="@{names}",
-)
+_INSTALLED: Final = sql("installed", version=VERSION, find=FIND, allowed="@{allowed}")
+_ALLOWED: Final = {
+    False: sql(
+        "allowed_functions",
+        names="@{names}",
+        may_execute=sql("may_execute", role="current_user", executor=EXECUTOR_ROLE),
+    ),
+    True: sql("allowed_views", names="@{names}"),
+}
+"""What is allowed of the functions, and of the views."""
 
 
 def installed_query(functions: Iterable[Function]) -> str:
@@ -203,8 +208,14 @@ def installed_query(functions: Iterable[Function]) -> str:
     Args:
         functions: which of the current role's privileges to look up; views too.
     """
-    names = ",".join(dict.fromkeys(function.name for function in functions))
-    return _INSTALLED.replace("@{names}", names)
+    names: dict[bool, dict[str, None]] = {}
+    for function in functions:
+        names.setdefault(_is_view(function), {})[function.name] = None
+    allowed = (
+        _ALLOWED[are_views].replace("@{names}", ",".join(named))
+        for are_views, named in names.items()
+    )
+    return _INSTALLED.replace("@{allowed}", " UNION ALL ".join(allowed))
 
 
 def parse_installed(values: Sequence[bytes | None]) -> Installed:

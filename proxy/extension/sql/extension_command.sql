@@ -12,8 +12,6 @@ BEGIN
   END IF;
   SELECT p.oid, p.pronamespace, p.proowner, n.nspname, @{installed_version}
     INTO marker, namespace, owner, schema_name, installed_version
-    -- Before version 12, p.* has no oid.
-    FROM (SELECT p.oid, p.pronamespace, p.proowner, p.prosrc @{find}) p, pg_catalog.pg_namespace n
-    WHERE n.oid OPERATOR(pg_catalog.=) p.pronamespace;
+    @{find};
 @{body}
 END

@@ -3,5 +3,5 @@
 
 (pg_catalog.has_function_privilege(@{role}, f.oid, 'EXECUTE') AND (f.proacl IS NOT NULL
   OR pg_catalog.pg_has_role(@{role}, f.proowner, 'USAGE')
-  OR EXISTS(SELECT 1 FROM pg_catalog.pg_roles g WHERE g.rolname OPERATOR(pg_catalog.=) '@{executor}'
-    AND pg_catalog.pg_has_role(@{role}, g.oid, 'USAGE'))))
+  OR COALESCE(pg_catalog.pg_has_role(@{role},
+    CAST(pg_catalog.to_regrole('@{executor}') AS pg_catalog.oid), 'USAGE'), false)))
