@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+_INT8 = struct.Struct(">B")
 _INT16 = struct.Struct(">h")
 _UINT16 = struct.Struct(">H")
 _INT32 = struct.Struct(">i")
@@ -135,31 +136,31 @@ class Reader:
 
 
 def int8(number: int) -> bytes:
-    return _pack("B", (number,))
+    return _pack(_INT8, number)
 
 
 def int16(number: int) -> bytes:
-    return _pack("h", (number,))
+    return _pack(_INT16, number)
 
 
 def uint16(number: int) -> bytes:
-    return _pack("H", (number,))
+    return _pack(_UINT16, number)
 
 
 def int32(number: int) -> bytes:
-    return _pack("i", (number,))
+    return _pack(_INT32, number)
 
 
 def uint32(number: int) -> bytes:
-    return _pack("I", (number,))
+    return _pack(_UINT32, number)
 
 
 def int16s(numbers: Sequence[int]) -> bytes:
-    return uint16(len(numbers)) + _pack(f"{len(numbers)}h", numbers)
+    return uint16(len(numbers)) + b"".join([int16(number) for number in numbers])
 
 
 def uint32s(numbers: Sequence[int]) -> bytes:
-    return uint16(len(numbers)) + _pack(f"{len(numbers)}I", numbers)
+    return uint16(len(numbers)) + b"".join([uint32(number) for number in numbers])
 
 
 def string(text: bytes) -> bytes:
@@ -180,8 +181,8 @@ def values(row: Sequence[bytes | None]) -> bytes:
     return uint16(len(row)) + b"".join([value(data) for data in row])
 
 
-def _pack(codes: str, numbers: Sequence[int]) -> bytes:
+def _pack(form: struct.Struct, number: int) -> bytes:
     try:
-        return struct.pack(f">{codes}", *numbers)
+        return form.pack(number)
     except struct.error as error:
         raise ValueError(f"a number does not fit its field: {error}") from None

@@ -79,10 +79,42 @@ def parse_array(text: bytes, masked: bytes | None = None) -> list[bytes | None]:
     """
     if text == b"{}":  # most are
         return []
+    if (elements := _plain_list(text, text if masked is None else masked)) is not None:
+        return elements
     array = Array.parse(text, masked)
     if len(array.dimensions) > 1:
         raise ProtocolViolation("the array has more than one dimension")
     return array.elements
+
+
+def _plain_list(text: bytes, masked: bytes) -> list[bytes | None] | None:
+    """The elements of an array as the server writes it, of one dimension and without bounds. None
+    for any other text: `_Parser` says what it is, or what is wrong with it."""
+    if masked[:1] != b"{":
+        return None
+    elements: list[bytes | None] = []
+    at = 1
+    while match := _ELEMENT.match(masked, at):
+        elements.append(_element(text, masked, match))
+        at = match.end()
+        if match[3] == b"}":
+            return elements if at == len(masked) else None
+    return None
+
+
+def _element(text: bytes, masked: bytes, match: re.Match[bytes]) -> bytes | None:
+    """What `_ELEMENT` has matched; None for NULL."""
+    quoted, plain, _ = match.groups()
+    if quoted is None and plain.upper() == b"NULL":
+        return None
+    start, end = match.span(2 if quoted is None else 1)
+    if b"\\" not in (plain if quoted is None else quoted):
+        return text[start:end]
+    parts = []
+    for escape in _ESCAPE.finditer(masked, start, end):
+        parts.append(text[start : escape.start()])
+        start = escape.start(1)
+    return b"".join([*parts, text[start:end]])
 
 
 class _Parser:
@@ -130,7 +162,7 @@ class _Parser:
                 if self._element_depth not in (None, depth):
                     raise _malformed()
                 self._element_depth = depth
-                self._elements.append(self._element(match))
+                self._elements.append(_element(self._text, self._masked, match))
                 delimiter = match[3]
             else:
                 self._expect(_OPEN)
@@ -141,19 +173,6 @@ class _Parser:
             count += 1
         if self._sizes.setdefault(depth, count) != count:
             raise ProtocolViolation("the rows of a multidimensional array differ in length")
-
-    def _element(self, match: re.Match[bytes]) -> bytes | None:
-        quoted, plain, _ = match.groups()
-        if quoted is None and plain.upper() == b"NULL":
-            return None
-        start, end = match.span(2 if quoted is None else 1)
-        if b"\\" not in (plain if quoted is None else quoted):
-            return self._text[start:end]
-        parts = []
-        for escape in _ESCAPE.finditer(self._masked, start, end):
-            parts.append(self._text[start : escape.start()])
-            start = escape.start(1)
-        return b"".join([*parts, self._text[start:end]])
 
     def _accept(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
         match = pattern.match(self._masked, self._at)

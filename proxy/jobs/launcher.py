@@ -46,6 +46,12 @@ from proxy.sql.lexer import READING
 T = TypeVar("T")
 
 
+@functools.lru_cache(maxsize=256)
+def _parse(setting: Guc, text: str) -> int:
+    # A launch reads four settings, which are hardly ever different from the last one's.
+    return setting.parse(text)
+
+
 class Launcher:
     """Opens the backends for the jobs of one session, or of one job.
 
@@ -191,7 +197,7 @@ class Launcher:
     def setting(self, setting: Guc, context: Context) -> int:
         """The value of one of our settings in the session. Raises SQLError 22023."""
         try:
-            return setting.parse(self._text(setting.name, context))
+            return _parse(setting, self._text(setting.name, context))
         except ValueError as error:
             raise SQLError(INVALID_PARAMETER_VALUE, str(error)) from None
 

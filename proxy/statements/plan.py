@@ -97,17 +97,15 @@ class ItemOutput:
 class _Calling:
     """A plan that makes calls."""
 
-    __slots__ = ()
-
     @property
     def calls(self) -> list[Call]:
         """The outermost ones."""
         raise NotImplementedError
 
-    @property
-    def all_calls(self) -> list[Call]:
+    @functools.cached_property
+    def all_calls(self) -> tuple[Call, ...]:
         """With those in their arguments."""
-        return [inner for call in self.calls for inner in call.all()]
+        return tuple(inner for call in self.calls for inner in call.all())
 
     @property
     def has_definition_list(self) -> bool:
@@ -120,7 +118,7 @@ class _Calling:
         first gather them all."""
         return any(call.function.result_type == RECORD for call in self.calls)
 
-    @property
+    @functools.cached_property
     def is_servers_too(self) -> bool:
         """Whether a server that has the functions takes the statement as it stands, with the same
         parameters. The proxy alone serves rows without a column definition list, and takes more
@@ -135,13 +133,13 @@ class _Calling:
             )
         )
 
-    @property
+    @functools.cached_property
     def needs(self) -> Needs:
         """What its calls need together."""
         return functools.reduce(operator.or_, (call.function.needs for call in self.all_calls))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ScalarPlan(_Calling):
     """Each row of the stand-in makes the calls in its columns, each once and in the order of
     ``columns``; the other columns are as they are. A call's column is of type text.
@@ -179,7 +177,7 @@ class Output:
     label: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ResultPlan(_Calling):
     """The rows of a function that has columns: its own, the job's, or those of a definition list.
     The stand-in returns exactly one row.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import ProtocolViolation
 from protocol.values import NoBinaryForm, oids, parse_array, to_binary
+from protocol.values.arrays import Array
 from protocol.values.oids import ARRAYS, OIDS, type_size
 
 CONVERTED = sorted({*ARRAYS.values(), *ARRAYS, oids.UNKNOWN, oids.VOID})
@@ -217,6 +218,19 @@ def test_array_literals_are_read_as_the_manual_says(
 def test_a_malformed_array_is_a_violation(text: bytes) -> None:
     with pytest.raises(ProtocolViolation):
         to_binary(1009, text)
+
+
+@given(st.lists(st.sampled_from([*b'{},"\\ \x83a', b"NULL", b'"a"', b"[1:2]="]), max_size=9))
+def test_a_short_cut_reads_what_the_whole_parser_reads(parts: list[int | bytes]) -> None:
+    text = b"{%b}" % b"".join(bytes((p,)) if isinstance(p, int) else p for p in parts)
+    try:
+        array = Array.parse(text)
+    except ProtocolViolation:
+        with pytest.raises(ProtocolViolation):
+            parse_array(text)
+        return
+    if len(array.dimensions) < 2:
+        assert parse_array(text) == array.elements
 
 
 def test_one_dimension_is_not_two() -> None:
