@@ -34,6 +34,7 @@ from tests.support.servers import REPOSITORY, Proxy, Server, clean_environment, 
 PAGES: Final = (
     REPOSITORY / "README.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
+    REPOSITORY / "tests" / "README.md",
     *sorted((REPOSITORY / ".github").rglob("*.md")),
 )
 _BLOCK: Final = re.compile(
@@ -42,6 +43,10 @@ _BLOCK: Final = re.compile(
 )
 _PROMPT: Final = re.compile(r"mydb[=\-(*'][*!?]?[>#] ")
 _LINK: Final = re.compile(r"\]\((?P<target>[^)\s]+)\)")
+_FILE: Final = re.compile(
+    r"(?<![\w./-])(?:(?:bench|deploy|docs|protocol|proxy|tests)/|\.(?:ci|github)/)[\w./*-]*(?<!\.)"
+)
+"""A file of this repository, by its path from the top."""
 _DJANGO: Final = """\
 from django.conf import settings
 settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.postgresql",
@@ -196,6 +201,19 @@ def test_startup_parameters_that_a_pooler_must_ignore() -> None:
     assert f"\nignore_startup_parameters = {', '.join(OURS)}\n" in page
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))
+def test_files_that_are_named_exist(page: Path) -> None:
+    """A ``*`` in a name stands for anything."""
+    text = page.read_text(encoding="utf-8")
+    for name in set(_FILE.findall(text)):
+        assert any(REPOSITORY.glob(name.rstrip("/."))), f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))
+def test_pages_are_merged(page: Path) -> None:
+    assert not re.findall(r"^(?:<{7}|>{7}) .*", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_readme_is_short() -> None:
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
 
@@ -217,6 +235,17 @@ def test_architecture_names_what_there_is() -> None:
         if not re.search(rf"\b(?:def|class) {name}\b|\b{name}\b[^\n]*[=:]", code)
     }
     assert not missing
+
+
+def test_architecture_names_every_package_and_top_level_file() -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for package in ("proxy", "protocol"):
+        for path in (REPOSITORY / package).iterdir():
+            if (path / "__init__.py").is_file():
+                assert f"`{package}/{path.name}/`" in page
+            elif path.suffix == ".py" and path.name != "__init__.py":
+                table = page.partition(f"| file of `{package}/` |")[2].partition("\n\n")[0]
+                assert f"`{path.name}`" in table
 
 
 def test_architecture_names_files_that_exist() -> None:

@@ -35,7 +35,7 @@ _HEADINGS: Final[Mapping[str, str]] = {
     "max_workers": "Jobs",
     "api_version": "The extension",
     "outcome_retention": "Memory and log",
-    "admin_listen": "Watching it",
+    "admin_listen": "Monitoring",
 }
 """The headings of docs/configuration.md, each by the first setting below it."""
 

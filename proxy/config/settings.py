@@ -98,7 +98,7 @@ class Config:
         " socket; may be given more than once",
         more='In a file it may be a list: `listen = ["127.0.0.1:6543", "[::1]:6543",'
         ' "/run/pgbg:6543"]`. With `?proxy_protocol=on` behind an address, each connection there'
-        " begins with a header of the PROXY protocol. See [Behind a load"
+        " must begin with a header of the PROXY protocol. See [Behind a load"
         " balancer](operation.md#behind-a-load-balancer).",
         many=True,
     )
@@ -106,11 +106,10 @@ class Config:
         "host=localhost port=5432",
         parse_upstream,
         "CONNINFO",
-        "the server: a libpq connection string or URI with host and port, several if you like;"
-        " PGHOST and PGPORT fill what is missing",
-        more="Without user and database, which come from each client. `PGSSLMODE` and the"
-        " like fill what is missing, too. See [The way to the"
-        " server](#the-way-to-the-server).",
+        "the server: a libpq connection string or URI with host and port, or several; PGHOST and"
+        " PGPORT fill in what is missing",
+        more="It has no user and database: these come from each client. `PGSSLMODE` and the like"
+        " fill in what is missing, too. See [Connecting to the server](#connecting-to-the-server).",
     )
     passfile: Path | None = _setting(
         "",
@@ -135,8 +134,8 @@ class Config:
         "server",
         one_of("server", "plain"),
         "TYPE",
-        "which side asks the client for its password: server: the server, and the login passes"
-        " through; plain: the proxy, in clear text (only over TLS, a Unix socket or loopback); it"
+        "which side asks the client for its password. server: the server; the login passes"
+        " through. plain: the proxy, in clear text (only over TLS, a Unix socket or loopback); it"
         " then logs in by whatever method the server asks for",
         more="With `plain` a managed server needs no other credentials in the proxy.",
     )
@@ -151,44 +150,45 @@ class Config:
         DEFAULT_AUTH_QUERY,
         str,
         "SQL",
-        "how auth_user finds a role's secret that is not in auth_file; $1 is the role, the second"
-        " column its secret",
-        more="The default needs a superuser. For another role, call a `SECURITY DEFINER`"
-        " function of your own, with its schema, and set `auth_dbname`. Empty: off."
+        "the query by which auth_user finds the secret of a role that is not in auth_file; $1 is"
+        " the role, the second column its secret",
+        more="The default needs a superuser. For another role, call a `SECURITY DEFINER` function"
+        " of your own, with its schema, and set `auth_dbname`. An empty query turns this off."
         " Answers are remembered for 10 seconds.",
     )
     auth_dbname: str = _setting(
         "",
         str,
         "DATABASE",
-        "where auth_user logs in; postgres if not given. An auth_query of your own needs it, and"
-        " runs with search_path = pg_catalog: name its schemas",
-        more="It never logs in to a database that a client names.",
+        "the database that auth_user logs in to; postgres if not given. An auth_query of your own"
+        " needs it, and runs with search_path = pg_catalog, so name its schemas",
+        more="`auth_user` never logs in to a database that a client names.",
     )
     password_command: tuple[str, ...] | None = _setting(
         "",
         parse_command,
         "COMMAND",
         "a command that prints the password or token of a role for side backends; {user}, {host},"
-        " {port} and {database} in its arguments are replaced; no shell",
-        more="It comes before all other sources, also the client's own password, which may be a"
-        " token that has run out. It may take `connect_timeout`. See [Logins](logins.md).",
+        " {port} and {database} in its arguments are replaced; it runs without a shell",
+        more="It takes precedence over all other sources, including the client's own password,"
+        " which may be an expired token. It may take as long as `connect_timeout`. See"
+        " [Tokens](logins.md#tokens).",
     )
     password_ttl: float = _setting(
         "10min",
         parse_seconds,
         "TIME",
-        "how long what password_command has printed is used again; 0: not at all",
-        more="A password that the server refuses is forgotten at once. A token of RDS IAM is good"
+        "how long the output of password_command is used again; 0: not at all",
+        more="A password that the server refuses is forgotten at once. A token of RDS IAM is valid"
         " for 15 minutes.",
     )
     proxy_protocol_from: tuple[Sender, ...] = _setting(
         "",
         parse_sender,
         "NETWORK|unix",
-        "who may connect to listeners with proxy_protocol=on, and is believed what it says of its"
-        " clients: an address, or a network such as 192.0.2.0/24, or unix, for the Unix sockets"
-        " among them; may be given more than once; nobody if not given",
+        "who may connect to listeners with proxy_protocol=on, and is trusted to say where its"
+        " clients are: an address, or a network such as 192.0.2.0/24, or unix, for the Unix"
+        " sockets among them; may be given more than once; nobody if not given",
         many=True,
     )
     allow_from: tuple[Network, ...] = _setting(
@@ -204,7 +204,7 @@ class Config:
         str,
         "ROLE",
         "which roles may log in through the proxy; may be given more than once; all if not given",
-        more="Whether they get in, the server decides.",
+        more="The server decides whether they get in.",
         many=True,
     )
     allow_databases: tuple[str, ...] = _setting(
@@ -220,25 +220,24 @@ class Config:
         "off",
         parse_switch,
         "on|off",
-        "adds the client's address and port to the application_name that it connects with: psql -"
-        " 192.0.2.7:50000",
-        more="So `pg_stat_activity` and the server's log show who is behind the proxy. Not for"
-        " replication, where the name is that of a standby.",
+        "adds the client's address and port to its application_name: psql - 192.0.2.7:50000",
+        more="So `pg_stat_activity` and the server's log show who is behind the proxy. This does"
+        " not apply to replication connections, whose name is that of a standby.",
     )
     admin_users: tuple[str, ...] = _setting(
         "",
         str,
         "ROLE",
         "who may administer the proxy; may be given more than once; nobody if not given",
-        more="By the password or secret that `auth_file` has for the name; the server need not"
-        " know it. See [The console](operation.md#the-console).",
+        more="They log in with the password or secret that `auth_file` has for the name; the"
+        " server need not know it. See [The console](operation.md#the-console).",
         many=True,
     )
     stats_users: tuple[str, ...] = _setting(
         "",
         str,
         "ROLE",
-        "who may look at what the proxy does, and change nothing; may be given more than once;"
+        "who may look at what the proxy does, but change nothing; may be given more than once;"
         " nobody if not given",
         many=True,
     )
@@ -246,9 +245,9 @@ class Config:
         "disable",
         one_of(*SSL_MODES),
         "MODE",
-        "TLS from clients: disable; allow or prefer: clients may use it; require: they must;"
-        " verify-ca or verify-full: they must, with a certificate of client_tls_ca_file. Unix"
-        " sockets have no TLS",
+        "TLS from clients. disable: none; allow or prefer: clients may use it; require: they must;"
+        " verify-ca or verify-full: they must, with a certificate signed by client_tls_ca_file."
+        " Unix sockets have no TLS",
     )
     client_tls_cert_file: Path | None = _setting(
         "", parse_file, "FILE", "the proxy's certificate for clients, PEM, with its chain"
@@ -276,17 +275,17 @@ class Config:
         "30s",
         parse_seconds,
         "TIME",
-        "how long one of several processes may hang until it is killed and replaced; 0: for ever",
-        more="Its sessions and jobs are lost then. After 3 seconds new clients go to the others.",
+        "how long one of several processes may hang before it is killed and replaced; 0: for ever",
+        more="Its sessions and jobs are lost. New clients go to the others after 3 seconds.",
     )
     replica_secret_file: Path | None = _setting(
         "",
         parse_file,
         "FILE",
-        "a secret that all proxies in front of one server have, so that each can ask the others"
-        " about their jobs",
-        more="At least 32 bytes; the file's mode must be 0600, or 0640 if root owns it. Needs"
-        " `auth_user`. See [Several replicas](operation.md#several-replicas).",
+        "a file with a secret that all proxies in front of one server share, so that each can ask"
+        " the others about their jobs",
+        more="The secret has at least 32 bytes; the file's mode must be 0600, or 0640 if root owns"
+        " it. Needs `auth_user`. See [Several replicas](operation.md#several-replicas).",
     )
     tcp_keepalive: int = _setting(
         "1",
@@ -307,7 +306,7 @@ class Config:
         "0",
         parse_count,
         "N",
-        "unanswered probes until a client counts as gone; 0: the system's value",
+        "unanswered probes after which a client counts as gone; 0: the system's value",
     )
     tcp_user_timeout: int = _setting(
         "0",
@@ -329,8 +328,8 @@ class Config:
         "PATH",
         "a Unix socket by which a new process takes the listening sockets over from this one, in a"
         " folder to which nobody else can write",
-        more="A process that is started with the path of one that runs takes over from it. See"
-        " [A new version, without a loss](operation.md#a-new-version-without-a-loss).",
+        more="A process that is started with the path of a running one takes over from it. See"
+        " [Upgrade without downtime](operation.md#upgrade-without-downtime).",
     )
     takeover_timeout: float = _setting(
         "unlimited",
@@ -349,9 +348,9 @@ class Config:
         "off",
         parse_switch,
         "on|off",
-        "whether serve ends with exit code 1 if the server cannot be reached at the start; off: it"
-        " looks for it until it is there, and refuses clients meanwhile",
-        more="Off by default, since services start in any order: systemd gives up on a unit that"
+        "whether serve exits with code 1 if the server cannot be reached at the start; off: it"
+        " keeps trying, and refuses clients until the server is there",
+        more="Off by default, because services start in any order: systemd gives up on a unit that"
         " fails five times in a row, and Kubernetes waits up to five minutes before the next try.",
     )
     max_workers: int = _setting(
@@ -372,8 +371,7 @@ class Config:
         "1000",
         MAX_WORKERS.parse,
         "N",
-        "how many jobs a session may have at the most, whatever it sets pg_background.max_workers"
-        " to",
+        "how many jobs a session may have at most, whatever its pg_background.max_workers is",
     )
     max_jobs: int = _setting(
         "0",
@@ -384,17 +382,17 @@ class Config:
         " room](jobs.md#waiting-for-room).",
     )
     max_jobs_per_role: int = _setting(
-        "0", parse_count, "N", "the same, of one login role; 0: any number"
+        "0", parse_count, "N", "the same for the jobs of one login role; 0: any number"
     )
     max_jobs_per_database: int = _setting(
-        "0", parse_count, "N", "the same, in one database; 0: any number"
+        "0", parse_count, "N", "the same for the jobs in one database; 0: any number"
     )
     max_pending_jobs: int = _setting(
         "1000",
         parse_count,
         "N",
         "how many jobs of one login role may wait for the commit of their transactions, in each"
-        " process; 0: none may",
+        " process; 0: none",
         more="Together they may have 64 MB of SQL. See [Starting at commit]"
         "(jobs.md#starting-at-commit).",
     )
@@ -402,31 +400,32 @@ class Config:
         "256MB",
         DEFAULT_QUEUE_SIZE.parse,
         "SIZE",
-        "how much of a job's result is held at the most, whatever queue size is asked for",
+        "how much of a job's result is held at most, whatever queue size is asked for",
     )
     queue_memory: int = _setting(
         "256MB",
         parse_memory,
         "SIZE",
-        "how much of all results a process holds together; beyond it jobs wait for their readers",
+        "how much of all results together a process holds; beyond that, jobs wait for their"
+        " readers",
     )
     role_queue_memory: int = _setting(
-        "128MB", parse_memory, "SIZE", "the same, of the results of one login role"
+        "128MB", parse_memory, "SIZE", "the same for the results of one login role"
     )
     worker_timeout: str = _setting(
         WORKER_TIMEOUT.default,
         WORKER_TIMEOUT.show,
         "TIME",
         "default of pg_background.worker_timeout: how long a job may run, in milliseconds unless a"
-        " unit is given; 0: the session's statement_timeout",
-        more="It holds for each statement of a job; before PostgreSQL 13, for the whole string.",
+        " unit is given; 0: the session's statement_timeout applies",
+        more="It applies to each statement of a job; before PostgreSQL 13, to the whole string.",
     )
     launch_timeout: str = _setting(
         LAUNCH_TIMEOUT.default,
         LAUNCH_TIMEOUT.show,
         "TIME",
-        "default of pg_background.launch_timeout: how long a launch waits for room, in milliseconds"
-        " unless a unit is given; 0: not at all, it fails at once",
+        "default of pg_background.launch_timeout: how long a launch waits for room, in"
+        " milliseconds unless a unit is given; 0: it does not wait, but fails at once",
         more="See [Waiting for room](jobs.md#waiting-for-room).",
     )
     launch_at_commit: str = _setting(
@@ -434,7 +433,7 @@ class Config:
         LAUNCH_AT_COMMIT.show,
         "on|off",
         "default of pg_background.launch_at_commit: whether pg_background_launch and _submit start"
-        " jobs when the transaction that calls them commits",
+        " jobs only when the calling transaction commits",
         more="See [Starting at commit](jobs.md#starting-at-commit).",
     )
     queue: str = _setting(
@@ -450,26 +449,26 @@ class Config:
         parse_count,
         "N",
         "how many jobs of one login role may be queued, in each process",
-        more="Their SQL may take as much memory as results: `queue_memory` in all,"
+        more="Their SQL may take as much memory as results may: `queue_memory` in all,"
         " `role_queue_memory` for one role.",
     )
     spares: int = _setting(
         "2",
         parse_count,
         "N",
-        "how many logged-in connections to keep ready for the next jobs of a role and database that"
-        " has launched one; 0 for none",
-        more="The number holds for each of the `workers`. None"
-        " takes the last tenth of the server's connection slots, and there are none for"
-        " roles or databases with a connection limit.",
+        "how many logged-in connections to keep ready for the next jobs of a role and database"
+        " that has launched one; 0: none",
+        more="This applies to each of the `workers`. Spares do not take the last tenth of the"
+        " server's connection slots, and there are none for roles or databases with a connection"
+        " limit.",
     )
     spare_lifetime: float = _setting(
         "60s",
         parse_seconds,
         "TIME",
-        "how long a spare is kept; a changed password or pg_hba.conf holds for all new jobs after"
+        "how long a spare is kept; a changed password or pg_hba.conf applies to all new jobs after"
         " that time at the latest",
-        more="Everything else that a new login would meet holds for the next job at once:"
+        more="Everything else that a new login would meet applies to the next job at once:"
         " `NOLOGIN`, `NOSUPERUSER`, `VALID UNTIL`, `CONNECT`, `DROP ROLE`, `ALTER ROLE … SET`.",
     )
     reuse_lifetime: float = _setting(
@@ -477,59 +476,63 @@ class Config:
         parse_seconds,
         "TIME",
         "how long a connection whose job has ended waits for the next job of the same session; 0:"
-        " each job gets a new one",
-        more="It is reset by `DISCARD ALL` at once, and used again when the session has fetched or"
-        " detached the last job. A session has at most as many as `spares`. What differs from a"
-        " new one is in [limits](limits.md).",
+        " each job gets a new connection",
+        more="`DISCARD ALL` resets it at once. It is used again when the session has fetched or"
+        " detached the last job. A session keeps at most `spares` of them. [Backends that are used"
+        " again](limits.md#backends-that-are-used-again) says how such a connection differs from a"
+        " new one.",
     )
     api_version: int = _setting(
         "1",
         parse_api_version,
         "N",
-        "what pg_background_launch returns: 1: the pid, as version 1 of the extension; 2: a handle",
+        "what pg_background_launch returns. 1: the pid, as version 1 of the extension; 2: a handle",
         more="In a database with the extension, the extension's version decides instead.",
     )
     extension: str = _setting(
         "proxy",
         one_of("proxy", "server"),
         "proxy|server",
-        "which side carries out CREATE EXTENSION pg_background: proxy: the proxy, with SQL objects;"
-        " server: the server, which needs the C extension's files",
-        more="With `server`, calls go to the C extension where it is installed.",
+        "which side carries out CREATE EXTENSION pg_background. proxy: the proxy, with SQL"
+        " objects; server: the server, which needs the C extension's files",
+        more="With `server`, calls go to the C extension in databases that have it.",
     )
     catalogs: str = _setting(
         "on",
         one_of("on", "off", "definitions"),
         "on|off|definitions",
-        "whether queries on pg_extension list the extension that the proxy has made, and queries on"
-        " pg_stat_activity give pg_background as the backend_type of jobs; definitions: views and"
-        " functions that are created, too",
-        more="`off`: every query is passed on as it is. See [What tools see]"
-        "(in-database.md#what-tools-see), and for `definitions` [differences.md]"
-        "(differences.md#finding-out-whether-a-job-still-runs).",
+        "whether queries on pg_extension list the extension that the proxy has created, and"
+        " queries on pg_stat_activity give pg_background as the backend_type of jobs; definitions:"
+        " new views and functions are changed to do so, too",
+        more="With `off`, every query is passed on unchanged. See [What tools"
+        " see](in-database.md#what-tools-see), and for `definitions` [Definitions that look for"
+        " jobs](differences.md#definitions-that-look-for-jobs).",
     )
     outcome_retention: float = _setting(
         "10min",
         parse_seconds,
         "TIME",
-        "how long a job's outcome stays known after its end, to other sessions of its role too",
+        "how long a job's outcome stays known after its end, also to other sessions of its role",
     )
     history: str = _setting(
         "off",
         one_of("off", "errors", "labeled", "all"),
         "off|errors|labeled|all",
-        "which jobs' outcomes are written to pg_background_history, where the extension is; errors:"
-        " those of jobs that fail or are lost; labeled: of jobs with a label",
-        more="See [An outcome that stays](jobs.md#an-outcome-that-stays).",
+        "which jobs' outcomes are written to pg_background_history, in databases with the"
+        " extension. errors: jobs that fail or are lost; labeled: jobs with a label",
+        more="See [Job history](jobs.md#job-history).",
     )
     history_sql: bool = _setting(
         "on",
         parse_switch,
         "on|off",
-        "whether these rows have the SQL, 8 kB of it; off: a hash of that",
+        "whether these rows have the SQL, up to 8 kB of it; off: a hash of it",
     )
     history_retention: float = _setting(
-        "30d", parse_seconds, "TIME", "how long rows that are written now stay there"
+        "30d",
+        parse_seconds,
+        "TIME",
+        "how long a row is kept; a change applies to rows that are written after it",
     )
     log_level: str = _setting(
         "info", one_of(*LOG_LEVELS), "LEVEL", f"what is logged: {', '.join(LOG_LEVELS)}"
@@ -545,23 +548,23 @@ class Config:
         "0",
         parse_min_duration,
         "TIME",
-        "logs the end of each job that has run at least so long, in milliseconds unless a unit is"
-        " given, and of each that has failed; 0: of all; -1: of none",
-        more="All by default: nobody need be waiting for a job, and its outcome is forgotten after"
-        " `outcome_retention`.",
+        "logs the end of each job that has run at least this long, in milliseconds unless a unit"
+        " is given, and of each that has failed; 0: of all; -1: of none",
+        more="All jobs are logged by default, because nobody may be waiting for a job, and its"
+        " outcome is forgotten after `outcome_retention`.",
     )
     log_job_sql: bool = _setting(
         "off",
         parse_switch,
         "on|off",
-        "whether these lines have the beginning of the job's SQL, 120 characters",
-        more="It may hold what should not be in a log, such as the password in `ALTER ROLE`.",
+        "whether these lines have the beginning of the job's SQL, up to 120 characters",
+        more="It may contain what should not be in a log, such as the password in `ALTER ROLE`.",
     )
     log_connections: bool = _setting(
         "off",
         parse_switch,
         "on|off",
-        "logs each client that connects, that is let in, and that is refused, with its address",
+        "logs each client that connects, is let in, or is refused, with its address",
         more="The server's own log has the proxy's address.",
     )
     log_disconnections: bool = _setting(
@@ -574,11 +577,11 @@ class Config:
         "",
         parse_admin_listen,
         "HOST:PORT",
-        "where metrics, health checks and the page of jobs are served by HTTP, such as"
+        "where metrics, health checks and the jobs page are served by HTTP, such as"
         " 127.0.0.1:6544; off if not given",
         more="Needs the extra `admin`. With `client_tls_sslmode` other than `disable` it is HTTPS,"
-        " with the same certificate. See [Metrics, health, a page of jobs]"
-        "(operation.md#metrics-health-a-page-of-jobs).",
+        " with the same certificate. See [Metrics, health checks and the jobs"
+        " page](operation.md#metrics-health-checks-and-the-jobs-page).",
     )
 
     @property
