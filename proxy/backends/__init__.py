@@ -1,1 +1,1 @@
-"""Server connections of the proxy's own: opened, kept ready, lent."""
+"""The proxy's own server connections: opened, kept ready, lent."""

@@ -1,12 +1,12 @@
-"""Secrets of roles, asked of the server itself: PgBouncer's ``auth_query`` and ``auth_user``.
+"""Asks the server for the secrets of roles: PgBouncer's ``auth_query`` and ``auth_user``.
 
-Invariant: the result is like one more line of the auth_file; it does not let a client in. It serves
-to check a client, and to log in again as a role that the server has let in already. It is
-remembered for `LIFETIME`, found or not, so that an old password stops working after that.
+Invariant: a result is like a line of the auth_file; it lets no client in. It serves to check a
+client, and to log in again as a role that the server has let in already. Found or not, it is
+remembered for `LIFETIME` only, so that an old password stops working after that.
 
-A lookup may be for a client that has not logged in: anybody who can connect names a role. So a
-client does not decide where the query runs (`Config.lookup_database`), and lookups for the clients
-of one address are limited, as are the log lines about them.
+A lookup may be for a client that has not logged in, and anybody can name a role. So the client does
+not decide where the query runs (`Config.lookup_database`), and lookups for the clients of one
+address are limited, as are the log lines about them.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from proxy.log import logger
 from proxy.reasons import explain
 
 LIFETIME: Final = 10.0
-"""Seconds that an answer is remembered."""
+"""Seconds for which an answer is remembered."""
 
 _MAX_REMEMBERED: Final = 1000
 _AT_A_TIME: Final = 4
-"""Lookups at the same time; any client may cause one."""
+"""Concurrent lookups; any client may cause one."""
 
 BURST: Final = 20.0
 RATE: Final = 5.0
 PATIENCE: Final = 20.0
-"""Lookups for clients of one address that have not logged in: at once, each second, and waiting for
-their turn. A role whose answer is remembered needs none."""
+"""Limits of lookups for clients of one address that have not logged in: at once, per second, and
+waiting. A role whose answer is remembered needs none."""
 
 _SILENCE: Final = 60.0
-"""Seconds in which the log does not say the same again."""
+"""Seconds before the log repeats itself."""
 
 
 class AuthQuery:
-    """Asks for secrets as auth_user. Not for roles that the auth_file knows."""
+    """Asks for secrets as auth_user, except for roles in the auth_file."""
 
     def __init__(self, config: Config, dialer: Dialer) -> None:
         self.enabled = bool(config.auth_user and config.auth_query)
@@ -52,12 +52,12 @@ class AuthQuery:
         self._log_pace = Pace(1.0, 1 / _SILENCE)
 
     async def secret(self, host: Host, user: bytes, stranger: str | None = None) -> Secret | None:
-        """The role's secret; None if there is none, or if it could not be asked for (logged).
+        """The role's secret; None if it has none, or the lookup failed (logged).
 
         Args:
             host: the server.
             user: the role.
-            stranger: whose connection it is that has not logged in (`pace.who`); None if it has.
+            stranger: identifies a client that has not logged in (`pace.who`); None if it has.
         """
         if not self.enabled or user == self._config.auth_user.encode():
             return None
@@ -85,7 +85,7 @@ class AuthQuery:
         return self._remembered.get(key, (0.0, None))[0] > now
 
     def _warn(self, what: str, text: str, *arguments: object) -> None:
-        """Logs it, unless the same has been logged in the last minute: strangers may cause it."""
+        """Log this, unless it was logged in the last minute: strangers may cause it."""
         if self._log_pace.take(what, asyncio.get_running_loop().time()) is not None:
             logger.warning(text + " (said once a minute)", *arguments)
 

@@ -1,8 +1,7 @@
 """A server connection of our own: a side backend.
 
-Invariant: it logs in as the client's role with that role's own credentials, and serves one job at a
-time. This file knows how to connect, log in, ask a query and cancel; what a job does with its
-connection is said in `jobs`.
+Invariant: it logs in as the client's role with that role's credentials, and serves one job at a
+time. This file connects, logs in, queries and cancels; `jobs` says what a job does with it.
 """
 
 from __future__ import annotations
@@ -45,22 +44,22 @@ from proxy.stats import counters
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 _MAX_BEFORE_LOGIN: Final = 256 * 1024
-"""Bytes of all messages until a backend is ready; a server's settings are a kilobyte or two."""
+"""Bytes received until a backend is ready; a server sends a kilobyte or two of settings."""
 
 READ_SIZE = 64 * 1024
-"""The most bytes taken from the kernel at once."""
+"""Bytes read from the kernel at once, at most."""
 
 _read_buffer = memoryview(bytearray(READ_SIZE))
-"""One for all: what was read is consumed before anything else is read into it."""
+"""Shared: input is consumed before the next read."""
 
 
 class NoRoomError(SQLError):
-    """There is no connection to be had just now: the server has said so (class 53), or this
-    process has no file descriptor."""
+    """No connection can be had just now: the server said so (class 53), or this process has no file
+    descriptor left."""
 
 
 class Connect(Protocol):
-    """Opens a connection to the server of the session. Raises OSError."""
+    """Opens a connection to the session's server. Raises OSError."""
 
     async def __call__(self, factory: Callable[[], P]) -> P: ...
 
@@ -71,22 +70,22 @@ class _InboxReceiver(Inbox):
 
 
 class Backend(asyncio.BufferedProtocol):
-    """One connection. Made by `open_backend`.
+    """One connection, made by `open_backend`.
 
     Attributes:
         pid: of the backend; behind a connection pooler at first a number that the pooler made up.
         is_pooled: whether there is a pooler in between; then a transaction is open for the job.
         ready: whether it has logged in.
         logged_in: when, by the loop's clock.
-        asked: what the server asked for first in the login.
-        parameters: of its ParameterStatus messages.
-        on_lost: is called when the connection ends.
+        asked: the server's first authentication request.
+        parameters: by its ParameterStatus messages.
+        on_lost: called when the connection ends.
         system_id: of its database cluster (`identity`); None if not asked for.
-        own_settings: of a side backend, made up for it when it logged in.
-        takeover: what it has to do before its job; None if that is done.
-        taken_over: the row of that, once it is done.
-        identity: what its login was based on, if it remembers that.
-        is_spent: whether it is to serve no other job than this one.
+        own_settings: those made for a side backend at its login.
+        takeover: what it must do before its job; None once done.
+        taken_over: the row that this returned.
+        identity: what its login was based on, if remembered.
+        is_spent: whether it must serve no other job.
     """
 
     def __init__(self) -> None:
@@ -107,7 +106,7 @@ class Backend(asyncio.BufferedProtocol):
         self.receiver: Receiver | None = None
         self.on_lost: Callable[[], None] | None = None
 
-    # asyncio's side
+    # Called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -130,12 +129,12 @@ class Backend(asyncio.BufferedProtocol):
         if self.on_lost is not None:
             self.on_lost()
 
-    # our side
+    # Called by us
 
     async def login(self, startup: StartupMessage, credentials: Credentials) -> None:
-        """Send the startup packet, answer what the server asks for, wait until it is ready.
+        """Send the startup packet, answer authentication requests, wait until the server is ready.
 
-        Raises SQLError: the server's own error, or 28000 if we have nothing to log in with;
+        Raises SQLError: the server's own, or 28000 if we have nothing to log in with;
         ProtocolViolation: it sends more than a server does until then.
         """
         self.transport.write(startup.serialize())
@@ -167,9 +166,9 @@ class Backend(asyncio.BufferedProtocol):
                 raise ServerError(ErrorResponse.parse(body))
 
     async def query(self, sql: bytes, *parameters: bytes) -> Row:
-        """The last row that a query of ours returns, in text; empty if there is none.
+        """The last row that our query returns, in text; empty if there is none.
 
-        Parameters, if any, are text, of the types that the server finds for them.
+        Parameters are text, of types that the server infers.
 
         Raises ServerError, ConnectionError, ProtocolViolation.
         """
@@ -177,14 +176,14 @@ class Backend(asyncio.BufferedProtocol):
         return rows[-1] if rows else ()
 
     async def row(self, sql: bytes, columns: int = 1) -> Row:
-        """The same for a query that must return a row of at least `columns` columns.
+        """`query`, which must return a row with at least `columns` columns.
 
         Raises ProtocolViolation if it does not.
         """
         return _last(await self.rows(sql), columns)
 
     async def rows(self, sql: bytes, *parameters: bytes) -> list[Row]:
-        """All rows, those of several statements one after the other. Raises ServerError."""
+        """All rows, also of several statements. Raises ServerError."""
         if parameters:
             self._send(Parse(b"", sql), Bind(b"", b"", parameters=parameters), Execute(b""), Sync())
         else:
@@ -192,8 +191,8 @@ class Backend(asyncio.BufferedProtocol):
         return await self._answer()
 
     async def transact(self, *commands: tuple[bytes, Sequence[bytes]]) -> list[Row]:
-        """All rows of several commands with parameters, sent at once: one transaction, unless they
-        say otherwise. After an error the rest is skipped. Raises as `rows` does."""
+        """All rows of several commands with parameters, sent together as one transaction unless
+        they say otherwise. After an error the rest is skipped. Raises as `rows` does."""
         sent: list[messages.Message] = []
         for sql, parameters in commands:
             sent += [Parse(b"", sql), Bind(b"", b"", parameters=tuple(parameters)), Execute(b"")]
@@ -203,14 +202,14 @@ class Backend(asyncio.BufferedProtocol):
     async def remember_identity(
         self, login: Login, identity: bytes | None, greeting: bytes, *, discard: bool = False
     ) -> Row:
-        """Have it check what the login was based on (`identity`), now and before it takes over.
-        Nothing else may be asked in between: the check is the unnamed prepared statement.
+        """Have the backend check what its login was based on, now and before it takes over. No
+        other query may come in between: the check is the unnamed prepared statement.
 
-        `identity`: what that was right after the login. `greeting`: a query that is asked before,
-        in the same round trip. Returns the row of that. `discard`: the session state is discarded
+        `identity`: the identity right after the login. `greeting`: a query that precedes the check
+        in the same round trip, and whose row is returned. `discard`: discard the session state
         first.
 
-        Raises StaleLoginError if a new login would be different already; else as `row` does.
+        Raises StaleLoginError if a new login would already differ; otherwise as `row` does.
         """
         if identity is None:
             raise StaleLoginError("the server would not let it in now")
@@ -232,20 +231,20 @@ class Backend(asyncio.BufferedProtocol):
         return row
 
     def rest(self) -> None:
-        """Its job has ended, and what it sends now is for nobody. `reset` comes next."""
+        """The job has ended: drop what the backend sends until `reset`."""
         self.receiver = self._inbox = _InboxReceiver(self.transport)
         self.parameters, self.taken_over = dict(self.parameters), ()
         self.resume_reading()
 
     async def reset(self, login: Login, greeting: bytes) -> Row:
-        """Make a spare again of one whose job has ended: its session state is discarded.
+        """Make a spare of a backend whose job has ended: its session state is discarded.
 
         Returns and raises what `remember_identity` does.
         """
         return await self.remember_identity(login, self.identity, greeting, discard=True)
 
     async def next_message(self) -> tuple[int, bytes]:
-        """The next one, for who reads them all. Raises ConnectionError, ProtocolViolation."""
+        """The next message. Raises ConnectionError, ProtocolViolation."""
         return await self._inbox.next()
 
     def _send(self, *sent: messages.Message) -> None:
@@ -275,21 +274,21 @@ class Backend(asyncio.BufferedProtocol):
         self.parameters[status.name] = status.value
 
     async def take_over(self) -> None:
-        """Do what it has to do before its job.
+        """Do what must precede the job.
 
-        Raises StaleLoginError: a new login would not come to what this one did; ServerError,
+        Raises StaleLoginError: a new login would differ from this one; ServerError,
         ConnectionError, ProtocolViolation.
         """
         await self._open(None, self._inbox, lambda: None)
 
     async def start(self, sql: bytes, receiver: Receiver, taken_up: Callable[[], object]) -> None:
-        """Send a query whose answer somebody else reads, behind what is to be done before it.
+        """Send a query, behind what must precede it; `receiver` reads the answer.
 
-        Returns when the server has taken the query up. `taken_up`: called then, before anything is
-        left to the receiver; may raise ProtocolViolation.
+        Returns when the server has taken the query up. `taken_up`: called then, before the receiver
+        gets anything; may raise ProtocolViolation.
 
-        Raises the same as `take_over`; then the query will not run. But if the connection is lost,
-        it may have run, and that is for the receiver to say.
+        Raises what `take_over` does; then the query will not run. But if the connection is lost, it
+        may have run, and the receiver is told.
         """
         await self._open(sql, receiver, taken_up)
 
@@ -319,7 +318,7 @@ class Backend(asyncio.BufferedProtocol):
         if sql is None or len(sql) <= READ_SIZE:
             self.transport.write(front if sql is None else front + Query(sql).serialize())
         else:
-            # Without a copy of a text that may be very long.
+            # The text may be very long, so it is not copied.
             header = bytes((Query.type,)) + (len(sql) + 5).to_bytes(4, "big")
             for part in (front + header, sql, b"\0"):
                 self.transport.write(part)
@@ -327,7 +326,7 @@ class Backend(asyncio.BufferedProtocol):
         await opening.done
 
     def read_by(self, receiver: Receiver) -> None:
-        """Have somebody else read what is here unread, and what comes from now on."""
+        """Hand unread and future input to a receiver."""
         self.receiver = receiver
         if unread := self._inbox.take_rest():
             receiver.feed(memoryview(unread))
@@ -336,7 +335,7 @@ class Backend(asyncio.BufferedProtocol):
         self.receiver = receiver
 
     def forget_receiver(self) -> None:
-        """Nobody is to get what it sends; who waits for the start of a query waits no longer."""
+        """Drop all input from now on; nobody waits for the start of a query any more."""
         if isinstance(self.receiver, Opening):
             self.receiver.give_up()
         self.receiver = None
@@ -347,7 +346,7 @@ class Backend(asyncio.BufferedProtocol):
         return self.receiver is not None
 
     def pause_reading(self) -> None:
-        """Let what the server sends wait there."""
+        """Leave the server's output unread for now."""
         self._is_paused = True
         if not self.transport.is_closing():
             self.transport.pause_reading()
@@ -359,7 +358,7 @@ class Backend(asyncio.BufferedProtocol):
             self.transport.resume_reading()
 
     def take_a_break(self) -> None:
-        """Read on when others had their turn."""
+        """Continue reading after others had a turn."""
         if not self.transport.is_closing():
             self.transport.pause_reading()
             asyncio.get_running_loop().call_soon(self._end_break)
@@ -369,13 +368,13 @@ class Backend(asyncio.BufferedProtocol):
             self.transport.resume_reading()
 
     def terminate(self) -> None:
-        """End the session as a client does."""
+        """Send Terminate, and close."""
         if not self.transport.is_closing():
             self.transport.write(Terminate().serialize())
             self.transport.close()
 
     def cancel_request(self) -> CancelRequest:
-        """What cancels the query that runs here."""
+        """The request that cancels the query running here."""
         assert self._key is not None
         return CancelRequest(self._key.pid, self._key.secret_key)
 
@@ -397,10 +396,10 @@ def number(text: bytes | None) -> int:
 async def open_backend(
     connect: Connect, startup: StartupMessage, credentials: Credentials, timeout: float
 ) -> Backend:
-    """A new backend, logged in.
+    """Connect and log in.
 
-    Raises SQLError: 28000 and 28P01 if it could not log in, else one of class 53, with the
-    server's own reason as DETAIL; NoRoomError if it is worth while to try again later.
+    Raises SQLError: 28000 and 28P01 if the login failed, otherwise one of class 53, with the
+    server's reason as DETAIL; NoRoomError if a later attempt may succeed.
     """
     backend: Backend | None = None
     try:
@@ -431,7 +430,7 @@ _NO_BACKEND: Final = (
 def no_backend(
     reason: str, sqlstate: str = "", *, hint: str = _NO_BACKEND, kind: type[SQLError] = SQLError
 ) -> SQLError:
-    """The error of a launch that got no backend."""
+    """The error of a launch that could not get a backend."""
     if sqlstate.startswith("28"):
         return SQLError(
             sqlstate,
@@ -448,7 +447,7 @@ def no_backend(
 
 
 async def send_cancel(connect: Connect, request: CancelRequest) -> None:
-    """Deliver a CancelRequest, and wait until the server has read it (it closes the connection).
+    """Send a CancelRequest, and wait until the server has read it (it closes the connection).
 
     Raises OSError or TimeoutError.
     """

@@ -1,10 +1,10 @@
-"""How an answer gets to a function that runs in the database: through a backend that it can see.
+"""Channels: backends through which functions that run in the database get answers.
 
-Invariant: nothing is written anywhere. An answer stands in what pg_stat_get_activity() shows of a
-channel, an idle backend of ours with the session's login role, and is gone when the next one comes
-or the channel goes. A session has a channel to itself from its first call to the end of the
-statement; then another session of the same role may have it, and after a moment it shows nothing
-but a word for whoever asks next. What is shown is text without quotes, so it needs no escaping.
+Invariant: nothing is written anywhere. An answer is what pg_stat_get_activity() shows of a channel,
+an idle backend of ours with the session's login role; it is gone with the next answer or the
+channel. A session has a channel to itself from its first call to the end of the statement; then
+another session of the same role may have it, and soon it shows nothing but a word for the next
+question. What it shows has no quotes, so it needs no escaping.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ _REST: Final = (
 )
 
 _LARGEST: Final = 16 * 1024
-"""More is not shown at once, because each look copies that much of every backend."""
+"""Limit of what is shown at once, since each look copies that much of every backend."""
 
 _REST_AFTER: Final = 0.02
-"""Seconds after which an unused channel rests: a session that calls again and again does not have
-to wait for that."""
+"""Seconds after which an unused channel rests: a session that makes many calls must not wait for
+that each time."""
 
 _FULL_TIMEOUT: Final = 15.0
-"""Seconds to wait for a channel that another session has, when the server takes no more."""
+"""Seconds to wait for another session's channel if the server accepts no more connections."""
 
 
 class Channel:
     """One channel.
 
     Attributes:
-        room: how many characters of a query can be seen; 0 if none.
+        room: how many characters of its query others can see; 0 if none.
         system_id: of the database cluster (`identity`).
-        identity: of its login, if that was for another session.
+        identity: of its login, if made for another session.
         timer: lets it rest, or closes it, when it is no longer needed.
-        word: that it shows, and nobody has used yet.
-        comment: how it shows that, at the beginning of a query.
+        word: shown and not used yet.
+        comment: the beginning of the query that shows it.
         is_locked: whether it holds the lock that goes with the word.
     """
 
@@ -98,8 +98,8 @@ class Channel:
         return await asyncio.shield(self.say(sql))
 
     async def transact(self, *commands: tuple[bytes, Sequence[bytes]]) -> Rows:
-        """The rows of commands with parameters that are one transaction, as `Backend.transact` has
-        it; a block that they have begun, and that has failed, is ended. Raises as `query` does."""
+        """The rows of commands with parameters that form one transaction (`Backend.transact`). A
+        failed block that they have begun is ended. Raises as `query` does."""
         task = asyncio.get_running_loop().create_task(self._transact(commands))
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -117,7 +117,7 @@ class Channel:
                 raise
 
     def say(self, sql: bytes) -> asyncio.Task[Rows]:
-        """The same for one whose rows nobody waits for."""
+        """`query` in a task, since nobody waits for the rows."""
         task = asyncio.get_running_loop().create_task(self._query(sql))
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -135,33 +135,33 @@ class Channel:
             return await self._backend.rows(sql)
 
     def offer(self, word: bytes, comment: bytes) -> None:
-        """A word is about to be shown, by which the next question can be proven."""
+        """Note a word that is about to be shown, to prove the next question with."""
         self.word, self.comment = word, comment
 
     def take_word(self) -> bytes | None:
-        """The word that is shown, for one use."""
+        """The word shown, for one use."""
         word, self.word = self.word, None
         self.comment = b""
         return word
 
     def when_lost(self, then: Callable[[], None]) -> None:
-        """Have something done if the connection ends while the session has it."""
+        """Call `then` if the connection ends while the session has the channel."""
         self._backend.on_lost = then
 
     def for_another(self) -> None:
-        """The session has done with it: another must be sure that the login still holds."""
+        """The session is done: the next one must check that the login still holds."""
         self._backend.on_lost = None
         self.identity = self._identity or b""
 
     def rest(self) -> asyncio.Task[Rows]:
-        """Show nothing but the word for the next question, and lock nothing. It is asked for at
-        once: who has the channel next comes after that."""
+        """Show only the word for the next question, and release locks. It is sent at once, before
+        the next user's queries."""
         self.is_locked = False
         return self.say(_REST % self.comment)
 
     @property
     def pid(self) -> int:
-        """Of its backend, as BackendKeyData has told it."""
+        """The backend's pid, according to BackendKeyData."""
         return self._backend.pid
 
     @property
@@ -170,7 +170,7 @@ class Channel:
         return self._backend.is_alive and not self._backend.transport.is_closing()
 
     def terminate(self) -> None:
-        """End it."""
+        """Close the connection."""
         self._backend.on_lost = None
         self._backend.terminate()
 
@@ -186,33 +186,33 @@ class Channels:
     def __init__(self, lifetime: float, prepare: bytes) -> None:
         """
         Args:
-            lifetime: seconds after which an unused one is closed.
-            prepare: SQL that each runs first.
+            lifetime: seconds after which an unused channel is closed.
+            prepare: SQL that each channel runs first.
         """
         self._prepare = prepare
         self.lifetime = lifetime
         self._idle: dict[Login, list[Channel]] = {}
         self._waiting: dict[Login, list[asyncio.Future[Channel]]] = {}
-        # What others have and may give back, or are about to have.
+        # Those that are lent, and the number being opened.
         self._lent: set[Channel] = set()
         self._opening: Counter[Login] = Counter()
 
     @property
     def idle(self) -> int:
-        """How many nobody uses."""
+        """Number of channels that nobody uses."""
         return sum(map(len, self._idle.values()))
 
     @property
     def lent(self) -> int:
-        """How many sessions have."""
+        """Number of channels lent to sessions."""
         return sum(channel.is_alive for channel in self._lent)
 
     async def lease(self, login: Login, open_one: Open) -> Channel:
         """A channel for one session.
 
         Args:
-            login: what sessions must have in common to share one.
-            open_one: opens and logs in a backend; raises SQLError.
+            login: what sessions must have in common to share a channel.
+            open_one: opens a backend; raises SQLError.
 
         Raises SQLError, OSError, ProtocolViolation.
         """
@@ -245,7 +245,7 @@ class Channels:
         return channel
 
     def take(self, login: Login, pid: int) -> Channel | None:
-        """The same for the idle one that has this pid and shows a word, if there is one."""
+        """Lease the idle channel with this pid, if it shows a word."""
         idle = self._idle.get(login, [])
         for channel in idle:
             if channel.pid == pid and channel.word is not None:
@@ -281,7 +281,7 @@ class Channels:
                 self._waiting.pop(login, None)
 
     def give_back(self, channel: Channel) -> None:
-        """The session has done with it."""
+        """A session is done with a channel."""
         if not channel.is_alive:
             self._lent.discard(channel)
             return
@@ -309,19 +309,19 @@ class Channels:
             self._idle.pop(channel.login, None)
 
     def overview(self) -> Iterator[tuple[Login, int, int, int]]:
-        """For each login: how many are idle, how many are lent, and how many sessions wait for one
-        that another has."""
+        """For each login: the number of idle channels, of lent ones, and of sessions that wait for
+        one."""
         lent = Counter(channel.login for channel in self._lent if channel.is_alive)
         for login in {*self._idle, *lent, *self._waiting}:
             idle = sum(channel.is_alive for channel in self._idle.get(login, ()))
             yield login, idle, lent[login], len(self._waiting.get(login, ()))
 
     def give_way(self) -> bool:
-        """Close those that are idle; whether there were any."""
+        """Close the idle ones. Returns whether there were any."""
         return self.retire(lambda login: True)
 
     def retire(self, matches: Callable[[Login], bool]) -> bool:
-        """The same for those of some logins alone."""
+        """Close the idle ones of some logins. Returns whether there were any."""
         logins = [login for login in self._idle if matches(login)]
         idle = [channel for login in logins for channel in self._idle.pop(login)]
         for channel in idle:

@@ -1,11 +1,10 @@
-"""Which role a login is, and whether the server would still accept it.
+"""The identity of a login: which role it is, and whether the server would still accept it.
 
-Invariant: a backend that logged in earlier is used only while a new login would give the same.
-PostgreSQL decides some things only at login: which role it is (by OID, whatever the name means by
-now), whether the role may log in, its ALTER ROLE … SET, what event triggers on login do, and up to
-15 whether it is a superuser.
-`IDENTITY` is all of that, as far as every role can see it. So its values at the login and now tell
-whether the login still holds. It does not show a new password, nor pg_hba.conf.
+Invariant: an earlier login is used only while a new one would give the same. PostgreSQL decides
+some things only at login: the role (by OID, whatever its name means by now), whether it may log in,
+its ALTER ROLE … SET, the effects of event triggers on login, and up to 15 whether it is a
+superuser. `IDENTITY` has all of this that every role can see, so its values at login and now tell
+whether the login still holds. It shows neither a new password nor changes of pg_hba.conf.
 """
 
 from __future__ import annotations
@@ -17,23 +16,22 @@ from proxy.sql.text import literal
 
 
 class Login(NamedTuple):
-    """Who logs in where."""
+    """A role and a database at a server."""
 
     route: Route
     database: bytes
     user: bytes
 
     def is_of(self, user: bytes | None, database: bytes | None) -> bool:
-        """Whether these are its names. Others than ASCII are not told apart: the two may come in
-        different encodings."""
+        """Whether these are its names. Non-ASCII names all match, since encodings may differ."""
         pairs = ((self.user, user), (self.database, database))
         return all(ours == theirs or not ours.isascii() for ours, theirs in pairs)
 
 
-# A role is found by its name, because session_user is one, and an error once the role is gone.
-# The first condition is for what changes between the login and the first look: `is_superuser` is
-# what the server decided at login, unless ALTER ROLE … SET role had a say.
-# The expiry is compared with the clock, not with now(), which is when the transaction began.
+# The role is looked up by name: session_user is a name, and an error once the role is gone. The
+# first condition covers changes between the login and the first look: `is_superuser` was decided at
+# login, unless ALTER ROLE … SET role interfered. The expiry is compared with the clock, since now()
+# is the start of the transaction.
 IDENTITY: Final = b"""
     (SELECT CASE WHEN
             (current_user OPERATOR(pg_catalog.<>) session_user OR
@@ -62,16 +60,16 @@ IDENTITY: Final = b"""
      FROM pg_catalog.pg_roles l, pg_catalog.pg_database d
      WHERE l.rolname OPERATOR(pg_catalog.=) session_user
      AND d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database())"""
-"""An SQL expression, text: the identity of session_user. NULL if it is not the login's any more,
-or if the server would refuse a new login for a reason that can be seen.
+"""An SQL expression, text: the identity of session_user. NULL if the role has changed since login,
+or if the server would visibly refuse a new login.
 
-Planning it takes about 0.3 ms, a plan that exists 0.02 ms: who asks often prepares it. In each
-backend it is to be asked before its role is changed."""
+Planning takes about 0.3 ms, a prepared statement 0.02 ms. Each backend must evaluate it before its
+role is changed."""
 
 
 def check_query(at_login: bytes) -> bytes:
-    """A query that fails if a new login would not give this identity. Its row has the names that it
-    is about."""
+    """A query that fails if a new login would not give this identity. Its row has the login's
+    names."""
     return (
         b"SELECT session_user, pg_catalog.current_database(), CAST(CASE WHEN %b"
         b" OPERATOR(pg_catalog.=) %b THEN '0' ELSE 'the role or the database was changed' END"
@@ -79,19 +77,19 @@ def check_query(at_login: bytes) -> bytes:
     )
 
 
-# Everybody may read it unless that was revoked, and a function that one may not call is an error
-# though it is never called. So the call is in a text that is not looked at before the condition is.
+# Everybody may read it unless that was revoked, and a forbidden function is an error even if it is
+# never called; so the call is in a text, which is parsed only after the check.
 SYSTEM_ID: Final = b"""
     COALESCE((SELECT s.word FROM pg_catalog.ts_stat('
         SELECT pg_catalog.array_to_tsvector(ARRAY[CAST(system_identifier AS pg_catalog.text)])
         FROM pg_catalog.pg_control_system()') s
      WHERE pg_catalog.has_function_privilege(CAST(pg_catalog.to_regprocedure(
         'pg_catalog.pg_control_system()') AS pg_catalog.oid), 'EXECUTE')), '')"""
-"""An SQL expression, text: the system identifier, which a database cluster has in common with its
-standbys and with no other; empty if the current role may not know it."""
+"""An SQL expression, text: the system identifier, which only a database cluster and its standbys
+share; empty if the current role may not read it."""
 
 SYSTEM_ID_QUERY: Final = b"SELECT" + SYSTEM_ID
 
 
 class StaleLoginError(Exception):
-    """A new login would give something else."""
+    """A new login would differ from the earlier one."""

@@ -1,11 +1,10 @@
-"""How the proxy learns that a transaction has committed: from a notification that it sends then.
+"""Learns by NOTIFY that a transaction has committed.
 
-Invariant: PostgreSQL sends what NOTIFY says if the transaction that said it commits, and no
-savepoint around it was rolled back; in the order of the commits. So a word that was heard is a
-commit. And a word that was not heard before one of ours, sent after the end of its transaction, is
-none (`Listener.catch_up`). A listener has a channel of its own with a name that nobody can guess,
-and is a backend of the login role whose transactions it follows: another role cannot end it, nor
-see its name.
+Invariant: PostgreSQL delivers a NOTIFY if its transaction commits and no savepoint around it was
+rolled back, in commit order. So a word that is heard means a commit; a word not heard before one
+of ours, sent after the end of the transaction, means none (`Listener.catch_up`). A listener has a
+notification channel of its own with an unguessable name, and a backend of the login role whose
+transactions it follows: another role can neither end it nor see the name.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Open = Callable[[], Awaitable[Backend]]
 APPLICATION_NAME: Final = b"pg_background listener"
 
 _PATIENCE: Final = 15.0
-"""Seconds that an answer to a query may take. A NOTIFY waits for others that are committing."""
+"""Seconds to wait for an answer. A NOTIFY waits for other transactions that are committing."""
 
 _SET_UP: Final = (
     b"SELECT pg_catalog.pg_backend_pid(),"
@@ -44,19 +43,19 @@ _START: Final = (
 
 
 def new_word() -> bytes:
-    """What a notification says, once."""
+    """A random payload, used once."""
     return secrets.token_hex(16).encode()
 
 
 class PooledError(Exception):
-    """There is a connection pooler in between, behind which nothing can be listened to."""
+    """There is a connection pooler in between, where LISTEN does not work."""
 
 
 class Listener:
-    """One connection that listens.
+    """One listening connection.
 
     Attributes:
-        channel: the name of the channel.
+        channel: the name of its notification channel.
     """
 
     def __init__(
@@ -68,10 +67,10 @@ class Listener:
     ) -> None:
         """
         Args:
-            backend: that has logged in, and nobody else uses.
-            channel: the name of the channel.
-            heard: is given each word that comes.
-            lost: is called when the connection ends by itself.
+            backend: a logged-in backend that nobody else uses.
+            channel: the name of its notification channel.
+            heard: called with each word.
+            lost: called when the connection ends by itself.
         """
         self.channel = channel
         self._backend = backend
@@ -81,19 +80,19 @@ class Listener:
         self._rows: list[Row] = []
         self._error: ServerError | None = None
         self._ready: asyncio.Future[None] | None = None
-        # A word of ours that is on its way, and who waits for it.
+        # A word of ours that was sent, and the wait for it.
         self._own: tuple[bytes, asyncio.Future[None]] | None = None
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
     async def begin(self) -> None:
-        """Listen. Raises PooledError, ServerError, ConnectionError, ProtocolViolation."""
+        """LISTEN. Raises PooledError, ServerError, ConnectionError, ProtocolViolation."""
         row, *_ = await self._query(_SET_UP)
         if number(row[0]) != self._backend.pid:
             raise PooledError
         await self._query(b"LISTEN %b" % self.channel)
 
     async def catch_up(self) -> None:
-        """Returns when all was heard that was committed before the call.
+        """Wait until everything was heard that had been committed before this call.
 
         Raises ServerError, ConnectionError, ProtocolViolation.
         """
@@ -107,7 +106,7 @@ class Listener:
                 self._own = None
 
     async def start_of(self, pid: int) -> bytes | None:
-        """When the backend with this PID has begun; None if there is none.
+        """When the backend with this pid began; None if there is none.
 
         Raises ServerError, ConnectionError, ProtocolViolation.
         """
@@ -120,7 +119,7 @@ class Listener:
         return not self._reader.done()
 
     def close(self) -> None:
-        """End it."""
+        """Close the connection."""
         self._reader.cancel()
         self._backend.terminate()
 
@@ -143,7 +142,7 @@ class Listener:
         try:
             await asyncio.wait_for(future, _PATIENCE)
         except TimeoutError:
-            # What comes after that would be taken for the answer to something else.
+            # A late answer would be taken for that to another query.
             self._backend.transport.abort()
             raise ConnectionError("the server does not answer the listener") from None
 
@@ -159,7 +158,7 @@ class Listener:
             for future in (self._ready, self._own and self._own[1]):
                 if future and not future.done():
                     future.set_exception(ConnectionError("the listener is gone"))
-                    future.exception()  # perhaps nobody waits for it any more
+                    future.exception()  # nobody may be waiting
 
     def _take(self, kind: int, body: bytes) -> None:
         if kind == B.NOTIFICATION_RESPONSE:
@@ -190,14 +189,14 @@ async def listen(
     lost: Callable[[], None],
     channel: bytes | None = None,
 ) -> Listener:
-    """A new listener.
+    """Open a listener.
 
     Args:
         login: whose transactions it follows.
-        open_one: opens and logs in a backend; raises SQLError.
-        heard: as for `Listener`.
-        lost: the same.
-        channel: that one before it had; None for a new one.
+        open_one: opens a backend; raises SQLError.
+        heard: see `Listener`.
+        lost: see `Listener`.
+        channel: name used by a previous listener; None for a new one.
 
     Raises SQLError, PooledError, ServerError, OSError, ProtocolViolation.
     """

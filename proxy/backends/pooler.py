@@ -1,7 +1,6 @@
-"""What cannot be behind a connection pooler, and how that is said.
+"""Explains the errors that a connection pooler in front of the server causes.
 
-Invariant: whether there is a pooler is the server's word: it tells another pid than that which came
-with the login.
+Invariant: the server tells whether there is a pooler: its pid differs from the one at login.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from protocol.errors import (
 from protocol.messages import ErrorResponse
 
 _NO_PROXY: Final = b"this session does not go through pg-background-proxy"
-"""What a function of the extension says (`extension/sql/ask.sql`) if it does not find the word that
-the proxy gives each session at its login, and no pooler passes on."""
+"""The error of the extension's functions (`extension/sql/ask.sql`) if the word is missing that the
+proxy gives each session at login, and that no pooler passes on."""
 
 _REFUSES_BLOCKS: Final = (ACTIVE_SQL_TRANSACTION, INVALID_TRANSACTION_TERMINATION)
 
@@ -31,15 +30,14 @@ _WORDS: Final = {
 
 
 def explained(error: ErrorResponse) -> ErrorResponse:
-    """An error from behind a pooler, in other words if it is about a call from inside."""
+    """An error from behind a pooler, reworded if it is about a call from inside the database."""
     if error.sqlstate == OBJECT_NOT_IN_PREREQUISITE_STATE and error.message == _NO_PROXY:
         return error.with_fields(**_WORDS)
     return error
 
 
 def explained_of_job(error: ErrorResponse) -> ErrorResponse:
-    """The same of a job, with a word about the transaction block that it runs in, if that is what a
-    statement has refused."""
+    """The same for a job; an error of a statement that refuses transaction blocks is explained."""
     if error.sqlstate not in _REFUSES_BLOCKS:
         return explained(error)
     return error.with_fields(

@@ -1,9 +1,8 @@
-"""Whether a login to the server is possible now.
+"""Checks whether the server accepts logins now.
 
-Invariant: with ``auth_user`` a login is made. Without it the proxy has no role of its own, so it
-does what pg_isready does: it sends a startup packet, and sees whether the server goes on with the
-login. That the role which it names does not exist, or may not log in from here, is no reason to say
-no: the server takes logins.
+Invariant: with ``auth_user`` the proxy logs in. Without it, it has no role of its own and does what
+pg_isready does: it sends a startup packet and sees whether the server continues the login. If the
+role does not exist or may not log in from here, the server still accepts logins.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from proxy.backends.upstream import APPLICATION_NAME, Dialer
 from proxy.config import Config
 
 _USER: Final = b"pg_background_proxy"
-"""The role that is named where there is no auth_user."""
+"""The role in the startup packet if there is no auth_user."""
 
 _UNABLE: Final = ("53", "57", "58", "XX")
-"""Classes of SQLSTATEs by which a server says that nobody can log in now."""
+"""Classes of SQLSTATEs that say that nobody can log in now."""
 
 
 async def probe(dialer: Dialer, config: Config) -> None:
@@ -50,7 +49,7 @@ async def probe(dialer: Dialer, config: Config) -> None:
 
 
 class _Probe(asyncio.Protocol):
-    """A connection of which the first message is of interest."""
+    """A connection whose first message is the answer."""
 
     def __init__(self) -> None:
         self.answer: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()

@@ -1,14 +1,13 @@
-"""Backends whose jobs have ended, for the next jobs of the same session.
+"""Keeps backends whose jobs have ended for the next jobs of the same session.
 
-Invariant: what a job has left in a backend no other session ever meets, and its own session only
-what DISCARD ALL leaves there. A backend is reset as soon as its job has ended, so that it holds no
-locks and no temporary tables. It serves another job only when the session is done with the last
-one: until then its pid means that job. None is used again where something may survive DISCARD ALL
-that a job could notice (`_RESET`, `is_remembered`), or whose job was cancelled: a signal may be on
-its way.
+Invariant: other sessions never meet what a job has left in a backend, and its own session only what
+DISCARD ALL leaves. A backend is reset as soon as its job ends, so it keeps no locks or temporary
+tables. It serves another job only once the session is done with the last one, whose pid it has. It
+is not reused if something noticeable may survive DISCARD ALL (`_RESET`, `is_remembered`), or if its
+job was cancelled: a signal may still arrive.
 
-To the server it is a spare (`spares`): its login still holds and is no older than that of a spare
-may be, and it gives way where spares do.
+To the server it is a spare (`spares`): its login still holds and is no older than a spare's may be,
+and it gives way when spares do.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ _FORGETFUL: Final = """
     pgcrypto pgrowlocks pgstattuple plpgsql postgis postgis_raster postgis_topology rds_tools seg
     sslinfo tablefunc tcn tsm_system_rows tsm_system_time unaccent uuid-ossp vector xml2
     """.split()  # noqa: SIM905 - one word a name
-"""Extensions that keep nothing in a session. Others may: dblink and postgres_fdw their connections,
-isn and hypopg a setting and indexes, procedural languages their globals."""
+"""Extensions that keep nothing in a session. Others may: dblink and postgres_fdw connections, isn a
+setting, hypopg indexes, procedural languages globals."""
 
 STYLES: Final = (b"DateStyle", b"IntervalStyle")
-"""Settings that the rows of a job from inside the database are read with."""
+"""Settings that affect how rows of a job from inside the database are read."""
 
 _KNOWN: Final = (*READING, *STYLES)
-"""Settings whose values the proxy must know. What the server reports while a job runs is not
-written down: that job's text is read with what it began with."""
+"""Settings whose values the proxy must know. Reports during a job are ignored: its text is read
+with the values at its start."""
 
 _RESET: Final = (
     GREETING
@@ -50,13 +49,13 @@ _RESET: Final = (
         b" ALL (CAST('{%b}' AS pg_catalog.name[])))"
         b" AND NOT EXISTS (SELECT FROM pg_catalog.pg_language WHERE lanname OPERATOR(pg_catalog.<>)"
         b" ALL (CAST('{internal,c,sql,plpgsql}' AS pg_catalog.name[])))"
-        # It has local buffers, whose size cannot be changed any more, perhaps.
+        # Local buffers may exist, whose number can no longer be changed.
         b" AND pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.=) 0"
-        # What they have done in a new session is undone.
+        # What they do in a new session is undone by a reset.
         b" AND NOT EXISTS (SELECT FROM pg_catalog.pg_event_trigger"
         b" WHERE evtevent OPERATOR(pg_catalog.=) 'login'"
         b" AND evtenabled OPERATOR(pg_catalog.<>) 'D')"
-        # A session's origin is not to be seen by everybody. Subscriptions have those called pg_….
+        # Not everybody can see a session's origin. Those named pg_… belong to subscriptions.
         b" AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_origin"
         b" WHERE pg_catalog.left(roname, 3) OPERATOR(pg_catalog.<>) 'pg_')"
         # Temporary ones.
@@ -66,30 +65,30 @@ _RESET: Final = (
     )
     + b"".join(b", pg_catalog.current_setting('%b')" % name for name in _KNOWN)
 )
-"""What a new spare is asked; whether nothing here remembers more than DISCARD ALL discards; and the
-values of `_KNOWN`."""
+"""Asks what a new spare is asked, whether the session has state that survives DISCARD ALL, and for
+the values of `_KNOWN`."""
 
 _LONGEST_READ: Final = 64 * 1024
 """Bytes of a job's SQL that are searched."""
 
 _RESET_AFTER: Final = 0.001
-"""Seconds: the answer to a launch comes first whose job has ended already."""
+"""Seconds, since the answer to a launch goes first if its job has already ended."""
 
 Free: TypeAlias = Callable[[], None]
-"""To be called when the session is done with the job whose backend is kept."""
+"""Called when the session is done with the job whose backend was kept."""
 
 Keep: TypeAlias = "Callable[[Backend], Free | None]"
-"""Takes a backend whose job has ended; None if it is closed."""
+"""Takes a backend whose job has ended; returns None if it is closed."""
 
 
 def is_remembered(sql: bytes) -> bool:
-    """Whether a job's SQL may leave something that no query can find: a base backup goes on until
-    its session ends."""
+    """Whether a job's SQL may leave state that no query can find: a base backup goes on until its
+    session ends."""
     return len(sql) > _LONGEST_READ or b"backup" in sql.lower()
 
 
 class Reuse:
-    """Those of one session, oldest first."""
+    """The kept backends of one session, oldest first."""
 
     def __init__(self, spares: Spares) -> None:
         self._spares = spares
@@ -97,7 +96,7 @@ class Reuse:
         self._is_closed = False
 
     def take(self, key: Key) -> Backend | None:
-        """One that is ready; `key`: as for `Spares.take`."""
+        """A backend that is ready. `key`: as for `Spares.take`."""
         for kept in reversed(self._kept):
             if kept.key == key and kept.is_ready:
                 kept.forget()
@@ -105,12 +104,12 @@ class Reuse:
         return None
 
     def keep(self, key: Key, backend: Backend) -> Free | None:
-        """A `Keep`, for backends of this key."""
+        """A `Keep` for backends with this key."""
         spares = self._spares
         age = asyncio.get_running_loop().time() - backend.logged_in
         lifetime = min(spares.reuse_lifetime, spares.lifetime - age)
         is_wanted = lifetime > 0 and len(self._kept) < spares.count and not self._is_closed
-        # One that was opened for its job alone does not know what its login was based on.
+        # Opened for one job, a backend does not remember what its login was based on.
         if not is_wanted or backend.is_spent or backend.identity is None:
             backend.terminate()
             return None
@@ -124,7 +123,7 @@ class Reuse:
 
 
 class _Use:
-    """What a job has of it, for as long as its session has the job; it may be closed before."""
+    """A job's hold on a kept backend, while the session has the job."""
 
     def __init__(self) -> None:
         self.is_over = False
@@ -135,7 +134,7 @@ class _Use:
 
 
 class _Kept:
-    """One of them. It is in the list of its session, and among those of all."""
+    """A kept backend, listed for its session and in `Spares`."""
 
     def __init__(
         self, key: Key, backend: Backend, lifetime: float, spares: Spares, others: list[_Kept]
@@ -157,7 +156,7 @@ class _Kept:
 
     @property
     def login(self) -> Login:
-        """What it has logged in to."""
+        """The backend's login."""
         return self.key[0]
 
     @property
@@ -182,7 +181,7 @@ class _Kept:
             self.close()
 
     def forget(self) -> None:
-        """It is not kept any more."""
+        """Remove it from the lists."""
         self._timer.cancel()
         self.backend.on_lost = None
         self._spares.kept.discard(self)
@@ -190,7 +189,7 @@ class _Kept:
             self._others.remove(self)
 
     def close(self) -> None:
-        """It is not used again."""
+        """Close the backend."""
         self.forget()
         self._begin.cancel()
         if self._resetting is not None:

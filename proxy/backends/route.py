@@ -9,7 +9,7 @@ from proxy.config import Host
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The host, and whether the connection is encrypted."""
+    """A host, and whether the connection is encrypted."""
 
     host: Host
     encrypted: bool = False

@@ -1,8 +1,8 @@
-"""What a spare is sent before its job, in the same write, and what it answers to that.
+"""What a spare is sent before its job, in the same write, and its answers.
 
-Invariant: the job's Query runs only if all that is in front of it has worked. It stands behind
-messages of the extended protocol without a Sync: after an error in one of them the server skips all
-up to Sync, a Query too. What is in front is a transaction of its own, so the job may be a statement
+Invariant: the job's Query runs only if everything before it has succeeded. It follows messages of
+the extended protocol without a Sync: after an error in one of them the server skips everything up
+to Sync, even a Query. What precedes it is a transaction of its own, so the job may be a statement
 that refuses transaction blocks.
 """
 
@@ -21,15 +21,15 @@ from proxy.backends.identity import StaleLoginError
 Row = tuple[bytes | None, ...]
 
 _COMMANDS: Final = 4
-"""Executed in front of a job: the check of the login, BEGIN, the takeover, COMMIT."""
+"""Commands before a job: the check of the login, BEGIN, the takeover, COMMIT."""
 
 
 class Takeover(NamedTuple):
-    """What a spare has to do before its job.
+    """What a spare must do before its job.
 
     Attributes:
-        sql: a SELECT that sets all that it takes over.
-        changes_reading: whether that changes how the job's text is to be read.
+        sql: a SELECT that sets everything to be taken over.
+        changes_reading: whether that affects how the job's text is read.
     """
 
     sql: bytes
@@ -37,13 +37,13 @@ class Takeover(NamedTuple):
 
 
 class Receiver(Protocol):
-    """Who gets what a backend sends."""
+    """Takes a backend's input."""
 
     def feed(self, data: memoryview) -> None:
-        """Bytes that came in; the view is valid during the call only."""
+        """Take bytes; the view is valid during the call only."""
 
     def room(self) -> int:
-        """How many bytes feed() may be given next; asked when the connection is not paused."""
+        """Limit of bytes in the next feed(); asked unless the connection is paused."""
 
     def close(self, error: Exception) -> None:
         """The connection ended."""
@@ -57,25 +57,25 @@ _EXECUTE: Final = Bind(b"", b"").serialize() + Execute(b"").serialize()
 _BEGIN: Final = _executed(b"BEGIN")
 _COMMIT: Final = _executed(b"COMMIT")
 
-# Parse of nothing, and Flush: answered at once, and nothing is done for it.
+# An empty Parse, and Flush: answered at once, without any work.
 _TAKE_UP: Final = Parse(b"", b"", ()).serialize() + Flush().serialize()
 _SYNC: Final = Sync().serialize()
 
 
 def in_front_of_query(takeover: Takeover | None) -> bytes:
-    """What is sent in front of a job's Query.
+    """The messages that precede a job's Query.
 
-    The server answers a ParseComplete when it takes the query up: from then on that can be seen in
-    pg_stat_activity, and canceled.
+    The server answers with ParseComplete when it takes the query up: from then on pg_stat_activity
+    shows it, and it can be cancelled.
 
-    `takeover`: what is to be done first. The check of the login is the unnamed prepared statement
-    by now (`Backend.remember_identity`).
+    `takeover`: to be done first. The check of the login is by now the unnamed prepared statement
+    (`Backend.remember_identity`).
     """
     return _first(takeover) + _TAKE_UP
 
 
 def alone(takeover: Takeover | None) -> bytes:
-    """The same without a Query, which is to come later."""
+    """The same messages without a Query, which will follow later."""
     return _first(takeover) + _SYNC
 
 
@@ -86,11 +86,11 @@ def _first(takeover: Takeover | None) -> bytes:
 
 
 class Opening:
-    """Receives the answers to what is in front of a job, and leaves the rest to another receiver.
+    """Receives the answers to what precedes a job, then makes way for another receiver.
 
     Attributes:
-        done: set when the other receiver's turn has come, or to what has kept the job from running:
-            StaleLoginError, ServerError, ConnectionError, ProtocolViolation. If it is cancelled,
+        done: resolved when the other receiver takes over; or fails with what has kept the job from
+            running: StaleLoginError, ServerError, ConnectionError, ProtocolViolation. If cancelled,
             the other receiver is closed with that error.
     """
 
@@ -106,13 +106,13 @@ class Opening:
     ) -> None:
         """
         Args:
-            takeover: that was sent.
-            receiver: gets what follows.
-            is_query_sent: whether the job came along.
-            hand_over: has the receiver get it from now on.
-            parameter_status: gets the bodies of such messages.
-            taken_up: called with the row of the takeover, empty without one, before anything is
-                left to the receiver; may raise ProtocolViolation.
+            takeover: what was sent.
+            receiver: takes what follows.
+            is_query_sent: whether the job was sent too.
+            hand_over: makes a receiver take the input from now on.
+            parameter_status: called with the bodies of such messages.
+            taken_up: called with the takeover's row (empty without one) before the receiver takes
+                over; may raise ProtocolViolation.
         """
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._receiver = receiver
@@ -142,7 +142,7 @@ class Opening:
             self.close(error)
 
     def _message(self, kind: int, body: bytes) -> bool:
-        """Whether it was the last one."""
+        """Handle a message. Returns whether it was the last one."""
         if kind == B.COMMAND_COMPLETE:
             self._left -= 1
         elif kind == B.DATA_ROW:
@@ -169,7 +169,7 @@ class Opening:
             self._receiver.feed(memoryview(rest))
 
     def close(self, error: Exception) -> None:
-        """If the job was sent, it may have run: only it knows how to say that."""
+        """A job that was sent may have run, so it must deal with the loss itself."""
         if self._has_ended:
             return
         if not self._is_query_sent:

@@ -1,11 +1,11 @@
-"""The way to the server: which host, and by which kind of connection.
+"""The way to the server: which host, and which kind of connection.
 
-Invariant: every connection to the server is opened here, and so in the same way: a session's own, a
-side backend, a cancel request, a look at the hosts. A `Route` is what one connection found out, for
-those that must go the same way. Words and meanings are libpq's (manual, "Parameter
-Key Words"). Two things differ because the login is the client's own: which host has the
-target_session_attrs is looked up as ``auth_user`` and remembered for `STATE_LIFETIME`; and what
-``sslmode`` says about a second try is up to the session, which alone sees the server refuse.
+Invariant: every connection to the server is opened here, so all go the same way: a session's own,
+side backends, cancel requests, checks of hosts. A `Route` records it for those that must follow.
+Terms and semantics are libpq's (manual, "Parameter Key Words"). Two things differ because the login
+is the client's: target_session_attrs is checked as ``auth_user`` and remembered for
+`STATE_LIFETIME`; and a second attempt by ``sslmode`` is left to the session, which alone sees the
+server refuse.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from proxy.stats import counters
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 STATE_LIFETIME: Final = 5.0
-"""Seconds that it is remembered whether a host is the primary."""
+"""Seconds for which a host's state is remembered."""
 
 APPLICATION_NAME: Final = b"pg-background-proxy"
-"""Of the proxy's own connections, in pg_stat_activity."""
+"""The proxy's own connections in pg_stat_activity."""
 
 _STATE_QUERY: Final = (
     b"SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('transaction_read_only')"
@@ -51,13 +51,13 @@ _STATE_QUERY: Final = (
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """What decides whether a host has the target_session_attrs."""
+    """What decides whether a host matches target_session_attrs."""
 
     in_recovery: bool
     read_only: bool
 
     def has(self, attrs: str) -> bool:
-        """Whether a session there would be one of these attributes."""
+        """Whether a session there would match this target_session_attrs."""
         return {
             "any": True,
             "read-write": not (self.in_recovery or self.read_only),
@@ -68,7 +68,7 @@ class HostState:
 
 
 class HandshakeError(ConnectionError):
-    """The server has TLS, and it did not come about."""
+    """The server has TLS, but the handshake failed."""
 
 
 class Dialer:
@@ -90,14 +90,14 @@ class Dialer:
     async def connect(
         self, factory: Callable[[], P], skip: Collection[Host] = (), route: Route | None = None
     ) -> tuple[Route, P]:
-        """A connection to the first host that takes it and has the target_session_attrs.
+        """Connect to the first host that accepts and matches target_session_attrs.
 
         Args:
             factory: makes the protocol.
             skip: hosts not to be tried.
-            route: the way to go, if that is settled already.
+            route: the way to go, if already decided.
 
-        Raises OSError: none does; the message has the reason of each.
+        Raises OSError if no host does; the message has each reason.
         """
         if route is not None:
             return route, await self.connect_by(route, factory)
@@ -120,16 +120,16 @@ class Dialer:
         raise ConnectionError("; ".join(failures))
 
     async def connect_by(self, route: Route, factory: Callable[[], P]) -> P:
-        """Another connection the same way. Raises OSError."""
+        """Connect again by the same route. Raises OSError."""
         async with _counted(), self._in_time(route.host):
             if route.encrypted:
                 return (await self._encrypted(route.host, factory, optional=False))[1]
             return await self._plain(route.host, factory)
 
     def alternative(self, route: Route) -> Route | None:
-        """What sslmode has left to try when the server refuses a connection before its login.
+        """The other way that sslmode allows when the server refuses a connection before its login.
 
-        pg_hba.conf may have lines for hostssl or hostnossl alone. An alternative has none itself.
+        pg_hba.conf may have lines for hostssl or hostnossl alone. An alternative has no other.
         """
         first = {"allow": False, "prefer": True}.get(self._upstream.sslmode)
         if route.host.is_local or route.encrypted is not first:
@@ -137,19 +137,19 @@ class Dialer:
         return Route(route.host, not route.encrypted)
 
     def others(self, tried: Collection[Host]) -> bool:
-        """Whether there are hosts besides these."""
+        """Whether there are hosts other than these."""
         return any(host not in tried for host in self._upstream.hosts)
 
     async def cancel(self, route: Route | None, request: CancelRequest) -> None:
-        """Deliver a cancel request the way that its session went; a failure is logged.
+        """Send a cancel request by its session's route; a failure is logged.
 
-        What belongs to no session that we know may be another proxy's, such as a predecessor's. It
-        goes to all hosts, and means nothing to those that have not given the key.
+        A request for no known session may belong to another proxy, such as a predecessor. It goes
+        to all hosts; those that did not issue the key ignore it.
         """
 
         ways = self._upstream.hosts if route is None else (route,)
         reasons = await asyncio.gather(*(self._send_cancel(way, request) for way in ways))
-        # Anybody can send such a request, any number of times.
+        # Anybody can send such requests, in any number.
         if all(reasons) and (
             self._complaints.take(None, asyncio.get_running_loop().time()) is not None
         ):
@@ -158,7 +158,7 @@ class Dialer:
             )
 
     async def _send_cancel(self, way: Route | Host, request: CancelRequest) -> str | None:
-        """Why it could not be delivered."""
+        """Send it. Returns why that failed, if so."""
 
         async def connect(factory: Callable[[], P]) -> P:
             if isinstance(way, Route):
@@ -173,13 +173,13 @@ class Dialer:
         return None
 
     async def check(self) -> Route:
-        """See whether there is a server: ask it for TLS, as a client does first, and hang up.
+        """Check that there is a server: ask it for TLS, as a client does first, and close.
 
         Raises OSError.
         """
         route, protocol = await self.connect(_Greeting)
         if route.host.is_local or self._upstream.sslmode in ("disable", "allow"):
-            protocol.greet()  # others have been asked on the way
+            protocol.greet()  # unless TLS was requested already
             with contextlib.suppress(OSError):
                 async with self._in_time(route.host):
                     await protocol.answer
@@ -187,12 +187,12 @@ class Dialer:
         return route
 
     async def login_as_auth_user(self, host: Host) -> Backend:
-        """A connection for the proxy's own questions.
+        """A connection for the proxy's own queries.
 
-        Where it goes and what names mean there is the administrator's to say: no client names the
-        database, and what stands in a startup packet wins over ALTER DATABASE and ALTER ROLE SET.
+        The administrator decides where it goes and what names mean there: no client names the
+        database, and startup parameters override ALTER DATABASE SET and ALTER ROLE SET.
 
-        Raises OSError, or SQLError if auth_user is not let in.
+        Raises OSError; SQLError if auth_user is not let in.
         """
         user = self._config.auth_user.encode()
         database = self._config.lookup_database.encode()
@@ -226,7 +226,7 @@ class Dialer:
                 raise
             return await open_backend(second, startup, credentials, timeout)
 
-    # Which host is what
+    # States of hosts
 
     async def _state(self, host: Host) -> HostState:
         """Raises OSError or SQLError."""
@@ -249,10 +249,10 @@ class Dialer:
             backend.terminate()
         return HostState(in_recovery == b"t", read_only == b"on")
 
-    # One host
+    # Connections to one host
 
     async def _connect_host(self, host: Host, factory: Callable[[], P]) -> tuple[Route, P]:
-        """By TLS or without, as the sslmode prefers."""
+        """Connect with or without TLS, as sslmode prefers."""
         async with _counted(), self._in_time(host):
             mode = "disable" if host.is_local else self._upstream.sslmode
             if mode not in ("disable", "allow"):
@@ -288,7 +288,7 @@ class Dialer:
     async def _encrypted(
         self, host: Host, factory: Callable[[], P], *, optional: bool
     ) -> tuple[Route, P]:
-        """By TLS; if that is `optional`, without it on a server that has none."""
+        """Connect with TLS; if `optional`, without it to a server that has none."""
         if self._upstream.sslnegotiation == "direct":
             return Route(host, encrypted=True), await self._direct(host, factory)
         greeting = await self._plain(host, _Greeting)
@@ -362,7 +362,7 @@ class _Greeting(asyncio.Protocol):
         self.transport.write(SSLRequest().serialize())
 
     def data_received(self, data: bytes) -> None:
-        # Bytes behind the answer are for the next protocol: they must not arrive before it is set.
+        # Further bytes belong to the next protocol, which must be set first.
         self.transport.pause_reading()
         if self.answer.done():
             return
