@@ -1,12 +1,11 @@
-"""Side backends that are logged in before they are needed.
+"""Spares: side backends that are logged in before they are needed.
 
 Invariant: a spare is what a new login would have been a moment ago, and serves one job like it. A
-session gets one only if the server has let it in as that role. None is opened for a role and
-database that never launch, none lives longer than `spare_lifetime`, and none takes a connection
-slot that is among the last free ones. Each remembers the `identity` of its login, and compares it
-with the present one before it does anything for a job; if it has changed, the launch that took it
-retires all spares of that login. What SQL cannot see, a new password or pg_hba.conf, takes effect
-after `spare_lifetime` at the latest.
+session gets one only if the server has let it in as that role. Spares are opened only for logins
+that launch, live no longer than `spare_lifetime`, and never take one of the last free connection
+slots. Each remembers the `identity` of its login and compares it with the present one before it
+does anything for a job; on a difference the launch retires all spares of that login. What SQL
+cannot see, a new password or pg_hba.conf, takes effect after `spare_lifetime` at the latest.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from proxy.log import logger
 from proxy.reasons import explain
 
 _RETRY: Final = 5.0
-"""Seconds until spares are tried again for a role that could not have one."""
+"""Seconds before spares are tried again for a login that could not have one."""
 
 LONGEST_COMMAND: Final = 4096
-"""Bytes of an SQL text that may be a command about databases; they are short."""
+"""Bytes of SQL text that may be a command about databases; these are short."""
 
 DATABASE_COMMANDS: Final = (b"drop", b"alter", b"create")
 
 _GIVE_WAY: Final = (0.02, 0.1, 0.3)
-"""Seconds to wait for the server to free the slots of spares that gave way, at each try."""
+"""Seconds to wait for the server to free the slots of spares that gave way, by attempt."""
 
 
 class Kept(Protocol):
-    """One that is kept for the next job of a session (`reuse`)."""
+    """A backend kept for the next job of a session (`reuse`)."""
 
     @property
     def login(self) -> Login: ...
@@ -46,18 +45,18 @@ class Kept(Protocol):
 
 
 Key = tuple[Login, tuple[tuple[bytes, bytes], ...]]
-"""What a spare must have in common with who takes it: the login, and the settings of the startup
-packet."""
+"""What a spare and its user must have in common: the login, and the settings in the startup packet.
+"""
 
 _REPLACE_AFTER: Final = 0.01
 _REPLACE_LAST: Final = 0.002
-"""Seconds until a spare that was taken is replaced, and the last one: the launch comes first, and
-often the result of its job."""
+"""Seconds before a used spare is replaced, and the last one: the launch comes first, and often the
+result of its job."""
 
 _LASTS: Final = 0.5
-"""Seconds for which it is taken to be so that the server has many free slots."""
+"""Seconds for which the server is assumed to have many free slots, once it had."""
 _MANY: Final = 20
-"""So many, besides those that are to be left free."""
+"""Number of free slots, besides those to be left free, that counts as many."""
 
 GREETING: Final = (
     b"SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_postmaster_start_time(),"
@@ -65,7 +64,7 @@ GREETING: Final = (
     b" ARRAY[pg_catalog.set_config('application_name', 'pg_background spare', false)] END,"
     b" pg_catalog.current_setting('client_encoding')"
 )
-"""Fills the backend's caches with what it will take over by."""
+"""Fills the backend's caches for the takeover."""
 
 _ROOM: Final = (
     b"""
@@ -90,17 +89,17 @@ WHERE o.rolname OPERATOR(pg_catalog.=) session_user
 """
     % SYSTEM_ID
 )
-"""How many slots the server has for spares, when it was started, and its system identifier. In a
-backend that has only just logged in this takes a millisecond: it is not asked for each of many."""
+"""The number of slots for spares, the server's start time, and its system identifier. In a new
+backend this takes a millisecond, so it is not asked for each of many."""
 
 
 class _Server(NamedTuple):
     """What need not be asked for each spare.
 
     Attributes:
-        started: what tells it from others, and from itself before a restart.
+        started: identifies this server since its last restart.
         asked: when, by the loop's clock.
-        room: as `_ROOM` has it.
+        room: as in `_ROOM`.
     """
 
     started: bytes | None
@@ -111,11 +110,11 @@ class _Server(NamedTuple):
 
 @dataclass(slots=True)
 class _Pool:
-    """The spares of one login, oldest first, and those that are being opened.
+    """The spares of one key, oldest first, and those being opened.
 
-    ``identity``: of the last one that was opened (`identity`).
-    ``server``: what the last one that asked for it has heard.
-    ``opening``: one for each that is being opened.
+    ``identity``: of the last one opened (`identity`).
+    ``server``: as the last one that asked has learned.
+    ``opening``: the tasks that open more.
     ``waiting``: launches that found none ready, and wait for one of these.
     """
 
@@ -129,8 +128,8 @@ class _Pool:
 
 
 def is_named(login: Login, sql: bytes) -> bool:
-    """Whether a statement, in lower case, that is about to drop, rename or copy databases seems to
-    name that of a login."""
+    """Whether a lower-case statement that is about to drop, rename or copy databases seems to name
+    the login's."""
     sql = sql.replace(b'""', b'"')
     names = sql + b" template1" if b"create" in sql else sql
     return login.database.lower() in names
@@ -153,18 +152,18 @@ class Spares:
     ) -> None:
         """
         Args:
-            count: how many to keep for each login; 0 for none at all.
-            lifetime: seconds after which an unused one is closed, and not replaced.
-            reuse_lifetime: the same, for one that has run a job; 0 if none is used again.
+            count: how many to keep for each login; 0 for none.
+            lifetime: seconds after which an unused spare is closed and not replaced.
+            reuse_lifetime: the same for a backend that has run a job; 0 if none is reused.
             channels: idle ones give way as spares do.
-            others_give_way: has the other processes close theirs; whether there were any.
+            others_give_way: has other processes close theirs; returns whether there were any.
         """
         self.count = count
         self.lifetime = lifetime
         self._channels = channels
         self._others_give_way = others_give_way
         self._pools: dict[Key, _Pool] = {}
-        # When the server may still be closing the last ones, by the loop's clock.
+        # Until when the server may still be closing spares, by the loop's clock.
         self._closing_until = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self.kept: set[Kept] = set()
@@ -172,12 +171,12 @@ class Spares:
 
     @property
     def ready(self) -> int:
-        """How many wait for a job."""
+        """Number of spares that wait for a job."""
         return len(self.kept) + sum(len(pool.ready) for pool in self._pools.values())
 
     @property
     def opening(self) -> int:
-        """How many are being opened."""
+        """Number of spares being opened."""
         return sum(len(pool.opening) for pool in self._pools.values())
 
     async def take(self, key: Key, open_one: Open) -> tuple[Backend, bool]:
@@ -204,8 +203,8 @@ class Spares:
         return None
 
     async def _opening(self, pool: _Pool) -> Backend | None:
-        """One that is being opened and has no taker yet: it is ready sooner than a new one. None if
-        that fails."""
+        """A spare that is being opened and has no taker yet, since it will be ready sooner than a
+        new one. None if that fails."""
         if len(pool.opening) <= len(pool.waiting):
             return None
         waiter: asyncio.Future[Backend | None] = asyncio.get_running_loop().create_future()
@@ -221,7 +220,7 @@ class Spares:
                 pool.waiting.remove(waiter)
 
     def _hand_on(self, pool: _Pool, backend: Backend | None) -> bool:
-        """Give a new spare, or the news that there is none, to a launch that waits for it."""
+        """Give a new spare, or None if opening it failed, to a launch that waits for it."""
         while pool.waiting:
             waiter = pool.waiting.popleft()
             if not waiter.done():
@@ -230,7 +229,7 @@ class Spares:
         return False
 
     async def open_now(self, open_one: Open) -> Backend:
-        """Open one that is needed. Spares give way to it if there is no room for both.
+        """Open a backend that is needed now. Spares give way if there is no room for both.
 
         Raises SQLError.
         """
@@ -247,8 +246,8 @@ class Spares:
         return await open_one()
 
     def give_way(self) -> bool:
-        """Close all spares, those that are being opened, and unused channels; whether there were
-        any."""
+        """Close all spares, including those being opened, and unused channels. Returns whether
+        there were any."""
         channels = self._channels.give_way()
         now = asyncio.get_running_loop().time()
         tasks = list(self._tasks)
@@ -268,16 +267,16 @@ class Spares:
         return now < self._closing_until
 
     def leave(self, sql: bytes) -> None:
-        """Close the spares and unused channels in the databases that a statement, in lower case,
-        seems to name, and open none there for a while."""
+        """Close spares and unused channels in the databases that a lower-case statement seems to
+        name, and open none there for a while."""
         self._close_all(lambda login: is_named(login, sql), pause=_RETRY)
 
     def retire(self, login: Login) -> None:
-        """Close the spares and unused channels of a login that would now come to something else."""
+        """Close spares and unused channels of a login whose identity has changed."""
         self._close_all(lambda other: other == login)
 
     def _close_all(self, matches: Callable[[Login], bool], pause: float = 0.0) -> None:
-        """`pause`: seconds in which no others are opened."""
+        """`pause`: seconds for which no others are opened."""
         self._channels.retire(matches)
         for kept in tuple(self.kept):
             if matches(kept.login):
@@ -301,7 +300,7 @@ class Spares:
             task.add_done_callback(functools.partial(self._opened, pool))
 
     def _opened(self, pool: _Pool, task: asyncio.Task[None]) -> None:
-        # Also called for a task that was cancelled before it began.
+        # Also called for tasks cancelled before they began.
         self._tasks.discard(task)
         pool.opening.discard(task)
         if len(pool.waiting) > len(pool.opening):
@@ -315,7 +314,7 @@ class Spares:
             try:
                 server = await self._greet(key[0], pool, backend)
                 backend.system_id = server.system_id
-                # Not later: it must not be counted twice when others are opened.
+                # Now, lest it is counted twice when others are opened.
                 pool.opening.discard(cast("asyncio.Task[None]", asyncio.current_task()))
                 taken = self._hand_on(pool, backend)
                 if not taken and server.room <= 0:
@@ -333,12 +332,12 @@ class Spares:
             pool.not_before = loop.time() + _RETRY
 
     async def _greet(self, login: Login, pool: _Pool, backend: Backend) -> _Server:
-        """Have a new one remember its login, and fill its caches; what is known of its server.
+        """Have a new spare remember its login and fill its caches. Returns what is known about its
+        server.
 
-        Most often both are those of the one before it: then it is asked for nothing else, in one
-        round trip.
+        Mostly both are those of the last spare: then this takes one round trip.
 
-        Raises what `Backend.remember_identity` raises; ConnectionError if it will not do.
+        Raises what `Backend.remember_identity` raises; ConnectionError if the spare will not do.
         """
         now = asyncio.get_running_loop().time()
         server, identity = pool.server, pool.identity
@@ -359,13 +358,12 @@ class Spares:
                 is_guess = False
                 continue
             if number(greeting[0]) != backend.pid:
-                # It would say nothing of the connection that the job will get, or keep others from
-                # having it.
+                # It would not show what connection the job gets, nor keep one free for it.
                 raise ConnectionError("there is a connection pooler before the server")
             if greeting[1] == server.started:
                 pool.server, pool.identity = server, identity
                 return server
-            server = None  # it was restarted, or it is another one
+            server = None  # restarted, or another server
 
     def _expire(self, key: Key, pool: _Pool, backend: Backend) -> None:
         if backend in pool.ready:
@@ -375,8 +373,8 @@ class Spares:
             del self._pools[key]
 
     def overview(self) -> Iterator[tuple[Login, int, int, int]]:
-        """For each login: how many are ready, how many are being opened, and how many launches wait
-        for one."""
+        """For each login: the number of spares ready, of those being opened, and of launches that
+        wait."""
         for (login, _), pool in list(self._pools.items()):
             yield login, len(pool.ready), len(pool.opening), len(pool.waiting)
 

@@ -1,1 +1,1 @@
-"""CREATE EXTENSION pg_background: its objects in the database, and calls from there."""
+"""CREATE EXTENSION pg_background: its objects in the database, and calls from inside it."""

@@ -1,7 +1,7 @@
-"""A job's result on its way into the database: blocks of rows.
+"""A job's result on its way into the database, in blocks of rows.
 
-Invariant: a block is whole rows, and about `SIZE` bytes of them, or one row if that is longer. The
-next one is made when it is asked for, so the job waits for its reader.
+Invariant: a block is whole rows, about `SIZE` bytes of them, or one longer row. The next is made
+on demand, so the job waits for its reader.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from proxy.jobs.rows import Notice, Rows
 from proxy.sql.encodings import array_text
 
 SIZE: Final = 64 * 1024
-"""Bytes of DataRow messages that make a block."""
+"""Bytes of DataRow messages in a block."""
 
 
 class Blocks:
@@ -33,26 +33,26 @@ class Blocks:
         """
         Args:
             job: whose result it is.
-            caller: who gets it.
+            caller: gets it.
         """
         self.job = job
         self.finished = False
         self._caller = caller
         self._rows = MessageBuffer()
-        # Its columns, once they are known: the job forgets them when its session is done with it.
+        # Kept here, since the job forgets its columns when its session is done with it.
         self._columns: tuple[Field, ...] | None = None
         job.consumed = True
 
     async def next(self) -> Answer:
         """The next block; the last one may have no rows.
 
-        ``r`` for rows: whether there is more (``t`` or ``f``), the DateStyle and the IntervalStyle
-        without which the values would be read wrong, the columns' type OIDs and their type
-        modifiers (both int4[]), and the values as text[][], a row of it for each column. Or ``t``
-        for a job without rows, and its command tags (text[]).
+        ``r`` for rows: whether there is more (``t`` or ``f``), the DateStyle and IntervalStyle by
+        which the values must be read, the columns' type OIDs and type modifiers (both int4[]), and
+        the values as text[][], a row of it for each column. Or ``t`` for a job without rows, and
+        its command tags (text[]).
 
-        Raises SQLError: the job's own; 22P05 for a character that the encoding has not; 57014 if it
-        was canceled meanwhile. Raises OSError.
+        Raises SQLError: the job's own; 22P05 for a character that the encoding lacks; 57014 if it
+        was cancelled meanwhile. Raises OSError.
         """
         rows: list[tuple[bytes | None, ...]] = []
         size = 0
@@ -80,7 +80,7 @@ class Blocks:
         if job.fetched_error is not None:
             raise ServerError(job.report_in(job.fetched_error, *self._caller.encodings))
         if job.canceled:
-            # The cancel came too late or had no effect, but later rows were dropped.
+            # The cancel came too late or was caught, but later rows were dropped.
             raise SQLError(
                 QUERY_CANCELED, f"results for PID {job.pid} were dropped when it was canceled"
             )
@@ -103,7 +103,7 @@ class Blocks:
         ]
 
     def _styles(self) -> Answer:
-        # Dates in the style ISO, and intervals in all styles but one, can be read with any setting.
+        # Any setting reads ISO dates, and intervals in all styles but one.
         date_style = self.job.parameters.get(b"DateStyle", b"ISO")
         interval_style = self.job.parameters.get(b"IntervalStyle", b"postgres")
         if date_style.startswith(b"ISO") and interval_style != b"sql_standard":
@@ -111,6 +111,6 @@ class Blocks:
         return [date_style, interval_style]
 
     def abandon(self) -> None:
-        """The rest is not wanted: the job must not wait for us."""
+        """Drop the rest, so that the job does not wait for us."""
         if not self.finished:
             self.job.forget_output()

@@ -1,12 +1,12 @@
-"""The SQL objects behind calls from inside the database: what the functions' bodies say.
+"""The bodies of the SQL functions behind calls from inside the database.
 
-Invariant: a body trusts nothing of the session that runs it. In what runs with the session's own
-search_path all names are schema-qualified, operators too; the others set theirs. What a body and
-the proxy say to each other is written down in `conversation`, its other half.
+Invariant: a body trusts nothing of the session that runs it. If it runs with the session's own
+search_path, all names and operators are schema-qualified; otherwise it sets its own. `conversation`
+specifies the messages between a body and the proxy.
 
-A role that was granted one function of the API must be able to run its body, so the helpers are for
-PUBLIC. That grants nothing: the proxy believes only `_pg_background_say`, which says what the
-current role is, and asks the server whether that may execute the function in question.
+A role that was granted one function must be able to run its body, so PUBLIC may execute the
+helpers. That grants nothing: the proxy believes only `_pg_background_say`, which reports the
+current role, and asks the server whether that role may execute the function in question.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ _TYPES: Final = {
     OID: "oid",
     TIMESTAMPTZ: "timestamptz",
 }
-"""By their short names, which can be schema-qualified."""
+"""By short names, which can be schema-qualified."""
 
 
 _HELPERS: Final = (
     *("setting", "settings", "elements", "say", "xor", "seen", "ask", "answer"),
     *("queries", "retry"),
 )
-"""Files of `sql/` with a function that the bodies call."""
+"""Files of `sql/` with functions that the bodies call."""
 
 _SHAPES: Final = {RECORD: "rows", LIST: "list", VOID: "void"}
-"""Files with the body of functions that return this; `_shape` has the others."""
+"""Files of `sql/` with the bodies of functions that return this; `_shape` has the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What stands in CREATE FUNCTION behind the result type, STRICT and quoting apart.
+    """What follows the result type in CREATE FUNCTION, except STRICT and quoting.
 
-    ``source`` may hold any quote; it has no ``$body$`` in it. All functions are VOLATILE and,
-    from 9.6 on, PARALLEL UNSAFE (the defaults), and SECURITY INVOKER.
+    ``source`` may hold any quote, but no ``$body$``. All functions are VOLATILE, SECURITY INVOKER
+    and, from 9.6 on, PARALLEL UNSAFE (the defaults).
     """
 
     language: str
@@ -71,12 +71,12 @@ class Body:
 def body(function: Function, *, schema: str, server_version: int) -> Body:
     """The body of a function.
 
-    A function whose result is a record or a `LIST` is to be declared RETURNS SETOF record. Those of
-    `privileges` have their bodies there.
+    A function whose result is a record or a `LIST` must be declared RETURNS SETOF record.
+    `privileges` has the bodies of its functions.
 
     Args:
         function: one of the table.
-        schema: of the extension, as it is (not quoted).
+        schema: of the extension, not quoted.
         server_version: as server_version_num, e.g. 150004.
     """
     own = quoted(schema)
@@ -106,7 +106,7 @@ def body(function: Function, *, schema: str, server_version: int) -> Body:
 
 
 def _shape(function: Function) -> str:
-    """The file with the body of functions that return the like."""
+    """The file with the body of such functions."""
     result = function.result_type
     if result in _SHAPES:
         return _SHAPES[result]
@@ -116,7 +116,7 @@ def _shape(function: Function) -> str:
 
 
 def _columns(function: Function, value: str, *, first: int = 1, last: int | None = None) -> str:
-    """A select list that makes a composite result of texts."""
+    """A select list that makes a composite result from texts."""
     return ", ".join(
         f"CAST({value.format(number)} AS pg_catalog.{_TYPES[column.type]})"
         for number, column in enumerate(function.columns[:last], first)
@@ -124,10 +124,10 @@ def _columns(function: Function, value: str, *, first: int = 1, last: int | None
 
 
 def helpers(*, schema: str, server_version: int) -> list[str]:
-    """The CREATE FUNCTION statements of what the bodies call, in order.
+    """The CREATE FUNCTION statements of the functions that the bodies call.
 
-    The bodies are not checked against them, so it does not matter which are created first. PUBLIC
-    keeps EXECUTE on them. Their names begin with ``_pg_background_``.
+    PUBLIC keeps EXECUTE on them. Their names begin with ``_pg_background_``. Bodies are not checked
+    on creation, so these may be created later.
     """
     own = quoted(schema)
     words = NAMES | {
@@ -151,20 +151,20 @@ def helpers(*, schema: str, server_version: int) -> list[str]:
 
 
 def _hash(text: str, server_version: int) -> str:
-    """As `conversation` has it."""
+    """The hash that `conversation` uses."""
     if server_version >= 110000:
         return f"encode(sha256(convert_to({text}, 'UTF8')), 'hex')"
     return f"(md5({text} || 'a') || md5({text} || 'b'))"
 
 
 def quoted(name: str) -> str:
-    """An identifier as SQL has it."""
+    """A quoted identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def _raise_error() -> str:
-    """RAISE for an error's fields: an option that is given must have a value, so each combination
-    has a statement of its own."""
+    """RAISE statements for the fields of an error, one for each combination: no option may be
+    NULL."""
     objects = ("SCHEMA", "TABLE", "COLUMN", "DATATYPE", "CONSTRAINT")
     branches: list[str] = []
     for detail, hint, about in itertools.product((True, False), repeat=3):

@@ -1,20 +1,20 @@
 """The system catalogs as they would be if pg_background were the C extension.
 
 Invariant: a query sees more, and nothing is stored. In statements that begin as queries, rows of
-the same type take the place of these relations in FROM, if the query can show a difference. So
-views and functions that the client defines are not affected, and what is not recognised for certain
-goes to the server as it came. These relations are replaced:
+the same type replace these relations in FROM, if the query can show a difference. So views and
+functions that the client defines are not affected, and what is not recognised for certain goes to
+the server unchanged. The relations:
 
 - ``pg_extension`` lists the extension; in a query that mentions it, ``pg_depend`` has the
   extension's objects, and ``pg_description`` its comment (psql's ``\\dx`` and ``\\dx+``);
-- ``pg_stat_activity`` says ``pg_background`` as the ``backend_type`` of jobs; in the query's own
+- ``pg_stat_activity`` shows the ``backend_type`` of jobs as ``pg_background``; in the query's own
   row, ``query`` is what the client has sent;
-- ``pg_prepared_statements`` and ``pg_cursors`` show the client's names and texts of what has a
-  call, if the session has such (`hidden`).
+- ``pg_prepared_statements`` and ``pg_cursors`` show the client's names and texts for what has a
+  call, if the session has any (`hidden`).
 
-The columns are the server's: rows of ours are made by jsonb_populate_record(), which knows them.
-Dumps must see what is really there: pg_dump is known by its application_name, and queries that use
-system columns (pg_dump's do) are left alone.
+Columns are the server's: our rows are made by jsonb_populate_record(), which knows them. Dumps must
+see the real catalogs: pg_dump is recognised by its application_name, and queries with system
+columns (such as pg_dump's) are left alone.
 """
 
 from __future__ import annotations
@@ -39,39 +39,39 @@ from proxy.statements.triggers import (
 )
 
 TOOLS: Final = frozenset((b"pg_dump", b"pg_dumpall", b"pg_restore", b"pg_upgrade"))
-"""The application_name of clients that see what is there."""
+"""The application_name of clients that see the real catalogs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Jobs:
-    """How the query's jobs are known.
+    """How a query recognises jobs.
 
     Attributes:
-        pids: of the backends of those that run.
-        by_name: whether there may be others, which only their application_name shows: those of
-            other worker processes, and those that start before a prepared statement is executed.
+        pids: of the backends of running jobs.
+        by_name: whether there may be others, recognised by application_name only: those of other
+            worker processes, and those that start before a prepared statement is executed.
     """
 
     pids: Collection[int]
     by_name: bool
 
 
-# A subquery has none of these.
+# Subqueries have none of these.
 _SYSTEM_COLUMNS: Final = frozenset((b"tableoid", b"ctid", b"xmin", b"xmax", b"cmin", b"cmax"))
-# FROM in these is not a clause.
+# In these, FROM begins no clause.
 _FROM_IN: Final = frozenset(("extract", "trim", "substring", "overlay", "position"))
 
 
 def analyze(
     statement: Tokens, *, server_version: int, jobs: Jobs, sent: bytes, has_stand_ins: bool = False
 ) -> Substitute | None:
-    """A query with the catalogs replaced, None if it is to go as it is.
+    """A query with its catalogs replaced; None if it must go unchanged.
 
     Args:
-        statement: one, as the session's server reads it.
+        statement: one statement, as the session's server reads it.
         server_version: as server_version_num, e.g. 150004.
         jobs: which backends are jobs.
-        sent: the text of the message that it is in, as pg_stat_activity is to show it.
+        sent: the text of the message that it is in, for pg_stat_activity.
         has_stand_ins: whether the session may have prepared statements or portals with calls.
     """
     lower = statement.sql.lower()
@@ -83,7 +83,7 @@ def analyze(
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A relation of ours in FROM: its tokens, and that of its alias if it has one."""
+    """One of our relations in FROM: its tokens, and those of its alias, if any."""
 
     relation: bytes
     first: int
@@ -92,7 +92,7 @@ class Reference:
 
 
 class Query(Tokens):
-    """The tokens of a statement; indices count them."""
+    """The tokens of a statement, by index."""
 
     def __init__(self, statement: Tokens) -> None:
         super().__init__(statement.sql, statement.tokens, statement.encoding)
@@ -119,18 +119,18 @@ class Query(Tokens):
         return self.with_sources(sources, references)
 
     def extension_sources(self, major: int) -> dict[bytes, bytes] | None:
-        """What takes the place of pg_extension and what says more about it, if it is mentioned;
-        None if that would differ."""
+        """Replacements for pg_extension and for related catalogs, if it is mentioned; None if the
+        result would differ."""
         if PG_EXTENSION not in self.sql.lower():  # psql's \\dx+ has it in a constant only
             return {}
         with_oid = major < 12 and b"oid" in self.names
-        # It is not one of the columns that * stands for.
+        # `*` does not include the OID.
         if self.may_group_by_key() or (with_oid and self.has_star()):
             return None
         return dict(_extension(major, with_oid))
 
     def has_other_needs(self) -> bool:
-        """Whether it locks rows, uses system columns, or has names that could be any."""
+        """Whether it locks rows, uses system columns, or has names that are not read."""
         return (
             self.locks_rows()
             or self.has_unread_names()
@@ -138,7 +138,7 @@ class Query(Tokens):
         )
 
     def references(self) -> list[Reference] | None:
-        """To our relations, None if some are not certain or there are too many."""
+        """References to our relations; None if some are uncertain, or there are too many."""
         found: list[Reference] = []
         for at, name in enumerate(self.names):
             if name not in _RELATIONS:
@@ -167,22 +167,22 @@ class Query(Tokens):
     def changes(
         self, sources: Mapping[bytes, bytes], references: Iterable[Reference]
     ) -> list[Change] | None:
-        """What takes the place of these relations; None if that would differ."""
+        """The replacements of these relations; None if the result would differ."""
         changes: list[Change] = []
         for each in references:
             source = sources.get(each.relation)
             if source is None:
                 continue
             if source.startswith(b"(") and self.uses_row(each):
-                return None  # a subquery's rows are of no named type
+                return None  # rows of a subquery have no named type
             alias = b" AS " + each.relation if each.alias is None else b""
             changes.append((self.start(each.first), self.end(each.last), source + alias))
         return changes
 
-    # What can show a difference
+    # What could show a difference
 
     def shows(self, column: bytes, references: Collection[Reference]) -> bool:
-        """Whether the query may look at a column of these."""
+        """Whether the query may use a column of these."""
         return bool(references) and (
             column in self.names
             or self.has_star()
@@ -191,14 +191,14 @@ class Query(Tokens):
         )
 
     def has_star(self) -> bool:
-        """Whether there is a star that is not count's; it may multiply."""
+        """Whether there is a star other than count(*); it may multiply."""
         return any(
             text == b"*" and not (self.text(at - 1) == b"(" and self.text(at + 1) == b")")
             for at, text in enumerate(self.texts)
         )
 
     def renames(self, reference: Reference) -> bool:
-        """Whether its columns get other names."""
+        """Whether its columns are renamed."""
         return reference.alias is not None and self.text(reference.alias + 1) == b"("
 
     def uses_row(self, reference: Reference) -> bool:
@@ -215,7 +215,7 @@ class Query(Tokens):
         )
 
     def is_in_from(self, index: int) -> bool:
-        """Whether this is an item of FROM, or its alias; not within ON."""
+        """Whether this is an item of FROM or its alias, not within ON."""
         before = self.text(index - 1) if self.keyword(index - 1) == "as" else None
         first = index - 1 if before is not None else index
         return self.is_relation(first, index) or (
@@ -225,7 +225,7 @@ class Query(Tokens):
         )
 
     def may_group_by_key(self) -> bool:
-        """Whether it may group by pg_extension's primary key, on which all its columns depend."""
+        """Whether it may group by pg_extension's primary key, on which all columns depend."""
         if not any(self.keyword(at) == "group" for at in range(self.count)):
             return False
         return self.has_star() or any(
@@ -234,15 +234,15 @@ class Query(Tokens):
         )
 
     def clause_of(self, index: int) -> str:
-        """The word that begins the clause around a token, in its brackets or around them."""
+        """The word that begins the clause of a token, in its brackets or around them."""
         while self.clauses[index] < 0 and self.openings[index] >= 0:
             index = self.openings[index]
         return self.keyword(self.clauses[index])
 
-    # What the tokens are
+    # Tokens
 
     def has_unread_names(self) -> bool:
-        """U&"…", which could be any name."""
+        """Whether it has U&"…", which could be any name."""
         return any(
             token.kind is Kind.QUOTED_IDENTIFIER and name is None
             for token, name in zip(self.tokens, self.names, strict=True)
@@ -253,14 +253,14 @@ class Query(Tokens):
         return self.keyword(first) in ("select", "with")
 
     def locks_rows(self) -> bool:
-        """FOR UPDATE and its kin, which want a table."""
+        """Whether it has FOR UPDATE or the like, which needs a table."""
         return any(
             self.keyword(at) == "for" and self.keyword(at + 1) in ("update", "share", "no", "key")
             for at in range(self.count)
         )
 
     def first_of_relation(self, index: int) -> int | None:
-        """Where the relation's name begins, None if it is of another schema."""
+        """Where the relation's name begins; None if its schema is another."""
         if self.text(index - 1) != b".":
             return index
         if self.names[index - 2] == b"pg_catalog" and self.text(index - 3) != b".":
@@ -268,14 +268,14 @@ class Query(Tokens):
         return None
 
     def is_common_table_expression(self, index: int) -> bool:
-        if self.text(index + 1) == b"(":  # its columns
+        if self.text(index + 1) == b"(":  # column names
             index = self.closings.get(index + 1, index)
         return self.keyword(index + 1) == "as" and (
             self.text(index + 2) == b"(" or self.keyword(index + 2) in ("materialized", "not")
         )
 
     def is_relation(self, first: int, last: int) -> bool:
-        """Whether what these tokens name is an item of FROM, and a plain one."""
+        """Whether these tokens are an item of FROM, and a plain one."""
         if self.text(last + 1) in (b"(", b".", b"*") or self.keyword(last + 1) == "tablesample":
             return False
         before = self.keyword(first - 1)
@@ -289,14 +289,14 @@ class Query(Tokens):
         return False
 
     def begins_from(self, index: int) -> bool:
-        """Whether this FROM is that of a query."""
+        """Whether this FROM belongs to a query."""
         if self.keyword(index - 1) in ("distinct", "delete"):
             return False
         return self.keyword(self.openings[index] - 1) not in _FROM_IN
 
     def surroundings(self) -> tuple[list[int], list[int]]:
-        """Of each token the bracket around it, and the word that begins the clause that it is in,
-        in the same brackets; -1 for none."""
+        """For each token the bracket around it, and the word that begins its clause within the same
+        brackets; -1 for none."""
         openings: list[int] = []
         clauses: list[int] = []
         around = [(-1, -1)]
@@ -325,10 +325,10 @@ class Query(Tokens):
 
 _NAMES: Final = (Kind.IDENTIFIER, Kind.QUOTED_IDENTIFIER)
 
-# A subquery has kilobytes; no sensible query looks into a catalog this often.
+# A subquery has kilobytes, and no sensible query uses a catalog this often.
 _MAX_REPLACED: Final = 64
 
-# A comma behind ON is one of FROM.
+# A comma after ON belongs to FROM.
 _CLAUSES: Final = frozenset(
     ("select", "from", "where", "group", "having", "window", "order", "limit", "offset", "fetch")
 )
@@ -340,11 +340,11 @@ _RELATIONS: Final = (*_SHOWING, b"pg_depend", b"pg_description")
 
 @functools.cache
 def _extension(major: int, with_oid: bool) -> dict[bytes, bytes]:
-    """What takes the place of pg_extension and of what says more about it.
+    """Replacements for pg_extension and related catalogs.
 
     Args:
         major: the server's version.
-        with_oid: whether pg_extension has its hidden column; before version 12.
+        with_oid: whether pg_extension has its hidden column, as before version 12.
     """
     marker = f"(SELECT p.oid, p.proowner, p.pronamespace, p.prosrc {installed.FIND}) x"
     version = installed.VERSION.replace("p.", "x.")
@@ -412,12 +412,12 @@ def _extension(major: int, with_oid: bool) -> dict[bytes, bytes]:
 
 
 def _activity(major: int, jobs: Jobs, sent: bytes | None) -> bytes:
-    """What takes the place of pg_stat_activity.
+    """The replacement for pg_stat_activity.
 
     Args:
         major: the server's version.
         jobs: which backends are jobs.
-        sent: what ``query`` is in the session's own row, if the query may look at that.
+        sent: ``query`` of the session's own row, if the query may use it.
     """
     pids = ",".join(map(str, sorted(jobs.pids)))
     is_job = (
@@ -429,7 +429,7 @@ def _activity(major: int, jobs: Jobs, sent: bytes | None) -> bytes:
         b' THEN CAST(\'{"backend_type": "%b"}\' AS pg_catalog.jsonb)%b'
         b" ELSE CAST('{}' AS pg_catalog.jsonb) END"
     ) % (is_job, installed.NAME.encode(), b"" if sent is None else _OWN_QUERY % _shown(sent))
-    # Between the two there is the client's text, in the client's encoding.
+    # In between is the client's text, in the client's encoding.
     before, after = _rows(
         (f"FROM pg_catalog.pg_stat_activity a, {_populated('a', '@')}",), major
     ).split(b"@")
@@ -443,7 +443,7 @@ _OWN_QUERY: Final = (
     b" THEN pg_catalog.jsonb_build_object('query', %b)"
 )
 _ALWAYS_SHOWN: Final = 99
-"""Bytes of a query that every server shows: track_activity_query_size is 100 at least."""
+"""Bytes of a query that every server shows: track_activity_query_size is at least 100."""
 
 
 def _shown(sent: bytes) -> bytes:
@@ -463,8 +463,8 @@ def _shown(sent: bytes) -> bytes:
 
 @functools.cache
 def _stand_ins(major: int) -> dict[bytes, bytes]:
-    """What takes the place of the catalogs that show prepared statements and portals: what has a
-    hidden name is left out, and a guard shows the client's text, and the stand-in's parameters."""
+    """Replacements for the catalogs of prepared statements and portals: without hidden names, and
+    with the client's text and the stand-in's parameters in place of a guard's."""
     tag = f"pg_catalog.\"substring\"(s.statement, '{TEXT_TAG}')"
     parts = f"s.statement, pg_catalog.concat('$', '{TEXT}', {tag}, '$'), 2"
     shown = f"'statement', pg_catalog.split_part({parts})"
@@ -490,7 +490,7 @@ def _stand_ins(major: int) -> dict[bytes, bytes]:
 
 
 def _made(relation: str, **columns: str) -> str:
-    """A row ``q`` of a relation, NULL where no expression is given."""
+    """A row ``q`` of a relation; columns without an expression are NULL."""
     values = ", ".join(f"'{name}', {value}" for name, value in columns.items())
     base = f"CAST(NULL AS pg_catalog.{relation})"
     return _populated(base, f"pg_catalog.jsonb_build_object({values})")
@@ -501,12 +501,12 @@ def _populated(base: str, changes: str) -> str:
 
 
 def _rows(sources: Iterable[str], major: int, hidden: Iterable[str] = ("", "")) -> bytes:
-    """An item of FROM, whose whole rows are of the relation's type where that has arrays.
+    """An item of FROM whose whole rows have the relation's type, where that has arrays.
 
     Args:
         sources: FROM and WHERE of the rows ``q``.
         major: the server's version.
-        hidden: for each of them, what a subquery selects beside its columns.
+        hidden: for each source, what a subquery selects besides its columns.
     """
     if major < 14:
         return _subquery(sources, hidden)
@@ -515,7 +515,7 @@ def _rows(sources: Iterable[str], major: int, hidden: Iterable[str] = ("", "")) 
 
 
 def _subquery(sources: Iterable[str], hidden: Iterable[str] = ("", "")) -> bytes:
-    """The same as a subquery: conditions reach the relation's indexes."""
+    """`_rows` as a subquery, so that conditions can use the relation's indexes."""
     parts = zip(sources, hidden, strict=False)
     selects = (f"SELECT {first}q.* {source}" for source, first in parts)
     return f"({' UNION ALL '.join(selects)})".encode()

@@ -1,8 +1,8 @@
-"""Code that may compare backend_type with 'pg_background': a statement, or the body of a function.
+"""Finds code that may compare backend_type with 'pg_background', in a statement or a function body.
 
-Invariant: a comparison is found only where the code names pg_stat_activity, and the two stand on
-the sides of an operator, in a list, in CASE, or in a function that compares; through a variable or
-an alias that is set in the same code, too. What takes more than linear time is bounded.
+Invariant: a comparison is found only if the code names pg_stat_activity, and the two are operands
+of an operator, in a list, in CASE, or in a function that compares; also through a variable or alias
+set in the same code. What takes more than linear time is bounded.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ BACKEND_TYPE: Final = b"backend_type"
 _ACTIVITY_FUNCTION: Final = b"pg_stat_get_activity"
 _VIEW: Final = STAT_ACTIVITY.encode()
 _NOT_IN_VIEW: Final = frozenset((b"leader_pid", b"query_id"))
-"""Columns of pg_stat_activity that are not in every version, so not in the view."""
+"""Columns of pg_stat_activity that some versions lack, so the view has none of them."""
 
 _OUR_TYPE: Final = re.compile(rb"[\^%]*+" + NAME.encode() + rb"[%$]*+")
 _OUR_ELEMENT: Final = re.compile(rb"[{,]\s*+\"?" + NAME.encode() + rb"\"?\s*+[,}]")
-"""What backend_type is compared with: a value or a pattern; an element of an array."""
+"""What backend_type is compared with: a value or pattern; an element of an array."""
 
 _NO_COMPARISON: Final = frozenset(
     (b"||", b"->", b"->>", b"#>", b"#>>", b"+", b"-", b"*", b"/", b"@", b"?")
@@ -40,29 +40,29 @@ _COMPARING_FUNCTIONS: Final = frozenset(
         *("regexp_match", "regexp_matches", "regexp_like", "regexp_count", "texteq", "textne"),
     )
 )
-# Where an operand ends, beside SQL's reserved words: words of PL/pgSQL and others.
+# What ends an operand, besides SQL's reserved words: those of PL/pgSQL, and others.
 _EDGES: Final = (
     RESERVED - {"any", "all", "some", "array", "cast", "case", "end", "collate", "true", "false"}
 ) | frozenset(("if", "elsif", "elseif", "while", "return", "perform", "values", "set", "assert"))
 _STATEMENT_EDGES: Final = frozenset(("begin", "then", "else", "loop", "declare"))
 _OF_OPERATORS: Final = frozenset(("is", "not", "distinct", "similar"))
 _MAX_LOOKED_AT: Final = 64
-"""Constants of this value, columns of this name, brackets around one: so many are looked at."""
+"""Limit of constants with this value, of columns with this name, of brackets around one."""
 _LONGEST_TYPE: Final = 1024
 _MOST_TYPES: Final = 64 * 1024
-"""The bytes of a constant of this value; and of all that may be such."""
+"""Bytes of such a constant; and of all that may be such."""
 _SELECTS: Final = frozenset(("select", "distinct", "all", "returning"))
 
 
 def _is_our_type(text: bytes) -> bool:
-    """Whether a constant says this value."""
+    """Whether a constant has this value."""
     if text[:1] == b"{":
         return text[-1:] == b"}" and _OUR_ELEMENT.search(text) is not None
     return _OUR_TYPE.fullmatch(text) is not None
 
 
 class Code(Query):
-    """The tokens of a statement, or of the body of a function in SQL or PL/pgSQL."""
+    """The tokens of a statement, or of a function body in SQL or PL/pgSQL."""
 
     def __init__(
         self,
@@ -76,8 +76,8 @@ class Code(Query):
         Args:
             code: the tokens.
             standard_conforming_strings: the session's setting.
-            said: the constant that the code is, if it is one.
-            header: of the function whose body it is.
+            said: the constant that holds the code, if any.
+            header: the statement that defines the function, if this is a body.
         """
         super().__init__(code)
         self.header = header
@@ -87,23 +87,23 @@ class Code(Query):
 
     @functools.cached_property
     def keywords(self) -> list[str]:
-        """The key words among the tokens, each in its place."""
+        """For each token, the key word that it is."""
         return [keyword(self.sql, token) for token in self.tokens]
 
     def keyword(self, index: int) -> str:
         return self.keywords[index] if 0 <= index < self.count else ""
 
     def constant(self, index: int) -> Said | None:
-        """What a string constant says."""
+        """The value of a string constant."""
         return constants.read(
             self, index, standard_conforming_strings=self.conforming, around=self.said
         )
 
-    # Of a statement that defines a function, or a block
+    # Definitions of functions, and blocks
 
     @property
     def language(self) -> bytes | None:
-        """The language that a function or block is written in."""
+        """The language of the function or block."""
         for at in self.outermost():
             if self.keyword(at) == "language":
                 said = self.constant(at + 1)
@@ -113,7 +113,7 @@ class Code(Query):
         return b"plpgsql" if self.keyword(0) == "do" else b"sql"
 
     def bodies(self) -> Iterator[int]:
-        """The constants that are its body."""
+        """The constants that are the body."""
         is_block = self.keyword(0) == "do"
         for at in self.outermost():
             if self.tokens[at].kind is not Kind.STRING or self.keyword(at - 1) == "language":
@@ -121,7 +121,7 @@ class Code(Query):
             if is_block or self.keyword(at - 1) == "as":
                 yield at
 
-    # What it looks into
+    # Relations
 
     @functools.cached_property
     def segments(self) -> list[int]:
@@ -135,7 +135,7 @@ class Code(Query):
 
     @functools.cached_property
     def mentions(self) -> list[int]:
-        """Where pg_stat_activity and its function are named, that of the server."""
+        """Where the server's pg_stat_activity and its function are named."""
         if any(
             name == PG_STAT_ACTIVITY and self.is_common_table_expression(at)
             for at, name in enumerate(self.names)
@@ -163,7 +163,7 @@ class Code(Query):
         )
 
     def _constants(self) -> list[int]:
-        """The constants that are this value, and the variables that are set to it."""
+        """The constants with this value, and the variables set to it."""
         names = self.set_to_it | (frozenset() if self.header is None else self.header.set_to_it)
         named = [at for at, name in enumerate(self.names) if name in names]
         return self._our_types + named
@@ -192,11 +192,11 @@ class Code(Query):
         text = self.texts[index]
         if len(text) > _LONGEST_TYPE:
             return False
-        # In more than one piece, or with escapes, it may say what is not there to be seen.
+        # A constant in several pieces, or with escapes, may not show its value.
         return NAME.encode() in text or b"\\" in text or b"\n" in text or b"\r" in text
 
     def _assigned(self, index: int) -> bytes | None:
-        """The variable that a constant is assigned to, or is the default of."""
+        """The variable to which a constant is assigned, or whose default it is."""
         if self.text(index - 1) != b":=" and self.keyword(index - 1) != "default":
             return None
         at = index - 1
@@ -206,12 +206,12 @@ class Code(Query):
         return self.names[at]
 
     def begins_statement(self, index: int) -> bool:
-        """Whether a statement of PL/pgSQL, or a clause like one, begins behind this token."""
+        """Whether a PL/pgSQL statement, or a similar clause, begins behind this token."""
         return self.text(index) == b";" or self.keyword(index) in _STATEMENT_EDGES
 
     @functools.cached_property
     def _firsts(self) -> list[int]:
-        """Of each token the first one of the statement that it is in."""
+        """For each token, the first token of its statement."""
         firsts: list[int] = []
         first = 0
         for at in range(self.count):
@@ -220,7 +220,7 @@ class Code(Query):
                 first = at + 1
         return firsts
 
-    # Which names are backend_type
+    # Names for backend_type
 
     def _subjects(self) -> list[int]:
         """The tokens that stand for pg_stat_activity's backend_type, in order."""
@@ -240,7 +240,7 @@ class Code(Query):
         return sorted({*columns, *others})
 
     def _is_of_activity(self, index: int) -> bool:
-        """Whether a column is of pg_stat_activity, or may be: not of the extension's view."""
+        """Whether a column may be pg_stat_activity's, not the extension's view's."""
         if self.text(index - 1) == b".":
             qualifier = self.names[index - 2] if index > 1 else None
             return qualifier not in self._names_of_views
@@ -263,7 +263,7 @@ class Code(Query):
 
     @functools.cached_property
     def _places(self) -> tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int]]]:
-        """The statements and brackets in which pg_stat_activity is named, and the view."""
+        """The statements and brackets that name pg_stat_activity, and those that name the view."""
         mentions, views = (
             frozenset((self.segments[at], self.openings[at]) for at in relations)
             for relations in (self.mentions, self.views)
@@ -281,7 +281,7 @@ class Code(Query):
         return frozenset(names)
 
     def _set_in(self, first: int) -> Iterator[bytes | None]:
-        """The variables that the statement which begins there sets."""
+        """The variables set by the statement that begins here."""
         for at in range(first, self.count):
             if self.begins_statement(at):
                 return
@@ -295,12 +295,12 @@ class Code(Query):
                     yield self._name_at(at)
 
     def _name_at(self, index: int) -> bytes | None:
-        """A variable's name; none of a field, whose other names say nothing."""
+        """A variable's name; none for a field, which may belong to anything."""
         if index >= self.count or self.text(index + 1) == b"." or self.keyword(index) in _EDGES:
             return None
         return self.names[index]
 
-    # What is compared
+    # Comparisons
 
     def _is_compared(self, index: int, subjects: list[int]) -> bool:
         """Whether a constant is compared with one of these."""
@@ -371,7 +371,7 @@ class Code(Query):
 
     @functools.cached_property
     def _closed(self) -> dict[int, int]:
-        """The closing brackets, and what each closes."""
+        """The opening brackets, by their closing ones."""
         return {closing: opening for opening, closing in self.closings.items()}
 
     def _before_bracket(self, opening: int) -> int:
@@ -393,7 +393,7 @@ class Code(Query):
                 return first
 
     def _case_of(self, first: int) -> tuple[int, int] | None:
-        """The operand of the CASE whose WHEN has this value."""
+        """The operand of the CASE that has this value after WHEN."""
         at = first - 1
         while self.text(at) == b"," or (at > 0 and self.tokens[at].kind is Kind.STRING):
             at -= 1
@@ -401,9 +401,9 @@ class Code(Query):
 
     @functools.cached_property
     def _cases(self) -> dict[int, tuple[int, int]]:
-        """The WHENs, and for each the operand of its CASE."""
+        """For each WHEN, the operand of its CASE."""
         found: dict[int, tuple[int, int]] = {}
-        # In each bracket: the CASEs that have not ended, and the first WHEN of each.
+        # For each bracket: its open CASEs, and the first WHEN of each.
         cases: dict[int, list[tuple[int, int]]] = {}
         for at, word in enumerate(self.keywords):
             if word not in ("case", "when", "end"):
@@ -453,12 +453,12 @@ class Code(Query):
 
     @property
     def has_our_type(self) -> bool:
-        """Whether it has a constant of this value."""
+        """Whether it has a constant with this value."""
         return bool(self._our_types)
 
     def compares_with_other(self) -> bool:
-        """Whether it compares backend_type of pg_stat_activity with a parameter, with what format()
-        puts there, or with what comes behind the constant that it is."""
+        """Whether it compares pg_stat_activity's backend_type with a parameter, with an argument of
+        format(), or with something appended to the constant that holds the code."""
         return bool(self.mentions) and any(
             name == BACKEND_TYPE and self._is_compared_with_other(at)
             for at, name in enumerate(self.names)
@@ -473,11 +473,11 @@ class Code(Query):
             at += 1
         return at >= self.count or self.text(at) == b"%" or self.tokens[at].kind is Kind.PARAMETER
 
-    # What can be replaced
+    # Replacement
 
     def replaceable(self) -> list[Reference] | None:
-        """Where pg_stat_activity is a relation, if the extension's view may take its place in all
-        of them; None if something may differ, or be read otherwise."""
+        """Where pg_stat_activity is a relation, if the extension's view may replace it everywhere;
+        None if something may differ or be misread."""
         references = self.references()
         if references is None or self.has_unread_names():
             return None
@@ -507,7 +507,7 @@ class Code(Query):
                 for each in references
             )
         if self.keyword(before) not in _SELECTS and self.text(before) != b",":
-            return False  # it multiplies, or is count's
+            return False  # a multiplication, or count(*)
         opening = self.openings[star]
         if self.keyword(before) == "select" and self.keyword(opening - 1) == "exists":
             return False
@@ -529,7 +529,7 @@ class Code(Query):
         return words[:1] == ["create"] and "table" not in words[1:4]
 
     def is_executed(self, index: int) -> bool:
-        """Whether a constant is, or is a part of, what EXECUTE executes."""
+        """Whether a constant is, or is part of, what EXECUTE executes."""
         words = self.statement_words(index)
         if "execute" in words:
             return "using" not in words and "into" not in words
@@ -540,7 +540,7 @@ class Code(Query):
 
     @functools.cached_property
     def _executed(self) -> frozenset[bytes | None]:
-        """The names behind EXECUTE."""
+        """The names after EXECUTE."""
         return frozenset(
             name for at, name in enumerate(self.names) if self.keyword(at - 1) == "execute"
         )

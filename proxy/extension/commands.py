@@ -1,7 +1,7 @@
-"""Commands about the extension pg_background, as the client writes them.
+"""Parses commands about the extension pg_background.
 
 Invariant: a statement that is not recognised for certain, to its last token, gives None and goes to
-the server as it came. So the server reports syntax errors and handles every other extension.
+the server unchanged. So the server reports syntax errors and handles every other extension.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NAME: Final = NAME.encode()
 
 
 def parse(statement: Tokens) -> Command | None:
-    """The command about our extension that a statement is, None if it is another."""
+    """The command about our extension; None for any other statement."""
     try:
         return _Parser(statement).command()
     except NotRecognizedError:
@@ -32,7 +32,7 @@ def parse(statement: Tokens) -> Command | None:
 
 
 class _Parser:
-    """Reads the tokens of one statement, from the first to the last."""
+    """Reads the tokens of one statement in order."""
 
     def __init__(self, statement: Tokens) -> None:
         self.statement = statement
@@ -68,7 +68,7 @@ class _Parser:
             elif version is None and self.takes("version"):
                 version = self.version()
             elif not cascade and self.takes("cascade"):
-                cascade = True  # it needs no other extension
+                cascade = True  # there is nothing else to install
             else:
                 raise NotRecognizedError("another command")
         return CreateExtension(if_not_exists, schema, version)
@@ -123,14 +123,14 @@ class _Parser:
         return not self.is_at_end() and self.statement.tokens[self.at].kind is Kind.STRING
 
     def takes(self, *words: str) -> bool:
-        """Whether these key words come next; if so they are taken."""
+        """If these key words come next, consume them; whether they did."""
         if any(self.statement.keyword(self.at + n) != word for n, word in enumerate(words)):
             return False
         self.at += len(words)
         return True
 
     def take(self) -> bytes:
-        """The next token as it stands."""
+        """Consume the next token, and return its text."""
         self.at += 1
         return self.statement.text(self.at - 1)
 

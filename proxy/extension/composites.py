@@ -1,8 +1,8 @@
 """The composite types of the extension, as a database has them.
 
-Invariant: results have the types' OIDs in the database that has them, those of fields too; where
-the extension is not there, they are anonymous records. `marker` tells one CREATE EXTENSION from
-another, so that no statement is executed under a description with types that are gone.
+Invariant: results, and fields in them, have the types' OIDs in the database; without the extension
+they are anonymous records. `marker` tells one CREATE EXTENSION from another, so that no statement
+is executed under a description with types that are gone.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ TYPES: Final = (
     "CAST(ARRAY(SELECT pg_catalog.concat(c.relname, ' ', c.reltype)"
     f" {types('m.pronamespace')}) AS pg_catalog.text)"
 )
-"""An SQL expression, the text of a text[]: the types' names and OIDs; ``m`` is the marker."""
+"""An SQL expression, the text of a text[]: names and OIDs of the types; ``m`` is the marker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Composites:
     """
     Attributes:
-        marker: the OID of the extension's marker, None if the extension is not there.
+        marker: the OID of the extension's marker; None without the extension.
         api: the version of its API.
-        oids: of the types, by their names.
+        oids: of the types, by name.
     """
 
     marker: bytes | None = None
@@ -35,7 +35,7 @@ class Composites:
     oids: Mapping[str, int] = field(default_factory=dict)
 
     def resolved(self, type: Type) -> Type:
-        """A type of ours as the database has it."""
+        """One of our types as the database has it."""
         if not type.columns:
             return type
         columns = (Column(column.name, self.resolved(column.type)) for column in type.columns)

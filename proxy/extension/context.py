@@ -1,12 +1,12 @@
 """The queries that read a call's `Context` from the server.
 
-Invariant: the primary backend is asked in the transaction of the call, in the same round trip; a
-channel, before the call is served. Nothing about roles and settings is remembered from earlier,
-because functions, SET LOCAL, rollbacks and other sessions' GRANTs change them where a proxy cannot
-see it. All names in this SQL are schema-qualified, operators too: the client chooses search_path.
+Invariant: for direct calls the primary is asked in the call's transaction, in the same round trip;
+otherwise a channel is asked before the call is served. Roles and settings are never remembered:
+functions, SET LOCAL, rollbacks and other sessions' GRANTs change them where a proxy cannot see it.
+All names and operators in this SQL are schema-qualified, since the client chooses search_path.
 
-A direct call's query is planned each time, since a prepared statement would be seen in the session.
-So it looks into system caches by functions, and into tables only where that is needed.
+A direct call's query is planned each time, since the session would see a prepared statement. So it
+uses functions on system caches, and tables only where necessary.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _IS_EXECUTOR: Final = (
     b" CAST(pg_catalog.to_regrole(%b) AS pg_catalog.oid), 'MEMBER'), false))"
     % literal(EXECUTOR_ROLE.encode())
 )
-"""Whether the role ``r`` may call the functions where the extension's objects are not there."""
+"""Whether the role ``r`` may call the functions in a database without the extension's objects."""
 
-# The same for the current role, without looking into a table: that alone would take five times as
-# long as all of the context. A superuser has the rights of every role; nobody else has those of a
-# role that cannot be.
+# The same for the current role, without reading a table: that alone would take five times as long
+# as the whole context. A superuser has the rights of every role; nobody else those of a role that
+# cannot exist.
 _I_AM_EXECUTOR: Final = (
     b"(pg_catalog.pg_has_role(CAST(0 AS pg_catalog.oid), 'USAGE') OR COALESCE("
     b"pg_catalog.pg_has_role(CAST(pg_catalog.to_regrole(%b) AS pg_catalog.oid), 'MEMBER'), false))"
@@ -54,7 +54,7 @@ _MY_OID: Final = (
 )
 
 _MANY_ROLES: Final = 16
-"""So many are asked about one by one, without a plan for a query."""
+"""Up to this many roles are checked one by one, without planning a query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,9 @@ class CallContext(Context):
     """The context of a direct call.
 
     Attributes:
-        extension: what the database has of ours.
-        meant: what it has besides, under the names that were written.
-        is_whole: whether these two are known. If not, there is something under these names.
+        extension: which extension of ours the database has.
+        meant: what else it has under the names as written.
+        is_whole: whether both are known. If not, something has these names.
     """
 
     is_whole: bool = True
@@ -72,7 +72,7 @@ class CallContext(Context):
     meant: Meant = field(default_factory=Meant)
 
 
-@functools.lru_cache(maxsize=64)  # the same is asked again and again, in a few forms
+@functools.lru_cache(maxsize=64)  # a few forms recur
 def context_query(
     *,
     names: tuple[Name, ...],
@@ -87,12 +87,12 @@ def context_query(
     Args:
         names: what is called.
         closely: as in `meant_query`.
-        is_bare: whether the database seems to have nothing under our names, neither the extension
-            nor anything else. Then it is only asked whether that is so, at a fifth of the cost.
-        roles: OIDs of roles, to learn which of them the current role has the rights of.
+        is_bare: whether the database seems to have neither the extension nor anything else under
+            our names. Then the query only checks that, at a fifth of the cost.
+        roles: OIDs of roles, to learn which of their rights the current role has.
         settings: whether to read the session's settings, the expensive part (about 0.5 ms).
-        custom_settings: names with a dot that the session may have set. pg_settings shows none of
-            them, so their names must be known.
+        custom_settings: names with a dot that the session may have set; pg_settings does not list
+            them.
     """
     ours = b", ".join(
         b"pg_catalog.current_setting(%b, true)" % literal(name.encode()) for name in GUCS
@@ -129,7 +129,7 @@ def context_query(
 
 
 def _usable_roles(roles: frozenset[int]) -> bytes:
-    """An SQL expression: those roles whose rights the current role has, the text of an array."""
+    """An SQL expression, an array as text: those roles whose rights the current role has."""
     if not roles:
         return b"'{}'"
     if len(roles) <= _MANY_ROLES:
@@ -151,7 +151,7 @@ def parse_context(
     names: Sequence[Name],
     custom_settings: Sequence[bytes] = (),
 ) -> CallContext:
-    """The CallContext from the values of the row, in text format and the client's encoding."""
+    """The CallContext from the row's values, in text format and the client's encoding."""
     may_call, role_id, role, session_role, set_role, statement_timeout, encoding, zone, *rest = (
         values
     )
@@ -204,7 +204,7 @@ ROLE_STATEMENT: Final = sql(
     speaks=speaks(SPEAKER, "$6"),
     identity=IDENTITY.decode(),
 ).encode()
-"""What a channel prepares for role_query()."""
+"""A statement that a channel prepares for role_query()."""
 
 
 def role_query(
@@ -217,19 +217,19 @@ def role_query(
     roles: Iterable[int],
     identity: bytes | None,
 ) -> bytes:
-    """What a channel is asked about a role that a session claims to be. One row, none if there is
-    no such role: its OID, whether the channel's login role may become it, whether it may call the
-    function, those of the `roles` whose rights it has, whether who asks is to be trusted, and the
-    OID of the channel's login role. An error if the channel's login does not hold any more.
+    """The query to a channel about a role that a session claims to have. It returns one row, none
+    if there is no such role: its OID, whether the channel's login role may become it, whether it
+    may call the function, those of `roles` whose rights it has, whether the asking function is
+    trusted, and the OID of the login role. It fails if the channel's login no longer holds.
 
     Args:
         role: name of the current role.
         session_role: name of the session's.
         function: what is called.
         schema: of the function that asks.
-        encoding: of the names, as PostgreSQL calls it.
+        encoding: of the names, by PostgreSQL's name.
         roles: OIDs.
-        identity: of the channel's login (`identity`); None if it has logged in just now.
+        identity: of the channel's login (`identity`); None if it has just logged in.
     """
     return b"EXECUTE pg_background_role(%b, %b, '%b', %d, '{%b}', %b, %b)" % (
         _name(role, encoding),
@@ -243,7 +243,7 @@ def role_query(
 
 
 def _name(name: bytes, encoding: bytes) -> bytes:
-    """A name in an encoding that need not be the connection's."""
+    """A name in an encoding that may differ from the connection's."""
     return (
         b"CAST(pg_catalog.convert_from(pg_catalog.decode('%b', 'hex'), %b) AS pg_catalog.name)"
         % (name.hex().encode(), literal(encoding))

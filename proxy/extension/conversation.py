@@ -1,84 +1,82 @@
-"""How the functions in the database and the proxy talk: what they say, and how it is written.
+"""The protocol between the functions in the database and the proxy.
 
 Invariant: text proves nothing. A question counts only with the rights of a role that the server
-grants to the code that asks. `docs/security.md` has the model. There is no I/O here: `in_database`
-holds the conversation, `sql/ask.sql` and `sql/answer.sql` are the functions' half of it, made with
-the sizes and places defined here (`NAMES`).
+grants to the code that asks; `docs/security.md` has the model. There is no I/O here: `in_database`
+holds the conversation; `sql/ask.sql` and `sql/answer.sql` are the functions' half, made with the
+sizes and places defined here (`NAMES`).
 
 A function speaks by an INFO message, which the server sends at once, in the middle of a statement:
 
     token nonce verb word word ...
 
-``token`` is the session's, ``nonce`` is made up for each question, and the words are base64 of text
-in the client's encoding, ``-`` for NULL. The proxy takes the message off the stream and answers
-through a channel (`channels`): an idle backend of a login role, whose application_name every role
-can see, and whose query only code with the rights of that role. In application_name the answer is
-announced:
+``token`` is the session's, ``nonce`` is made up for each question, and each word is base64 of text
+in the client's encoding, or ``-`` for NULL. The proxy takes the message off the stream and answers
+through a channel (`channels`): an idle backend whose application_name every role can see, and whose
+query only code with the rights of its login role. application_name announces the answer:
 
     tag state number data
 
 ``tag`` tells the function that this is for it. The states:
 
-- ``hw``: the question is heard; wait for the lock that goes with its word. ``gw``: the same for the
-  lock that goes with the question. ``ht``: there is no lock, look again and again.
-- ``pw``, ``pt``: prove it. The channel's query has a fresh random word in it, which the function
-  must read. With ``pw`` the channel holds an advisory lock on which the function can wait for the
-  answer; with ``pt`` it could not get the lock, and the function looks again and again.
-- ``a``: an answer, here as data, 32 bytes; ``b``: the same, but there is more.
-- ``x`` and ``y``: the same to a question that is not proven; the pad is made without a word.
-- ``q`` and ``r``: the same as ``a`` and ``b``, with the data in the channel's query, behind a mark.
+- ``hw``: the question was heard; wait for the lock of its word. ``gw``: the same with the lock of
+  the question. ``ht``: there is no lock; poll.
+- ``pw``, ``pt``: prove it. The channel's query has a fresh random word, which the function must
+  read. With ``pw`` the channel holds an advisory lock, on which the function waits for the answer;
+  with ``pt`` it could not get the lock, and the function polls.
+- ``a``: an answer, here as data, 32 bytes; ``b``: the same, with more to come.
+- ``x``, ``y``: the same for a question that is not proven; the pad is made without a word.
+- ``q``, ``r``: as ``a`` and ``b``, but the data is in the channel's query, behind a mark.
 
-A question is one message, if a channel shows a word in advance. Beside the last piece of an answer,
-and while it rests, a channel shows ``/*…w`` and a word that nobody has used yet. Until it rests, it
-holds the lock whose key is made of that word. One that has rested takes another when it is asked,
-since the function may be trying that one.
+A question takes one message if a channel shows a word in advance. Beside the last piece of an
+answer, and while it rests, a channel shows ``/*…w`` and a word that nobody has used yet. Until it
+rests, it holds the lock whose key is made of that word. After that, it takes another lock when
+asked, since the function may be trying the first.
 
-1. ``ask``. Its first word says whose the channel is: ``-`` for the role that the session has logged
-   in as. Code that cannot RESET ROLE (it runs as another owner) names that owner instead. Behind
-   the call come the channel's PID, the proof, which is a hash of the word and of what the message
-   says before, and the OIDs of the roles as which the calling code can run, by RESET ROLE and RESET
-   SESSION AUTHORIZATION too. If the channel's login role is among them, the question counts, with
-   the rights of that role and no others. A word is good for one question.
-2. ``settings``, for a function that launches: the session's, with a proof by the same word. The
-   function gathers them when the question is on its way. If the session may have custom settings
-   that are not among them, the answer is ``c`` and their names; those follow by another
-   ``settings``, and from then on with the others.
-3. The answer, piece by piece: ``next`` asks for the next one.
+1. ``ask``. Its first word says whose the channel is: ``-`` means the session's login role. Code
+   that cannot RESET ROLE (it runs as another owner) names that owner instead. Behind the call come
+   the channel's pid; the proof, a hash of the word and of what the message says before; and the
+   OIDs of the roles as which the calling code can run, by RESET ROLE and RESET SESSION
+   AUTHORIZATION too. If the channel's login role is among them, the question counts, with the
+   rights of that role and no others. A word serves for one question.
+2. ``settings``, for a function that launches: the session's, with a proof by the same word,
+   gathered while the question is on its way. If the session may have custom settings that are not
+   included, the answer is ``c`` and their names; those follow in another ``settings``, and from
+   then on with the others.
+3. The answer, in pieces: ``next`` asks for the next one.
 
-A function that waits and has not been heard, so far as it can see, says ``still`` at times, by
-which its server notices if the connection to the proxy is gone.
+A function that waits, unheard as far as it can see, sends ``still`` at times, by which its server
+notices if the connection to the proxy is gone.
 
-Without such a word, or if it is used up or another session has the channel, it goes like this:
+Without such a word, or if it is used up or another session has the channel:
 
-1. ``ask`` with ``-`` for the proof, or with one that does not hold. The proxy takes or opens a
-   channel of the login, for an owner's with his credentials if it has them.
+1. ``ask`` with ``-`` for the proof, or with an invalid one. The proxy takes or opens a channel of
+   the login; for an owner's, with the owner's credentials if it has them.
 2. The channel shows a word (``pw``).
 3. ``proof``, with a hash of the word and of the question, and the roles. ``settings`` follow.
 4. The answer.
 
-The functions that older proxies have created say ``call`` in place of ``ask``, with the settings in
-it and no proof, and tell custom settings with a question of its own, ``custom``.
+Functions created by older proxies send ``call`` in place of ``ask``, with the settings and without
+proof, and custom settings in a question of their own, ``custom``.
 
-Tag, lock and mark come from the nonce and a secret that the session and the proxy share. Answers
-are enciphered with a pad that is made of secret, word and nonce, so they mean nothing to those who
-may see all queries, or the server's log.
+Tag, lock and mark are made of the nonce and a secret that the session and the proxy share. Answers
+are enciphered with a pad made of secret, word and nonce, so they mean nothing to those who may see
+all queries, or the server's log.
 
-Where no channel can be opened, nothing can be told to the function: the proxy cancels the
-statement, and puts the reason in the place of that error.
+If no channel can be opened, the function cannot be told anything: the proxy cancels the statement,
+and replaces the error by the reason.
 
-The pieces of an answer are numbered. With each piece that is not the last the channel takes the
-lock for the next one, whose key is that of the first XOR the number, so the function can wait for
-that at once.
+The pieces of an answer are numbered. With each piece but the last, the channel takes the lock for
+the next, whose key is the first one's XOR the number, so that the function can wait for it at once.
 
 An answer is a text[]: ``e`` and the fields of an error; ``v`` and the value, those of a composite
 result, or the rows as a text[][]; ``n`` for no composite; ``c`` and names of custom settings;
-``l``, a channel and a word that the function is to send by NOTIFY, and the answer to a launch at
+``l``, a channel and a word that the function must send by NOTIFY, and the answer to a launch at
 commit; or a block of a result (`blocks`), after which the next piece is that of the next block.
 
-A member of pg_read_all_stats can read every word, and so can a role that inherits another, without
-becoming it. So only messages count that the extension's function `_pg_background_say` raises. It
-adds the roles itself: the server names PL/pgSQL's RAISE and the function in the message, and the
-channel is asked whether the function is the extension's.
+Members of pg_read_all_stats can read every word, and so can a role that inherits another, without
+becoming it. So only messages raised by the extension's function `_pg_background_say` count. It adds
+the roles itself: in the message the server names PL/pgSQL's RAISE and the function, and the channel
+is asked whether that function is the extension's.
 """
 
 from __future__ import annotations
@@ -107,29 +105,29 @@ Answer = list[bytes | None]
 
 _TOKEN: Final = slice(0, 32)
 _SECRET: Final = slice(32, 64)
-"""Of the session's setting."""
+"""Parts of the session's setting."""
 
 _TAG: Final = slice(0, 12)
 _LOCK: Final = slice(12, 28)
 _MARK: Final = slice(28, 60)
-"""Of the hash of a question: what its answers are known by in application_name, the key of the
-advisory lock for its first piece, and what the channel's query begins with."""
+"""Parts of the hash of a question: the tag of its answers in application_name, the key of the
+advisory lock for the first piece, and the mark at the beginning of the channel's query."""
 
 _WORD: Final = 32
-"""Characters of the word to be proven with."""
+"""Characters of a word."""
 
 _DIGITS: Final = 4
-"""Of the number of a piece in application_name and in a query."""
+"""Digits of a piece's number in application_name and in a query."""
 
 _COMMENT: Final = "/*"
 
 _OFFER: Final = b"w%b "
-"""A word that is shown in advance. No data looks like that: the blank would be its 34th character,
-and base64 comes in fours."""
+"""A word that is shown in advance. Data cannot look like that: the blank would be its 34th
+character, and base64 comes in fours."""
 
 
 def _part(text: str, part: slice) -> str:
-    """As SQL says it."""
+    """The part as SQL's substr() takes it."""
     if part.start == 0:
         return f"left({text}, {part.stop})"
     return f"substr({text}, {part.start + 1}, {part.stop - part.start})"
@@ -155,50 +153,50 @@ NAMES: Final = {
     "data": f"CASE WHEN substr(shown, {_WORD + 2}, 1) = ' ' THEN substr(shown, {_WORD + 3})"
     " ELSE shown END",
 }
-"""What the PL/pgSQL calls these, by the placeholder that stands for it there."""
+"""Placeholders in the PL/pgSQL, and what they stand for."""
 
 
 _NARROW: Final = 32
-"""Bytes of an answer that application_name has room for."""
+"""Bytes of an answer that fit into application_name."""
 
 _BEFORE_DATA: Final = len(_COMMENT) + _MARK.stop - _MARK.start + _DIGITS + len(_OFFER) - 2 + _WORD
-"""Characters of a query before the data: the comment's begin, the mark, the number, and a word."""
+"""Characters of a query before the data: the comment's beginning, mark, number, and a word."""
 
 _LEAST_ROOM: Final = 256
-"""Characters of a query with less of which it is not used."""
+"""Characters that a query must show to be used."""
 
 
 # --- secrets and proof -------------------------------------------------------------------------
 
 
 class Secrets:
-    """What the session and the proxy share, and what is made from it.
+    """What the session and the proxy share, and what is derived from it.
 
     Attributes:
-        token: 32 hexadecimal digits; a message of ours begins with it.
-        setting: what goes into the session's startup packet.
+        token: 32 hexadecimal digits, with which our messages begin.
+        setting: the setting in the session's startup packet.
     """
 
     def __init__(self, setting: bytes | None = None) -> None:
-        """`setting`: what the session has been given already, if anything."""
+        """`setting`: the one that the session has, if any."""
         self.setting = setting or session_secret()
         self.token, self._secret = self.setting[_TOKEN], self.setting[_SECRET]
 
     def signs(self, nonce: bytes, *, server_version: int, first_lock: int | None = None) -> Signs:
-        """What the function knows the answers to one question by; it cannot be guessed."""
+        """The signs of the answers to one question; nobody else can guess them."""
         return Signs(_hash(self._secret + nonce, server_version), first_lock)
 
     def key(self, word: bytes, nonce: bytes) -> bytes:
-        """What the answers to one question are enciphered with."""
+        """The key that enciphers the answers to one question."""
         return b"%b%b%b " % (self._secret, word, nonce)
 
 
 class Signs:
-    """What the answers to one question are known by.
+    """By what the answers to one question are recognised.
 
     Attributes:
-        tag: what application_name begins with.
-        mark: what a query begins with, behind the comment's begin.
+        tag: the beginning of application_name.
+        mark: the beginning of a query, after the comment's.
     """
 
     def __init__(self, hash: bytes, first_lock: int | None = None) -> None:
@@ -226,7 +224,7 @@ class Signs:
         )
 
     def ask_for_proof(self) -> bytes:
-        """The SELECT by which a channel asks for the proof, and takes the lock for the answer."""
+        """The SELECT by which a channel asks for the proof, and takes the answer's lock."""
         return (
             b"SELECT pg_catalog.pg_advisory_unlock_all(), pg_catalog.set_config('application_name',"
             b" CASE WHEN pg_catalog.pg_try_advisory_lock(%d) THEN '%bpw' ELSE '%bpt' END, false)"
@@ -234,17 +232,17 @@ class Signs:
         )
 
     def comment(self, text: bytes) -> bytes:
-        """What the query begins with that shows a text."""
+        """The beginning of a query that shows a text."""
         return b"%b%b%b*/" % (_COMMENT.encode(), self.mark, text)
 
 
 def offered(word: bytes) -> bytes:
-    """How a channel shows a word in advance: what its query begins with."""
+    """The beginning of a query that shows a word in advance."""
     return b"%b%b*/" % (_COMMENT.encode(), _OFFER % word)
 
 
 def lock_of(word: bytes, server_version: int) -> int:
-    """The key of the advisory lock that goes with a word that is shown in advance."""
+    """The key of the advisory lock that goes with a word shown in advance."""
     return _lock_key(_hash(word, server_version)[:16])
 
 
@@ -253,7 +251,7 @@ def _lock_key(digits: bytes) -> int:
 
 
 def _hash(text: bytes, server_version: int) -> bytes:
-    """64 hexadecimal digits; `bodies` has the same, and before 11 there is no SHA-2."""
+    """64 hexadecimal digits, the same as in `bodies`; before 11 there is no SHA-2."""
     if server_version >= 110000:
         return hashlib.sha256(text).hexdigest().encode()
     halves = [hashlib.md5(text + end, usedforsecurity=False) for end in (b"a", b"b")]
@@ -261,7 +259,7 @@ def _hash(text: bytes, server_version: int) -> bytes:
 
 
 def _enciphered(data: bytes, key: bytes, server_version: int) -> bytes:
-    """Data XOR a pad that is made of the key."""
+    """Data XOR a pad made of the key."""
     pad = b"".join(
         bytes.fromhex(_hash(b"%b%d" % (key, n), server_version).decode())
         for n in range((len(data) + 31) // 32)
@@ -271,26 +269,26 @@ def _enciphered(data: bytes, key: bytes, server_version: int) -> bytes:
 
 
 def new_word() -> bytes:
-    """One to be proven with, once."""
+    """A random word, used once."""
     return secrets.token_hex(_WORD // 2).encode()
 
 
 class Challenge:
-    """A question whose function has yet to prove the rights that it calls with.
+    """A question whose function has yet to prove its rights.
 
     Attributes:
         question: the message.
-        call: what it says.
-        word: what a channel shows to those who have the rights of its login role.
-        lock: the key of the lock that goes with a word that was shown in advance.
-        found: what the server says about the role that the question names; empty if there is none.
-        roles: OIDs of those as which the calling code can run, once it is met.
+        call: the call in it.
+        word: shown by a channel to those who have the rights of its login role.
+        lock: the key of the lock that goes with a word shown in advance.
+        found: the server's answer about the role in the question; empty if there is none.
+        roles: OIDs of the roles as which the calling code can run, once proven.
     """
 
     def __init__(
         self, question: Message, call: Call, server_version: int, offered: bytes | None = None
     ) -> None:
-        """`offered`: the word, if it was shown in advance; else a new one is made."""
+        """`offered`: the word shown in advance; otherwise a new one is made."""
         self.question = question
         self.call = call
         self.word = new_word() if offered is None else offered
@@ -301,24 +299,24 @@ class Challenge:
 
     @property
     def size(self) -> int:
-        """Bytes that the proof is made of."""
+        """Bytes that the proof covers."""
         return len(self.word) + len(self.question.text)
 
     def proof(self) -> bytes:
-        """What only a function can say that has read the word."""
+        """The proof by a function that has read the word."""
         return self.proof_of(self.question)
 
     def proof_of(self, message: Message) -> bytes:
-        """The same for a message that goes on with the question."""
+        """The proof for a message that continues the question."""
         return _hash(self.word + message.text, self._server_version)
 
     def is_met_by(self, message: Message, proof: bytes) -> bool:
-        """Whether the message has the proof, and comes from where the question came from."""
+        """Whether the message has the proof, and the same sender as the question."""
         self.roles = frozenset(message.roles.split(b","))
         return self.is_continued_by(message, proof)
 
     def is_continued_by(self, message: Message, proof: bytes) -> bool:
-        """The same of a message that tells no roles."""
+        """The same for a message without roles."""
         if (message.nonce, message.schema) != (self.question.nonce, self.question.schema):
             return False
         return hmac.compare_digest(message.proof, proof)
@@ -328,14 +326,14 @@ class Challenge:
 
 
 class Handover:
-    """An answer, or a block of one, that is being handed over.
+    """An answer, or a block of one, while its pieces are shown.
 
     Attributes:
         nonce: of the question.
-        signs: what its pieces are known by.
-        may_offer: whether the function may be shown a word for the next question.
+        signs: by which its pieces are recognised.
+        may_offer: whether to show the function a word for the next question.
         narrow: whether the function may be unable to see the channel's query.
-        is_refusal: whether it answers a question that is not proven, whose word is not known.
+        is_refusal: whether the question is not proven, so that its word is not known.
         room: how many characters of a query the channel shows.
     """
 
@@ -354,9 +352,9 @@ class Handover:
         Args:
             nonce: of the question.
             signs: of the question.
-            key: what the pieces are enciphered with.
+            key: enciphers the pieces.
             answer: the first.
-            may_offer: whether the function may be shown a word beside the last piece.
+            may_offer: whether a word may be shown beside the last piece.
             encoding: of the answer.
             server_version: as server_version_num, e.g. 150004.
         """
@@ -370,11 +368,11 @@ class Handover:
         self._server_version = server_version
         self._answer = array_text(answer, encoding)
         self._first = 0  # the number of its first piece
-        # What was made ready: number and size of the piece, and its data.
+        # A prepared piece: its number and size, and its data.
         self._ready: tuple[tuple[int, int], bytes] | None = None
 
     def go_on(self, answer: Answer, number: int) -> None:
-        """The pieces from this number on are those of another block."""
+        """From this number on, the pieces are those of another block."""
         self._ready = None
         self._answer = array_text(answer, self._encoding)
         self._first = number
@@ -385,7 +383,7 @@ class Handover:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether it goes through application_name."""
+        """Whether the pieces are shown in application_name."""
         return self.narrow or self.room < _LEAST_ROOM or len(self._answer) <= _NARROW
 
     @property
@@ -393,30 +391,30 @@ class Handover:
         return _NARROW if self.is_narrow else (self.room - _BEFORE_DATA) // 4 * 3
 
     def _data(self, number: int) -> bytes:
-        """Of one piece, as it is shown."""
+        """The data of one piece, as shown."""
         start = (number - self._first) * self._size
         key = b"%b%d " % (self._key, number)
         data = _enciphered(self._answer[start : start + self._size], key, self._server_version)
         return base64.b64encode(data)
 
     def prepare(self, number: int) -> None:
-        """Make a piece ready while the function deals with the one before it."""
+        """Prepare a piece while the function handles the one before."""
         self._ready = ((number, self._size), self._data(number))
 
     def is_last(self, number: int) -> bool:
-        """Whether it is the last one."""
+        """Whether a piece is the last one."""
         return len(self._answer) <= (number - self._first + 1) * self._size
 
     @property
     def after(self) -> int:
-        """The number behind that of its last piece."""
+        """The number that follows the last piece."""
         return self._first + max(1, -(-len(self._answer) // self._size))
 
     def piece(self, number: int, offer: bytes | None = None) -> tuple[bytes, bytes]:
-        """What application_name and the beginning of the query show of one piece.
+        """What application_name and the beginning of the query show for one piece.
 
         Args:
-            number: which one.
+            number: of the piece.
             offer: a word for the next question, to be shown beside it.
         """
         place = (number, self._size)
@@ -430,13 +428,13 @@ class Handover:
             last, others = self._states
             return self.signs.tag + (last if is_last else others) + count + data, comment
         before = b"" if offer is None else _OFFER % offer
-        # A blank, since the data may end in "/": comments nest.
+        # A blank, since the data may end in "/", and comments nest.
         comment = self.signs.comment(b"%b%b%b " % (count, before, data))
         return self.signs.tag + (b"q" if is_last else b"r") + count, comment
 
 
 def answer_of(value: Any, function: Function, encoding: bytes) -> Answer:
-    """The answer that has what a function returns."""
+    """The answer for a function's result."""
     columns = function.columns
     if not columns:
         return [b"v", text_form(value, function.result_type, UTC)]

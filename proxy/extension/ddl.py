@@ -1,8 +1,8 @@
-"""CREATE EXTENSION pg_background and the other commands for it: the blocks that carry them out.
+"""Carries out CREATE EXTENSION pg_background and the other commands about it, as DO blocks.
 
 Invariant: the objects are ordinary ones, so rollbacks, privileges, dependencies and dumps are the
-server's own. Each command is one DO block, in the client's transaction, whose errors and notices
-are in the words of the server's own command. In which schema is decided when it runs.
+server's. Each command is one DO block in the client's transaction, with the errors and notices of
+the server's own command. The schema is decided when the block runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _COMMENT: Final = "Run SQL queries in the background"
 
 @dataclass(frozen=True, slots=True)
 class CreateExtension:
-    """CREATE EXTENSION; names are as in the catalogs, None where the command has none."""
+    """CREATE EXTENSION. Names are as in the catalogs; None if omitted."""
 
     if_not_exists: bool
     schema: bytes | None
@@ -36,7 +36,7 @@ class CreateExtension:
 
 @dataclass(frozen=True, slots=True)
 class DropExtension:
-    """DROP EXTENSION; ``others`` is the command for the other extensions that it names."""
+    """DROP EXTENSION. ``others`` is the command for other extensions that it names."""
 
     if_exists: bool
     cascade: bool
@@ -65,7 +65,7 @@ class MoveExtension:
 
 @dataclass(frozen=True, slots=True)
 class CommentOnExtension:
-    """COMMENT ON EXTENSION; the text as it stands there, a string constant or NULL."""
+    """COMMENT ON EXTENSION. The text is as written: a string constant or NULL."""
 
     text: bytes
 
@@ -78,13 +78,13 @@ Command: TypeAlias = (
 
 
 def block(command: Command, text: bytes, *, api: int, server_version: int) -> bytes:
-    """The DO statement that does what a command says. If the database has the C extension and not
-    ours, that is meant by all but CREATE EXTENSION.
+    """The DO statement that carries out a command. If the database has the C extension and not
+    ours, all commands but CREATE EXTENSION apply to that.
 
     Args:
         command: the command, as parsed.
         text: as the client sent it.
-        api: the version of the API whose extension is made if the command names no version.
+        api: the version of the API for a command that names no extension version.
         server_version: as server_version_num, e.g. 150004.
     """
     scripts = {version: script(version, server_version) for version in (1, 2)}
@@ -107,7 +107,7 @@ def block(command: Command, text: bytes, *, api: int, server_version: int) -> by
 
 
 def _decode(text: bytes) -> str:
-    """Text in the client's encoding, whatever that is: encoding gives the same bytes again."""
+    """Text in any client encoding, decoded so that encoding it returns the same bytes."""
     return text.decode("utf-8", "surrogateescape")
 
 
@@ -124,7 +124,7 @@ def _quoted(script: str) -> str:
 
 
 def _in_schema(text: str) -> str:
-    """An expression for a text with the schema's name in it."""
+    """An expression for a text that contains the schema's name."""
     return f"pg_catalog.replace({text}, {_constant(OWN)}, pg_catalog.quote_ident(schema_name))"
 
 
@@ -163,7 +163,7 @@ _WORDS: Final = {
     "grants": privileges.commands("GRANT", "namespace"),
     "drop_restored": _execute(f"DROP DOMAIN IF EXISTS {RESTORED} CASCADE"),
 }
-"""For the files of the commands; all but those that a command's own function gives."""
+"""Placeholders in the files of the commands, except those that a command's own function fills."""
 
 
 def _create(command: CreateExtension, api: int, scripts: dict[int, str]) -> str:
@@ -246,7 +246,7 @@ def _update(command: UpdateExtension, api: int, scripts: dict[int, str]) -> str:
 
 
 def _missing_types(api: int) -> str:
-    """Creates the types that are not there."""
+    """Creates the missing types."""
     return "".join(
         "IF NOT EXISTS(SELECT 1 FROM pg_catalog.pg_type t WHERE t.typnamespace"
         f" OPERATOR(pg_catalog.=) namespace AND t.typname OPERATOR(pg_catalog.=) '{name}')"
@@ -256,7 +256,7 @@ def _missing_types(api: int) -> str:
 
 
 def _to_second_api() -> str:
-    """Drops what returns something else there, and gives the types their names."""
+    """Drops what has another result type in API 2, and renames the types."""
     drops = (f"DROP FUNCTION IF EXISTS {signature(each)}" for each in DECLARED if each.api == 1)
     # A name must be free before another type gets it.
     renamed = sorted(RENAMED.values(), key=lambda names: names[0].endswith("_2"))

@@ -1,14 +1,13 @@
-"""Definitions that look for jobs in pg_stat_activity by ``backend_type = 'pg_background'``:
+"""Definitions that look for jobs in pg_stat_activity by ``backend_type = 'pg_background'``, in
 functions, procedures, views, rules, policies and DO blocks.
 
-What a definition reads when it runs is the server's own pg_stat_activity, where a job is a client
-backend. So the client gets a notice; or the definition is to read pg_background_stat_activity, the
-extension's view, which has the backend_type of jobs.
+When a definition runs, it reads the server's own pg_stat_activity, where a job is a client backend.
+So the client gets a notice; or the definition is made to read pg_background_stat_activity, a view
+of the extension that has the backend_type of jobs.
 
-Invariant: what is found is code, not a comment or a constant of another purpose, and names
-pg_stat_activity itself. A definition is changed in the names of relations only, and only if each
-piece of its code with such a comparison can be read for certain and shows no column that the view
-lacks.
+Invariant: only code that itself names pg_stat_activity is found, not comments or other constants.
+Only names of relations are changed, and only if each part of the code with such a comparison can be
+read for certain and uses no column that the view lacks.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ _COMMANDS: Final = frozenset(
         *("copy", "declare", "prepare", "values", "table"),
     )
 )
-"""How SQL begins that a constant within a function may be."""
+"""How SQL in a constant within a function may begin."""
 _DEEPEST: Final = 3
-"""Constants in constants that are read as code."""
+"""Nesting of constants that are read as code."""
 _MOST_READ: Final = 64 * 1024
 _CONSTANT_COST: Final = 2048
-"""The bytes of constants within functions that are read, and what each counts for besides."""
+"""Bytes of constants within functions that are read, and what each counts for in addition."""
 
 VIEW_QUERY: Final = (
     "SELECT pg_catalog.quote_ident(CAST(v.nspname AS pg_catalog.text)),"
@@ -56,17 +55,17 @@ VIEW_QUERY: Final = (
     " AND pg_catalog.has_schema_privilege(n.oid, 'USAGE')"
     " AND pg_catalog.has_table_privilege(c.oid, 'SELECT')) v ON true"
 ).encode()
-"""What is done about a definition depends on this: the schema of the extension's view, quoted, NULL
-if the session has none; client_min_messages; and whether the server has the C extension, whose jobs
-have the backend_type."""
+"""Decides how a definition is served: the quoted schema of the extension's view, NULL if the
+session has none; client_min_messages; and whether the server has the C extension, whose jobs have
+the backend_type."""
 
-# What is read of code in another language, or of very long code.
+# The search in code in another language, and in very long code.
 _SEEMS_TO_COMPARE: Final = re.compile(
     rb"backend_type[\"']?(?:::\w+)?\s*(?:=|<>|!=|~|like|ilike|not\s+like|(?:not\s+)?in\s*\()\s*"
     rb"[\\\"']+pg_background[\\\"']"
 )
 
-# A schema whose name means the same in every constant and encoding.
+# Schemas whose names are the same in every constant and encoding.
 _PLAIN_SCHEMA: Final = re.compile(rb'\w+|"[\w .-]+"', re.ASCII)
 
 _WITHOUT_NOTICES: Final = frozenset((b"warning", b"error", b"fatal", b"panic"))
@@ -78,8 +77,8 @@ class Definition:
 
     Attributes:
         sql: the statement.
-        relations: where pg_stat_activity stands in it that is to be replaced, and whether it has an
-            alias there; None if that is not certain.
+        relations: where it names pg_stat_activity to be replaced, and whether with an alias; None
+            if that is not certain.
     """
 
     sql: bytes
@@ -87,14 +86,14 @@ class Definition:
 
     @property
     def undecided(self) -> Substitute:
-        """It as it is, until the server has answered `VIEW_QUERY`."""
+        """The unchanged definition, until the server has answered `VIEW_QUERY`."""
         return Substitute(with_changes(self.sql, ()), is_undecided=True)
 
     def with_view(self, schema: bytes) -> Substitute | None:
-        """It with the extension's view; None if that is not certain.
+        """The definition with the extension's view; None if that is not certain.
 
         Args:
-            schema: of the view, quoted where it must be.
+            schema: of the view, quoted if necessary.
         """
         if self.relations is None or not _PLAIN_SCHEMA.fullmatch(schema):
             return None
@@ -106,11 +105,11 @@ class Definition:
         return Substitute(with_changes(self.sql, changes))
 
     def with_notice(self, schema: bytes | None, *, rewrites: bool) -> Substitute:
-        """It as it is, with a notice.
+        """The unchanged definition with a notice.
 
         Args:
-            schema: of the view, if it is there.
-            rewrites: whether the definition would have been changed if it could be.
+            schema: of the view, if it exists.
+            rewrites: whether the definition would have been changed if that were possible.
         """
         return Substitute(with_changes(self.sql, ()), notice=notice(schema, rewrites=rewrites))
 
@@ -145,10 +144,10 @@ def wants_notices(client_min_messages: bytes) -> bool:
 
 
 def analyze(statement: Tokens, *, standard_conforming_strings: bool) -> Definition | None:
-    """The definition that a statement is, if it has such a comparison.
+    """The definition in a statement, if it has such a comparison.
 
     Args:
-        statement: one, as the session's server reads it.
+        statement: one statement, as the session's server reads it.
         standard_conforming_strings: the session's setting.
     """
     if statement.keyword(0) not in _BEGINNINGS or not _may_compare(statement.sql):
@@ -184,17 +183,17 @@ def _may_compare(sql: bytes) -> bool:
 
 
 class _Finder:
-    """Finds the pieces of a definition's code that have a comparison; None stands for one that is
-    not certain to be executed as it stands there."""
+    """Finds the parts of a definition's code with a comparison; None stands for one that may not be
+    executed as written."""
 
     def __init__(self, *, conforming: bool) -> None:
         """`conforming`: standard_conforming_strings."""
         self.conforming = conforming
-        # Bytes of constants within functions that may still be read.
+        # Bytes of constants within functions yet to be read.
         self.left = _MOST_READ
 
     def in_statement(self, code: Code, depth: int = 0) -> Iterator[Code | None]:
-        """In a statement, if it is a definition."""
+        """Search a statement, if it is a definition."""
         kind = _kind(code)
         if kind is None:
             return
@@ -203,7 +202,7 @@ class _Finder:
         if kind == "other":
             return
         bodies = list(code.bodies())
-        # The server takes one.
+        # The server accepts one body only.
         body = code.constant(bodies[0]) if len(bodies) == 1 else None
         if body is None:
             return
@@ -213,7 +212,7 @@ class _Finder:
             yield None
 
     def in_body(self, body: Said, depth: int, header: Code) -> Iterator[Code | None]:
-        """In the body of a function, and in the SQL that it executes."""
+        """Search a function body, and the SQL that it executes."""
         try:
             code = self._code(body, header)
         except LexError as error:
@@ -229,7 +228,7 @@ class _Finder:
                 yield from self.in_constant(code, at, depth)
 
     def in_constant(self, code: Code, at: int, depth: int) -> Iterator[Code | None]:
-        """In a constant within a function, if that is SQL and not a message."""
+        """Search a constant within a function, if it is SQL, not a message."""
         self.left -= code.end(at) - code.start(at) + _CONSTANT_COST
         said = code.constant(at) if self.left > 0 else None
         if said is None or "raise" in code.statement_words(at):
@@ -269,7 +268,7 @@ def _seems_to_compare(text: bytes) -> bool:
 
 
 def _kind(code: Code) -> str | None:
-    """What a statement defines: "routine", "block", "other"; None if nothing."""
+    """What a statement defines: "routine", "block", "other"; None for nothing."""
     first = code.keyword(0)
     if first not in _BEGINNINGS:
         return None

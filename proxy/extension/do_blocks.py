@@ -1,9 +1,9 @@
-"""DO blocks that create the extension, or ask whether it is there, as migrations do.
+"""DO blocks that create the extension, or ask for it, as migrations do.
 
-Invariant: a command about our extension that stands in a block as a statement of its own, or as a
-constant behind EXECUTE, is carried out by a block of ours, which the client's block executes in its
-place: with the same rights, in the same transaction, and its errors can be caught. Queries on
-pg_extension in such a block list the extension. All else is as it was, and in the same line.
+Invariant: a command about our extension that is a statement of the block, or a constant after
+EXECUTE, is carried out by a block of ours, which the client's block executes in its place: with the
+same rights, in the same transaction, with errors that can be caught. Queries on pg_extension list
+the extension. All else stays unchanged, on the same lines.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from proxy.statements.plan import Block, Substitute
 from proxy.statements.triggers import PG_EXTENSION
 
 MakeBlock = Callable[[Command, bytes], bytes]
-"""Makes the DO statement that does what a command says, of that and its text."""
+"""Makes the DO statement for a command, given the command and its text."""
 
 _MAX_COMMANDS: Final = 16
-"""In one block. Each is replaced by a long text."""
+"""Limit in one block; each is replaced by a long text."""
 _COMMANDS: Final = frozenset(("create", "drop", "alter", "comment"))
 _LONGEST: Final = 64
 """Tokens of a command."""
 _MOST_READ: Final = 64 * 1024
-"""Bytes of a command; and of all constants behind EXECUTE that may be one."""
+"""Bytes of a command, and of all constants after EXECUTE that may be one."""
 
 
 def analyze(
@@ -42,14 +42,14 @@ def analyze(
     standard_conforming_strings: bool,
     with_catalogs: bool,
 ) -> Substitute | None:
-    """A DO block with what it says about our extension replaced, None if it says nothing.
+    """A DO block with its uses of our extension replaced; None if there are none.
 
     Args:
-        statement: one, as the session's server reads it.
-        make_block: makes what carries out a command.
+        statement: one statement, as the session's server reads it.
+        make_block: makes the statement for a command.
         server_version: as server_version_num, e.g. 150004.
         standard_conforming_strings: the session's setting.
-        with_catalogs: whether pg_extension is to list the extension.
+        with_catalogs: whether pg_extension must list the extension.
     """
     if statement.keyword(0) != "do":
         return None
@@ -96,13 +96,13 @@ def _replaced(
 
 
 def _in_as_many_lines(text: bytes, sql: bytes, start: int, end: int) -> bytes:
-    """A text of ours with the line feeds of what it replaces: PL/pgSQL tells lines."""
+    """A text with as many line feeds as what it replaces: PL/pgSQL reports lines."""
     assert b"--" not in text
     return text.replace(b"\n", b" ") + b"\n" * sql.count(b"\n", start, end)
 
 
 def _within(said: Said, text: bytes) -> bytes:
-    """A text as it is written within a constant; it has none of these that need more."""
+    """A text as written within a constant; it needs no other escapes."""
     assert b"$" not in text
     assert b"\\" not in text
     return text.replace(b"'", b"''") if said.is_quoted else text
@@ -134,14 +134,14 @@ def _commands(code: Code) -> Iterator[tuple[int, int, Command, bytes]]:
 
 
 def _may_name_ours(constant: bytes) -> bool:
-    """Whether a constant may have our name in it: as it is, in escapes, or in several pieces."""
+    """Whether a constant may contain our name: plainly, by escapes, or in several pieces."""
     return NAME.encode() in constant.lower() or any(
         mark in constant for mark in (b"\\", b"\r", b"\n")
     )
 
 
 def _executed(code: Code, index: int) -> tuple[Command, bytes] | None:
-    """The command that a constant behind EXECUTE is."""
+    """The command in a constant after EXECUTE."""
     said = code.constant(index)
     if said is None or not said.text.isascii():
         return None
@@ -157,12 +157,12 @@ def _executed(code: Code, index: int) -> tuple[Command, bytes] | None:
 
 
 def _catalogs(code: Code, server_version: int) -> list[Change]:
-    """Where the extension is asked for: pg_extension with ours in it; none if that is not certain.
-    What is defined there is stored, so it is left alone.
+    """Makes queries on pg_extension see ours; no changes if that is not certain. Definitions are
+    stored, so they are left alone.
 
     Args:
         code: the block's.
-        server_version: as server_version_num; 0 if it is to be left alone.
+        server_version: as server_version_num; 0: change nothing.
     """
     if server_version < 100000 or PG_EXTENSION not in code.names or not _names_ours(code):
         return []
@@ -178,7 +178,7 @@ def _catalogs(code: Code, server_version: int) -> list[Change]:
 
 
 def _with_own_names(query: bytes) -> bytes:
-    """A query of ours whose aliases, a letter each, no variable or label of PL/pgSQL has."""
+    """A query of ours with aliases (of one letter) that no PL/pgSQL variable or label has."""
     changes = [
         (start, end, b"_pg_background_" + query[start:end])
         for kind, start, end in tokenize(query)

@@ -1,9 +1,8 @@
-"""The table `pg_background_history` and what goes with it: what CREATE EXTENSION makes so that the
-outcome of jobs stays.
+"""The SQL objects of the job history: the table `pg_background_history` and its helpers.
 
-Invariant: the table is its owner's alone. Roles read it through a view with a security barrier,
-which shows them what is theirs. The proxy writes it through one SECURITY DEFINER function, which
-takes the role that a row is about from the server, never from its arguments.
+Invariant: only its owner has rights on the table. Roles read their own rows through a view with a
+security barrier. The proxy writes by one SECURITY DEFINER function, which takes the role of a row
+from the server, never from an argument.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from proxy.jobs.history import FIELDS, MOST_AT_ONCE
 from proxy.sql.text import EXECUTOR_ROLE
 
 MOST_OF_ROLE: Final = 10_000
-"""Rows that the history keeps of one role; beyond that its oldest are deleted."""
+"""Rows kept for one role; beyond that its oldest are deleted."""
 
 _LAUNCHING: Final = ",".join(
     f"pg_background_{name}{version}"
@@ -27,11 +26,11 @@ _LAUNCHING: Final = ",".join(
 COMMENT: Final = "'What became of the jobs of the current role, and of roles whose rights it has.'"
 
 FIND_HISTORY: Final = sql("find_history", find=FIND, view=HISTORY).encode()
-"""A query: the schema whose history is to be used, quoted; no row if there is none."""
+"""A query for the quoted schema of the history; no row if there is none."""
 
 
 def table(schema: str) -> str:
-    """The commands that create the table, in a schema that is quoted."""
+    """The commands that create the table in a quoted schema."""
     return sql("history_table", schema=schema, table=HISTORY_TABLE).rstrip("\n")
 
 
@@ -42,7 +41,7 @@ def view(schema: str) -> str:
 
 
 def record(schema: str) -> str:
-    """CREATE FUNCTION of what writes."""
+    """CREATE FUNCTION for the writing function."""
     may_execute = sql("may_execute", role="caller_id", executor=EXECUTOR_ROLE)
     return sql(
         "record",

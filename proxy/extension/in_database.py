@@ -1,15 +1,12 @@
-"""Calls from inside the database: functions, triggers, views, DO blocks, whatever the server runs.
+"""Serves calls from inside the database: from functions, triggers, views, DO blocks.
 
 Invariant: a call is served with the rights of a role only if the calling code has proven that the
-server grants it the rights of that role. Code of others runs in a session all the time (index
-functions under REINDEX or ANALYZE, SECURITY DEFINER functions, triggers), and can say whatever the
-functions of the extension say.
+server grants it these rights. Code of other owners runs in a session all the time (index functions
+under REINDEX or ANALYZE, SECURITY DEFINER functions, triggers), and can send any message that the
+extension's functions send.
 
 This is the proxy's half of the `conversation`: it hears the functions' messages, has a channel show
-what they must read, makes the calls, and hands the answers over.
-
-Where no channel can be opened, nothing can be told to the function: the proxy cancels the
-statement, and puts the reason in the place of that error.
+what they must read, makes the calls, and hands over the answers.
 """
 
 from __future__ import annotations
@@ -70,10 +67,10 @@ from proxy.sql import encodings
 P = ParamSpec("P")
 
 _TURN: Final = 200
-"""Messages that are read before others have their turn; each takes some 30 us."""
+"""Messages that are read before others get a turn; each takes about 30 us."""
 
 _ANNOUNCE_AFTER: Final = 0.1
-"""Seconds after which a function learns that there is somebody who deals with its question."""
+"""Seconds after which a function is told that its question is being handled."""
 
 _ASK: Final = re.compile(rb"_pg_background_(?:ask|answer)\(")
 _OWN_LINE: Final = re.compile(
@@ -82,11 +79,11 @@ _OWN_LINE: Final = re.compile(
 
 
 class Inside:
-    """The calls of one session that come from inside the database. There is one at a time.
+    """The calls that come from inside the database in one session, one at a time.
 
     Attributes:
-        secrets: what it has in common with the functions.
-        has_called: whether there has been any.
+        secrets: shared with the functions.
+        has_called: whether there has been any call.
     """
 
     def __init__(self, session: Owner, secrets: Secrets) -> None:
@@ -94,38 +91,38 @@ class Inside:
         self.secrets = secrets
         self.has_called = False
         self._interrupts = Interrupts()
-        # From the first call in a statement to its end; as which role it has logged in, None for
-        # the session's; whether code has proven that role; whether it holds the lock that the
-        # function waits for next.
+        # Leased from the first call in a statement to its end; its login role, None for the
+        # session's; whether code has proven that role; whether it holds the lock for which the
+        # function waits next.
         self._channel: Channel | None = None
         self._login: bytes | None = None
         self._is_proven = False
         self._is_locked = False
-        # What is done for a function that waits, and what waits for that to end; a question that
-        # is not proven; what the function is told piece by piece.
+        # Work for a function that waits, and what waits for that to end; a question not proven yet;
+        # the answer that is shown piece by piece.
         self._heard = 0
         self._has_heard = False  # in this statement
         self._task: asyncio.Task[None] | None = None
         self._next_task: asyncio.Task[None] | None = None
         self._challenge: Challenge | None = None
         self._shown: Handover | None = None
-        # The settings that came last behind a question, and the question that custom ones are still
-        # to come for.
+        # The settings that followed the last question, and the question that still lacks custom
+        # ones.
         self._settings: asyncio.Future[Message] | None = None
         self._incomplete: Challenge | None = None
-        # A call that goes on with the next question: one that needs custom settings, or whose rows
-        # are not all handed over.
+        # A call that continues with the next question: it needs custom settings, or not all of its
+        # rows are handed over.
         self._call: Call | None = None
         self._blocks: Blocks | None = None
         self._coming: asyncio.Task[Answer] | None = None
-        # The last error that was handed over; why the statement is being canceled.
+        # The last error handed over; why the statement is being cancelled.
         self._error: ErrorResponse | None = None
         self._refusal: SQLError | None = None
 
-    # What the session tells
+    # Called by the session
 
     def notice(self, body: bytes) -> bool:
-        """A NoticeResponse of the primary backend; whether it was a call, and is dealt with."""
+        """A NoticeResponse of the primary. Returns whether it was a call, which is then served."""
         if self.secrets.token not in body:
             return False
         notice = NoticeResponse.parse(body)
@@ -169,8 +166,8 @@ class Inside:
 
     @property
     def is_talkative(self) -> bool:
-        """Whether so much was heard that others should have their turn. A function that waits for
-        each answer says little; a loop can say a hundred thousand things."""
+        """Whether others should get a turn, after many messages. A function that waits for answers
+        sends few; a loop can send a hundred thousand."""
         if self._heard < _TURN:
             return False
         self._heard = 0
@@ -182,8 +179,8 @@ class Inside:
         return self._task is not None or self._channel is not None
 
     def statement_ended(self) -> None:
-        """The server has sent an error, or is ready for the next query: no function waits."""
-        if self._has_heard:  # else there is nothing; this is asked for each statement of all
+        """The server has sent an error or is ready for the next query, so no function waits."""
+        if self._has_heard:  # otherwise there is nothing; this runs for each statement
             self._has_heard = False
             self._drop()
             self._give_back()
@@ -195,17 +192,16 @@ class Inside:
         if self._login is None or self._is_proven:
             self._session.service.channels.give_back(channel)
         else:
-            # Code that is not this role must not make us keep connections of it.
+            # Code that is not of this role must not make us keep its connections.
             channel.terminate()
 
     def end_client(self) -> None:
-        """The client is gone, or will send no more: no job is waited for. A function would not
-        notice that by itself."""
+        """The client will send no more: no job is awaited. A function would not notice."""
         self._interrupts.end_client(reads=True)
 
     def complaint(self, error: bytes) -> bytes | None:
-        """What replaces an ErrorResponse with this body: one that a function of ours has raised is
-        shown as a direct call would show it, without the lines of CONTEXT about our functions."""
+        """The replacement for an ErrorResponse with this body: an error raised by our function is
+        shown as by a direct call, without the CONTEXT lines about our functions."""
         if _ASK.search(error) is None:
             return None
         response = ErrorResponse.parse(error)
@@ -215,7 +211,7 @@ class Inside:
             reason = refusal.response(encodings.codec(self._session.client_encoding)).fields
             response = response.with_fields(**{code: reason.get(code, b"") for code in "CMDH"})
             while lines and _ASK.search(lines[0]) is None:
-                del lines[0]  # where in our function it was canceled
+                del lines[0]  # the place in our function
         elif _ASK.search(lines[0][:LONGEST_LINE]) is None:
             return None
         own = itertools.takewhile(lambda line: _OWN_LINE.search(line[:LONGEST_LINE]), lines)
@@ -225,14 +221,14 @@ class Inside:
         fields.pop("W", None)
         if told is not None and told.fields.get("M") == response.message and "W" in told.fields:
             lines.insert(0, told.fields["W"])
-            # PL/pgSQL has no means to raise an error with these.
+            # PL/pgSQL cannot raise errors with these.
             fields |= {code: told.fields[code] for code in "pq" if code in told.fields}
         if lines:
             fields["W"] = b"\n".join(lines)
         return ErrorResponse(fields).serialize()
 
     def _drop(self) -> None:
-        """The function no longer waits: stop what is being done."""
+        """The function no longer waits: stop the work for it."""
         for task in (self._task, self._next_task, self._coming):
             if task is not None:
                 task.cancel()
@@ -244,8 +240,8 @@ class Inside:
     # Serving
 
     async def _guard(self, message: Message, after: asyncio.Task[None] | None) -> None:
-        """Deal with a message. `after`: what is still being done for the one before it, which may
-        be answered already, so far as the function can see."""
+        """Handle a message. `after`: the task for the one before, whose answer the function may
+        have seen already."""
         try:
             if after is not None:
                 await asyncio.wait([after])
@@ -259,9 +255,9 @@ class Inside:
             self._give_up(message, error)
 
     def _give_up(self, message: Message, error: Exception) -> None:
-        """Nothing can be shown. A function that has seen its channel finds that it is gone. One
-        that has not would go on looking for it, so its statement is canceled; the client gets
-        `error` as the reason."""
+        """The answer cannot be shown. A function that has seen its channel finds it gone. One that
+        has not would search on, so its statement is cancelled, and the client gets `error` as the
+        reason."""
         logger.info("no answer to a call from inside the database: %s", explain(error))
         self._hang_up()
         if message.verb in (b"call", b"ask", b"custom"):
@@ -295,8 +291,8 @@ class Inside:
                 if challenge is not None:
                     await self._serve_completed(challenge, message)
             case b"custom":
-                # Only a call that has asked for them goes on with them; its function may ask
-                # twice, the second time as the owner of the calling code.
+                # They continue only the call that has asked for them; its function may ask twice,
+                # the second time as the owner of the calling code.
                 asked = self._call
                 if asked is not None and asked.custom_settings:
                     if len(message.text) > LARGEST_QUESTION:
@@ -321,13 +317,13 @@ class Inside:
         await self._show(0)
 
     def _announce(self, challenge: Challenge) -> None:
-        """The function that has proven its question in advance is told that we are at it."""
+        """Tell a function that has proven its question in advance that it is being handled."""
         if challenge.lock is not None and self._channel is not None:
             signs = self._signs(challenge.question.nonce, challenge.lock)
             self._channel.say(signs.announce(take_lock=False))
 
     async def _serve_completed(self, challenge: Challenge, message: Message) -> None:
-        """The custom settings have come: go on with the call."""
+        """The custom settings have arrived: continue the call."""
         shown, call = self._shown, challenge.call
         assert shown is not None
         answer = await self._or_error(call, self._completed, challenge, message)
@@ -342,8 +338,8 @@ class Inside:
         )
 
     async def _proven_settings(self, challenge: Challenge) -> Message:
-        """Those behind the question. If its word was not good any more, they have come with a
-        proof by that one first."""
+        """The settings that follow the question. If its word was no longer good, they have arrived
+        first with a proof by that."""
         while True:
             arriving = self._settings
             assert arriving is not None
@@ -354,7 +350,7 @@ class Inside:
                 self._settings = asyncio.get_running_loop().create_future()
 
     async def _told(self, challenge: Challenge, message: Message) -> Settings:
-        """The settings in a message. Raises NotOursError if who asked has not sent it."""
+        """The settings in a message. Raises NotOursError if it is not from the asking function."""
         if not challenge.is_continued_by(message, challenge.proof_of(message)):
             raise NotOursError
         return settings_of(message.words)
@@ -380,7 +376,7 @@ class Inside:
     async def _or_error(
         self, call: Call, find: Callable[P, Awaitable[Answer]], *args: P.args, **kwargs: P.kwargs
     ) -> Answer:
-        """An answer, or the error that it has come to."""
+        """The answer of `find`, or its error as an answer."""
         try:
             return await find(*args, **kwargs)
         except SQLError as error:
@@ -389,7 +385,7 @@ class Inside:
         except ConnectionError as error:
             return [b"e", CONNECTION_FAILURE.encode(), explain(error).encode(), *[None] * 7]
         except asyncio.CancelledError:
-            # The function never learns of the job.
+            # The function will never learn of its jobs.
             for job in call.launched:
                 self._session.drop(job)
             raise
@@ -419,7 +415,7 @@ class Inside:
         return await self._run(call, context)
 
     def _custom_names(self, call: Call) -> tuple[bytes, ...]:
-        """Those that the session may have set, as far as the function can say them."""
+        """Custom settings that the session may have, among names that the function can send."""
         codec = encodings.codec(call.encoding)
         return tuple(
             name for name in self._session.custom_settings if encodings.is_valid(name, codec)
@@ -456,11 +452,11 @@ class Inside:
         else:
             self._session.drop(job)
 
-    # Through the channel
+    # The channel
 
     async def _proven_in_advance(self, question: Message, call: Call) -> Challenge | None:
-        """What a question with a proof comes to that was made with the word that a channel shows;
-        None if that does not hold, and a proof is to be asked for.
+        """Check a question with a proof made from a word shown in advance. None if the proof fails
+        and another must be asked for.
         """
         if not (question.channel.isdigit() and call.is_known):
             return None
@@ -471,7 +467,7 @@ class Inside:
         challenge = Challenge(question, call, session.server_version, word)
         if not challenge.is_met_by(question, await _proof(challenge)):
             return None
-        # The function cannot see yet who answers, so it would go on looking.
+        # The function cannot know yet who will answer, so it would search on.
         lost = ConnectionError("the channel is gone")
         channel.when_lost(lambda: self._give_up(question, lost))
         self._is_locked, channel.is_locked = channel.is_locked, False
@@ -484,7 +480,7 @@ class Inside:
         try:
             found, *announced = await self._channel_query(sql)
         except ServerError as error:
-            # The server shall say what a new login comes to.
+            # A new login will let the server decide.
             logger.debug("the channel's login does not hold any more: %s", error)
             self._retire_channel()
             return None
@@ -494,8 +490,7 @@ class Inside:
         return challenge
 
     def _offering(self, login: bytes | None, pid: int) -> Channel | None:
-        """The channel with this pid, for this session from now on, if it is one of the login's
-        that shows a word."""
+        """Lease the channel with this pid if it belongs to the login and shows a word."""
         if self._channel is None or (self._login, self._channel.pid) != (login, pid):
             channel = self._session.idle_channel(login, pid)
             if channel is None:
@@ -506,9 +501,9 @@ class Inside:
         return self._channel if self._channel.is_alive else None
 
     async def _ask_for_proof(self, question: Message, call: Call) -> None:
-        """Show the word that the function must read, and have the server say what its role may do.
+        """Show a word that the function must read, and ask the server what its role may do.
 
-        If there is no channel to show it, the question is answered at once: with that error.
+        If there is no channel for this, the question is answered at once with the error.
         """
         login = decoded(question.words[0])
         try:
@@ -517,7 +512,7 @@ class Inside:
                 try:
                     await self._show_word(question, call)
                 except ServerError as error:
-                    # The server shall say what a new login comes to.
+                    # A new login will let the server decide.
                     logger.debug("no word is shown: %s", error)
                     self._retire_channel()
                     await self._lease_channel(login)
@@ -532,10 +527,10 @@ class Inside:
         await self._refuse(question, call, reason)
 
     async def _show_word(self, question: Message, call: Call) -> None:
-        """Show it. Raises ServerError if the channel's login does not hold any more."""
+        """Show the word. Raises ServerError if the channel's login no longer holds."""
         assert self._channel is not None
         signs = self._signs(question.nonce)
-        # Before the function can have read it.
+        # Set before the function can have read the word.
         challenge = self._challenge = Challenge(question, call, self._session.server_version)
         checks = self._role_query(question, call)
         shows = signs.comment(challenge.word) + checks + b"; " + signs.ask_for_proof()
@@ -573,7 +568,7 @@ class Inside:
             self._is_locked = self._is_proven = False
 
     async def _refuse(self, question: Message, call: Call, error: SQLError) -> None:
-        """Answer an unproven question with an error, which contains nothing secret."""
+        """Answer an unproven question with an error, which reveals nothing secret."""
 
         async def answer() -> Answer:
             raise error
@@ -585,11 +580,11 @@ class Inside:
         await self._show(0)
 
     def _session_role(self, call: Call) -> bytes:
-        """The session_user of the job; a job of an owner has a session of that owner."""
+        """The session_user of the job; for an owner's code it is the owner."""
         return call.session_role if self._login is None else call.role
 
     async def _show_next(self, message: Message) -> None:
-        """The next piece of what is being handed over."""
+        """Show the next piece of the present answer."""
         shown, call = self._shown, self._call
         if shown is None or call is None or shown.nonce != message.nonce:
             return
@@ -599,7 +594,7 @@ class Inside:
         await self._show(number)
 
     async def _show(self, number: int) -> None:
-        """Show a piece, and wake the function up."""
+        """Show a piece, and wake the function."""
         shown, call = self._shown, self._call
         assert self._channel is not None
         assert shown is not None
@@ -620,10 +615,10 @@ class Inside:
         if lock is not None:
             columns.insert(0, b"pg_catalog.pg_try_advisory_lock(%d)" % lock)
         if is_last and self._blocks is not None:
-            # It is made while the function deals with this one.
+            # Made while the function handles this one.
             coming = self._or_error(call, self._block, self._blocks)
             self._coming = asyncio.get_running_loop().create_task(coming)
-        # The function may ask on before this is answered. Nobody else can have taken a lock whose
+        # The function may continue before this is answered. Nobody else can have taken a lock whose
         # key nobody knew.
         channel.is_locked = word is not None
         showing = channel.say(b"%bSELECT %b" % (comment, b", ".join(columns)))

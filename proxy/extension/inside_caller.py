@@ -1,7 +1,7 @@
-"""What a call from inside the database is made with: its context, its arguments, its caller.
+"""The caller of the functions for a call from inside the database: context and arguments.
 
-Invariant: the context is what the server has said about the role, and only for code that has proven
-that it can run as the role that the channel has logged in as.
+Invariant: the context is what the server says about the role, and only for code that has proven
+that it can run as the channel's login role.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from proxy.sql.lexer import has_lookalikes
 from proxy.sql.recoding import ASCII, encoding_of, readable
 
 WHOLE_AT_ONCE: Final = 512 * 1024
-"""Bytes of a word that are decoded without a pause for others."""
+"""Bytes of a word that are decoded without giving others a turn."""
 
 _CONVERTED: Final = (
     b"SELECT pg_catalog.encode(pg_catalog.convert_to("
@@ -43,7 +43,7 @@ _CONVERTED: Final = (
 
 
 def context_of(challenge: Challenge, session_role: bytes) -> Context:
-    """What the server has said about the role; `session_role` is the session_user of the job.
+    """What the server says about the role. `session_role`: the session_user of its jobs.
 
     Raises SQLError if the question does not count.
     """
@@ -84,7 +84,7 @@ def context_of(challenge: Challenge, session_role: bytes) -> Context:
 
 
 async def _long_word(word: bytes) -> bytes | None:
-    """What a word of many megabytes says: others get their turn in between."""
+    """Decode a word of many megabytes, with turns for others."""
     parts = []
     for start in range(0, len(word), WHOLE_AT_ONCE):
         if start:
@@ -96,7 +96,7 @@ async def _long_word(word: bytes) -> bytes | None:
 
 
 async def arguments(call: Call) -> dict[str, Any] | None:
-    """By name; None if the function is not to be called with them. Raises SQLError."""
+    """The arguments by name; None if the function is strict and one is NULL. Raises SQLError."""
     texts = [await _long_word(word) for word in call.argument_words]
     found: dict[str, Any] = {}
     try:
@@ -139,30 +139,30 @@ class InsideCaller(Caller):
     @property
     def encodings(self) -> Sequence[bytes]:
         server = self._owner.server_encoding
-        # The server converts it to its own before the function returns it.
+        # The server converts to its own encoding before the function returns.
         encoding = encoding_of(self._call.encoding, server)
-        # It refuses most characters of JOHAB, also those that it makes itself.
+        # It refuses most characters of JOHAB, even in its own output.
         if encoding == b"JOHAB" or self._is_misread(encoding):
             encoding = ASCII
         return server, encoding
 
     def _is_misread(self, encoding: bytes) -> bool:
-        """Whether a database in SQL_ASCII would find backslashes in its characters."""
+        """Whether a database in SQL_ASCII would see backslashes in its characters."""
         is_raw = self._owner.server_encoding in NO_CONVERSION
         return is_raw and has_lookalikes(encoding.decode("ascii", "replace"))
 
     async def pass_on(self, job: Job, notice: Notice) -> None:
-        """Send a message of a job to the client."""
+        """Send a job's notice to the client."""
         await self._owner.inject(job.notice(notice, self._owner.encoding))
 
     def encoding_of_values(self, job: Job) -> bytes:
-        """As the server reads values of a job; a database in SQL_ASCII reads bytes."""
+        """The encoding in which the server reads a job's values; in SQL_ASCII it reads bytes."""
         is_raw = self._owner.server_encoding == b"SQL_ASCII"
         return b"SQL_ASCII" if is_raw else job.encoding
 
     async def values_of(self, job: Job, text: bytes) -> bytes:
-        """Values of a job, as the functions return them: converted by the server. Raises SQLError
-        22P05 for a character that the encoding has not, OSError."""
+        """A job's values in the encoding of the functions' results, converted by the server. Raises
+        SQLError 22P05 for a character that the encoding lacks, OSError."""
         target = encoding_of(self._call.encoding, self._owner.server_encoding)
         if text.isascii():
             return text
@@ -174,7 +174,7 @@ class InsideCaller(Caller):
             )
         if self.encoding_of_values(job) in (target, b"SQL_ASCII"):
             return text
-        # Not the channel whose query the function reads.
+        # Not the channel whose query the function reads:
         channel = await self._launcher.channel()
         try:
             words = text.hex().encode(), job.encoding, target
@@ -211,7 +211,7 @@ class InsideCaller(Caller):
         self._call.notification = notification
         return job
 
-    # The functions that would ask for these need no proxy (`privileges`, the view's own SQL).
+    # No function asks for these: they need no proxy (`privileges`, the view's own SQL).
 
     async def activity(self, jobs: Sequence[Job]) -> dict[int, tuple[bytes | None, ...]]:
         raise malformed()

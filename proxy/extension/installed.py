@@ -1,12 +1,10 @@
-"""Whether a database has the extension that CREATE EXTENSION made through the proxy, and which
-objects belong to it.
+"""Whether a database has the extension as created through the proxy, and which objects it has.
 
-Invariant: the server is asked, each time; nothing but its catalogs says so. One function, the
-`MARKER`, says that the extension is here: its schema is the extension's, its body has the version,
-its comment is the extension's. So it goes with transactions, dumps and SET SCHEMA as all objects
-do.
+Invariant: the server's catalogs are asked each time. The extension is where its `MARKER` function
+is: the marker's schema is the extension's, its body has the version, its comment is the
+extension's. So transactions, dumps and SET SCHEMA treat it like any other object.
 
-These pieces of SQL trust nothing of the session: all names and operators are qualified.
+This SQL trusts nothing of the session: all names and operators are qualified.
 """
 
 from __future__ import annotations
@@ -45,31 +43,31 @@ IS_NAMED: Final = (
     f"(a.application_name OPERATOR(pg_catalog.=) '{NAME}' OR"
     f" pg_catalog.left(a.application_name, {len(NAME) + 1}) OPERATOR(pg_catalog.=) '{NAME}:')"
 )
-"""Whether a row ``a`` of pg_stat_activity has the name of a job."""
+"""Whether a row ``a`` of pg_stat_activity has a job's name."""
 MARKER: Final = "_pg_background_version"
-"""The function that says that the extension is here."""
+"""The function that marks the extension as present."""
 TAG: Final = "-- pg-background-proxy"
-"""Stands in the body of every function of the extension."""
+"""Part of the body of every function of the extension."""
 HELPER: Final = "_pg_background_"
-"""How the names of the functions begin that are for the others only."""
+"""Prefix of the functions that serve others only."""
 
 IS_HELPER: Final = (
     f"(pg_catalog.left(CAST(p.proname AS pg_catalog.text), {len(HELPER)})"
     f" OPERATOR(pg_catalog.=) '{HELPER}')"
 )
-"""Whether ``p`` is such a function. PUBLIC may execute them: they grant nothing, and each role that
-may call a function of the API needs them."""
+"""Whether ``p`` is such a function. PUBLIC may execute them: they grant nothing, and all callers of
+the API need them."""
 
 VERSIONS: Final = (*(f"1.{minor}" for minor in range(11)), "2.0")
-"""In order. All have all functions; those of 2.0 are of the second version of the API."""
+"""In order. All have all functions; 2.0 has the second version of the API."""
 
 VERSION: Final = "pg_catalog.\"substring\"(p.prosrc, '[0-9.]+')"
 """The extension's version, where ``p`` is the marker."""
 
 
 def is_trusted(owner: str) -> str:
-    """Whether what a role owns may pass for the extension in this session: a superuser's, the
-    database owner's, or the session's own. No other role can make others believe in one.
+    """Whether objects of a role may pass for the extension in this session: a superuser's, the
+    database owner's, or the session's own. No other role can pretend to have created it.
 
     Args:
         owner: an SQL expression, the OID of the role.
@@ -90,7 +88,7 @@ somebody whom the session trusts; a superuser's comes first."""
 
 
 def _is_settled(row: str) -> str:
-    """Whether no open transaction has dropped or replaced a catalog's row."""
+    """Whether no open transaction has dropped or replaced a row of a catalog."""
     return (
         f"({row}.xmax OPERATOR(pg_catalog.=) 0 OR NOT EXISTS(SELECT 1 FROM pg_catalog.pg_locks k"
         f" WHERE k.transactionid OPERATOR(pg_catalog.=) {row}.xmax AND k.granted))"
@@ -98,7 +96,7 @@ def _is_settled(row: str) -> str:
 
 
 def speaks(function: str, schema: str) -> str:
-    """Whether a function without arguments is one of the extension's, as all others see it.
+    """Whether a function without arguments is one of the extension's, visible to all sessions.
 
     Args:
         function: its name.
@@ -112,28 +110,28 @@ REALLY: Final = (
     "EXISTS(SELECT 1 FROM pg_catalog.pg_extension e"
     f" WHERE e.extname OPERATOR(pg_catalog.=) '{NAME}')"
 )
-"""Whether the server has the C extension in this database."""
+"""Whether this database has the C extension."""
 
 
 def api_version(version: str) -> int:
-    """Which version of the API a version of the extension has, 1 or 2."""
+    """The version of the API, 1 or 2, in a version of the extension."""
     return 1 if version.startswith("1.") else 2
 
 
-# --- as a call finds it ------------------------------------------------------------------------
+# --- for a call --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """The extension, as the session sees it that makes a call.
+    """The extension as a calling session sees it.
 
     Attributes:
-        version: one of CREATE EXTENSION's.
+        version: the extension's.
         marker: the OID of its marker.
-        schema: its name, in the client's encoding.
-        in_search_path: whether an unqualified name finds what is in there.
+        schema: its schema's name, in the client's encoding.
+        in_search_path: whether unqualified names find its objects.
         usable: whether the current role may use the schema.
-        allowed: what the current role may call, of what was asked about.
+        allowed: what the current role may call, among what was asked about.
     """
 
     version: str
@@ -149,19 +147,19 @@ class Installed:
         return api_version(self.version)
 
     def allows(self, function: Function) -> bool:
-        """Whether the current role may call it, or select from the view that it is."""
+        """Whether the current role may call the function, or select from the view."""
         return _key(function) in self.allowed
 
     def finds(self, schema: bytes | None) -> bool:
-        """Whether a name with this schema, or with none, finds what is in the extension's."""
+        """Whether a name with this schema, or with none, finds the extension's objects."""
         return self.in_search_path if schema is None else schema == self.schema
 
     def check(self, function: Function, schema: bytes | None) -> None:
         """Raises SQLError if the current role does not find the function, or may not call it.
 
         Args:
-            function: what is called, or selected from.
-            schema: what the call says, if anything.
+            function: the function or view.
+            schema: as written in the call, if at all.
         """
         is_view = _is_view(function)
         own = self.schema.decode("utf-8", "replace")
@@ -203,10 +201,10 @@ _ALLOWED: Final = {
 
 
 def installed_query(functions: Iterable[Function]) -> str:
-    """A subquery: the text that `parse_installed` reads, NULL if the extension is not there.
+    """A subquery for the text that `parse_installed` reads; NULL without the extension.
 
     Args:
-        functions: which of the current role's privileges to look up; views too.
+        functions: functions and views on which the current role's privileges are wanted.
     """
     names: dict[bool, dict[str, None]] = {}
     for function in functions:
@@ -219,7 +217,7 @@ def installed_query(functions: Iterable[Function]) -> str:
 
 
 def parse_installed(values: Sequence[bytes | None]) -> Installed:
-    """From the elements of the array that `installed_query` gives."""
+    """From the elements of `installed_query`'s array."""
     version, marker, in_search_path, usable, schema, *allowed = (value or b"" for value in values)
     return Installed(
         version.decode("ascii", "replace"),
@@ -232,12 +230,12 @@ def parse_installed(values: Sequence[bytes | None]) -> Installed:
 
 
 def may_execute(name: str, parameters: str, role: str) -> str:
-    """A subquery: whether a role may execute one of the extension's functions; NULL without it.
+    """A subquery: whether a role may execute a function of the extension; NULL without it.
 
     Args:
         name: an SQL expression, the name of the function.
-        parameters: how many it has, the same.
-        role: the OID of the role, the same.
+        parameters: an SQL expression, their number.
+        role: an SQL expression, the OID of the role.
     """
     condition = sql("may_execute", role=role, executor=EXECUTOR_ROLE)
     return (
@@ -254,9 +252,9 @@ COMPOSITE: Final = (
     *(HANDLE, PROGRESS, OUTCOME, RUN, RUN_WITH_RETRIES),
     *(RESULT_INFO_1, RESULT_INFO_2, ERROR_INFO_1, ERROR_INFO_2, STATS_1, STATS_2),
 )
-"""The types that the extension has beside its views'."""
+"""Types of the extension other than its views'."""
 
-# With version 1 the plain name is that of the columns of version 1.
+# In API 1 the plain name is that of the version 1 columns.
 RENAMED: Final = {
     STATS_1: (STATS_2.name, STATS_1.name),
     STATS_2: (f"{STATS_2.name}_2", STATS_2.name),
@@ -265,21 +263,20 @@ RENAMED: Final = {
     ERROR_INFO_1: (ERROR_INFO_2.name, ERROR_INFO_1.name),
     ERROR_INFO_2: (f"{ERROR_INFO_2.name}_2", ERROR_INFO_2.name),
 }
-"""Types whose names in the two versions of the API differ."""
+"""Types whose names differ between versions of the API."""
 
 HISTORY: Final = "pg_background_history"
-"""The view that shows what became of jobs."""
+"""The view that shows the outcomes of jobs."""
 
 HISTORY_TABLE: Final = "_pg_background_history"
-"""The table behind it, its owner's alone."""
+"""The table behind the view, its owner's alone."""
 
 STAT_ACTIVITY: Final = "pg_background_stat_activity"
-"""A view that is the server's alone: pg_stat_activity for definitions, which the proxy leaves as
-they are."""
+"""A view for definitions: the server evaluates it alone, and the proxy leaves it as it is."""
 
 
 def type_name(type: Type, api: int) -> str:
-    """The name of a composite type in the extension's schema."""
+    """A composite type's name in the extension's schema."""
     return RENAMED[type][api - 1] if type in RENAMED else type.name
 
 
@@ -307,7 +304,7 @@ def views(namespace: str) -> str:
 
 
 def tables(namespace: str) -> str:
-    """The same for its table, which is there only if this version of the proxy has made it."""
+    """FROM and WHERE of its table, which older versions of the proxy have not made."""
     return _relations(namespace, (HISTORY_TABLE,), "r")
 
 

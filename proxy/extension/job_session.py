@@ -1,7 +1,7 @@
-"""A job whose SQL calls the functions itself: by a trigger of the table that it writes to, say.
+"""A job whose SQL calls the functions itself, for instance by a trigger of a table it writes to.
 
-Invariant: for the functions that it calls, a job is a session of its own, with jobs of its own,
-which run on when it ends. It has no client: messages of its jobs are among its own.
+Invariant: for these calls a job is a session of its own, with jobs of its own, which outlive it. It
+has no client: messages of its jobs are among its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from proxy.jobs.rows import Notice, OutputQueue
 
 
 class JobSession(Owner):
-    """A job as a caller.
+    """A job as an owner of jobs.
 
     Attributes:
         inside: serves its calls.
@@ -26,8 +26,8 @@ class JobSession(Owner):
     def __init__(self, owner: Owner, launcher: Launcher, backend: Backend) -> None:
         """
         Args:
-            owner: whose job it is. It is not kept: the job may outlive its session.
-            launcher: opens the backends of the jobs that this one launches.
+            owner: the job's owner. No reference is kept: the job may outlive its session.
+            launcher: opens backends for jobs that this one launches.
             backend: runs the job.
         """
         super().__init__(owner.service)
@@ -35,25 +35,25 @@ class JobSession(Owner):
         self._key = backend.cancel_request()
         self._server_version = owner.server_version
         self.system_id = owner.system_id
-        # Those that its session had.
+        # As in the owner's session.
         self.custom_settings = tuple(owner.custom_settings)
         self._output: OutputQueue | None = None
         self._backend = backend
         self.inside = Inside(self, Secrets(backend.own_settings[SESSION_SETTING]))
 
-    # What the job tells
+    # Called by the job
 
     def begin(self, output: OutputQueue) -> None:
-        """The job is about to start; its messages go there."""
+        """The job is about to start. `output`: for messages of its own jobs."""
         self._output = output
 
     def notice(self, body: bytes) -> bool:
-        """A NoticeResponse of the job; whether it was a call, and is dealt with."""
+        """A NoticeResponse of the job. Returns whether it was a call, which is then served."""
         return self.inside.notice(body)
 
     @property
     def is_talkative(self) -> bool:
-        """Whether others should have their turn before more is read."""
+        """Whether others should get a turn before more is read."""
         return self.inside.is_talkative
 
     def statement_ended(self) -> None:
@@ -61,16 +61,16 @@ class JobSession(Owner):
         self.inside.statement_ended()
 
     def close(self, *, is_idle: bool) -> None:
-        """The job has ended. `is_idle`: its backend has said so."""
+        """The job has ended. `is_idle`: its backend is ready for another."""
         self.inside.statement_ended()
-        if is_idle:  # the backend may go on, with another job
+        if is_idle:  # the backend may serve another job
             self.transaction_ended()
         else:
             self.transaction_lost(self._launcher.pid)
         self.jobs.clear()
         self._launcher.reuse.close()
 
-    # What its calls ask for
+    # Used by its calls
 
     @property
     def launcher(self) -> Launcher:
@@ -82,7 +82,7 @@ class JobSession(Owner):
 
     @property
     def client_encoding(self) -> bytes:
-        """As it was when the job began; each question says its own."""
+        """As at the start of the job; each question states its own."""
         return self._backend.parameters.get(b"client_encoding", b"")
 
     @property
@@ -90,7 +90,7 @@ class JobSession(Owner):
         return self._backend.parameters.get(b"server_encoding", b"")
 
     def cancel_statement(self) -> None:
-        self._backend.is_spent = True  # the request may come late
+        self._backend.is_spent = True  # the request may arrive late
         self.service.cancel_statement(self._launcher.route, self._key)
 
     async def inject(self, message: bytes) -> None:

@@ -1,9 +1,9 @@
-"""What else a database has under the names of our functions and views: objects of its users.
+"""What else a database has under the names of our functions and views: its users' objects.
 
-Invariant: what the server finds under the name that was written is what is meant. Whether there is
-such an object is asked with each call (`meant_query` in the context), so none is passed over in
-silence. By a name without a schema only an object of a role is meant that the session trusts: no
-other role's code comes to run in a session because the extension is not there.
+Invariant: the object that the server finds under a name as written is the one that is meant. Each
+call asks whether there is one (`meant_query` in the context), so none is silently ignored. Without
+a schema, a name can only mean an object of a role that the session trusts: the lack of the
+extension makes no other role's code run in a session.
 
 These queries trust nothing of the session: all names and operators are qualified.
 """
@@ -21,12 +21,12 @@ from proxy.statements.plan import Call, Plan
 
 
 class Name(NamedTuple):
-    """How a statement calls a function, or selects from a view.
+    """How a statement names a function or view of ours.
 
     Attributes:
-        function: ours that the name stands for.
-        schema: what qualifies the name, if anything; in the client's encoding.
-        given: how many arguments.
+        function: the one that has this name.
+        schema: the qualification, if any, in the client's encoding.
+        given: number of arguments.
     """
 
     function: Function
@@ -43,7 +43,7 @@ def name_of(call: Call) -> Name:
 
 
 def names_of(plan: Plan) -> list[Name]:
-    """All names that a plan calls by, each once."""
+    """The names that a plan calls by, each once."""
     return list(dict.fromkeys(map(name_of, plan.all_calls)))
 
 
@@ -51,15 +51,15 @@ class Meant(NamedTuple):
     """What the database has under some of the names.
 
     Attributes:
-        others: the names that mean an object which is not ours.
-        untrusted: those under which there is one of a role that the session does not trust.
+        others: names that mean an object which is not ours.
+        untrusted: names of objects of roles that the session does not trust.
     """
 
     others: Collection[Name] = ()
     untrusted: Collection[Name] = ()
 
 
-# pg_proc's and pg_class's own OIDs are fixed.
+# The fixed OIDs of pg_proc and pg_class.
 _IS_MEMBER: Final = {catalog: sql("is_member", catalog=str(catalog)) for catalog in (1255, 1259)}
 
 
@@ -83,10 +83,10 @@ ALIKE: Final = "CAST(ARRAY({}) AS pg_catalog.text)".format(
         relation_is_member=_IS_MEMBER[1259],
     )
 )
-"""An SQL expression: the names for which a statement needs `meant_query` before it is served; the
-text of a text[]."""
+"""An SQL expression, a text[] as text: names for which a statement needs `meant_query` before it is
+served."""
 
-# Made once, but for the names: each call has the query.
+# Made once, except for the names: each call has this query.
 _FUNCTION: Final = sql(
     "named_function",
     **{
@@ -103,7 +103,7 @@ _RELATION: Final = sql(
 
 
 def _is_meant(prefix: str) -> dict[bool, bytes]:
-    """Whether an object that was found is meant, by whether its schema is written."""
+    """Whether an object that was found is meant; by whether its schema is written."""
     own = f"pg_catalog.pg_get_userbyid(o.{prefix}owner) OPERATOR(pg_catalog.=) current_user"
     trusted = f"({own} OR {is_trusted(f'o.{prefix}owner')})"
     written = f"(NOT {_has_marker(f'o.{prefix}namespace')} OR {trusted})"
@@ -114,8 +114,8 @@ _IS_MEANT: Final = {False: _is_meant("pro"), True: _is_meant("rel")}
 
 
 def is_there(functions: Iterable[Function]) -> bytes:
-    """An SQL expression: whether the database has anything under the names of these functions and
-    views, or may have the extension."""
+    """An SQL expression: whether the database has anything under these names, or may have the
+    extension."""
     names, views = {MARKER}, set[str]()
     for function in functions:
         (views if VIEWS.get(function.name) is function else names).add(function.name)
@@ -132,10 +132,10 @@ def _has_any(catalog: bytes, column: bytes, names: Iterable[str]) -> bytes:
 
 
 def meant_query(names: Sequence[Name], *, closely: bool = True) -> bytes:
-    """An SQL expression: the text that `parse_meant` reads.
+    """An SQL expression for the text that `parse_meant` reads.
 
-    `closely`: whether it looks at whose an object is. Otherwise all are others, which costs a
-    quarter of that, and is enough where none is to be there.
+    `closely`: whether to look at owners. Otherwise all objects are taken for others', at a quarter
+    of the cost, which is enough where none are expected.
     """
     selects = [_select(number, name, closely=closely) for number, name in enumerate(names)]
     return b"CAST(ARRAY(%b) AS pg_catalog.text)" % b" UNION ALL ".join(selects)
@@ -153,7 +153,7 @@ def _select(number: int, name: Name, *, closely: bool) -> bytes:
             b" FROM pg_catalog.pg_namespace s WHERE s.nspname OPERATOR(pg_catalog.=)"
             b" CAST(%b AS pg_catalog.name))" % literal(name.schema)
         )
-    # The last one has what the client wrote: it is searched for no other.
+    # The client's text comes last, so that no placeholder is searched for in it.
     words = {
         b"number": b"%d" % number,
         b"called": name.function.name.encode(),
@@ -169,7 +169,7 @@ def _select(number: int, name: Name, *, closely: bool) -> bytes:
 
 
 def parse_meant(names: Sequence[Name], values: Iterable[str]) -> Meant:
-    """From the elements of the array that `meant_query` gives."""
+    """From the elements of `meant_query`'s array."""
     found = [value.split() for value in values]
     return Meant(
         *(

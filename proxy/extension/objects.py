@@ -1,8 +1,7 @@
 """The SQL objects that CREATE EXTENSION pg_background makes: types, functions, views.
 
-Invariant: only the table of functions says what there is to create; `bodies` and `privileges` say
-what the functions do. The texts are made without knowing the schema: `OWN` stands for it, and must
-be replaced.
+Invariant: the table of functions alone decides what is created; `bodies` and `privileges` have the
+functions' bodies. `OWN` stands for the schema in these texts, and must be replaced.
 """
 
 from __future__ import annotations
@@ -59,14 +58,14 @@ _TYPE_NAMES: Final = {
     FLOAT8: "pg_catalog.float8",
     TIMESTAMPTZ: "pg_catalog.timestamptz",
     RECORD: "pg_catalog.record",
-    LIST: "pg_catalog.record",  # with nine columns or ten, as the caller defines them
+    LIST: "pg_catalog.record",  # nine or ten columns, as the caller defines them
     VOID: "pg_catalog.void",
     JSONB: "pg_catalog.jsonb",
     HANDLES: f"{OWN}.pg_background_handle[]",
 }
 _NAME: Final = Type("name", 19, 64)
 
-# What every version has, in one order, so that the view can be replaced after an upgrade.
+# Columns of every version, in fixed order, so that an upgrade can replace the view.
 _STAT_ACTIVITY_COLUMNS: Final = (
     *("datid", "datname", "pid", "usesysid", "usename", "application_name", "client_addr"),
     *("client_hostname", "client_port", "backend_start", "xact_start", "query_start"),
@@ -86,12 +85,12 @@ _SOURCE: Final = re.compile(
 )
 
 RESTORED: Final = f"{OWN}._pg_background_restored"
-"""The domain and the aggregate that make the role where a dump is restored: see make_role.sql."""
+"""The domain and the aggregate that make the role when a dump is restored: see make_role.sql."""
 
 
 @functools.cache
 def script(api: int, server_version: int) -> str:
-    """The commands that create everything but types; or replace it, when the helpers are dropped.
+    """The commands that create everything but types; or replace it, once the helpers are dropped.
 
     Args:
         api: the version of the API, 1 or 2.
@@ -125,7 +124,7 @@ def sources(api: int, server_version: int, schema: str) -> frozenset[tuple[str, 
 
 
 def types(api: int) -> Iterator[tuple[str, str]]:
-    """Each type's name, and the command that creates it."""
+    """Each type's name, and its CREATE command."""
     for type in COMPOSITE:
         name = type_name(type, api)
         columns = ", ".join(f"{column.name} {_TYPE_NAMES[column.type]}" for column in type.columns)
@@ -133,7 +132,7 @@ def types(api: int) -> Iterator[tuple[str, str]]:
 
 
 def _functions(api: int, server_version: int) -> Iterator[tuple[str, str, str]]:
-    """Of each function its signature, its CREATE FUNCTION, and its comment as a constant."""
+    """For each function its signature, CREATE FUNCTION, and the comment as a constant."""
     for function in DECLARED:
         if function.api not in (0, api):
             continue
@@ -151,8 +150,8 @@ def _functions(api: int, server_version: int) -> Iterator[tuple[str, str, str]]:
 
 
 def _with_alias(function: Function) -> Iterator[Function]:
-    """A further function for each other name of the first parameter. It is of the type name, to
-    which nothing is converted where the other function will do."""
+    """The function again for each other name of the first parameter. That has the type name, to
+    which nothing is converted where the original fits."""
     for alias in function.parameters[0].aliases if function.parameters else ():
         first = Parameter(alias, _NAME)
         yield replace(function, parameters=(first, *function.parameters[1:]))
@@ -181,7 +180,7 @@ def _parameter(parameter: Parameter) -> str:
 
 
 def signature(function: Function) -> str:
-    """Its name and parameters' types, as DROP FUNCTION takes them."""
+    """Name and parameter types, as for DROP FUNCTION."""
     return f"{OWN}.{function.name}({', '.join(_type(p.type) for p in function.parameters)})"
 
 
@@ -190,7 +189,7 @@ def _type(type: Type) -> str:
 
 
 def _views() -> Iterator[tuple[str, str, str]]:
-    """Of each view its name, its CREATE VIEW, and its comment as a constant."""
+    """For each view its name, CREATE VIEW, and the comment as a constant."""
     listed = ", ".join(f"{column.name} {_type(column.type)}" for column in LIST.columns)
     source = f"{OWN}.pg_background_list_v2() AS l({listed})"
     ours = [f"l.{column.name}" for column in LIST.columns]
@@ -203,7 +202,7 @@ def _views() -> Iterator[tuple[str, str, str]]:
         "pg_background_list": f"SELECT {', '.join(ours)} FROM {source}",
         "pg_background_activity": "SELECT "
         + ", ".join([*(f"{name} AS {column.name}" for name, column in renamed), *theirs])
-        # The backend of one that has ended may wait for another, or run it already.
+        # An ended job's backend may wait for another, or run it already.
         + f" FROM {source} LEFT JOIN pg_catalog.pg_stat_activity a"
         " ON a.pid OPERATOR(pg_catalog.=) l.pid AND l.state OPERATOR(pg_catalog.=) 'running'",
     }

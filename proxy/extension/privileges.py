@@ -1,9 +1,9 @@
-"""GRANT and REVOKE: the privilege helper functions.
+"""The privilege helper functions, which GRANT and REVOKE.
 
-Invariant: in a database with the extension's objects, a role may call the functions that it has
-EXECUTE on, and granting is GRANT on each of them. Elsewhere the members of `EXECUTOR_ROLE` may call
-them, and granting is membership. A helper does the same called directly or from inside the
-database. It never fails: an error is undone and becomes a NOTICE, and the result is false.
+Invariant: with the extension's objects, a role may call the functions on which it has EXECUTE, and
+granting means GRANT on each. Without them, members of `EXECUTOR_ROLE` may call the functions, and
+granting means membership. A helper does the same called directly or from inside the database. It
+never fails: an error is rolled back and becomes a NOTICE, and the result is false.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DOING: Final = {
 }
 
 HELPERS: Final = (*_GRANT, *_REVOKE, _DROP)
-"""The functions for administrators: no role is granted EXECUTE on them."""
+"""Functions for administrators, on which no role is granted EXECUTE."""
 
 
 def body(function: Function) -> str:
@@ -38,15 +38,14 @@ def body(function: Function) -> str:
 
 
 def privileges_block(verb: str, role: bytes, marker: str, *, print_commands: bool) -> bytes:
-    """What a helper does, as a statement for the caller's session.
-
-    That it went well is said by an INFO message, the marker.
+    """What a helper does, as a statement for the caller's session; on success it raises the marker
+    as INFO.
 
     Args:
         verb: GRANT or REVOKE.
         role: its name, in the client's encoding.
         marker: a random word.
-        print_commands: whether each command is printed as INFO.
+        print_commands: whether to print each command as INFO.
     """
     block = _change(
         verb,
@@ -59,14 +58,14 @@ def privileges_block(verb: str, role: bytes, marker: str, *, print_commands: boo
 
 
 def drop_role_block(marker: str) -> bytes:
-    """Drops the role that the extension has made; says how it went as the others do."""
+    """Drops the role that the extension has made; raises the marker on success."""
     block = _drop_role(declarations="", result=f"RAISE INFO '{marker}';", failed="")
     return do_block(block.encode())
 
 
 def _change(verb: str, show: str, **words: str) -> str:
-    """GRANT or REVOKE what there is to role_name; ``show`` says in SQL whether to print each
-    command as INFO, ``words`` are of privileges.sql."""
+    """GRANT or REVOKE everything for role_name. ``show``: an SQL condition for printing each
+    command as INFO. ``words``: placeholders of privileges.sql."""
     return sql(
         "privileges",
         find=installed.FIND,
@@ -97,7 +96,7 @@ def _drop_role(**words: str) -> str:
 
 
 def commands(verb: str, namespace: str) -> str:
-    """A query for the commands that GRANT or REVOKE what may be called, up to TO or FROM.
+    """A query for the GRANT or REVOKE commands for all that may be called, up to TO or FROM.
 
     Args:
         verb: GRANT or REVOKE.

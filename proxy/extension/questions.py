@@ -1,6 +1,6 @@
-"""What the functions in the database say: their messages, taken apart, and the calls in them.
+"""Parses the messages of the functions in the database, and the calls in them.
 
-`conversation` has the whole of it, and what the proxy says.
+`conversation` specifies the whole exchange.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ if TYPE_CHECKING:
 Settings = tuple[tuple[bytes, bytes], ...]
 
 SPEAKER: Final = "_pg_background_say"
-"""The function without arguments that raises all messages of the others."""
+"""The function without arguments that raises the messages of all others."""
 
 _LONGEST_NUMBER: Final = 9
 
 _FEWEST_SETTINGS: Final = 3
-"""``pg_background.`` settings that objects of before know."""
+"""``pg_background.`` settings that objects of older proxies know."""
 
 LARGEST_QUESTION: Final = 1024 * 1024
-"""Bytes of a question other than a call that carries SQL."""
+"""Bytes of a question, except a call that carries SQL."""
 
 _LARGEST_STEP: Final = 1024
-"""Bytes of a message that goes on with a question."""
+"""Bytes of a message that continues a question."""
 
 _MOST_WORDS: Final = 8192
 
 LONGEST_LINE: Final = 1024
-"""Bytes of a line of CONTEXT that are looked at."""
+"""Bytes of a line of CONTEXT that are read."""
 
-# The function in the first line of CONTEXT. Around it are words in whatever language; quotation
-# marks of theirs stand around the whole (Korean) or nowhere.
+# The function in the first line of CONTEXT. The words around it are translated; their quotation
+# marks enclose the whole (Korean) or are absent.
 _SIGNATURE: Final = rb'("(?:[^"]|"")*"|[a-z_][a-z0-9_]*)\.(?:%b|"%b")\(\)' % (
     (SPEAKER.encode(),) * 2
 )
@@ -58,8 +58,8 @@ _SPEAKER: Final = re.compile(rb'[^"]*?(?:%b(?!")|(?<= )"%b" )' % (_SIGNATURE, _S
 
 
 def identity(function: Function) -> str:
-    """What a call names its function by: name, parameters and result, so that an overload, and a
-    dump that was restored with another version of the proxy, are told apart."""
+    """How a call identifies its function: name, parameters and result. So overloads, and dumps that
+    were restored with another version of the proxy, are recognised."""
     parameters = ", ".join(parameter.name for parameter in function.parameters)
     return f"{function.name}({parameters}) {function.result_type.name}"
 
@@ -68,22 +68,22 @@ _FUNCTIONS: Final = {identity(function).encode(): function for function in DECLA
 
 
 class NotOursError(Exception):
-    """A message that no body of ours has sent."""
+    """A message that none of our functions has sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message of a function, taken apart, but not decoded.
+    """A message of a function, split but not decoded.
 
     Attributes:
-        text: the whole, or what its proof is made over.
-        schema: of the function that speaks, as the server has told it.
-        nonce: made up for the question that it belongs to.
-        verb: what kind it is.
-        words: as they stand there, but for the next three.
-        channel: of ``ask``, whose word the proof is made with: its pid, or ``-``.
+        text: the whole, or what its proof covers.
+        schema: of the function that speaks, according to the server.
+        nonce: of its question.
+        verb: the kind of message.
+        words: the words, except the next three.
+        channel: of ``ask``: the pid of the channel whose word the proof uses, or ``-``.
         proof: of ``ask``, ``settings`` and ``proof``; ``-`` for none.
-        roles: of ``ask`` and ``proof``: OIDs of those as which the calling code can run.
+        roles: of ``ask`` and ``proof``: OIDs of the roles as which the calling code can run.
     """
 
     text: bytes
@@ -97,7 +97,7 @@ class Message:
 
     @classmethod
     def parse(cls, notice: NoticeResponse) -> Message:
-        """Raises NotOursError for what no function of ours has said."""
+        """Raises NotOursError for what no function of ours has sent."""
         if notice.severity != "INFO" or notice.fields.get("R") != b"exec_stmt_raise":
             raise NotOursError
         line = notice.fields.get("W", b"")[:LONGEST_LINE].partition(b"\n")[0]
@@ -117,10 +117,10 @@ class Message:
         if len(words) < _VERBS[verb]:
             raise NotOursError
         if verb == b"proof" and len(words) != _VERBS[verb]:
-            # The last word is the speaker's own, which makes it one too many after others.
+            # The speaker adds the last word; behind forged ones it is one too many.
             raise NotOursError
         if verb == b"ask":
-            # From the end, since the speaker adds the last word; the first ones may be too many.
+            # From the end, where the speaker adds its word: there may be too many before.
             text, proof, roles = text.rsplit(b" ", 2)
             *words, channel = words[:-2]
             return cls(text, schema, nonce, verb, tuple(words), channel, proof, roles)
@@ -142,18 +142,18 @@ _VERBS: Final = {
     b"custom": 3,
     b"proof": 2,
 }
-"""How many words each has at least."""
+"""The least number of words of each."""
 
 
 def parse_number(word: bytes) -> int:
-    """Of a piece. Raises NotOursError."""
+    """The number of a piece. Raises NotOursError."""
     if not word.isdigit() or len(word) > _LONGEST_NUMBER:
         raise NotOursError
     return int(word)
 
 
 def decoded(word: bytes) -> bytes | None:
-    """What a word says. Raises NotOursError."""
+    """The text that a word encodes. Raises NotOursError."""
     if word == b"-":
         return None
     try:
@@ -166,22 +166,22 @@ def decoded(word: bytes) -> bytes | None:
 
 
 class Call:
-    """A call, as its question says it.
+    """A call, as described by its question.
 
     Attributes:
         encoding: the client_encoding of its words.
-        role, session_role: names of the current role, and of the session's.
+        role, session_role: names of the current role and the session's.
         argument_words: its arguments, not decoded.
         own_settings: the ``pg_background.`` settings.
-        settings: of the session, if it says them; ``ask`` is followed by them instead.
-        custom_settings: names of those whose values the function is asked for.
+        settings: the session's, if included; after ``ask`` they follow separately.
+        custom_settings: names whose values the function is asked for.
         launched: the jobs that it has started.
-        notification: what its transaction is to send.
-        is_asked: whether its function knows of words that are shown in advance.
+        notification: what its transaction must send.
+        is_asked: whether its function knows words that are shown in advance.
     """
 
     def __init__(self, message: Message) -> None:
-        """Raises SQLError for what no function of ours has said, NotOursError."""
+        """Raises SQLError for a call that no function of ours makes, NotOursError."""
         words = message.words
         try:
             role, session_role, name, encoding = map(decoded, words[1:5])
@@ -208,7 +208,7 @@ class Call:
 
     @property
     def function(self) -> Function:
-        """What is called. Raises SQLError if we do not know it."""
+        """The function called. Raises SQLError if it is unknown."""
         if self._function is None:
             raise malformed()
         return self._function
@@ -226,12 +226,11 @@ class Call:
 
 
 def _parts(words: tuple[bytes, ...]) -> tuple[dict[str, bytes], int, tuple[bytes, ...]]:
-    """What a call says from its sixth word on: the ``pg_background.`` settings that are set, the
-    number of its arguments, and the words from these on. Raises ValueError, LookupError.
+    """The part of a call from its sixth word on: the ``pg_background.`` settings that are set, the
+    number of arguments, and the words from these on. Raises ValueError, LookupError.
 
-    In front are the number of settings, in the order of GUCS, and that of arguments. Objects of
-    before say the first settings alone, and behind them the number of arguments; what they say here
-    has no colon.
+    It begins with the numbers of settings, in the order of GUCS, and of arguments. Older objects
+    send the first settings only, then the number of arguments, without a colon.
     """
     known, colon, count = (decoded(words[5]) or b"").partition(b":")
     if colon:
@@ -248,7 +247,7 @@ def _parts(words: tuple[bytes, ...]) -> tuple[dict[str, bytes], int, tuple[bytes
 
 
 def settings_of(words: Sequence[bytes]) -> Settings:
-    """Names and values that a message tells, without those that a job does not take over, and
+    """Names and values of settings in a message, without those that jobs do not take over, and
     without custom ones that are not set. Raises NotOursError."""
     texts = [decoded(word) for word in words]
     try:
@@ -263,7 +262,7 @@ def settings_of(words: Sequence[bytes]) -> Settings:
 
 
 def malformed() -> SQLError:
-    """What a call that is not in the table comes to."""
+    """The error for a call that is not in the table."""
     return SQLError(
         FEATURE_NOT_SUPPORTED,
         "pg-background-proxy does not know this function",
@@ -273,7 +272,7 @@ def malformed() -> SQLError:
 
 
 def no_login(role: bytes, server_encoding: bytes, error: SQLError) -> SQLError:
-    """Why there is no channel of the role that the calling code runs as. `server_encoding`: that of
+    """The error if there is no channel for the role of the calling code. `server_encoding`: that of
     its name."""
     if not error.sqlstate.startswith("28"):
         return error
@@ -290,7 +289,7 @@ def no_login(role: bytes, server_encoding: bytes, error: SQLError) -> SQLError:
 
 
 def unprovable() -> SQLError:
-    """The channel has no query to show a word in."""
+    """The error if the channel's query has no room for a word."""
     return SQLError(
         OBJECT_NOT_IN_PREREQUISITE_STATE,
         "calls from inside the database are not served here",

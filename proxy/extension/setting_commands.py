@@ -1,11 +1,11 @@
-"""SET, RESET and ALTER … SET of the settings ``pg_background.*``, as the client writes them.
+"""SET, RESET and ALTER … SET of the settings ``pg_background.*``.
 
-To the server these are custom settings, of which it knows neither the values that they may have nor
-how they are shown. So a value is checked and put into the form of SHOW before the server gets it.
+To the server these are custom settings, whose values it can neither check nor format. So a value
+is checked and put into the form of SHOW before the server gets it.
 
 Invariant: a statement that is not recognised for certain, to its last token, gives None and goes to
-the server as it came. A value that is found wrong is refused by the server, in a block that raises
-the error: so its transaction fails too.
+the server unchanged. An invalid value is refused in the server, by a block that raises the error,
+so its transaction fails too.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from proxy.statements.plan import Substitute, substitute
 
 _PREFIX: Final = "pg_background."
 _RESERVED_PREFIXES: Final = 150000
-"""The version from which on a library refuses other names with its prefix."""
+"""The version from which on a library can reserve its prefix."""
 _WORDS: Final = frozenset({"true", "false", "on"})
-"""Reserved words that may be a value."""
+"""Reserved words that can be values."""
 _OTHER_NUMBERS: Final = 160000
 """The version from which on 0x10, 0o20, 0b1 and 1_000 are numbers."""
 
@@ -32,11 +32,11 @@ _OTHER_NUMBERS: Final = 160000
 def analyze(
     statement: Tokens, defaults: Mapping[str, str], *, server_version: int
 ) -> Substitute | None:
-    """What takes the place of a command about one of our settings, None if it is another.
+    """The substitute for a command about one of our settings; None for any other statement.
 
     Args:
-        statement: one, as the session's server reads it.
-        defaults: the values of settings that nothing on the server has set.
+        statement: one statement, as the session's server reads it.
+        defaults: values of settings that nothing on the server has set.
         server_version: as server_version_num, e.g. 150004.
     """
     try:
@@ -84,7 +84,7 @@ def _command(
 
 
 def _reset(name: str, default: str, *, is_local: bool) -> bytes:
-    """A block that resets a setting, to the proxy's default if nothing on the server has set it."""
+    """A block that resets a setting; to the proxy's default if nothing on the server sets it."""
     command = b"SET LOCAL %b TO DEFAULT" if is_local else b"RESET %b"
     return do_block(
         b"BEGIN " + command % name.encode() + b"; PERFORM pg_catalog.set_config(%b, %b, %b) WHERE"
@@ -99,7 +99,7 @@ def _reset(name: str, default: str, *, is_local: bool) -> bytes:
 
 
 def _before_name(statement: Tokens) -> tuple[int, bytes]:
-    """The token that the setting's name begins with, and the command's tag."""
+    """The token where the setting's name begins, and the command tag."""
     first, second = statement.keyword(0), statement.keyword(1)
     if first == "reset":
         return 1, b"RESET"
@@ -123,8 +123,8 @@ def _before_name(statement: Tokens) -> tuple[int, bytes]:
 
 
 def _name(statement: Tokens, at: int) -> tuple[str, int]:
-    """The setting that is named there, of those with our prefix, and what is behind it. Case does
-    not matter, not even in quotes; and the dot may be within them."""
+    """The setting with our prefix that is named there, and the index behind the name. Case does not
+    matter, even in quotes, which may contain the dot."""
     parts = [statement.name(at)]
     at += 1
     while statement.text(at) == b".":
@@ -140,8 +140,8 @@ def _name(statement: Tokens, at: int) -> tuple[str, int]:
 
 
 def _value(statement: Tokens, at: int, server_version: int) -> str | None:
-    """The lone constant or word with which the statement ends, as the server stores it; None if it
-    is none of these."""
+    """The single constant or word that ends the statement, as the server stores it; None if there
+    is anything else."""
     text = statement.text(at)
     sign = b""
     if text in (b"+", b"-"):
@@ -163,7 +163,7 @@ def _value(statement: Tokens, at: int, server_version: int) -> str | None:
 
 
 def _number(text: str, server_version: int) -> str:
-    """A number as the server prints it: what is an integer to SQL has no octal digits."""
+    """A number as the server prints it: SQL integers are not octal."""
     if text[:2] in ("0x", "0o", "0b") or "_" in text:
         if server_version < _OTHER_NUMBERS:
             raise NotRecognizedError("no number to this server")
@@ -173,8 +173,8 @@ def _number(text: str, server_version: int) -> str:
 
 
 def _string(text: bytes) -> str | None:
-    """What a string constant says, with U+FFFD for what is not ASCII, which no value has. None if
-    that depends on settings, or takes more reading."""
+    """The value of a string constant, with U+FFFD for non-ASCII, which no value has. None if that
+    depends on settings, or is harder to read."""
     if text.startswith(b"$"):
         quote = text[: text.index(b"$", 1) + 1]
         return text[len(quote) : -len(quote)].decode("ascii", "replace")
@@ -190,7 +190,7 @@ def _string(text: bytes) -> str | None:
 
 
 def _refusal(guc: Guc, error: ValueError) -> SQLError:
-    """The server's words for it."""
+    """The error in the server's words."""
     message, _, hint = str(error).partition("; ")
     if hint:
         hint = hint.replace("valid units are", "valid units for this parameter are")

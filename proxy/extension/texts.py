@@ -1,8 +1,8 @@
-"""The SQL in `sql/`: what CREATE EXTENSION makes, the commands for it, and queries about it.
+"""The SQL files in `sql/`: what CREATE EXTENSION makes, the commands, and queries about it.
 
-Invariant: a placeholder, ``@{word}``, is replaced by what its caller gives for it, which is not
-searched for placeholders again; or else by the file of that name, with the same words. A file's
-first comment is about the file, and not part of the SQL.
+Invariant: a placeholder, ``@{word}``, is replaced by the caller's text, which is not searched for
+placeholders again, or else by the file of that name, with the same words. A file's first comment is
+about the file and not part of the SQL.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _OPENING: Final = re.compile(r"\A(?:--.*\n)+\n")
 def sql(name: str, **words: str) -> str:
     """The text of ``sql/<name>.sql``.
 
-    Raises FileNotFoundError for a placeholder that is neither among the words nor a file.
+    Raises FileNotFoundError for a placeholder that is neither a word nor a file.
     """
 
     def replacement(found: re.Match[str]) -> str:
