@@ -218,6 +218,12 @@ def test_readme_is_short() -> None:
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
 
 
+@pytest.mark.parametrize("end", ["demo --once", "&& .venv/bin/pytest"])
+def test_readme_has_the_commands_that_ci_takes_from_it(end: str) -> None:
+    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert len(re.findall(rf"^python3 -m venv .* {re.escape(end)}$", page, re.MULTILINE)) == 1
+
+
 def test_architecture_names_what_there_is() -> None:
     """What looks like a name in the code is one, so renaming it changes the page too."""
     page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
