@@ -1,5 +1,5 @@
-# By digest (of the index for all architectures), so that a build is what was looked at: update it with
-# the tag. The same goes for requirements.lock.
+# Pinned by digest (of the multi-architecture index), so that a build uses the image that was
+# reviewed. Update it together with the tag. The same applies to requirements.lock.
 FROM python:3.13-slim@sha256:7c61056e61ac89e852de05f3dc6fa51a6dd2181797bceed46aa725dd7cb2cd3b
 
 WORKDIR /src
@@ -13,8 +13,8 @@ RUN pip install --no-cache-dir --only-binary :all: --require-hashes -r requireme
     && groupadd --gid 6543 pgbg \
     && useradd --uid 6543 --gid 6543 --no-create-home --shell /usr/sbin/nologin pgbg
 
-# It writes nothing, so the root file system may be read-only. By number, since Kubernetes cannot
-# tell otherwise that this is not root.
+# The proxy writes nothing, so the root file system may be read-only. The user is a number, because
+# otherwise Kubernetes cannot tell that it is not root.
 WORKDIR /
 USER 6543:6543
 EXPOSE 6543 6544

@@ -48,7 +48,7 @@ def markdown(results: Results, path: Path) -> str:
     relative to the top of the repository.
     """
     lines = [f"{_about(results)}.", "", *_goal_table(results)]
-    lines += ["", "<details>", "<summary>All that was measured</summary>"]
+    lines += ["", "<details>", "<summary>All measurements</summary>"]
     for measure in results.measures():
         picture = path.with_name(f"{path.stem}-{measure}.svg")
         lines += ["", *_case_table(results, measure), "", f"![{measure}](../{picture.as_posix()})"]
@@ -62,7 +62,7 @@ def _about(results: Results) -> str:
     return (
         f"{about['date']}, {about['machine']}, PostgreSQL {about['PostgreSQL']},"
         f" Python {about['Python']}, PgBouncer {about['PgBouncer']}"
-        f"; {about['effort']} run, load before it {about['load']}"
+        f"; {about['effort']} run, load average before it {about['load']}"
         f"{'; proxy with ' + about['options'] if about['options'] else ''}"
     )
 
