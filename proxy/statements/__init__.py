@@ -1,1 +1,1 @@
-"""Calls in SQL statements: where they stand, and what the server gets in their place."""
+"""Calls in SQL statements: where they are, and what the server gets in their place."""

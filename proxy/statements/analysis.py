@@ -1,26 +1,26 @@
-"""Which pg_background calls a statement makes, and the stand-in that the server gets for it.
+"""Finds the pg_background calls in a statement, and makes the stand-in that the server gets.
 
-The server never sees our functions. Where a call stands it gets a stand-in: an expression that
-evaluates and type-checks the call's arguments and returns them as one text[] literal. So errors
-in arguments, parameter types, Describe, portals and failed transactions are the server's own.
+The server never sees our functions. In place of a call it gets an expression that evaluates and
+type-checks the call's arguments and returns them as one text[] literal. So errors in arguments,
+parameter types, Describe, portals and failed transactions are the server's own.
 
 Invariant: **a statement is served only if its stand-in does what the statement would have done**.
-Whatever is not recognised for certain gives None, and passes through as it came. SQL is edited by
-source span, between tokens of our exact lexer; nothing is ever printed from a syntax tree.
+What is not recognised for certain gives None, and passes unchanged. SQL is edited by source span,
+between tokens of our exact lexer; nothing is ever printed from a syntax tree.
 
 These shapes are served:
 
-- *calls as items of the select list* of one plain SELECT, or a field of what they return, or all
-  of them (``(call).*``). What else stands in the statement is free: only the words that begin its
-  clauses count, and the commas between them, at its outermost level;
-- *a function alone in FROM*, with plain output columns; one of the views too;
+- *calls as items of the select list* of one plain SELECT, or one or all fields of their results
+  (``(call).*``). Only the words that begin the clauses, and the commas between items, at the
+  outermost level matter; everything else is free;
+- *a function or view alone in FROM*, with plain output columns;
 - *a call alone in a subquery that is alone in FROM*, with plain output columns or fields;
-- *a call as the last item of FROM*, made for each row of the others, and what it returns as plain
+- *a call as the last item of FROM*, made for each row of the others, with its results as plain
   columns or as arguments of calls in the select list;
 - *pg_background_result alone in the select list*.
 
-All are read from the tokens, in time that is linear in their number: no grammar is needed to see
-where an item ends. What the grammar forbids, the server says of the stand-in too.
+All are read from the tokens, in linear time: finding the end of an item takes no grammar. What the
+grammar forbids, the server reports for the stand-in too.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def analyze(
     *,
     voids: Collection[int] = (),
 ) -> Plan | None:
-    """How to serve a statement; None: it makes no call that we serve, and passes as it is.
+    """How to serve a statement; None if it has no call that we serve and passes unchanged.
 
     Args:
-        statement: one, as the session's server reads it.
-        functions: what there is to call in the database's version of the API.
-        voids: the numbers of the parameters that are declared to be of type void.
+        statement: one statement, as the session's server reads it.
+        functions: those in the database's version of the API.
+        voids: the numbers of the parameters of type void.
     """
     outline = Outline(statement, functions, voids)
     if outline.keyword(0) not in ("select", "with", "table"):
@@ -81,15 +81,15 @@ def _plan(outline: Outline) -> Plan:
     return select_items(outline, sites)
 
 
-# Operators that are found in pg_catalog, and have no side effects there; ``*`` is no operator here.
+# Operators in pg_catalog without side effects; ``*`` can only be a star here.
 _OPERATORS: Final = frozenset((b"*", b"||", b"+", b"-"))
 
 
 def _has_no_side_effects(outline: Outline, plan: Plan) -> bool:
-    """Whether the server evaluates constants and parameters only: in the whole statement, or in a
-    function's arguments if that stands in FROM, where nothing else is evaluated.
+    """Whether the server evaluates constants and parameters only: in the whole statement, or, for a
+    function in FROM, in its arguments, since nothing else is evaluated there.
 
-    For what is not certain at a glance the answer is no, which costs a round trip.
+    When in doubt the answer is no, which costs a round trip.
     """
     tokens = range(len(outline.texts))
     if isinstance(plan, ResultPlan):

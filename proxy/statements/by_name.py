@@ -1,7 +1,7 @@
-"""SQL that uses by its name a prepared statement or portal that the protocol has made.
+"""SQL that uses, by name, a prepared statement or portal made by the protocol.
 
-Invariant: under the name of one with a call the server has the stand-in. Only the proxy makes the
-call, and only for the protocol's Execute; so SQL must not use it, or it would see the stand-in.
+Invariant: for one with a call, the server has the stand-in. Only the proxy makes the call, and only
+for the protocol's Execute; so SQL must not use it, or it would see the stand-in.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _STATEMENT: Final = ("execute", "explain", "create")
 
 
 class Use(NamedTuple):
-    """The use of a name: of a portal, or else of a prepared statement."""
+    """A name that is used: a portal's or a prepared statement's."""
 
     name: bytes
     is_portal: bool
 
     def refusal(self) -> SQLError:
-        """The error for it."""
+        """The error for this use."""
         name = self.name.decode("utf-8", "replace")
         what, use, other = (
             ("portal", "fetched from", "DECLARE")
@@ -40,8 +40,8 @@ class Use(NamedTuple):
 
 
 def used(statement: Tokens) -> Use | None:
-    """The name that EXECUTE (in EXPLAIN or CREATE TABLE AS, too), FETCH or MOVE uses, if it is one
-    of these."""
+    """The name used by EXECUTE (also in EXPLAIN or CREATE TABLE AS), FETCH or MOVE, if the
+    statement is one of these."""
     try:
         return _used(statement)
     except NotRecognizedError:

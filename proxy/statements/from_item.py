@@ -32,7 +32,7 @@ from proxy.statements.standin import (
 
 
 class OutputItem(NamedTuple):
-    """A plain output column, its tokens and names; ``column`` None is ``*``."""
+    """The tokens and names of a plain output column; ``column`` is None for ``*``."""
 
     first: int
     last: int
@@ -42,15 +42,15 @@ class OutputItem(NamedTuple):
     label: bytes | None
 
 
-# Types that have a modifier without parentheses, at least at times.
+# Types that can have a modifier without parentheses.
 _MODIFIED: Final = frozenset(("bit", "char", "character", "interval", "national", "nchar"))
 # The field of ``(c).*``; no name is empty.
 _ALL_FIELDS: Final = b""
 
 
 class _Source(NamedTuple):
-    """Something in FROM: the table's name, its alias's token, its columns' names, whether they
-    have types, and their tokens."""
+    """An item of FROM: the table's name, its alias's token, the columns' names, whether they have
+    types, and their tokens."""
 
     name: bytes
     alias: int | None
@@ -92,7 +92,7 @@ def lone_item(outline: Outline, site: Site) -> ResultPlan:
 
 
 def plain_outputs(outline: Outline) -> tuple[list[OutputItem], int]:
-    """What stands between SELECT and FROM, and where it goes on behind FROM."""
+    """The items between SELECT and FROM, and the index behind FROM."""
     at = outline.after_select()
     items: list[OutputItem] = []
     while True:
@@ -107,8 +107,8 @@ def plain_outputs(outline: Outline) -> tuple[list[OutputItem], int]:
 
 
 def plain_output(outline: Outline, index: int) -> OutputItem:
-    """``*``, ``t.*``, ``c``, ``t.c``, ``(c).f``, ``(t.c).f``, ``(c).*`` or ``(t.c).*``, and a
-    label."""
+    """An item ``*``, ``t.*``, ``c``, ``t.c``, ``(c).f``, ``(t.c).f``, ``(c).*`` or ``(t.c).*``,
+    with an optional label."""
     table = field = None
     in_parentheses = outline.text(index) == b"("
     at = index + in_parentheses
@@ -119,7 +119,7 @@ def plain_output(outline: Outline, index: int) -> OutputItem:
         at += 2
     if outline.text(at) == b"*" and not in_parentheses:
         return OutputItem(index, at, table, None, None, None)
-    # Behind a dot any word is a name.
+    # After a dot any word is a name.
     if not (outline.is_name(at) or (table is not None and outline.name(at))):
         raise NotRecognizedError("not a column's name")
     column = outline.name(at)
@@ -137,7 +137,7 @@ def plain_output(outline: Outline, index: int) -> OutputItem:
 
 
 def source_of(outline: Outline, at: int, default: bytes) -> _Source:
-    """What follows something in FROM, up to the statement's end: ``AS t (a int, …)``."""
+    """What follows an item of FROM, up to the end of the statement: ``AS t (a int, …)``."""
     has_as = outline.keyword(at) == "as"
     at += has_as
     alias = None
@@ -166,7 +166,7 @@ def source_of(outline: Outline, at: int, default: bytes) -> _Source:
 def scalar_from(
     outline: Outline, site: Site, items: list[OutputItem], source: _Source
 ) -> ScalarPlan:
-    """The stand-in is a function in FROM too, so names come out as they would."""
+    """The stand-in is also a function in FROM, so column names come out the same."""
     if source.typed or len(source.columns) > 1 or len(items) > 1:
         raise NotRecognizedError("not one column")
     [column] = source.columns or [source.name]
@@ -180,7 +180,7 @@ def scalar_from(
 def columns_result(
     outline: Outline, site: Site, items: list[OutputItem], source: _Source
 ) -> ResultPlan:
-    """The function knows its columns; the alias may have other names for the first of them."""
+    """The function's columns are known; the alias may rename the first of them."""
     own = column_names(site.call.function)
     if len(source.columns) > len(own) or source.typed:
         raise NotRecognizedError("not its columns")
@@ -188,7 +188,7 @@ def columns_result(
     outputs: list[Output] = []
     for item in items:
         if item.field is not None and (item.table, item.column) == (None, source.name):
-            # (t).c is t.c, if t is not a column.
+            # (t).c means t.c if t is not a column.
             if item.column in names:
                 raise NotRecognizedError("a field of something else")
             column = item.field or None
@@ -208,7 +208,7 @@ def columns_result(
 
 
 def result(outline: Outline, site: Site, outputs: tuple[Output, ...]) -> ResultPlan:
-    """The arguments only, in FROM, where no argument can make two rows."""
+    """A stand-in with the arguments only, in FROM, where no argument can produce two rows."""
     if any(len(output.label or b"") > MAX_NAME for output in outputs):
         raise NotRecognizedError("a name that the server would cut")
     pieces = [
@@ -222,9 +222,9 @@ def result(outline: Outline, site: Site, outputs: tuple[Output, ...]) -> ResultP
 def defined_result(
     outline: Outline, site: Site, items: list[OutputItem], source: _Source
 ) -> ResultPlan:
-    """An empty table of the columns defined, outer-joined to the arguments.
+    """An empty table of the defined columns, outer-joined to the arguments.
 
-    These come first in FROM, so that they cannot see the columns; ``*`` is only the table.
+    The arguments come first in FROM, so that they cannot see the columns; ``*`` is the table alone.
     """
     if any(outline.name(at) == ARGUMENTS for at in range(outline.count)):
         raise NotRecognizedError("our own alias")
@@ -243,7 +243,7 @@ def defined_result(
         elif item.column in places:
             outputs.append(Output(places[item.column], item.label))
         else:
-            # It could still be something, if not a column: the row, or a function of it.
+            # If it is no column, it may still be the row, or a function of it.
             raise NotRecognizedError("not a column")
         if item.column is None and item.table is None:
             edits.append(in_place_of(outline, item.first, item.first, b" ", table, b".*"))
@@ -294,7 +294,7 @@ def view(outline: Outline) -> ResultPlan:
 
 
 def subquery(outline: Outline, site: Site) -> int | None:
-    """The ``(`` of the subquery in FROM whose select list begins with this call."""
+    """The ``(`` of a subquery in FROM whose select list begins with this call."""
     at = site.first - 1
     while outline.text(at) == b"(":
         at -= 1
@@ -308,7 +308,7 @@ def subquery(outline: Outline, site: Site) -> int | None:
 
 
 def from_subquery(outline: Outline, site: Site, opening: int) -> ScalarPlan:
-    """The stand-in has one column, the call's, whatever is made of it."""
+    """The stand-in has the call's column only, whatever is made of it."""
     items, at = plain_outputs(outline)
     span = item_span(outline, site)
     if at != opening or span.fields is not None or span.first != outline.after_select(at + 1):
@@ -317,7 +317,7 @@ def from_subquery(outline: Outline, site: Site, opening: int) -> ScalarPlan:
     label, end = outline.label(span.last + 1)
     if end != close:
         raise NotRecognizedError("not a call alone in a subquery")
-    # Without an alias, which PostgreSQL accepts since 16, the table has no name.
+    # Without alias (allowed since 16) the table has no name.
     source = source_of(outline, close + 1, b"")
     if source.typed or len(source.columns) > 1:
         raise NotRecognizedError("not its column")
@@ -342,7 +342,7 @@ def from_subquery(outline: Outline, site: Site, opening: int) -> ScalarPlan:
 def of_record(
     outline: Outline, function: Function, item: OutputItem, name: bytes
 ) -> Iterator[ItemOutput]:
-    """What an item makes of the only column, named ``name``, which is a function's result."""
+    """What an item makes of the single column, named ``name``: a function's result."""
     fields = column_names(function)
     if item.field is None:
         yield ItemOutput(0, None, item.label or name)

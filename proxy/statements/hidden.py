@@ -1,11 +1,11 @@
-"""Stand-ins under names of the proxy's own, and what the server has under the client's names.
+"""Hidden names for stand-ins, and what the server has under the client's names.
 
-Invariant: SQL that uses a client's name of a statement or portal never gets a stand-in's rows. The
-stand-in has a hidden name, and under the client's own there is the client's own text, if the server
-has the functions; otherwise a *guard*, which can only fail. So it is the server that tells which
-names are taken, closed or deallocated, to the protocol and to SQL, in functions too.
+Invariant: SQL that uses a client's name for a statement or portal never gets a stand-in's rows. The
+stand-in has a hidden name. Under the client's name the server has the client's own text, if it has
+the functions; otherwise a *guard*, which can only fail. So the server tells which names are taken,
+closed or deallocated, to the protocol and to SQL, even in functions.
 
-Nothing but the protocol sees unnamed ones: a stand-in has no name if the client's has none.
+Only the protocol can use unnamed ones: a stand-in has no name if the client's has none.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from proxy.sql import text
 from proxy.statements.by_name import Use
 
 PREFIX: Final = "_pg_background_proxy."
-"""How hidden names begin. What follows differs from session to session: SQL cannot guess it."""
+"""Prefix of hidden names. The rest differs between sessions, so SQL cannot guess it."""
 
 _HIDDEN: Final = re.compile(re.escape(PREFIX.encode()) + rb"[0-9a-f]{16}_\d+")
 
 GUARD_COLUMN: Final = b"_pg_background_proxy_guard"
-"""The only column of a portal's guard, by which it is known."""
+"""The only column of a portal's guard, which identifies it."""
 
 TEXT: Final = "pg_background_text_"
 TEXT_TAG: Final = f"[$]{TEXT}([0-9a-f]{{16}}_[0-9]+)[$]"
-"""A regular expression for what stands before and behind the client's text in a guard; what is in
-parentheses, behind `PREFIX`, is the stand-in's hidden name."""
+"""A regular expression for what encloses the client's text in a guard; the group in it, behind
+`PREFIX`, is the stand-in's hidden name."""
 
 
 class HiddenNames:
-    """Those of one session."""
+    """The hidden names of one session."""
 
     def __init__(self) -> None:
         self._prefix = f"{PREFIX}{secrets.token_hex(8)}_".encode()
@@ -48,11 +48,11 @@ class HiddenNames:
         return hidden
 
     def forget(self, hidden: bytes) -> None:
-        """It is not used any more."""
+        """The name is no longer used."""
         self._names.pop(hidden, None)
 
     def restored(self, message: bytes) -> bytes:
-        """A message of the server's with the client's names."""
+        """A message of the server, with the client's names."""
         if self._prefix not in message:
             return message
         return _HIDDEN.sub(lambda found: self._names.get(found[0], found[0]), message)
@@ -67,7 +67,7 @@ def statement_guard(
         name: of the statement.
         hidden: of its stand-in.
         sql: the client's text, to be shown in pg_prepared_statements.
-        parameters: how many it has. They are of type text, to which SQL converts everything.
+        parameters: their number. They have type text, to which SQL converts anything.
     """
     shown = b" PERFORM " + _quoted(sql, hidden) + b";"
     guard = text.raise_block(Use(name, is_portal=False).refusal(), shown)
@@ -75,8 +75,8 @@ def statement_guard(
 
 
 def portal_guard(name: bytes, hidden: bytes, sql: bytes) -> bytes:
-    """The query of a portal's guard. A fetch from it fails with 34000: of a portal, only a
-    query's rows may be fetched, and that is the error that a query can raise about a cursor.
+    """The query of a portal's guard. A fetch from it fails with 34000, an error that a query can
+    raise about a cursor: only a query's portal can have its rows fetched.
 
     Args:
         name: of the portal.

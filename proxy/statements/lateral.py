@@ -3,13 +3,13 @@
 
 Invariant: the stand-in is evaluated as often as the call would be, and each row has its own.
 
-A stand-in with a volatile element, such as ``random()``, would tell the rows of one evaluation
-from those of another. Thousands of random statements on PostgreSQL 15 and 18 have shown that
-`check_rows` would then not have to refuse a call for several rows together (`is_merged` and its
-kind could go). The other conditions would remain, since next to a function that returns a set the
-server evaluates a call once more than there are rows, and a volatile WHERE drops rows with their
-calls; and it would cost a memory of results for each statement, and before PostgreSQL 13, which has
-gen_random_uuid(), numbers of the session's own random sequence.
+A volatile element in the stand-in, such as ``random()``, would tell the rows of one evaluation from
+those of another. Thousands of random statements on PostgreSQL 15 and 18 showed that `check_rows`
+need not refuse one call for several rows then (`is_merged` and the like could go). The other
+conditions would remain: next to a function that returns a set, the server evaluates a call once
+more than there are rows, and a volatile WHERE drops rows with their calls. It would also need
+results kept for each statement, and, before gen_random_uuid() in PostgreSQL 13, numbers from the
+session's random sequence.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from proxy.statements.standin import (
 
 _MAX_SUBQUERIES: Final = 20
 _OUTER: Final = frozenset(("left", "right", "full", "outer", "natural"))
-# Functions that return one value for one row: neither sets nor aggregates, nor windows.
+# Functions that return one value for one row: no sets, aggregates or window functions.
 _ONE_ROW: Final = frozenset(
     (
         *("abs", "btrim", "cast", "coalesce", "concat", "concat_ws", "current_setting", "extract"),
@@ -57,7 +57,7 @@ _ONE_ROW: Final = frozenset(
         *("upper",),
     )
 )
-# Words before a parenthesis that call nothing.
+# Words that do not make a call of a parenthesis behind them.
 _NOT_CALLED: Final = RESERVED - {"left", "right"}
 _NORMAL_FORMS: Final = frozenset(("nfc", "nfd", "nfkc", "nfkd"))
 _BEFORE_OPERANDS: Final = frozenset(("select", "all", "distinct", "where", "and", "or", "not"))
@@ -67,21 +67,21 @@ _BEHIND_OPERANDS: Final = frozenset(
         *("like", "limit", "not", "notnull", "or"),
     )
 )
-# Beside these a constant can make an operand superfluous, and the planner leaves it out.
+# Next to these a constant can make an operand superfluous, so that the planner removes it.
 _DROPS: Final = frozenset(("case", "and", "or", "is", "isnull", "notnull", "null"))
-# Clauses that keep a subquery as it is.
+# Clauses with which the planner does not pull up a subquery.
 _KEEPS: Final = frozenset(("group", "having", "order", "limit", "offset", "fetch"))
-# Before a subquery in a condition that the planner joins like a table.
+# Words before subqueries in conditions that the planner turns into joins.
 _JOINED: Final = frozenset(("exists", "in", "any", "some"))
-# Before a subquery that is not an item of FROM.
+# Words before subqueries that are no items of FROM.
 _IN_CONDITIONS: Final = frozenset(("exists", "in", "any", "some", "all", "array", "not"))
 
 
 class Lateral(NamedTuple):
-    """A call that is the last item of FROM, and the statement around it, in tokens.
+    """A call that is the last item of FROM, and the statement around it, as token indices.
 
-    ``select`` and ``from_`` are these words, ``before`` is where the other items of FROM end, and
-    ``rest`` begins what is behind the alias, which ends at ``end``. ``names`` are the columns'.
+    ``select`` and ``from_`` are these words; ``before`` is the end of the other items of FROM;
+    ``rest`` is what follows the alias, which ends at ``end``. ``names`` are the columns'.
     """
 
     site: Site
@@ -96,15 +96,15 @@ class Lateral(NamedTuple):
 
     @property
     def alone(self) -> bool:
-        """There are no other items."""
+        """Whether there are no other items."""
         return self.before == self.from_
 
 
 def from_of(outline: Outline, select: int) -> int | None:
-    """The FROM of the SELECT whose word stands there."""
+    """The FROM of the SELECT at this index."""
     for at in outline.outermost(select + 1):
         word = outline.keyword(at)
-        # Not a IS DISTINCT FROM b, nor a label, nor a column of that name.
+        # Not a IS DISTINCT FROM b, a label, or a column of that name.
         if word == "from" and outline.keyword(at - 1) not in ("distinct", "as"):
             if outline.text(at - 1) != b".":
                 return at
@@ -114,8 +114,8 @@ def from_of(outline: Outline, select: int) -> int | None:
 
 
 def last_in_from(outline: Outline, site: Site) -> Lateral | None:
-    """Reads what is around a call that stands behind other items in FROM, or there as LATERAL,
-    or alone if other calls are made; None if it does not stand so."""
+    """The surroundings of a call behind other items in FROM, with LATERAL, or alone but with other
+    calls; None if it is none of these."""
     before = site.first - 1
     before -= outline.keyword(before) == "lateral"
     word = outline.keyword(before)
@@ -143,8 +143,7 @@ def last_in_from(outline: Outline, site: Site) -> Lateral | None:
     words = [outline.keyword(at) for at in clauses]
     if words[:1] == ["where"]:
         del words[0]
-    # Clauses that follow: OFFSET and DISTINCT make calls whose rows are dropped, and a sort makes
-    # calls in an unknown order.
+    # OFFSET and DISTINCT would make calls whose rows are dropped, a sort calls in unknown order.
     if words not in ([], ["limit"], ["fetch"]) or (clauses[:1] or [outline.count])[0] != rest:
         raise NotRecognizedError("not a call for each row")
     name = outline.name(alias) or b""
@@ -152,7 +151,7 @@ def last_in_from(outline: Outline, site: Site) -> Lateral | None:
 
 
 def alias_of(outline: Outline, site: Site) -> tuple[int, int, list[bytes]]:
-    """The token of a call's alias in FROM, what is behind it, and the names of the columns."""
+    """The token of a call's alias in FROM, the index behind it, and the columns' names."""
     function = site.call.function
     at = site.last + 1
     at += outline.keyword(at) == "as"
@@ -170,7 +169,7 @@ def alias_of(outline: Outline, site: Site) -> tuple[int, int, list[bytes]]:
         at = close + 1
     own = column_names(function)
     names = [*given, *own[len(given) :]]
-    # The server may have cut a name of this length.
+    # The server may have truncated a name of this length.
     if len(names) > len(own) or any(len(name) >= MAX_NAME for name in names):
         raise NotRecognizedError("not its columns")
     if len(outline.name(alias) or b"") >= MAX_NAME:
@@ -179,9 +178,8 @@ def alias_of(outline: Outline, site: Site) -> tuple[int, int, list[bytes]]:
 
 
 def with_lateral(outline: Outline, lateral: Lateral) -> ScalarPlan:
-    """The stand-in has a function in FROM too, so that its arguments are evaluated as they
-    would be. Its only column comes first in the select list, then come the items that are not
-    columns of it."""
+    """The stand-in is also a function in FROM, so its arguments are evaluated as they would be. Its
+    single column comes first in the select list; items that are not columns of the call follow."""
     site = lateral.site
     first, end = outline.after_select(lateral.select), lateral.from_
     if outline.keyword(first) == "distinct" or any(
@@ -206,8 +204,8 @@ def with_lateral(outline: Outline, lateral: Lateral) -> ScalarPlan:
 
 
 class _Items(NamedTuple):
-    """The select list: its part of the stand-in behind the first column, `width` columns; which of
-    them are calls; and what the client gets."""
+    """The select list: its part of the stand-in behind the first column, which has `width` columns;
+    those that are calls; and the client's columns."""
 
     pieces: list[Piece]
     width: int
@@ -243,7 +241,7 @@ def _items(outline: Outline, lateral: Lateral, first: int, end: int) -> _Items:
             outputs += results
             calls.append(CallColumn(count, site.call))
             used = used or _uses_field(site.call)
-    # Without a column of the call's beside them aggregates would be possible.
+    # Without columns of the call, the items could be aggregates.
     if sites or not used:
         raise NotRecognizedError("calls elsewhere, or no column of this one")
     return _Items(pieces, count, calls, outputs)
@@ -252,8 +250,8 @@ def _items(outline: Outline, lateral: Lateral, first: int, end: int) -> _Items:
 def call_item(
     outline: Outline, site: Site, first: int, last: int, column: int
 ) -> tuple[list[Piece], list[ItemOutput]]:
-    """A call that is an item of the select list: its stand-in with its name, and what the
-    client gets of it."""
+    """A call that is an item of the select list: its stand-in, with the call's name, and the
+    client's columns."""
     span = item_span(outline, site)
     label, end = outline.label(span.last + 1)
     if span.first != first or end != last + 1:
@@ -269,7 +267,7 @@ def call_item(
 
 
 def lateral_outputs(outline: Outline, lateral: Lateral, first: int, last: int) -> list[ItemOutput]:
-    """The columns that an item takes from the call in FROM; none if it is something else."""
+    """The columns that an item takes from the call in FROM; none for other items."""
     names = lateral.names
     if outline.name(first) == lateral.name and outline.text(first + 1) == b".":
         if outline.text(first + 2) == b"*" and first + 2 == last:
@@ -301,8 +299,8 @@ def field_of_lateral(
 
 
 def check_rows(outline: Outline, lateral: Lateral) -> None:
-    """Raises NotRecognizedError unless each row that is returned has a call of its own, as if the
-    server joined it last."""
+    """Raises NotRecognizedError unless each returned row has a call of its own, as if the server
+    joined the call last."""
     site = lateral.site
     for first, end in ((0, lateral.select), (lateral.from_ + 1, lateral.rest)):
         for at in range(first, end):
@@ -311,8 +309,8 @@ def check_rows(outline: Outline, lateral: Lateral) -> None:
     for at in range(lateral.rest, outline.count):
         check_names(outline, lateral, at, columns=True)
     if not lateral.alone:
-        # One that depends on no row is made once for all, and one that depends on some of the
-        # items could be made before the others are joined.
+        # A call that depends on no row is made once for all; one that depends on some of the items
+        # could be made before the others are joined.
         columns = [at for leaf in site.leaves for at in columns_in(outline, leaf.first, leaf.last)]
         tables = {outline.name(at) for at in columns if outline.text(at + 1) == b"."}
         items = items_in_from(outline, lateral.from_ + 1, lateral.before)
@@ -320,7 +318,7 @@ def check_rows(outline: Outline, lateral: Lateral) -> None:
             raise NotRecognizedError("a call for several rows together")
         others = (*range(lateral.select), *range(lateral.from_ + 1, lateral.before))
         selects = [at for at in others if outline.keyword(at) == "select"]
-        # Each takes time for all that is nested in it.
+        # Each costs time for all that is nested in it.
         if len(selects) > _MAX_SUBQUERIES or any(
             is_merged(outline, at, several=items > 1) for at in selects
         ):
@@ -330,7 +328,7 @@ def check_rows(outline: Outline, lateral: Lateral) -> None:
             raise NotRecognizedError("a join after the calls")
     condition: list[int] = []
     for at in [*own(outline, lateral.rest, outline.count - 1), outline.count]:
-        # One with a volatile function and no column sees the rows with the calls already made.
+        # A condition with a volatile function and no column is checked after the calls.
         if at == outline.count or outline.keyword(at) in ("and", "or", "limit", "fetch"):
             if any(is_call(outline, item) for item in condition) and not any(
                 is_column(outline, item) for item in condition
@@ -342,8 +340,8 @@ def check_rows(outline: Outline, lateral: Lateral) -> None:
 
 
 def check_names(outline: Outline, lateral: Lateral, at: int, *, columns: bool) -> None:
-    """Raises NotRecognizedError if the alias of the call in FROM stands there or, with ``columns``,
-    what could be one of its columns."""
+    """Raises NotRecognizedError if the alias of the call in FROM or, with ``columns``, a possible
+    name of one of its columns is at this index."""
     name = outline.name(at)
     if name is None or outline.text(at - 1) == b".":
         return
@@ -359,7 +357,7 @@ def check_names(outline: Outline, lateral: Lateral, at: int, *, columns: bool) -
 
 def check_free(outline: Outline, lateral: Lateral, first: int, last: int) -> None:
     """Raises NotRecognizedError unless an expression of the select list makes one column of one
-    row, without what the call in FROM returns."""
+    row, and does not use the call in FROM."""
     for at in range(first, last + 1):
         check_names(outline, lateral, at, columns=True)
         star = outline.text(at) == b"*"
@@ -372,7 +370,7 @@ def check_free(outline: Outline, lateral: Lateral, first: int, last: int) -> Non
 
 
 def own(outline: Outline, first: int, last: int) -> Iterator[int]:
-    """The tokens there that are neither in a subquery nor in a type's brackets."""
+    """The tokens that are in no subquery and in no type's brackets."""
     at = first
     while at <= last:
         if outline.text(at) == b"(" and (
@@ -385,7 +383,7 @@ def own(outline: Outline, first: int, last: int) -> Iterator[int]:
 
 
 def is_type(outline: Outline, index: int) -> bool:
-    """Whether the name that ends there is the type of a cast."""
+    """Whether the name that ends here is the type of a cast."""
     if outline.name(index) is None:
         return False
     begin = outline.qualified(index)
@@ -393,7 +391,7 @@ def is_type(outline: Outline, index: int) -> bool:
 
 
 def is_call(outline: Outline, at: int) -> bool:
-    """Whether it could be the name of a function that is called."""
+    """Whether this may be the name of a function call."""
     return (
         outline.text(at + 1) == b"("
         and outline.name(at) is not None
@@ -403,8 +401,8 @@ def is_call(outline: Outline, at: int) -> bool:
 
 
 def is_column(outline: Outline, at: int) -> bool:
-    """Whether it is a column for certain: a name, qualified or not, between tokens that can only
-    be the borders of an operand."""
+    """Whether this is certainly a column: a name, possibly qualified, between tokens that can only
+    delimit an operand."""
     if not outline.is_name(at) or outline.keyword(at) in _NORMAL_FORMS:
         return False
     before = outline.text(at - 1)
@@ -420,7 +418,7 @@ def is_column(outline: Outline, at: int) -> bool:
     if outline.is_name(end) and (
         outline.text(end + 1) in (b",", b")") or outline.keyword(end + 1) == "from"
     ):
-        # Behind a column its label.
+        # A label after a column:
         return True
     return (
         outline.text(end) in (b"", b")", b",", b"[", b"]", b"::")
@@ -430,7 +428,7 @@ def is_column(outline: Outline, at: int) -> bool:
 
 
 def columns_in(outline: Outline, first: int, last: int) -> list[int]:
-    """The columns in an expression, except those that a constant beside them could drop."""
+    """The columns in an expression, except those that a constant next to them could remove."""
     tokens = list(own(outline, first, last))
     found: list[int] = []
     if any(outline.keyword(at) in _DROPS for at in tokens):
@@ -449,21 +447,21 @@ def columns_in(outline: Outline, first: int, last: int) -> list[int]:
 
 
 def items_in_from(outline: Outline, first: int, end: int) -> int:
-    """How many tables and the like there are, at least one."""
+    """The number of tables and the like, at least one."""
     commas = sum(outline.text(at) == b"," for at in outline.outermost(first) if at < end)
     joins = [at for at in own(outline, first, end - 1) if outline.keyword(at) == "join"]
     if any(
         outline.text(at) == b")" and outline.keyword(at + 1) == "as" for at in range(first, end)
     ):
-        # USING (…) AS x: not the name of a table.
+        # USING (…) AS x names no table.
         joins += joins
     return 1 + commas + len(joins)
 
 
 def is_merged(outline: Outline, select: int, *, several: bool) -> bool:
-    """Whether the planner could pull up a subquery in FROM, so that the call depends on less than
-    a row of it: because a column is constant, or a row comes from several tables. ``several``:
-    there are other items beside it."""
+    """Whether the planner could pull up a subquery in FROM, so that the call depends on less than a
+    row of it: a column is constant, or a row comes from several tables. ``several``: FROM has other
+    items."""
     if outline.keyword(select - 2) in _IN_CONDITIONS:
         return False
     first = outline.after_select(select)
@@ -487,7 +485,7 @@ def is_merged(outline: Outline, select: int, *, several: bool) -> bool:
 
 
 def _uses_field(call: Call) -> bool:
-    """An argument of the call, or of one within it, is a field of what another has returned."""
+    """Whether an argument of the call, or of one in it, is a field of another call's result."""
     return any(
         isinstance(argument.value, FieldOf)
         or (isinstance(argument.value, Call) and _uses_field(argument.value))

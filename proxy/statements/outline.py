@@ -1,7 +1,7 @@
-"""Where the calls of a statement stand, and which functions they call.
+"""Finds the calls in a statement, and the functions that they call.
 
-Invariant: `Outline` knows tokens, brackets and calls, but not the shapes of statements. Each shape
-has a reader of its own.
+Invariant: `Outline` knows tokens, brackets and calls, but no shapes of statements, which have
+readers of their own.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _OURS: Final = re.compile(re.escape(triggers.FUNCTIONS), re.IGNORECASE)
 _token_start: Final = operator.attrgetter("start")
 
 MAX_NAME: Final = 63
-"""The server cuts names to this many bytes."""
+"""The server truncates names to this many bytes."""
 
-# The alias of the arguments, and their column's name.
+# The alias of the arguments, and of their column
 ARGUMENTS: Final = b"pg_background_arguments"
 
-# Words that begin a clause, or say that rows are not what the items of FROM make them.
+# Words that begin a clause, or say that rows are not just those of the items of FROM
 CLAUSES: Final = frozenset(
     (
         *("where", "group", "having", "window", "union", "intersect", "except", "order", "limit"),
@@ -41,11 +41,11 @@ QUERIES: Final = frozenset(
 )
 
 ColumnOfCall = Callable[[int, int], tuple[FieldOf, Type] | None]
-"""Tells which column of a call in FROM an argument is, if any, by its first and last token."""
+"""From an argument's first and last token to the column of a call in FROM that it is, if any."""
 
 
 class Leaf(NamedTuple):
-    """An argument's tokens, first to last, and the name of the call that it is for."""
+    """The first and last token of an argument, and the name of its call."""
 
     type: Type
     first: int
@@ -54,7 +54,7 @@ class Leaf(NamedTuple):
 
 
 class Site(NamedTuple):
-    """An outermost call, and its tokens from first (the schema's name) to last (the ``)``)."""
+    """An outermost call, with its first token (the schema's name) and its last, the ``)``."""
 
     call: Call
     leaves: list[Leaf]
@@ -66,8 +66,8 @@ class Outline(Tokens):
     """One statement and its calls. Indices count tokens unless they are called offsets.
 
     Attributes:
-        voids: the parameters of type void. The server takes such a one for no argument: drivers
-            send it where a function's result stands in their own notation, ``{? = call f(?)}``.
+        voids: the parameters of type void, which the server does not count as arguments: drivers
+            send them for a function's result in their own notation, ``{? = call f(?)}``.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class Outline(Tokens):
 
     @functools.cached_property
     def ours(self) -> list[int]:
-        """The names of our functions that a ``(`` follows."""
+        """The names of our functions before a ``(``."""
         indices: list[int] = []
-        seen = -1  # a long constant may mention it thousands of times
-        # The statement may be one of thousands of a text.
+        seen = -1  # a long constant may contain our name thousands of times
+        # The statement may be one of thousands in a text.
         for found in _OURS.finditer(self.sql, self.tokens[0].start, self.tokens[-1].end):
             at = bisect.bisect(self.tokens, found.start(), key=_token_start) - 1
             if at != seen and self.name_of_ours(at):
@@ -95,7 +95,7 @@ class Outline(Tokens):
         return indices
 
     def ours_between(self, first: int, last: int) -> int | None:
-        """The first of ``ours`` that lies there."""
+        """The first of ``ours`` in this range."""
         at = bisect.bisect_left(self.ours, first)
         return self.ours[at] if at < len(self.ours) and self.ours[at] <= last else None
 
@@ -115,8 +115,8 @@ class Outline(Tokens):
         return decoded if decoded in self.functions else None
 
     def site(self, index: int, outer: list[Leaf] | None = None) -> Site:
-        """The call whose name stands at ``index``; ``outer``: it is an argument itself, and its
-        leaves come after these."""
+        """The call whose name is at ``index``. ``outer``: the leaves that precede its own, if it is
+        an argument itself."""
         name, close = self.name_of_ours(index), self.closing(index + 1)
         items = self.list_items(index + 2, close) if close > index + 2 else []
         given = [self.argument(*item) for item in items if not self.is_void(*item)]
@@ -150,7 +150,7 @@ class Outline(Tokens):
         return Site(call, leaves, first, close)
 
     def is_void(self, first: int, last: int) -> bool:
-        """Whether an argument is none: a parameter of type void, in any number of parentheses."""
+        """Whether an argument is a parameter of type void, in any number of parentheses."""
         if not self.voids:
             return False
         while self.text(first) == b"(" and self.text(last) == b")":
@@ -159,11 +159,11 @@ class Outline(Tokens):
         return is_parameter and int(self.text(first)[1:]) in self.voids
 
     def schema(self, first: int, last: int) -> bytes | None:
-        """What qualifies the name that these tokens are."""
+        """The qualification of the name in these tokens."""
         return self.name(last - 2) if first < last else None
 
     def parenthesised(self, site: Site, first: int, last: int) -> bool:
-        """Whether ``first`` to ``last`` are only the call, in any number of parentheses."""
+        """Whether ``first`` to ``last`` are the call alone, in any number of parentheses."""
         return (
             first <= site.first
             and site.first - first == last - site.last
@@ -175,8 +175,7 @@ class Outline(Tokens):
 def _resolve(
     overloads: tuple[Function, ...], given: list[str | None]
 ) -> tuple[Function, list[Parameter]]:
-    """The overload that takes these arguments (their names, None if given by position), and the
-    parameter of each."""
+    """The overload for arguments with these names (None: positional), and the parameter of each."""
     for function in overloads:
         parameters = _match(function, given)
         if parameters is not None:
@@ -205,7 +204,7 @@ def column_names(function: Function) -> list[bytes]:
 
 
 def position_of(name: bytes | None, names: list[bytes]) -> int:
-    """Where the name is; it must be there once."""
+    """The index of the name, which must occur once."""
     if name is None or names.count(name) != 1:
         raise NotRecognizedError("not a column")
     return names.index(name)

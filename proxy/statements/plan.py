@@ -1,7 +1,7 @@
-"""How a statement is served: its stand-in, the calls that are made of the stand-in's rows, and the
-client's columns.
+"""How a statement is served: its stand-in, the calls made of the stand-in's rows, and the client's
+columns.
 
-Invariant: a plan says all that the interception needs to know of a statement, in terms of the
+Invariant: a plan has all that the interception needs to know about a statement, in terms of the
 stand-in's columns; only its `Rewrite` knows positions in the text.
 """
 
@@ -21,8 +21,8 @@ from proxy.sql.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class FieldOf:
-    """A field of the result of the call in another column of the stand-in, for the same row;
-    ``field`` is its index in that call's ``function.columns``. NULL if the result is NULL."""
+    """A field of the result of the call in another column, for the same row; ``field`` is its index
+    in that call's ``function.columns``. NULL if the result is NULL."""
 
     column: int
     field: int
@@ -32,8 +32,8 @@ class FieldOf:
 class Argument:
     """What one parameter of a call gets.
 
-    ``value`` is an index into the stand-in's text[], or the call whose result it is, or a field of
-    another column's. ``name`` is the parameter's name as the call wrote it, if it did.
+    ``value`` is an index into the stand-in's text[], the call whose result it is, or a field of
+    another column's. ``name`` is the parameter's name, if written in the call.
     """
 
     parameter: Parameter
@@ -43,23 +43,23 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call, with its arguments in the order written, without those that take their defaults.
-    ``schema`` qualifies the function's name, if it is given."""
+    """A call, with its arguments as written; omitted ones take their defaults. ``schema`` qualifies
+    the function's name, if given."""
 
     function: Function
     arguments: tuple[Argument, ...]
     schema: bytes | None = None
 
     def all(self) -> Iterator[Call]:
-        """It, and the calls in its arguments."""
+        """The call itself, and those in its arguments."""
         yield self
         for argument in self.arguments:
             if isinstance(argument.value, Call):
                 yield from argument.value.all()
 
     def leaves(self) -> Iterator[tuple[Call, int]]:
-        """The elements of the stand-in's text[]: the call (this or an inner one) that each is an
-        argument of, and its place among the arguments."""
+        """The elements of the stand-in's text[]: for each, the call (this or an inner one) of which
+        it is an argument, and its index there."""
         for place, argument in enumerate(self.arguments):
             if isinstance(argument.value, Call):
                 yield from argument.value.leaves()
@@ -69,10 +69,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class CallColumn:
-    """An output column that is a call: the stand-in has its arguments there, a text.
+    """An output column that is a call: in the stand-in it is the arguments, a text.
 
-    ``index`` counts from the first column, or backwards from the last (-1) where a ``*`` before
-    it makes that unknown.
+    ``index`` counts from the first column, or from the last (-1) if a ``*`` before it makes that
+    unknown.
     """
 
     index: int
@@ -83,10 +83,10 @@ class CallColumn:
 class ItemOutput:
     """A column of the client's.
 
-    ``column``: the stand-in's column that it is made of, from 0.
+    ``column``: the stand-in's column that it comes from, counted from 0.
     ``field``: if that is a call and the client wants one field of the result, its index in
-    ``call.function.columns``. None: the value as it is.
-    ``label``: its name, None for that of the stand-in's column.
+    ``call.function.columns``; None: the value as it is.
+    ``label``: its name; None for that of the stand-in's column.
     """
 
     column: int
@@ -95,34 +95,34 @@ class ItemOutput:
 
 
 class _Calling:
-    """A plan that makes calls."""
+    """A plan with calls."""
 
     @property
     def calls(self) -> list[Call]:
-        """The outermost ones."""
+        """The outermost calls."""
         raise NotImplementedError
 
     @functools.cached_property
     def all_calls(self) -> tuple[Call, ...]:
-        """With those in their arguments."""
+        """The outermost calls, and those in their arguments."""
         return tuple(inner for call in self.calls for inner in call.all())
 
     @property
     def has_definition_list(self) -> bool:
-        """Whether the statement defines the columns of what it calls."""
+        """Whether the statement has a column definition list."""
         return False
 
     @property
     def streams(self) -> bool:
-        """Whether the rows are a job's, which the proxy hands over as they come; the server would
-        first gather them all."""
+        """Whether the rows are a job's, which the proxy sends as they come; a server would first
+        collect them all."""
         return any(call.function.result_type == RECORD for call in self.calls)
 
     @functools.cached_property
     def is_servers_too(self) -> bool:
-        """Whether a server that has the functions takes the statement as it stands, with the same
-        parameters. The proxy alone serves rows without a column definition list, and takes more
-        than handles for handles."""
+        """Whether a server with the functions accepts the unchanged statement, with the same
+        parameters. Only the proxy serves rows without a column definition list, and takes other
+        values for handles."""
         parameters = (p.type for call in self.all_calls for p in call.function.parameters)
         return HANDLES not in parameters and (
             self.has_definition_list
@@ -135,19 +135,19 @@ class _Calling:
 
     @functools.cached_property
     def needs(self) -> Needs:
-        """What its calls need together."""
+        """What the calls need, together."""
         return functools.reduce(operator.or_, (call.function.needs for call in self.all_calls))
 
 
 @dataclass(frozen=True)
 class ScalarPlan(_Calling):
-    """Each row of the stand-in makes the calls in its columns, each once and in the order of
-    ``columns``; the other columns are as they are. A call's column is of type text.
+    """For each row of the stand-in, the calls in its columns are made once, in the order of
+    ``columns``; other columns are passed on. A call's column has type text.
 
     Without ``outputs`` the client's columns are the stand-in's, with their names.
-    ``in_from``: the first of the calls stands in FROM, behind the others.
-    ``width``: how many columns the stand-in has, None if a ``*`` hides that.
-    ``has_no_side_effects``: true only if nothing that the server executes can have any.
+    ``in_from``: the first call is in FROM, behind the other items.
+    ``width``: number of the stand-in's columns; None if a ``*`` hides it.
+    ``has_no_side_effects``: whether nothing that the server executes can have any.
     """
 
     rewrite: Rewrite
@@ -166,11 +166,11 @@ class ScalarPlan(_Calling):
 class Output:
     """What an item of the select list takes from a function's result.
 
-    ``column``: None for all columns in order (``*``); with a column definition list the position
-    in that list, from 0; without one the position in ``call.function.columns``, and if the function
-    has none (pg_background_result) the column's name in the job's result.
-    ``label``: the output's name, None for the column's own. With ``column`` None it can only come
-    of ``SELECT pg_background_result(…) AS label``, and names the column if there is just one.
+    ``column``: None means all columns (``*``). With a column definition list it is the index there,
+    from 0; otherwise the index in ``call.function.columns`` or, if the function has none
+    (pg_background_result), the column's name in the job's result.
+    ``label``: the output's name; None for the column's own. If ``column`` is None, it comes from
+    ``SELECT pg_background_result(…) AS label``, and applies to a single column.
     """
 
     column: int | bytes | None
@@ -179,15 +179,15 @@ class Output:
 
 @dataclass(frozen=True)
 class ResultPlan(_Calling):
-    """The rows of a function that has columns: its own, the job's, or those of a definition list.
-    The stand-in returns exactly one row.
+    """The rows of a function with columns: its own, its job's, or those of a definition list. The
+    stand-in returns exactly one row.
 
-    With a column definition list (``defined_columns`` > 0) the stand-in's columns are the
-    client's outputs, all NULL, then the OIDs of the list's types (an oid[] as text; a domain has
-    its own), then the call's arguments: the last two are for the proxy alone. Nothing has yet
-    compared the types with the function's. Without a list its only column is the arguments.
+    With a column definition list (``defined_columns`` > 0), the stand-in's columns are the client's
+    outputs, all NULL; then, for the proxy alone, the OIDs of the list's types (an oid[] as text; a
+    domain has its own) and the call's arguments. The types are not yet compared with the
+    function's. Without a list, its only column is the arguments.
 
-    ``types``: those of the list, as written. ``has_modifiers``: one of them may have a modifier.
+    ``types``: those of the list, as written. ``has_modifiers``: whether one may have a modifier.
 
     ``has_no_side_effects``: as in `ScalarPlan`.
     """
@@ -214,8 +214,8 @@ Plan = ScalarPlan | ResultPlan
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A DO statement of ours within one of the client's: its text, and what stood in its place;
-    ``is_executed``: as a constant behind EXECUTE."""
+    """A DO statement of ours within one of the client's: its text, and the text that it replaces.
+    ``is_executed``: whether it is a constant after EXECUTE."""
 
     text: bytes
     written: bytes
@@ -224,18 +224,18 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Substitute:
-    """A statement that goes to the server in other words, and makes no call.
+    """A statement without calls that the server gets in other words.
 
-    ``tag``: what CommandComplete is to say instead. Then it is a command that a block of ours
-    carries out, and errors and notices lose their CONTEXT within the block. Without a tag it
-    is the client's own statement, changed in places.
+    ``tag``: the command tag for the client. It marks a command that a block of ours carries out;
+    CONTEXT of errors and notices then omits the block. Without a tag, it is the client's own
+    statement, changed in places.
 
-    ``notice``: what the client is told when it has been executed.
+    ``notice``: sent to the client after execution.
 
-    ``is_undecided``: it may be changed, or have a notice; the server is to be asked first.
+    ``is_undecided``: it may be changed, or have a notice; the server must be asked first.
 
-    ``blocks``: blocks of ours that a DO block executes in place of commands, each with what the
-    client wrote there; CONTEXT is to say that. They change what is known of the extension.
+    ``blocks``: blocks of ours that a DO block executes in place of commands, with the client's
+    text, which CONTEXT must show. They change what is known about the extension.
     """
 
     rewrite: Rewrite
@@ -246,26 +246,26 @@ class Substitute:
 
     @property
     def is_followed(self) -> bool:
-        """Whether something is to be done when it is executed, however much later."""
+        """Whether its execution, however much later, needs handling."""
         return self.tag is not None or self.notice is not None or bool(self.blocks)
 
 
 @dataclass(slots=True, eq=False)
 class Statement:
     """One statement of a Query, from its first token to its last; or the whole text of a Parse. The
-    relay sees it first, and hands it to the interception.
+    relay makes it, and hands it to the interception.
 
     Attributes:
         text: in the client's encoding.
         offset: where it begins in the message's text, in bytes.
-        tokens: None if it mentions nothing of ours, or cannot be read: then it passes as it is.
+        tokens: None if it does not mention us or cannot be read, so that it passes unchanged.
         sent: the whole text of the message.
-        voids: the numbers of the parameters that its Parse declares to be of type void.
-        is_kept: whether it is a Parse that names it, so that it may be executed much later.
-        calls: how to serve the calls in it, by version of the API, as far as that was asked.
-        substitutes: what else takes its place, once that was asked.
-        is_others: whether a call in it means an object of the database's own, so that the server
-            is to make it.
+        voids: the numbers of the parameters that its Parse declares as void.
+        is_kept: whether it is a named Parse, which may be executed much later.
+        calls: the plans for its calls, by version of the API, as far as they were needed.
+        substitutes: its substitutes, once needed.
+        is_others: whether a call in it means another object of the database, so that the server
+            must make it.
     """
 
     text: bytes
@@ -284,7 +284,7 @@ def joined(sql: bytes, plans: Sequence[tuple[int, Plan | Substitute]]) -> Substi
 
     Args:
         sql: the whole string.
-        plans: what replaces them, and where each begins, in order.
+        plans: the replacements, and where each begins, in order.
     """
     pieces: list[Piece] = []
     done = 0
@@ -303,5 +303,5 @@ def joined(sql: bytes, plans: Sequence[tuple[int, Plan | Substitute]]) -> Substi
 
 
 def substitute(sql: bytes, text: bytes, tag: bytes) -> Substitute:
-    """What replaces all of a statement."""
+    """The substitute for a whole statement."""
     return Substitute(Rewrite(sql, (Piece(0, 0, text),)), tag)

@@ -1,7 +1,7 @@
 """Calls as items of the select list: ``SELECT …, call, (call).field, … FROM …``.
 
-Invariant: the rest of the statement is free. Only the words that begin its clauses count, and the
-commas between them, at its outermost level.
+Invariant: only the words that begin clauses, and the commas between items, at the outermost level
+matter; the rest of the statement is free.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from proxy.statements.outline import (
 from proxy.statements.plan import CallColumn, ItemOutput, ScalarPlan
 from proxy.statements.standin import Edit, in_place_of, insertion, rewritten, stand_in
 
-# What may follow the select list of a plain SELECT; reserved words, so they can be nothing else.
+# Reserved words that may follow the select list of a plain SELECT
 _AFTER_SELECT_LIST: Final = frozenset(("from", "where", "order", "limit", "fetch"))
 
-# What else a WITH could be of, and what could join another query to that.
+# Words before SELECT that begin other commands, or could join another query to the WITH
 _NOT_BEFORE: Final = CLAUSES | WRITES | {"values", "table"}
-# Words that something follows.
+# Words that cannot end a statement
 _NOT_AT_THE_END: Final = frozenset(
     (
         *("and", "as", "between", "by", "case", "collate", "cross", "distinct", "else", "from"),
@@ -37,22 +37,22 @@ _NOT_AT_THE_END: Final = frozenset(
         *("on", "or", "order", "right", "select", "similar", "then", "using", "when", "where"),
     )
 )
-# Behind a constant that is a whole sort key.
+# Words that may follow a constant that is a whole sort key
 _BEHIND_SORT_KEY: Final = frozenset(("asc", "desc", "using", "nulls"))
 
 
 class _SelectList(NamedTuple):
-    """The items of a select list and those of ORDER BY: of each the first and the last token."""
+    """The first and last tokens of the items of a select list, and of those of ORDER BY."""
 
     items: list[tuple[int, int]]
     order: list[tuple[int, int]]
 
 
 class Span(NamedTuple):
-    """An item of the select list that is a call or fields of it, its tokens from first to last.
+    """An item of the select list that is a call or fields of it, from its first token to its last.
 
-    ``fields``: which, None for the call itself. ``names`` is what the item's columns are called
-    without a label, in the stand-in by the first of them.
+    ``fields``: the fields; None for the call itself. ``names``: the column names without a label;
+    the stand-in uses the first.
     """
 
     first: int
@@ -61,7 +61,7 @@ class Span(NamedTuple):
     names: tuple[str, ...]
 
     def outputs(self, column: int) -> list[ItemOutput]:
-        """The client's columns, made of this column of the stand-in."""
+        """The client's columns from this column of the stand-in."""
         if self.fields is None or len(self.names) == 1:
             return [ItemOutput(column, self.fields[0] if self.fields else None)]
         return [
@@ -92,7 +92,7 @@ def select_items(outline: Outline, sites: list[Site]) -> ScalarPlan:
         else:
             labels.append(label)
         if span.fields is not None and span.names[1:]:
-            # Not (call).*: we know its columns.
+            # Not (call).*, whose columns are known
             stars.remove(place)
         columns.append(CallColumn(place, site.call))
     if stars:
@@ -102,7 +102,7 @@ def select_items(outline: Outline, sites: list[Site]) -> ScalarPlan:
             CallColumn(index - len(found.items) if index > stars[0] else index, call)
             for index, call in ((column.index, column.call) for column in columns)
         ]
-    # The columns that are calls by their numbers in ORDER BY, if these are known.
+    # The numbers in ORDER BY of the columns that are calls, if known
     is_countable = not stars and all(len(span.names) == 1 for span in spans)
     numbers = {column.index + 1 for column in columns} if is_countable else None
     check_order(outline, found, labels, numbers)
@@ -112,8 +112,8 @@ def select_items(outline: Outline, sites: list[Site]) -> ScalarPlan:
 
 
 def item_span(outline: Outline, site: Site) -> Span:
-    """A call that is an item of a select list, with the parentheses around it and what is
-    behind them: ``(call).field`` or ``(call).*``."""
+    """The item of a select list that a call is part of: with parentheses, and ``(call).field`` or
+    ``(call).*``."""
     first, last = site.first, site.last
     function = site.call.function
     fields: tuple[int, ...] | None = None
@@ -139,10 +139,10 @@ def item_span(outline: Outline, site: Site) -> Span:
 
 
 def select_list(outline: Outline) -> _SelectList:
-    """The select list of a plain SELECT, whose rows are made of its items one by one."""
+    """The select list of a plain SELECT, each of whose rows comes from its items."""
     outer = list(outline.outermost())
     select = next((at for at in outer if outline.keyword(at) == "select"), None)
-    # Before it there are the queries of WITH, in parentheses, whose names may be such words.
+    # The queries of a WITH may precede it, in parentheses; their names may be such words.
     if select is None or any(
         outline.keyword(at) in _NOT_BEFORE and outline.text(at - 1) == b")"
         for at in outer
@@ -156,7 +156,7 @@ def select_list(outline: Outline) -> _SelectList:
     if any(outline.keyword(at) not in _AFTER_SELECT_LIST for at in clauses):
         raise NotRecognizedError("not a plain SELECT")
     end = clauses[0] if clauses else outline.count
-    # It would fail anyway, but in a Query of several statements before any of them has run.
+    # It would fail anyway; but in a Query of several statements, before any of them has run.
     if outline.keyword(outline.count - 1) in _NOT_AT_THE_END or any(
         after - at < 2 for at, after in itertools.pairwise([*clauses, outline.count])
     ):
@@ -174,8 +174,8 @@ def select_list(outline: Outline) -> _SelectList:
 
 
 def begins_clause(outline: Outline, at: int) -> bool:
-    """Whether a word at the outermost level begins a clause of a SELECT, and is neither a label
-    nor a column, nor a part of an expression."""
+    """Whether a word at the outermost level begins a clause of a SELECT, and is no label, column or
+    part of an expression."""
     word = outline.keyword(at)
     if (
         not (word == "from" or word in CLAUSES)
@@ -190,7 +190,7 @@ def begins_clause(outline: Outline, at: int) -> bool:
 
 
 def is_distinct_from(outline: Outline, at: int) -> bool:
-    """Whether this FROM is of IS [NOT] DISTINCT FROM."""
+    """Whether this FROM belongs to IS [NOT] DISTINCT FROM."""
     if outline.keyword(at - 1) != "distinct":
         return False
     is_ = at - 3 if outline.keyword(at - 2) == "not" else at - 2
@@ -198,7 +198,7 @@ def is_distinct_from(outline: Outline, at: int) -> bool:
 
 
 def has_star(outline: Outline, first: int, last: int) -> bool:
-    """Whether an item stands for columns that we cannot count: ``*``, ``t.*``, ``(t.*)``."""
+    """Whether an item stands for an unknown number of columns: ``*``, ``t.*``, ``(t.*)``."""
     if b"*" in (outline.text(first), outline.text(last)):
         return True
     at = first
@@ -214,8 +214,8 @@ def has_star(outline: Outline, first: int, last: int) -> bool:
 def check_order(
     outline: Outline, found: _SelectList, labels: list[bytes], numbers: set[int] | None
 ) -> None:
-    """Raises NotRecognizedError if a call's column, by its number or by its name, is a sort key.
-    ``numbers``: of these columns, None if they are not known."""
+    """Raises NotRecognizedError if a call's column is a sort key, by number or name. ``numbers``:
+    of these columns; None if unknown."""
     for first, last in found.order:
         number, names = sort_key(outline, first, last)
         if number == 0 or (number and (numbers is None or number in numbers)):
@@ -225,8 +225,8 @@ def check_order(
 
 
 def sort_key(outline: Outline, first: int, last: int) -> tuple[int | None, list[bytes]]:
-    """What an item of ORDER BY may be beside an expression: the number of a column, 0 for any
-    other constant; and the names in it that could be a label."""
+    """What an item of ORDER BY may be besides an expression: the number of a column, 0 for any
+    other constant; and the names in it that could be labels."""
     while (
         outline.text(first) == b"("
         and outline.closing(first) == last
@@ -250,8 +250,8 @@ def sort_key(outline: Outline, first: int, last: int) -> tuple[int | None, list[
 def _item_outputs(
     columns: list[CallColumn], count: int | None, spans: list[Span]
 ) -> tuple[ItemOutput, ...] | None:
-    """The client's columns, None if they are the stand-in's. ``count``: how many items there are,
-    None if a ``*`` hides how many columns they make."""
+    """The client's columns; None if they are the stand-in's. ``count``: number of items; None if a
+    ``*`` hides the number of columns."""
     if all(span.fields is None for span in spans):
         return None
     if count is None:
@@ -263,14 +263,14 @@ def _item_outputs(
 
 
 def _could_be_same(name: bytes, label: bytes) -> bool:
-    """Names are cut at 63 bytes; with other than ASCII letters they could be the same."""
+    """Names are truncated to 63 bytes; non-ASCII names may be equal."""
     if not (name.isascii() or label.isascii()):
         return True
     return name[:MAX_NAME].lower() == label[:MAX_NAME].lower()
 
 
 def _integer(text: bytes) -> int:
-    """A constant that is an integer, any other as 0."""
+    """The value of an integer constant; 0 for any other."""
     for base in (10, 0):
         try:
             return int(text, base)

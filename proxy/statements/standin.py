@@ -16,10 +16,10 @@ from proxy.sql.tokens import NESTING
 from proxy.statements.outline import Leaf, Outline, Site
 from proxy.statements.plan import Call, Plan, ResultPlan, ScalarPlan, Substitute
 
-# For each type a function of pg_catalog that takes just this type, so that the server resolves,
-# converts and infers as it would for ours, and the way from there to text. The client chooses
-# search_path, therefore every name is qualified and no operator is used. For handles there is no
-# such function: anything is taken, and whether it is an array of handles is seen later.
+# For each type, a function of pg_catalog that takes this type alone, so that the server resolves,
+# converts and infers as for our function, and a conversion of its result to text. The client
+# chooses search_path, so every name is qualified and no operator is used. For handles there is no
+# such function: anything is accepted, and checked later.
 TO_TEXT: Final[dict[Type, tuple[bytes, bytes]]] = {
     TEXT: (b"pg_catalog.textcat(", b", '')"),
     INT4: (b"CAST(pg_catalog.int4up(", b") AS pg_catalog.text)"),
@@ -30,9 +30,9 @@ TO_TEXT: Final[dict[Type, tuple[bytes, bytes]]] = {
 _OPENINGS: Final = frozenset(opening for opening, _ in TO_TEXT.values())
 
 _MESSAGE_SIZE: Final = 1024
-"""Of a message, which anybody can raise, so much is looked at; the server's is shorter."""
+"""Bytes of a message that are read, since anybody can raise one; the server's are shorter."""
 
-# How the server writes these functions where it complains of an argument's type.
+# How the server names these functions in complaints about an argument's type
 _SIGNATURE: Final = re.compile(
     rb"pg_catalog\.(?:textcat\((?P<text>.*), unknown\)|int4up\((?P<integer>.*)\)"
     rb"|int8up\((?P<bigint>.*)\)|booleq\((?P<boolean>.*), boolean\))",
@@ -43,7 +43,7 @@ _HANDLE_TYPE: Final = HANDLE.name.encode()
 
 
 class Edit(NamedTuple):
-    """``pieces`` in place of ``original[start:end]``."""
+    """Replaces ``original[start:end]`` by ``pieces``."""
 
     start: int
     end: int
@@ -55,13 +55,13 @@ def copied(outline: Outline, first: int, last: int) -> Piece:
 
 
 def insertion(outline: Outline, after: int, *pieces: Piece | bytes) -> Edit:
-    """Adds ``pieces`` right behind a token, where no comment can swallow them."""
+    """Inserts ``pieces`` right after a token, where no comment can swallow them."""
     offset = outline.end(after)
     return Edit(offset, offset, standing_at(offset, *pieces))
 
 
 def in_place_of(outline: Outline, first: int, last: int, *pieces: Piece | bytes) -> Edit:
-    """Puts ``pieces`` there in place of these tokens."""
+    """Replaces these tokens by ``pieces``."""
     start = outline.start(first)
     return Edit(start, outline.end(last), standing_at(start, *pieces))
 
@@ -71,7 +71,7 @@ def standing_at(offset: int, *pieces: Piece | bytes) -> list[Piece]:
 
 
 def stand_in(outline: Outline, site: Site) -> list[Piece]:
-    """The call's arguments as the text of a text[]. Blanks keep its words apart from others."""
+    """The call's arguments as the text of a text[]. Blanks separate it from other words."""
     at = outline.start(site.first)
     if not site.leaves:
         return standing_at(at, b" CAST('{}' AS pg_catalog.text) ")
@@ -80,7 +80,7 @@ def stand_in(outline: Outline, site: Site) -> list[Piece]:
         if number:
             pieces += standing_at(at, b", ")
         opening, closing = TO_TEXT[leaf.type]
-        # It stands for the call's name: there the server points if the type is wrong.
+        # It stands for the call's name, to which the server points if the type is wrong.
         pieces += standing_at(
             outline.start(leaf.name), opening, *expression(outline, leaf), closing
         )
@@ -88,8 +88,8 @@ def stand_in(outline: Outline, site: Site) -> list[Piece]:
 
 
 def expression(outline: Outline, leaf: Leaf) -> list[Piece]:
-    """An argument as written. But in one of handles their type, which the server does not know,
-    becomes text: rows and arrays of rows, string literals and parameters all can be that."""
+    """An argument as written; but in one of handles, the handle type, unknown to the server,
+    becomes text: rows, arrays of rows, string literals and parameters can all be cast to that."""
     pieces: list[Piece] = []
     done = outline.start(leaf.first)
     if leaf.type == HANDLES:
@@ -101,7 +101,7 @@ def expression(outline: Outline, leaf: Leaf) -> list[Piece]:
 
 
 def handle_types(outline: Outline, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """The tokens of the type pg_background_handle where something is cast to it."""
+    """The tokens of the type pg_background_handle in casts."""
     is_cast = [False]
     for at in range(first, last + 1):
         nesting = NESTING.get(outline.text(at), 0)
@@ -118,7 +118,7 @@ def handle_types(outline: Outline, first: int, last: int) -> Iterator[tuple[int,
 
 
 def rewritten(outline: Outline, *edits: Edit) -> Rewrite:
-    """The statement with ``edits``, which are in order and do not overlap."""
+    """The statement with ``edits``, which are ordered and do not overlap."""
     pieces: list[Piece] = []
     done = 0
     for edit in edits:
@@ -131,7 +131,7 @@ def rewritten(outline: Outline, *edits: Edit) -> Rewrite:
 
 
 def replacement(outline: Outline, site: Site, *pieces: Piece | bytes) -> Edit:
-    """The stand-in, and ``pieces`` behind it, in place of a call."""
+    """Replaces a call by its stand-in, with ``pieces`` behind that."""
     after = standing_at(outline.end(site.last), *pieces)
     return in_place_of(outline, site.first, site.last, *stand_in(outline, site), *after)
 
@@ -139,19 +139,19 @@ def replacement(outline: Outline, site: Site, *pieces: Piece | bytes) -> Edit:
 def complaint(
     plan: Plan | Substitute, message: bytes, position: int | None = None, codec: str = "utf-8"
 ) -> bytes | None:
-    """The server's message about a function of the stand-in, as one about the user's call.
+    """The server's message about a function of the stand-in, reworded for the user's call.
 
     ``function pg_catalog.textcat(integer, unknown) does not exist`` becomes
     ``function pg_background_launch(integer) does not exist``, in any language.
 
     Args:
-        plan: the plan whose stand-in the server complains of.
+        plan: the plan with the stand-in.
         message: the error's field M.
         position: its field P, which tells one argument from another.
         codec: Python's name of the client encoding.
 
     Returns:
-        None if the message is not about one of these functions.
+        None if the message is not about such a function.
     """
     found = _SIGNATURE.search(message, 0, _MESSAGE_SIZE)
     if found is None or isinstance(plan, Substitute):
@@ -172,7 +172,7 @@ def complaint(
 
 
 def _signature(call: Call, place: int, given: bytes) -> bytes:
-    """The call with the types of its arguments, one of them not the declared one."""
+    """The call with the types of its arguments, one of which is not as declared."""
     arguments = [
         (argument.name.encode() + b" => " if argument.name else b"")
         + (given if other == place else argument.parameter.type.name.encode())

@@ -1,9 +1,9 @@
-"""The server's errors about calls that the proxy has not served, in the proxy's words.
+"""Rewords the server's errors about calls that the proxy has not served.
 
-Invariant: such a statement goes to the server as it is. Functions of ours do not exist there, so
-the server stops at the call, wherever it stands (a DO block, a view, a function's body), with
-undefined_function, and at our views with undefined_table. Only these errors are replaced; any other
-error of the statement comes from the server, as without the proxy.
+Invariant: such a statement goes to the server unchanged. There our functions do not exist, so the
+server stops at the call, wherever it is (a DO block, a view, a function body), with
+undefined_function, or at our views with undefined_table. Only these errors are replaced; all others
+are passed on.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from protocol.messages import ErrorResponse
 from proxy.api.functions import BOOL, FUNCTIONS, HANDLES, INT4, INT8, TEXT, VIEWS, Function, Type
 from proxy.sql.lexer import MAX_BYTES, MAX_TEXT, MAX_TOKENS
 
-# A name and the types of what is given to it. Matching begins at a name's first letter only.
+# A name and argument types. Matches begin at the first letter of a name.
 _CALL: Final = re.compile(r"(?<!\w)(\w++)\(([^()]*+)\)")
 
 _MESSAGE_SIZE: Final = 2048
-"""Of an error's message, which anybody can raise, so much is looked at; the server's is shorter."""
+"""Bytes of a message that are read, since anybody can raise one; the server's are shorter."""
 
-# The server's message about an extension whose files it does not have, in any language.
+# The server's error about an extension without files, in any language
 _EXTENSION: Final = re.compile(rb'"pg_background"|/pg_background\.control')
 
 _VIEW: Final = re.compile(rf'["«„.]({"|".join(VIEWS)})["»“]')
 
-# What the server converts to a parameter's type by itself.
+# Types that the server converts to a parameter's type by itself
 _ACCEPTED: Final[dict[Type, frozenset[str]]] = {
     TEXT: frozenset({"text", "character varying", "character", "name", "unknown", '"char"'}),
     INT4: frozenset({"integer", "smallint", "unknown"}),
@@ -38,9 +38,9 @@ _ACCEPTED: Final[dict[Type, frozenset[str]]] = {
 
 
 def unserved(body: bytes, *, too_long: bool = False) -> bytes | None:
-    """The ErrorResponse in place of one with this body, or None if it is not about such a call.
+    """The replacement for an ErrorResponse with this body; None if it is not about such a call.
 
-    `too_long`: the statement was not looked at for calls, because it is over the lexer's budget.
+    `too_long`: the statement was not searched for calls, because it exceeds the lexer's budget.
     """
     if b"pg_background" not in body or not (b"C42883\0" in body or b"C42P01\0" in body):
         return None
@@ -77,15 +77,15 @@ def unserved(body: bytes, *, too_long: bool = False) -> bytes | None:
             f"Call it directly, as in SELECT {name}(...); or say CREATE EXTENSION pg_background, to"
             " have it everywhere in the search_path.",
         )
-    # It is still about the same place.
+    # The position is still right.
     fields = {code: value for code, value in error.fields.items() if code in "SVPpqW"}
     words = zip("CMDH", (FEATURE_NOT_SUPPORTED, *said), strict=True)
     return ErrorResponse(fields | {code: text.encode() for code, text in words}).serialize()
 
 
 def unavailable(body: bytes) -> bytes | None:
-    """The same for CREATE EXTENSION in a block or function: only the server sees it, and it does
-    not have the extension's files."""
+    """The same for CREATE EXTENSION in a block or function, which only the server sees; it lacks
+    the extension's files."""
     if b"pg_background" not in body or not (b"C0A000\0" in body or b"C58P01\0" in body):
         return None
     error = ErrorResponse.parse(body)
@@ -99,7 +99,7 @@ def unavailable(body: bytes) -> bytes | None:
 
 
 def _called(message: str) -> str | None:
-    """The function of ours that a message says is not there."""
+    """The function of ours that is undefined, according to a message."""
     for name, arguments in _CALL.findall(message):
         if any(_accepts(function, arguments) for function in FUNCTIONS.get(name, ())):
             return str(name)
@@ -107,7 +107,7 @@ def _called(message: str) -> str | None:
 
 
 def _accepts(function: Function, arguments: str) -> bool:
-    """Whether the server's list of argument types, as in its message, fits a function."""
+    """Whether a function accepts the argument types that the server's message lists."""
     given = [argument for argument in arguments.split(", ") if argument]
     required = sum(parameter.required for parameter in function.parameters)
     if not required <= len(given) <= len(function.parameters):
