@@ -1,1 +1,1 @@
-"""Reading and quoting SQL: tokens, encodings, and text that the proxy writes itself."""
+"""Reads and quotes SQL: tokens, encodings, and SQL that the proxy writes itself."""

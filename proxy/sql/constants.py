@@ -1,8 +1,8 @@
-"""What string constants say, and where in the text each byte of that stands: SQL within SQL, such
-as the body of a function.
+"""The values of string constants, and where each byte of them is in the text: for SQL within SQL,
+such as a function body.
 
-Invariant: a constant is read as the server reads it, or not at all. Only the bytes of ASCII are
-what they were: a byte of another character is read as one that looks like nothing else.
+Invariant: a constant is read as the server reads it, or not at all. Only ASCII bytes keep their
+value: bytes of other characters are replaced by one that looks like nothing else.
 
 Source: https://www.postgresql.org/docs/current/sql-syntax-lexical.html
 """
@@ -26,13 +26,13 @@ _ESCAPED: Final = re.compile(
     re.DOTALL,
 )
 _MOST_ESCAPES: Final = 20_000
-"""In one constant, doubled quotes among them: with more it is not read."""
+"""Limit in one constant, doubled quotes included; beyond it the constant is not read."""
 _LETTERS: Final = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 
 
 class _Part(NamedTuple):
-    """Bytes of what a constant says: ``said`` is the first of them, counted there, ``start`` where
-    they stand in the text, up to ``end``. Those of an escape stand for one byte."""
+    """A run of bytes in a constant's value, from index ``said`` on, and its place in the text,
+    ``start`` to ``end``. The bytes of an escape stand for one."""
 
     said: int
     start: int
@@ -42,12 +42,12 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a constant says.
+    """The value of a constant.
 
     Attributes:
         text: its bytes.
-        is_quoted: whether a quote within is doubled. Else nothing is changed there, and the
-            constant's own ``$tag$`` cannot be within.
+        is_quoted: whether quotes within are doubled. Otherwise nothing within is changed, and the
+            constant's own ``$tag$`` cannot occur.
     """
 
     text: bytes
@@ -56,7 +56,7 @@ class Said:
     _around: Said | None = None
 
     def span(self, start: int, end: int) -> tuple[int, int]:
-        """Where ``text[start:end]``, not empty, stands in the outermost text."""
+        """Where ``text[start:end]``, not empty, is in the outermost text."""
         first, last = self._part(start), self._part(end - 1)
         begin = first.start if first.is_escape else first.start + start - first.said
         stop = last.end if last.is_escape else last.start + end - last.said
@@ -67,7 +67,7 @@ class Said:
         return self._parts[index - 1]
 
     def tokens(self, *, standard_conforming_strings: bool) -> Tokens:
-        """It as SQL. Raises LexError, BudgetError."""
+        """The value as SQL. Raises LexError, BudgetError."""
         tokens = tokenize(
             self.text, standard_conforming_strings=standard_conforming_strings, bounded=True
         )
@@ -81,14 +81,14 @@ def read(
     standard_conforming_strings: bool,
     around: Said | None = None,
 ) -> Said | None:
-    """What a token says; None if it is no string constant, is U&'…' or of bits, or has very many
-    escapes.
+    """The value of a token; None if it is no string constant, a U&'…' or bit string, or has too
+    many escapes.
 
     Args:
         statement: has the token.
         index: of the token.
         standard_conforming_strings: the session's setting.
-        around: the constant whose text the statement is.
+        around: the constant whose value the statement is.
     """
     if not 0 <= index < statement.count:
         return None
@@ -129,7 +129,7 @@ def _unescaped(
             return None
         done = found.end()
         if found[0] != b"''" and found[0][:1] == b"'":
-            continue  # between two parts of the constant
+            continue  # between two parts of a constant
         span = token.start + found.start(), token.start + done
         parts.append(_Part(len(said), *span, is_escape=True))
         said += _meant(found[0])

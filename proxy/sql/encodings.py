@@ -1,8 +1,7 @@
 """Client encodings: PostgreSQL's names and Python's codecs.
 
 Invariant: SQL and rows pass as bytes. A codec is needed only to count characters (an error's
-position), for the words of our own errors, and for texts of jobs that another session asks for
-(`recoding`).
+position), for our own errors, and for texts of jobs that other sessions ask for (`recoding`).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ CODECS: Final = {
     b"SHIFT_JIS_2004": "shift_jis_2004",
     b"SJIS": "cp932",
     b"UHC": "cp949",
-    b"UNICODE": "utf_8",  # as the server says it of those who have set it so
+    b"UNICODE": "utf_8",  # as reported if set so
     b"UTF8": "utf_8",
     b"WIN866": "cp866",
     b"WIN874": "cp874",
@@ -44,19 +43,19 @@ CODECS: Final = {
     **{b"WIN%d" % page: f"cp{page}" for page in range(1250, 1259)},
 }
 
-"""Of MULE_INTERNAL and EUC_TW Python knows nothing."""
+"""Without MULE_INTERNAL and EUC_TW, which Python lacks."""
 
 NO_CONVERSION: Final = (b"", b"SQL_ASCII")
-"""What is not converted, by the server neither."""
+"""Encodings that nobody converts, not even the server."""
 
 
 def codec(client_encoding: bytes) -> str:
-    """The Python codec of a client_encoding; for those that Python lacks, one byte a character."""
+    """The Python codec for a client_encoding; a single-byte one where Python has none."""
     return CODECS.get(client_encoding, "latin_1")
 
 
 def position_codec(text: bytes, client_encoding: bytes, server_encoding: bytes) -> str | None:
-    """The codec of the characters that the server counts in a text that it gets: those of its own
+    """The codec of the characters that the server counts in a text, which are those of its own
     encoding; None if they cannot be told."""
     if text.isascii() or b"SQL_ASCII" in (server_encoding, client_encoding):
         return codec(server_encoding)
@@ -77,51 +76,51 @@ _LONG_NAME: Final = 1024
 
 
 def name_key(name: bytes, client_encoding: bytes, server_encoding: bytes) -> bytes:
-    """What tells a prepared statement or a portal from others: the first 63 bytes of its name in
-    the server's encoding, wherever in a character that is."""
+    """What identifies a prepared statement or portal: the first 63 bytes of its name in the
+    server's encoding, even if that cuts a character."""
     if not (
         name.isascii()
         or client_encoding == server_encoding
         or client_encoding in NO_CONVERSION
         or server_encoding in NO_CONVERSION
     ):
-        # A name that cannot be converted is invalid: the server will say so.
+        # A name that cannot be converted is invalid, which the server will report.
         text = name.decode(codec(client_encoding), "replace")
         name = text.encode(codec(server_encoding), "replace")
     return name[:_NAME_SIZE]
 
 
 def short_name(name: bytes, client_encoding: bytes) -> bytes:
-    """Another name of the same statement or portal, if this is very long: a Describe must not be
-    longer than 10 kB, a Parse may."""
+    """A name of at most 63 characters for the same statement or portal: a Describe must not be
+    longer than 10 kB, while a Parse may."""
     if len(name) <= _LONG_NAME:
         return name
-    # No letter is less than a byte for the server.
+    # Each character has at least one byte in the server.
     letters = name.decode(codec(client_encoding), "replace")[:_NAME_SIZE]
     return letters.encode(codec(client_encoding), "replace")
 
 
 def parse_array(text: bytes, client_encoding: bytes) -> list[bytes | None]:
-    """The elements of a text[] of one dimension, None for NULL; also where a byte of a multi-byte
-    character looks like a quote or a backslash."""
+    """The elements of a one-dimensional text[], None for NULL; even if a byte of a multi-byte
+    character looks like a quote or backslash."""
     return values.parse_array(text, mask(text, client_encoding.decode("ascii", "replace")))
 
 
 _TURN: Final = 1024 * 1024
-"""Bytes of an array that are read before others have their turn: 1 to 40 ms."""
+"""Bytes of an array that are read before others get a turn: 1 to 40 ms."""
 
 
 def parse_array_in_turns(
     text: bytes, client_encoding: bytes
 ) -> Iterator[list[bytes | None] | None]:
-    """The same for a text of any length: None where others may have their turn, at last the
-    elements. Much faster, too, unless a character may look like a quote or a backslash: what
-    stands in quotes is found and unescaped by searches and replacements."""
+    """`parse_array` for a text of any length: yields None when others may have a turn, and finally
+    the elements. It is also much faster, unless a character may look like a quote or backslash:
+    quoted elements are found and unescaped by searches and replacements."""
     encoding = client_encoding.decode("ascii", "replace")
     if len(text) <= _TURN or b"\0" in text or (has_lookalikes(encoding) and not text.isascii()):
         yield parse_array(text, client_encoding)
         return
-    # What is outside of quotes, with a number in the place of each element in quotes; and these.
+    # The text with a number for each quoted element, and these elements.
     outside: list[bytes] = []
     quoted: list[bytes] = []
     inside: list[bytes] | None = None
@@ -129,7 +128,7 @@ def parse_array_in_turns(
     while at < len(text):
         window = text[at : at + _TURN]
         if (len(window) - len(window.rstrip(b"\\"))) % 2:
-            window = text[at : at + _TURN + 1]  # not between a backslash and what it escapes
+            window = text[at : at + _TURN + 1]  # do not separate a backslash from what it escapes
         at += len(window)
         has_escapes = b"\\" in window
         hidden = window
@@ -157,7 +156,7 @@ def parse_array_in_turns(
         raise ProtocolViolation("malformed array literal")
     elements = values.parse_array(b"".join(outside))
     if sum(element is not None and element[:1] == b'"' for element in elements) != len(quoted):
-        yield parse_array(text, client_encoding)  # a quote stands escaped outside of quotes
+        yield parse_array(text, client_encoding)  # there is an escaped quote outside quotes
         return
     yield [
         quoted[int(element[1:])] if element is not None and element[:1] == b'"' else element
@@ -166,7 +165,7 @@ def parse_array_in_turns(
 
 
 def _unescaped(text: bytes) -> bytes:
-    """Without the backslashes that escape what is behind them. There is no NUL in it."""
+    """The text without escaping backslashes. It contains no NUL."""
     return text.replace(b"\\\\", b"\0").replace(b"\\", b"").replace(b"\0", b"\\")
 
 
@@ -175,7 +174,7 @@ _SPECIAL: Final = re.compile(rb'["\\]')
 
 
 def array_text(values: Sequence[bytes | None], client_encoding: bytes) -> bytes:
-    """A text[] of these elements as PostgreSQL reads it; what parse_array() takes apart."""
+    """The text of a text[] for PostgreSQL; the inverse of parse_array()."""
     return b"{" + b",".join([_element(value, client_encoding) for value in values]) + b"}"
 
 

@@ -1,8 +1,7 @@
-"""PostgreSQL's SQL cut into tokens: the manual's chapter "Lexical Structure", over bytes.
+"""Splits PostgreSQL's SQL into tokens (manual, "Lexical Structure"), as bytes.
 
-Invariant: this module reads exactly what the server's own scanner reads, and where it cannot it
-raises LexError. It knows words, quotes and brackets, no grammar; its offsets are byte offsets
-into the text as the client sent it.
+Invariant: this reads exactly what the server's scanner reads; where it cannot, it raises LexError.
+It knows words, quotes and brackets, but no grammar. Offsets are in bytes of the client's text.
 
 Source: https://www.postgresql.org/docs/current/sql-syntax-lexical.html
 """
@@ -17,31 +16,30 @@ from typing import Final, NamedTuple, overload
 
 
 class LexError(ValueError):
-    """The server's scanner would not get through this text either: an unterminated quote,
-    string or comment, or a character that begins no token."""
+    """The server's scanner would reject this text too: it has an unterminated quote, string or
+    comment, or a character that begins no token."""
 
 
 class BudgetError(LexError):
-    """More than is read of a text that anybody may send."""
+    """The text exceeds what is read of texts that anybody may send."""
 
 
-# What is read of a text for the sake of the calls in it. A call is short; a long argument of one
-# is one token, however long it is.
+# Limits of reading a text for calls. A call is short, and a long argument is a single token.
 READING: Final = (b"client_encoding", b"standard_conforming_strings")
-"""The settings that decide how the server reads SQL (`statements.reading`)."""
+"""The settings that affect how the server reads SQL (`statements.reading`)."""
 
 MAX_TOKENS: Final = 10_000
-"""Tokens and comments together."""
+"""Including comments."""
 MAX_BYTES: Final = 64 * 1024
-"""Outside of string constants."""
+"""Outside string constants."""
 MAX_TEXT: Final = 16 * 1024 * 1024
-"""With them. What is longer is passed on in the pieces that it comes in."""
+"""Including string constants. Longer texts are passed on in the pieces in which they come."""
 
 
 class Kind(enum.Enum):
     """What a token is."""
 
-    IDENTIFIER = enum.auto()  # unquoted: names and key words alike
+    IDENTIFIER = enum.auto()  # unquoted: names and key words
     QUOTED_IDENTIFIER = enum.auto()  # "…" and U&"…"
     STRING = enum.auto()  # '…' with any prefix and its continuation lines, $…$
     NUMBER = enum.auto()
@@ -51,8 +49,8 @@ class Kind(enum.Enum):
 
 
 class Token(NamedTuple):
-    """``sql[start:end]``; white space and comments are between tokens, never in them
-    (but a string with continuation lines is one token, with all that is between its parts)."""
+    """``sql[start:end]``, without white space and comments (but a string with continuation lines is
+    one token, including all that separates its parts)."""
 
     kind: Kind
     start: int
@@ -60,7 +58,7 @@ class Token(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """One statement of a Query string, from its first token to its last, without the ``;``."""
+    """A statement of a Query string, from its first token to its last, without the ``;``."""
 
     start: int
     end: int
@@ -72,7 +70,7 @@ class Statement(NamedTuple):
 _DECIMAL: Final = rb"[0-9](?:_?[0-9])*+"
 _PLAIN: Final = rb"'[^']*+(?:''[^']*+)*+'"
 _ESCAPED: Final = rb"'[^'\\]*+(?:(?:''|\\.)[^'\\]*+)*+'"
-# Between the parts of one string: white space and comments, a newline among them.
+# Between the parts of one string: white space and comments, with a newline.
 CONTINUED: Final = rb"(?:[ \t\f\v]++|--[^\r\n]*+)*+[\r\n](?:[ \t\r\n\f\v]++|--[^\r\n]*+[\r\n])*+"
 
 
@@ -81,17 +79,17 @@ def _continued(string: bytes) -> bytes:
 
 
 def _scanner(*, standard_conforming_strings: bool, vertical_tab: bool = True) -> re.Pattern[bytes]:
-    """White space and line comments, then one token. Quantifiers are possessive: matching never
-    goes back, so it takes linear time whatever the text is. Always matches."""
+    """White space and line comments, then one token. It always matches. Quantifiers are possessive,
+    so matching never backtracks, and takes linear time."""
     plain = _PLAIN if standard_conforming_strings else _ESCAPED
     pattern = (
         rb"(?:[ \t\r\n\f\v]++|--[^\r\n]*+)*+(?:"
         rb"(?P<PUNCTUATION>[()\[\],;]|::|:=|:|\.\.|\.(?![0-9]))"
-        # The prefixed forms stand before the identifiers that their first letters would be.
+        # Prefixed forms precede identifiers, as which their first letters would match.
         rb"|(?P<STRING>[eE]" + _continued(_ESCAPED) + rb"|(?:[bBxX]|[uU]&)" + _continued(_PLAIN)
         + rb"|[nN]?" + _continued(plain) + rb")"
         rb'|(?P<QUOTED_IDENTIFIER>(?:[uU]&)?"[^"]*+(?:""[^"]*+)*+")'
-        # An unterminated E'\' is not an identifier E with a string behind it.
+        # An unterminated E'\' is not the identifier E and a string.
         rb"|(?P<IDENTIFIER>(?![eEbBxX]'|[uU]&['\"])[A-Za-z_\x80-\xff][A-Za-z_0-9$\x80-\xff]*+)"
         rb"|(?P<NUMBER>0[xX](?:_?[0-9A-Fa-f])++|0[oO](?:_?[0-7])++|0[bB](?:_?[01])++"
         # "1..2" is 1, .., 2
@@ -114,7 +112,7 @@ _BEFORE_16: Final = {
     setting: _scanner(standard_conforming_strings=setting, vertical_tab=False)
     for setting in (True, False)
 }
-# The kind of token for each group of the scanners, None for those that are not tokens.
+# The kind of token for each group of the scanners; None for those that are no tokens.
 _KINDS: Final = {kind.name: kind for kind in Kind}
 _GROUPS: Final = [None, *map(_KINDS.get, _SCANNERS[True].groupindex)]
 _COMMENT_EDGE: Final = re.compile(rb"/\*|\*/")
@@ -133,15 +131,15 @@ def tokenize(
 
     Args:
         sql: the text as the client sent it.
-        standard_conforming_strings: the session's setting; off, '…' knows backslash escapes.
-        encoding: the session's client_encoding, as PostgreSQL names it. It matters only where
-            bytes of a multi-byte character can look like ASCII.
-        vertical_tab: whether that is white space, as it is since PostgreSQL 16.
-        bounded: read no more than MAX_TOKENS and MAX_BYTES.
+        standard_conforming_strings: the session's setting; off: '…' has backslash escapes.
+        encoding: client_encoding, by PostgreSQL's name. It matters only if bytes of multi-byte
+            characters can look like ASCII.
+        vertical_tab: whether that is white space, as since PostgreSQL 16.
+        bounded: whether MAX_TOKENS and MAX_BYTES apply.
 
     Raises:
         LexError: the server could not read this text.
-        BudgetError: there is more.
+        BudgetError: the text exceeds the limits.
     """
     if bounded and len(sql) > MAX_BYTES and b"'" not in sql and b"$" not in sql:
         raise BudgetError("the text is too long")
@@ -162,9 +160,9 @@ def tokenize(
 def _scan(
     sql: bytes, matches: Iterator[re.Match[bytes]], tokens: list[Token], limit: int
 ) -> tuple[int | None, int]:
-    """Adds tokens up to one whose end the regular expression cannot find: returns where to
-    go on behind it, None at the end of the text, and how many tokens there may be by then."""
-    # One iterator and no more than needed for each token: twice as fast as the obvious loop.
+    """Adds tokens up to one whose end the regular expression cannot find. Returns where to go on
+    behind it, None at the end of the text, and how many more tokens are allowed."""
+    # One iterator, and a minimum of work for each token: twice as fast as the obvious loop.
     add, new, groups, operator = tokens.append, tuple.__new__, _GROUPS, Kind.OPERATOR
     for found in matches:
         if len(tokens) > limit:
@@ -196,10 +194,10 @@ def _scan(
 
 
 def _operator_end(sql: bytes, start: int, end: int) -> int:
-    """Where the first operator of a run ends; what is left of the run are signs, + or -.
+    """Where the first operator of a run ends; the rest of the run are signs, + or -.
 
-    An operator of several characters ends in + or - only if it also has a character that SQL's
-    own operators do not have: ``=-1`` is two tokens, ``@-`` is one.
+    An operator of several characters may end in + or - only if it has a character that SQL's own
+    operators lack: ``=-1`` is two tokens, ``@-`` is one.
     """
     if end - start > 1 and not _NOT_IN_SQL_OPERATORS.search(sql, start, end):
         while end - start > 1 and sql[end - 1] in b"+-":
@@ -217,8 +215,8 @@ def _dollar_quote_end(sql: bytes, start: int, position: int) -> int:
 
 
 def _comment_end(sql: bytes, position: int, limit: int) -> tuple[int, int]:
-    """The offset behind the comment whose ``/*`` ends at ``position``, and how many times a comment
-    begins or ends in it, at most ``limit``; comments nest."""
+    """The offset behind the comment whose ``/*`` ends at ``position``, and the number of delimiters
+    in it, at most ``limit``; comments nest."""
     depth = 1
     for edges, edge in enumerate(_COMMENT_EDGE.finditer(sql, position), 1):
         depth += 1 if edge[0] == b"/*" else -1
@@ -233,15 +231,15 @@ def _comment_end(sql: bytes, position: int, limit: int) -> tuple[int, int]:
 
 
 def keyword(sql: bytes, token: Token) -> str:
-    """An unquoted word as the server compares key words: in lower case. Else the empty string."""
+    """An unquoted word in lower case, as the server compares key words; otherwise empty."""
     if token.kind is not Kind.IDENTIFIER:
         return ""
     return sql[token.start : token.end].lower().decode("latin-1")
 
 
 def identifier(sql: bytes, token: Token, encoding: str | None = None) -> bytes | None:
-    """The name that an identifier token stands for: quotes taken off, or folded to lower case
-    (ASCII letters only). None for other tokens and for U&"…", which needs its UESCAPE."""
+    """The name in an identifier token: without quotes, or folded to lower case (ASCII only). None
+    for other tokens, and for U&"…", whose UESCAPE follows."""
     text = sql[token.start : token.end]
     if token.kind is Kind.IDENTIFIER:
         return _fold(text, encoding)
@@ -250,8 +248,8 @@ def identifier(sql: bytes, token: Token, encoding: str | None = None) -> bytes |
     return None
 
 
-# Key words that cannot name a table, column or label without AS: PostgreSQL's reserved words of all
-# versions, those "(can be function or type)" included; ISNULL and the like are among them.
+# Key words that cannot name a table, or a column or label without AS: the reserved words of all
+# versions, including "(can be function or type)", ISNULL and the like.
 RESERVED: Final = frozenset(
     re.findall(
         r"\w+",
@@ -283,13 +281,13 @@ def split(
     encoding: str | None = None,
     bounded: bool = False,
 ) -> list[Statement]:
-    """The statements of a Query string that are not empty.
+    """The non-empty statements of a Query string.
 
-    A ``;`` in parentheses (CREATE RULE … DO (a; b)) or in a routine's BEGIN ATOMIC … END does
-    not end a statement.
+    A ``;`` within parentheses (CREATE RULE … DO (a; b)) or within a routine's BEGIN ATOMIC … END
+    does not end a statement.
 
     Raises:
-        LexError: as tokenize().
+        LexError: as in tokenize().
     """
     tokens = tokenize(
         sql,
@@ -305,9 +303,9 @@ def split(
 def split_in_turns(
     sql: bytes, *, standard_conforming_strings: bool = True, encoding: str | None = None
 ) -> Iterator[Statement | None]:
-    """The same for a text of any length, one by one: None where others may have their turn.
+    """`split` for a text of any length: yields statements, and None when others may have a turn.
 
-    Of a statement with more tokens than MAX_TOKENS, the first MAX_TOKENS and the last are kept.
+    A statement with more than MAX_TOKENS keeps the first MAX_TOKENS and the last one.
     """
     turns = _turns(sql, standard_conforming_strings=standard_conforming_strings, encoding=encoding)
     for part in _statements(sql, turns, cut=True):
@@ -324,7 +322,7 @@ _TURN: Final = 4096
 def _turns(
     sql: bytes, *, standard_conforming_strings: bool, encoding: str | None
 ) -> Iterator[Token | None]:
-    """All tokens, and None after each few thousand."""
+    """All tokens, with None after each few thousand."""
     masked = mask(sql, encoding)
     scan = _SCANNERS[standard_conforming_strings].finditer
     position: int | None = 0
@@ -335,9 +333,9 @@ def _turns(
         position, _ = _scan(masked, matches, tokens, len(masked))
         yield from tokens
         if position is None and len(tokens) >= _TURN:
-            # Perhaps that was not the end of the text.
+            # The text may continue.
             position = tokens[-1].end
-        # A comment or a $…$ counts, by which a scan has ended.
+        # Count the comment or $…$ that ended the scan too.
         done += len(tokens) + 1
         if done >= _TURN:
             done = 0
@@ -372,7 +370,7 @@ def _statements(
                 statement = []
                 continue
         elif in_atomic:
-            # The body's END stands where a statement would begin; that of a CASE never does.
+            # The END of the body is where a statement would begin; that of a CASE never is.
             if end - start == 3 and keyword(sql, token) == "end" and depth == 0:
                 in_atomic = _words(sql, statement[-1:], 1)[0] not in (";", "atomic")
         elif end - start == 6 and keyword(sql, token) == "atomic" and depth == 0:
@@ -393,12 +391,12 @@ def _creates_routine(sql: bytes, statement: list[Token]) -> bool:
 
 
 def is_transaction_control(sql: bytes, statement: Statement) -> bool:
-    """BEGIN, COMMIT, ROLLBACK, SAVEPOINT and their kin."""
+    """Whether this is BEGIN, COMMIT, ROLLBACK, SAVEPOINT or the like."""
     first, second, third = _words(sql, statement.tokens, 3)
     if first == "start":
         return second == "transaction"
     if first == "prepare":
-        # But PREPARE transaction AS … prepares a statement of that name.
+        # PREPARE transaction AS … prepares a statement of that name.
         return second == "transaction" and third not in ("as", "(")
     return first in _TRANSACTION_CONTROL
 
@@ -409,8 +407,8 @@ _TRANSACTION_CONTROL: Final = frozenset(
 
 
 def is_client_copy(sql: bytes, statement: Statement) -> bool:
-    """COPY … FROM STDIN or TO STDOUT, which take the connection into COPY mode. One of more than
-    MAX_TOKENS is taken for such."""
+    """Whether this is COPY … FROM STDIN or TO STDOUT, which start COPY mode; also assumed of
+    statements with more than MAX_TOKENS."""
     if keyword(sql, statement.tokens[0]) != "copy":
         return False
     if len(statement.tokens) > MAX_TOKENS:
@@ -420,13 +418,13 @@ def is_client_copy(sql: bytes, statement: Statement) -> bool:
     for index, word in enumerate(words[:-1]):
         depth += (word == "(") - (word == ")")
         if depth == 0 and word in ("from", "to") and words[index - 1] != ".":
-            # The server takes either word for either direction.
+            # The server accepts either word for either direction.
             return words[index + 1] in ("stdin", "stdout")
     return False
 
 
 def _words(sql: bytes, tokens: list[Token], count: int) -> list[str]:
-    """The first ``count`` tokens: key words in lower case, punctuation, "" for all else."""
+    """The first ``count`` tokens: key words in lower case, punctuation, "" for others."""
     words = [
         sql[token.start : token.end].decode()
         if token.kind is Kind.PUNCTUATION
@@ -438,9 +436,9 @@ def _words(sql: bytes, tokens: list[Token], count: int) -> list[str]:
 
 # --- encodings ------------------------------------------------------------------------------
 
-# Client encodings in which a byte of a multi-byte character can look like ASCII (a backslash, a
-# letter, with GB18030 a digit), and what their multi-byte characters are to the server:
-# it looks at the lead byte (GB18030: two) for the length.
+# Client encodings in which bytes of multi-byte characters can look like ASCII (a backslash, a
+# letter, in GB18030 a digit), and their multi-byte characters as the server sees them: the lead
+# byte (in GB18030, two) decides the length.
 _SJIS: Final = rb"[\x80-\xa0\xe0-\xff]."
 _TWO_BYTES: Final = rb"[\x80-\xff]."
 _MULTI_BYTE: Final = {
@@ -459,17 +457,17 @@ _ALL_OF_TWO_BYTES: Final = frozenset(("SJIS", "SHIFT_JIS_2004", "BIG5", "GBK", "
 
 
 def has_lookalikes(encoding: str) -> bool:
-    """Whether a byte of a character may look like ASCII."""
+    """Whether bytes of multi-byte characters can look like ASCII."""
     return encoding in _MULTI_BYTE
 
 
 def mask(sql: bytes, encoding: str | None) -> bytes:
-    """``sql`` with every multi-byte character as that many bytes that look like nothing else."""
+    """``sql`` with each multi-byte character replaced by as many neutral bytes."""
     characters = _MULTI_BYTE.get(encoding or "")
     if characters is None or sql.isascii():
         return sql
     if encoding in _ALL_OF_TWO_BYTES:
-        return characters.sub(b"\xff\xff", sql)  # five times as fast
+        return characters.sub(b"\xff\xff", sql)  # five times faster
     return characters.sub(lambda found: b"\xff" * len(found[0]), sql)
 
 

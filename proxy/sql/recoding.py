@@ -1,8 +1,8 @@
-"""Texts of jobs for those who ask for them: from the encoding of one session to that of another.
+"""Converts texts of jobs from the encoding of one session to that of another that asks for them.
 
 Invariant: no text makes an answer fail, and none is invalid where it arrives. A byte that is no
-character becomes ``\\x93``, as psql shows it; a character that the other encoding has not becomes
-``?``, as in the server's messages. (Rows are not texts of this kind: the server converts them.)
+character becomes ``\\x93``, as in psql; a character that the target lacks becomes ``?``, as in the
+server's messages. (Rows are not such texts: the server converts them.)
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _STRUCTURES: Final = {
         b"GB18030": rb"(?:[\x00-\x7f]|[\x81-\xfe](?:[\x40-\x7e\x80-\xfe]|\d[\x81-\xfe]\d))*+",
     }.items()
 }
-"""What text in these encodings is made of, whether or not Python knows each character of it."""
+"""What text in these encodings consists of, whether or not Python knows each character."""
 
 _BACKSLASH_AND_TILDE: Final = {0xA5: "\\", 0x203E: "~"}
-"""What ASCII has where Python's SHIFT_JIS_2004 has a yen sign and an overline."""
+"""Characters of Python's SHIFT_JIS_2004, and what ASCII has in their place."""
 
 _RUNS: Final = re.compile(r"[\x00-\x7f]+|[^\x00-\x7f]+")
 _ABSENT: Final = {
@@ -42,22 +42,23 @@ _ABSENT: Final = {
     b"SHIFT_JIS_2004": re.compile("[¥‾]"),
     b"SJIS": re.compile("[\x80\ue000-\uf8ff]"),
 }
-"""Characters that Python has in these encodings, as ASCII or not, and the server has not."""
+"""Characters that Python has in these encodings, and the server has not."""
 
 
 ASCII: Final = b"ASCII"
-"""Not one of the server's: an encoding that has nothing else."""
+"""An encoding with nothing but ASCII; not one of the server's."""
 
 
 def encoding_of(client_encoding: bytes, server_encoding: bytes) -> bytes:
-    """What text is in that a session with these settings sends and gets. SQL_ASCII: unknown."""
+    """The encoding of text that a session with these settings sends and gets. SQL_ASCII:
+    unknown."""
     if client_encoding == b"UNICODE":
         return b"UTF8"
     return server_encoding if client_encoding in NO_CONVERSION else client_encoding
 
 
 def readable(text: bytes, encoding: bytes) -> str:
-    """A text for people. One in SQL_ASCII is read as UTF-8."""
+    """A text to show to people. SQL_ASCII is read as UTF-8."""
     if text.isascii():
         return text.decode()
     if encoding in NO_CONVERSION:
@@ -71,9 +72,9 @@ def readable(text: bytes, encoding: bytes) -> str:
 
 
 def recoded(text: bytes, source: bytes, *targets: bytes) -> bytes:
-    """A text in the last of these encodings, with no character that one before it has not.
+    """A text in the last of these encodings, with only those characters that all of them have.
 
-    Bytes of SQL_ASCII are taken for the last encoding's; for SQL_ASCII they stay as they are.
+    Bytes of SQL_ASCII are assumed to be in the last encoding; for SQL_ASCII, bytes stay unchanged.
     """
     if text.isascii():
         return text
@@ -88,7 +89,7 @@ def recoded(text: bytes, source: bytes, *targets: bytes) -> bytes:
 
 
 def _is_whole(text: bytes, encoding: bytes) -> bool:
-    """Whether it is made of characters as this encoding has them."""
+    """Whether the text consists of this encoding's characters."""
     if encoding == b"UTF8":
         return is_valid(text, "utf_8")
     structure = _STRUCTURES.get(encoding)
@@ -102,19 +103,19 @@ def _encoded(letters: str, encoding: bytes) -> bytes:
     parts = list[bytes]()
     for run in _RUNS.findall(letters):
         if encoding == b"EUC_JIS_2004" and not run.isascii():
-            # Python's has JIS X 0212 too.
+            # Python's encoding also has JIS X 0212.
             run = run.encode("shift_jis_2004", "replace").decode("shift_jis_2004")
         parts.append(run.encode("ascii" if run.isascii() else name, "replace"))
     return b"".join(parts)
 
 
 def beginning(text: bytes, size: int, encoding: bytes) -> bytes:
-    """The text, or as many whole characters of it as so many bytes hold."""
+    """As many whole characters of a text as fit into `size` bytes."""
     return text if len(text) <= size else whole_characters(text[:size], encoding)
 
 
 def whole_characters(cut: bytes, encoding: bytes) -> bytes:
-    """A text that was cut anywhere, without what there is of a last character."""
+    """A truncated text, without an incomplete last character."""
     if cut.isascii():
         return cut
     decoder = codecs.getincrementaldecoder(_counting_codec(encoding))("replace")
@@ -123,7 +124,7 @@ def whole_characters(cut: bytes, encoding: bytes) -> bytes:
 
 
 def first_characters(text: bytes, count: int, encoding: bytes) -> bytes:
-    """At most so many characters of a text."""
+    """The first `count` characters of a text."""
     name = _counting_codec(encoding)
     return text.decode(name, "surrogateescape")[:count].encode(name, "surrogateescape")
 

@@ -1,6 +1,6 @@
 """A text that the server gets in other words: a stand-in, a substitute, a job's string.
 
-Invariant: it is the original with pieces taken out and put in between its tokens, so each of its
+Invariant: it is the original with pieces removed and inserted between tokens, so each of its
 characters has a place in the original.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of what is sent: ``original[start:end]``, or ``inserted`` if that is given; then it
-    stands for the text at ``start``."""
+    """A part of the text sent: ``original[start:end]``, or ``inserted`` if given; that stands for
+    the text at ``start``."""
 
     start: int
     end: int
@@ -22,7 +22,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """The text, and where each of its characters comes from."""
+    """The text sent, and where each of its characters comes from."""
 
     original: bytes
     pieces: tuple[Piece, ...]
@@ -44,7 +44,7 @@ class Rewrite:
         return b" ".join([*unsent, self.original[done:]])
 
     def original_position(self, position: int, codec: str) -> int:
-        """Where in the original a character of what is sent belongs.
+        """The position in the original of a character of the text sent.
 
         Args:
             position: as in an error's field P: in characters, from 1.
@@ -54,7 +54,7 @@ class Rewrite:
         return len(self.original[:offset].decode(codec, "surrogateescape")) + 1
 
     def inserted_before(self, position: int, codec: str) -> list[bytes]:
-        """What was inserted up to and including the character at ``position``."""
+        """The insertions up to and including the character at ``position``."""
         offset = self._offset(position, codec)
         inserted: list[bytes] = []
         for piece, text in self._texts():
@@ -83,11 +83,11 @@ class Rewrite:
 
 
 Change = tuple[int, int, bytes]
-"""Bytes of a text, from and to, and what takes their place."""
+"""Bytes of a text, from and to, and their replacement."""
 
 
 def with_changes(sql: bytes, changes: Sequence[Change]) -> Rewrite:
-    """A text with some of its parts changed, in order."""
+    """A text with parts replaced, given in order."""
     pieces: list[Piece] = []
     done = 0
     for start, end, text in changes:

@@ -1,7 +1,7 @@
-"""SQL that the proxy writes itself, beside its queries.
+"""SQL that the proxy writes itself, in addition to its queries.
 
-Invariant: it is right in any session. Names are schema-qualified, and constants are written so that
-neither standard_conforming_strings nor the client encoding changes what they say.
+Invariant: it is right in any session. Names are schema-qualified, and constants mean the same
+whatever standard_conforming_strings and the client encoding are.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import secrets
 from protocol.errors import SQLError
 
 EXECUTOR_ROLE = "pgbackground_role"
-"""Members of this role may call the functions. Superusers need no membership."""
+"""Members of this role may call the functions; superusers need no membership."""
 
 
 def literal(text: bytes) -> bytes:
-    """A string constant; for text that is not ASCII an expression, since a quote or a backslash may
-    be a part of another character (in SJIS, BIG5, GBK and others)."""
+    """A string constant; for non-ASCII text an expression, since a quote or backslash may be part
+    of another character (in SJIS, BIG5, GBK and others)."""
     if not text.isascii():
         return (
             b"pg_catalog.convert_from(pg_catalog.decode('%b', 'hex'),"
@@ -33,15 +33,15 @@ def _ascii(text: str) -> bytes:
 
 
 def do_block(body: bytes) -> bytes:
-    """A DO statement; the quote cannot be in the body, because it cannot be guessed."""
+    """A DO statement with an unguessable quote, which therefore is not in the body."""
     quote = b"$pg_background_%b$" % secrets.token_hex(8).encode()
     return b"DO LANGUAGE plpgsql " + quote + body + quote
 
 
 def raise_block(error: SQLError, behind: bytes = b"") -> bytes:
-    """Fails with an error of ours, so that the transaction fails and the server's log tells why.
+    """Raises an error of ours in the server, so that the transaction fails and the log says why.
 
-    What is not ASCII is replaced: the client gets the error from the proxy, in its own encoding.
+    Non-ASCII characters are replaced: the client gets the error from the proxy, in its encoding.
     `behind`: statements that are not executed.
     """
     options = {

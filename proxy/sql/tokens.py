@@ -1,6 +1,6 @@
-"""The tokens of one statement, by their numbers: words, names, brackets and lists.
+"""The tokens of one statement, by index: words, names, brackets and lists.
 
-Invariant: what is not read for certain raises NotRecognizedError; time is linear in the text.
+Invariant: what cannot be read for certain raises NotRecognizedError; time is linear in the text.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Final
 from proxy.sql.lexer import RESERVED, Kind, Token, identifier, keyword
 
 NESTING: Final = {b"(": 1, b"[": 1, b")": -1, b"]": -1}
-"""What a bracket adds to the depth."""
+"""The change of depth at a bracket."""
 
 
 class NotRecognizedError(Exception):
-    """The statement has another shape than those that are read."""
+    """The statement has a shape that is not read."""
 
 
 class Tokens:
-    """One statement. Indices count tokens unless they are called offsets."""
+    """One statement. Indices count tokens unless called offsets."""
 
     def __init__(self, sql: bytes, tokens: list[Token], encoding: str | None) -> None:
         self.sql = sql
@@ -37,14 +37,14 @@ class Tokens:
         return self.tokens[index].end
 
     def text(self, index: int) -> bytes:
-        """A token as it stands; empty behind the last one."""
+        """A token's text; empty behind the last one."""
         return self.texts[index] if 0 <= index < self.count else b""
 
     def keyword(self, index: int) -> str:
         return keyword(self.sql, self.tokens[index]) if 0 <= index < self.count else ""
 
     def name(self, index: int) -> bytes | None:
-        """The name that a token is; None if it is not an identifier."""
+        """The name in a token; None if it is no identifier."""
         if not 0 <= index < self.count:
             return None
         token = self.tokens[index]
@@ -54,11 +54,11 @@ class Tokens:
         return name
 
     def is_name(self, index: int) -> bool:
-        """An identifier that the server takes for a table's, column's or parameter's name."""
+        """Whether this identifier can name a table, column or parameter."""
         return self.name(index) is not None and self.keyword(index) not in RESERVED
 
     def label(self, at: int) -> tuple[bytes | None, int]:
-        """The label that stands there, if any, and what is behind it."""
+        """The label at this index, if any, and the index behind it."""
         if self.keyword(at) == "as" and self.name(at + 1) is not None:
             return self.name(at + 1), at + 2
         if self.is_name(at):
@@ -73,7 +73,7 @@ class Tokens:
 
     @functools.cached_property
     def closings(self) -> dict[int, int]:
-        """The brackets, and what closes each."""
+        """The closing brackets, by their opening ones."""
         closings: dict[int, int] = {}
         opened: list[int] = []
         for at, text in enumerate(self.texts):
@@ -85,7 +85,7 @@ class Tokens:
         return closings
 
     def list_items(self, first: int, end: int) -> list[tuple[int, int]]:
-        """The first and last tokens of what stands between commas in ``[first, end)``."""
+        """The first and last tokens of the items between commas in ``[first, end)``."""
         commas = [first - 1]
         depth = 0
         for at in range(first, end):
@@ -100,7 +100,7 @@ class Tokens:
         return items
 
     def qualified(self, index: int) -> int:
-        """Where the name that ends with this token begins: with a schema's, if it has one."""
+        """Where the name that ends here begins, with its schema, if it has one."""
         while self.text(index - 1) == b".":
             index -= 2
             if self.name(index) is None:
@@ -108,7 +108,7 @@ class Tokens:
         return index
 
     def outermost(self, first: int = 0) -> Iterator[int]:
-        """The tokens from ``first`` on that are in no brackets, up to one that closes some."""
+        """The tokens from ``first`` on that are in no brackets, up to an unmatched closing one."""
         depth = 0
         for at in range(first, self.count):
             nesting = NESTING.get(self.text(at), 0)
@@ -122,7 +122,7 @@ class Tokens:
         return 0 <= index < self.count and self.tokens[index].kind is Kind.OPERATOR
 
     def argument(self, first: int, last: int) -> tuple[str | None, int, int]:
-        """An argument's name, if it has one, and the tokens of its expression."""
+        """The name of an argument, if it has one, and the tokens of its expression."""
         if self.keyword(first) in ("all", "distinct", "variadic") or self.text(first) == b"*":
             raise NotRecognizedError("not a plain argument")
         depth = 0

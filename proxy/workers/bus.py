@@ -1,9 +1,9 @@
 """The channel between the supervisor and a worker process: one line for each of the `messages`.
 
-Invariant: a channel is a socket pair that no other process has, so what comes in is believed;
-and nothing grows without limit. Users decide how large an answer is, so it comes in pieces, and one
-that the other side does not get round to reading is left out. What must not be missed is small: if
-that cannot be sent, the other side reads nothing, and the channel ends. A lost channel is a lost
+Invariant: a channel is a socket pair that no other process has, so its input is trusted; and
+nothing grows without limit. Users determine the size of an answer, so answers come in pieces, and
+one that the other side is too slow to read is omitted. Messages that must arrive are small: if one
+cannot be sent, the other side reads nothing, and the channel ends. A lost channel means a lost
 process.
 """
 
@@ -19,17 +19,17 @@ from proxy.log import logger
 from proxy.workers.messages import Answer, Message, decode, encode
 
 MAX_UNREAD: Final = 64 * 1024 * 1024
-"""Bytes that may wait for the other side to read them."""
+"""Limit of bytes that the other side has not read."""
 
 MAX_ANSWERS: Final = 32 * 1024 * 1024
-"""The same, for another answer to be sent at all."""
+"""The same limit for starting another answer."""
 
 PIECE: Final = 256 * 1024
-"""About how many bytes a message is at the most."""
+"""Approximate limit of a message in bytes."""
 
 
 class Channel(asyncio.Protocol):
-    """One end.
+    """One end of the channel.
 
     Attributes:
         receive: called with each message; the owner may change it.
@@ -46,13 +46,13 @@ class Channel(asyncio.Protocol):
 
     @classmethod
     async def over(cls, end: socket.socket, receive: Callable[[Message], None]) -> Self:
-        """A channel over one end of a socket pair, which it owns from now on."""
+        """A channel over one end of a socket pair, which it then owns."""
         end.setblocking(False)
         loop = asyncio.get_running_loop()
         return (await loop.create_unix_connection(lambda: cls(receive), sock=end))[1]
 
     def send(self, message: Message) -> None:
-        """Send a message; nothing happens if the other side is gone."""
+        """Send a message; no effect if the other side is gone."""
         if self._transport.is_closing():
             return
         if isinstance(message, Answer) and self._transport.get_write_buffer_size() > MAX_ANSWERS:
@@ -68,10 +68,10 @@ class Channel(asyncio.Protocol):
             await asyncio.wait((self._full, self.lost), return_when=asyncio.FIRST_COMPLETED)
 
     def close(self) -> None:
-        """Hang up, once all is sent."""
+        """Close once everything is sent."""
         self._transport.close()
 
-    # asyncio's side
+    # Called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)

@@ -1,7 +1,7 @@
-"""What the console's commands do when there are several processes.
+"""The console's commands with several processes.
 
-Invariant: each process tells what it knows, and the supervisor of the processes; the worker that
-has the client puts it together. So a client sees the same in whichever worker it is.
+Invariant: each process reports what it knows, and the supervisor reports on the processes; the
+worker that has the client merges these. So a client sees the same in every worker.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class OneOfSeveral(Process):
     """A worker.
 
     Args:
-        here: what it knows.
-        peers: the others, and the way to the supervisor.
+        here: what this worker knows.
+        peers: the other workers, and the way to the supervisor.
     """
 
     def __init__(self, here: Here, peers: OtherWorkers) -> None:

@@ -1,8 +1,8 @@
 """The messages between the supervisor and the worker processes.
 
-Invariant: a message is a dataclass of this file, one line of JSON on the way, so none holds a line
-feed. Both ends of a channel are ours (`bus`), so what comes in is well-formed. Questions, answers
-and news are for other workers: the supervisor forwards them, and says who has sent them.
+Invariant: a message is a dataclass of this file, sent as one line of JSON, which contains no line
+feed. Both ends of a channel are ours (`bus`), so input is well-formed. Questions, answers and news
+are for other workers: the supervisor forwards them and names the sender.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from typing import Any, Final, TypeAlias, cast, get_args
 from proxy.config import Given
 from proxy.jobs.registry import Handle
 
-# Beside each client's connection, in a socket of their own
+# Sent with each client's connection, in a socket of its own
 
 PLAIN: Final = b"+"
 WITH_HEADER: Final = b"P"
-"""It begins with a header of the PROXY protocol."""
+"""The connection begins with a PROXY protocol header."""
 
 # From a worker to the supervisor
 
 
 class Event(StrEnum):
-    """What a worker tells of itself."""
+    """What a worker reports about itself."""
 
     READY = "ready"
-    """It serves now."""
+    """It serves clients now."""
     TAKEN = "taken"
-    """It has a connection that it was given."""
+    """It has taken a connection that it was given."""
     REFUSED = "refused"
-    """It has no file descriptor for one."""
+    """It had no file descriptor for one."""
     CLOSED = "closed"
     """One of its sessions has ended."""
     DRAINING = "draining"
-    """It is to get no more connections."""
+    """It must get no more connections."""
     ALIVE = "alive"
     """Its event loop runs: the answer to a Ping."""
     DONE = "done"
@@ -46,15 +46,15 @@ class Event(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Something has happened to the worker."""
+    """An event in the worker."""
 
     event: Event
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The console wants something of the supervisor: ``processes``, ``drain``, ``reload`` or
-    ``shut_down``; `worker`: the number of the one to drain. There is an Outcome."""
+    """A command of the console for the supervisor: ``processes``, ``drain``, ``reload`` or
+    ``shut_down``; `worker`: the number of the one to drain. An Outcome answers it."""
 
     number: int
     what: str
@@ -63,8 +63,8 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class TakeSlot:
-    """May I run a job of this role in this database? There is a SlotAnswer, and another one when a
-    slot is granted later. `arrived`: when the launch came, by the system's monotonic clock."""
+    """May I run a job of this role in this database? A SlotAnswer answers it, and another when a
+    slot is granted later. `arrived`: time of the launch, by the system's monotonic clock."""
 
     number: int
     role: str
@@ -74,7 +74,7 @@ class TakeSlot:
 
 @dataclass(frozen=True, slots=True)
 class HasSlot:
-    """I run such a job since before there were limits."""
+    """I have run such a job since before there were limits."""
 
     number: int
     role: str
@@ -83,7 +83,7 @@ class HasSlot:
 
 @dataclass(frozen=True, slots=True)
 class FreeSlot:
-    """It has ended, or is not wanted any more."""
+    """The slot is no longer used, or no longer wanted."""
 
     number: int
 
@@ -96,8 +96,7 @@ Slotting: TypeAlias = TakeSlot | HasSlot | FreeSlot
 
 @dataclass(frozen=True, slots=True)
 class SlotAnswer:
-    """Whether the slot of this number is granted; the setting that keeps it waiting, and its
-    value."""
+    """Whether this slot is granted; if not, the setting that prevents it, and its value."""
 
     number: int
     granted: bool
@@ -107,8 +106,8 @@ class SlotAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of an Order. `error` is why it was not carried out: SQLSTATE, message, detail and hint, the
-    latter two perhaps empty."""
+    """The outcome of an Order. `error`: why it was not carried out, as SQLSTATE, message, detail
+    and hint, the latter two perhaps empty."""
 
     number: int
     body: Any = None
@@ -117,8 +116,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Configure:
-    """Serve with this configuration. The first time, `name`: the worker's; `group`: what tells
-    these workers from those of other supervisors, in hexadecimal digits (`sealed.GROUP`)."""
+    """Serve with this configuration. The first one has `name`, the worker's, and `group`, which
+    identifies this supervisor's workers, in hexadecimal digits (`sealed.GROUP`)."""
 
     given: Given
     name: str = ""
@@ -127,7 +126,7 @@ class Configure:
 
 @dataclass(frozen=True, slots=True)
 class EndNow:
-    """Wait for nothing any more."""
+    """Do not wait for anything any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +136,12 @@ class TakenOver:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Say that you are alive."""
+    """Report that you are alive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question has gone to these workers, and to those which hang: they are not waited for."""
+    """A question went to these workers, and to those that hang, which are not waited for."""
 
     number: int
     peers: Sequence[int]
@@ -156,40 +155,40 @@ class Gone:
     peer: int
 
 
-# Between workers, and by the supervisor, whose number is 0: what is asked
+# Between workers, and from the supervisor, whose number is 0: questions
 
 SUPERVISOR: Final = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """Of which roles do you know jobs? A list of OIDs."""
+    """Of which roles do you know jobs? Answer: a list of OIDs."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewRole:
-    """I know jobs of this role; true when noted."""
+    """I know jobs of this role. Answer: true, once noted."""
 
     role_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class FindJobs:
-    """Which of these jobs do you know? Whole snapshots."""
+    """Which of these jobs do you know? Answer: whole snapshots."""
 
     handles: Sequence[Handle]
 
 
 @dataclass(frozen=True, slots=True)
 class ListJobs:
-    """Which jobs of these roles do you know? Snapshots, their texts shortened."""
+    """Which jobs of these roles do you know? Answer: snapshots with shortened texts."""
 
     roles: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
 class CancelJob:
-    """Have the server stop your job; true when it was told."""
+    """Have the server stop your job. Answer: true, once it was told."""
 
     pid: int
     cookie: int
@@ -197,7 +196,7 @@ class CancelJob:
 
 @dataclass(frozen=True, slots=True)
 class CancelStatement:
-    """A cancel request: is it for a session of yours? The key has a character for each byte."""
+    """A cancel request: is it for a session of yours? The key has one character for each byte."""
 
     pid: int
     secret_key: str
@@ -205,26 +204,26 @@ class CancelStatement:
 
 @dataclass(frozen=True, slots=True)
 class GiveWay:
-    """Close your spares; whether there were any."""
+    """Close your spares. Answer: whether there were any."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConsoleTable:
-    """What do you know for this table of the console (`console.tables`)? Rows."""
+    """What do you know for this console table (`console.tables`)? Answer: rows."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class JobsWithPid:
-    """Which jobs of yours run with this PID? Handles."""
+    """Which of your jobs run with this pid? Answer: handles."""
 
     pid: int
 
 
 @dataclass(frozen=True, slots=True)
 class KillSession:
-    """End this session, as the console calls it; whether it is yours."""
+    """End this session, by its name in the console. Answer: whether it was yours."""
 
     session: str
 
@@ -234,12 +233,12 @@ ConsoleAsk: TypeAlias = ConsoleTable | JobsWithPid | KillSession
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """The supervisor asks: what have you counted? `admin.figures.collect`."""
+    """From the supervisor: what have you counted? Answer: `admin.figures.collect`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShowJobs:
-    """The supervisor asks: which jobs are there to show? `admin.overview.Overview.show`."""
+    """From the supervisor: which jobs can you show? Answer: `admin.overview.Overview.show`."""
 
 
 Ask: TypeAlias = (
@@ -258,7 +257,7 @@ Ask: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """To all other workers, or to one."""
+    """A question to all other workers, or to one."""
 
     number: int
     ask: Ask
@@ -268,8 +267,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """To a question, or a piece of an answer. `body` is what the question says; None: no answer.
-    With the number 0 a worker tells the supervisor its last figures (`Measure`), unasked."""
+    """An answer, or a piece of one. `body`: see the question; None: no answer. With number 0, a
+    worker sends the supervisor its last figures (`Measure`), unasked."""
 
     number: int
     to: int
@@ -278,12 +277,12 @@ class Answer:
     sender: int = 0
 
 
-# Between workers: what is told
+# Between workers: news
 
 
 @dataclass(frozen=True, slots=True)
 class RoleGone:
-    """I know no job of this role any more."""
+    """I know no more jobs of this role."""
 
     role_id: int
 
@@ -297,12 +296,12 @@ class JobEnded:
 
 @dataclass(frozen=True, slots=True)
 class ExtensionChanged:
-    """A command about the extension has done its work in some database."""
+    """A command has changed the extension in some database."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaveDatabases:
-    """A statement is about to drop, rename or copy databases; it has a character for each byte."""
+    """A statement is about to drop, rename or copy databases; one character for each byte."""
 
     sql: str
 
@@ -312,7 +311,7 @@ News: TypeAlias = RoleGone | JobEnded | ExtensionChanged | LeaveDatabases
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """To all other workers, or to one; there is no answer."""
+    """News for all other workers, or for one; not answered."""
 
     news: News
     to: int | None = None
@@ -341,12 +340,12 @@ _CLASS: Final = "class"
 
 
 def encode(message: Message) -> bytes:
-    """One line, with its end."""
+    """The message as one line, with its line feed."""
     return json.dumps(_plain(message), default=_plain, separators=(",", ":")).encode() + b"\n"
 
 
 def decode(line: bytes) -> Message:
-    """The message of a line."""
+    """The message in a line."""
     return cast(Message, json.loads(line, object_hook=_typed))
 
 

@@ -1,8 +1,8 @@
-"""What the supervisor knows of its workers' jobs and figures, for those who watch.
+"""The supervisor's view of its workers' jobs and figures, for monitoring.
 
-Invariant: it asks when it is asked, and waits for nobody who hangs: what such a worker said last
-stands in for its answer. Counters only grow: what a worker had counted that is gone stays in the
-sum, as far as it was told; so the supervisor asks now and then by itself, too.
+Invariant: it asks when asked, and does not wait for workers that hang: their last answers stand in.
+Counters only grow: those of a worker that is gone stay in the sum, as far as reported; so the
+supervisor also asks periodically.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from proxy.workers.bus import Channel
 from proxy.workers.messages import SUPERVISOR, Answer, Ask, CancelJob, Measure, Question, ShowJobs
 
 _PATIENCE: Final = 2.0
-"""Seconds that a worker has to answer."""
+"""Seconds for a worker to answer."""
 
 _CANCELING: Final = 15.0
-"""The same, when it is to tell the server something."""
+"""The same if it must tell the server something."""
 
 _BY_ITSELF: Final = 5.0
-"""Seconds between two questions that nobody has asked for."""
+"""Seconds between periodic questions."""
 
 
 class AWorker(Protocol):
-    """A process, as far as it matters here (`process.WorkerProcess`)."""
+    """The part of `process.WorkerProcess` that is used here."""
 
     serial: int
     channel: Channel
@@ -43,16 +43,16 @@ class AWorker(Protocol):
 
 
 class AllWorkers:
-    """All workers together; a `Source`.
+    """All workers together, as a `Source`.
 
     Args:
-        workers: those that there are now.
+        workers: the present ones.
         configured: how many there should be.
-        stopping: tells whether no more clients are taken.
+        stopping: whether no more clients are taken.
 
     Attributes:
-        runtime: what the configuration has been made into; set with each reload.
-        restarts: how often a worker was started in place of one that had ended.
+        runtime: the live objects made of the configuration; set at each reload.
+        restarts: number of workers started to replace one that had ended.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class AllWorkers:
         self._silent = 0
         self._numbers = itertools.count(1)
         self._asked: dict[int, _Asked] = {}
-        # The latest figures of each worker, and the counters of those that are gone.
+        # The last figures of each worker, and the counters of those that are gone.
         self._last: dict[int, Figures] = {}
         self._past: Figures = Counters().figures()
 
@@ -98,18 +98,18 @@ class AllWorkers:
         return list((await self._ask(ShowJobs())).values())
 
     async def cancel(self, pid: int, cookie: int) -> bool:
-        # The one that has no such job says yes, too: it is not running there.
+        # A worker without this job says yes too: it does not run there.
         answers = await self._ask(CancelJob(pid, cookie), _CANCELING)
         return bool(answers) and not self._silent
 
     async def keep_asking(self) -> None:
-        """So that little is lost of what a worker has counted when it ends without a word."""
+        """Ask periodically, so that few counts are lost when a worker crashes."""
         while True:
             await asyncio.sleep(_BY_ITSELF)
             await self.figures()
 
     async def _ask(self, ask: Ask, patience: float = _PATIENCE) -> dict[int, Any]:
-        """The answers of the workers that do, by serial number."""
+        """The answers of the workers that do answer, by serial number."""
         asked = [worker for worker in self._workers() if worker.answers]
         number = next(self._numbers)
         question = self._asked[number] = _Asked(
@@ -125,13 +125,13 @@ class AllWorkers:
         self._silent = len(asked) - len(question.answers)
         return question.answers
 
-    # What the supervisor tells
+    # Called by the supervisor
 
     def answered(self, serial: int, answer: Answer) -> None:
-        """A worker has answered, or told its last figures.
+        """A worker has answered, or reported its last figures.
 
-        Figures are kept as they come: once their question is over, the worker may be gone, and
-        counted among those that are.
+        Figures are added as they come: by the end of the question the worker may be gone, and
+        counted as such.
         """
         question = self._asked.get(answer.number)
         measured = question is not None and isinstance(question.ask, Measure)
@@ -149,7 +149,7 @@ class AllWorkers:
 
 
 class _Asked:
-    """A question that is not over yet."""
+    """A question that is still open."""
 
     def __init__(self, ask: Ask, missing: set[int]) -> None:
         self.ask = ask
@@ -159,7 +159,7 @@ class _Asked:
         self._check()
 
     def answered(self, serial: int, body: Any) -> None:
-        """None: it could not tell, or is gone."""
+        """`body` is None if the worker could not answer, or is gone."""
         if body is not None:
             self.answers[serial] = body
         self._missing.discard(serial)

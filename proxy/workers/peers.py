@@ -1,14 +1,13 @@
 """The other worker processes, as one of them sees them: what they know, and what it tells them.
 
-Invariant: a process asks all the others when it needs to know something, and believes the answers;
-nothing that changes is kept in two places. Two exceptions are pushed, because they must be there
-before the question: the end of a job that a peer has seen running, and the roles
-whose jobs a process knows, which a launch of a new role waits for (`context` reads the rights of
-these roles before the call is made). The supervisor hands questions and answers on, tells who was
-asked, and who is gone; a question is over when all have answered or are gone, or after a time. It
-goes to a process that hangs too, which is told what it must know when it goes on, but is not waited
-for. Who asks is told how many have not answered.
-Between two processes messages come in the order in which they were sent.
+Invariant: a process asks all others when it needs to know something, and believes the answers;
+nothing that changes is kept in two places. Two things are pushed, since they must be known before
+they are asked for: the end of a job that a peer has seen running, and the roles whose jobs a
+process knows. A launch by a new role waits for the latter (`context` reads rights on these roles
+before the call is made). The supervisor forwards questions and answers, and says who was asked and
+who is gone; a question is over when all have answered or are gone, or after a time. It also goes to
+processes that hang, so that they learn what they must know, but they are not waited for. The asker
+is told how many have not answered. Between two processes messages arrive in the order sent.
 """
 
 from __future__ import annotations
@@ -65,23 +64,23 @@ from proxy.workers.messages import (
 )
 
 _PATIENCE: Final = 5.0
-"""Seconds that a process which does not answer is waited for."""
+"""Seconds to wait for a process that does not answer."""
 
 _AT_ONCE: Final = 1000
-"""Jobs that are asked for with one question."""
+"""Jobs in one question."""
 
 _SNAPSHOT_SIZE: Final = 400
-"""About how many bytes a snapshot is beside its texts."""
+"""Approximate bytes of a snapshot without its texts."""
 
 _CANCELING: Final = 60.0
-"""The same, when it is to tell the server something and connect_timeout sets no limit."""
+"""The same if it must tell the server something and connect_timeout sets no limit."""
 
 
 class Bus(Protocol):
-    """What messages to the others go by (`bus.Channel`).
+    """Carries messages to the others (`bus.Channel`).
 
     Attributes:
-        lost: done when no answer will come any more.
+        lost: done when no more answers will come.
     """
 
     @property
@@ -91,29 +90,29 @@ class Bus(Protocol):
         """Send a message."""
 
     async def drain(self) -> None:
-        """Wait until most of what was sent is gone."""
+        """Wait until most has been sent."""
 
 
 class _Question:
-    """One that was asked, until it is over; a `lasting` one takes answers that come later, too."""
+    """An open question; a `lasting` one also takes late answers."""
 
     def __init__(self, take: Callable[[int, Any], bool], *, lasting: bool) -> None:
         self._take = take
         self._lasting = lasting
         self._missing: set[int] | None = None
-        # Those that hang, and those that could not tell.
+        # Peers that hang, and peers that could not answer.
         self._silent: set[int] = set()
         self._failed: set[int] = set()
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def asked(self, peers: Iterable[int], hanging: Iterable[int] = ()) -> None:
-        """Wait for these peers, and not for others that hang."""
+        """Wait for these peers, but not for those that hang."""
         self._missing = set(peers)
         self._silent.update(hanging)
         self._check(enough=False)
 
     def answer(self, peer: int, answer: Any, *, more: bool) -> None:
-        """An answer has come; `more`: a part of one. None: the peer could not tell."""
+        """Take an answer; `more`: a part of one. None: the peer could not answer."""
         is_wanted = self._lasting or not self.over.done()
         enough = answer is not None and is_wanted and self._take(peer, answer)
         if answer is None:
@@ -122,12 +121,12 @@ class _Question:
             self._said_all(peer, enough=enough)
 
     def gone(self, peer: int) -> None:
-        """One will not any more, and knows nothing."""
+        """A peer is gone, and knows nothing."""
         self._failed.discard(peer)
         self._said_all(peer, enough=False)
 
     def give_up(self) -> None:
-        """No answer will come, and there may be somebody who knows."""
+        """No more answers will come, though somebody may know."""
         self._missing = None
         if not self.over.done():
             self.over.set_result(None)
@@ -140,9 +139,9 @@ class _Question:
 
     @property
     def unanswered(self) -> int:
-        """How many have not answered."""
+        """Number of peers that have not answered."""
         if self._missing is None:
-            return 1  # the supervisor has not said whom it has asked
+            return 1  # the supervisor has not said who was asked
         return len(self._silent | self._failed | self._missing)
 
     def _check(self, *, enough: bool) -> None:
@@ -151,13 +150,13 @@ class _Question:
 
 
 class OtherWorkers(Peers):
-    """Those at the other end of the channel."""
+    """The workers at the other end of the channel."""
 
     _name = "a worker"
-    """What one of them is called in the log."""
+    """A peer's name in the log."""
 
     _answered: type | UnionType = Ask
-    """What is answered."""
+    """The questions that are answered."""
 
     def __init__(self, server: Server, channel: Bus) -> None:
         self._server = server
@@ -166,20 +165,20 @@ class OtherWorkers(Peers):
         self._channel = channel
         self._numbers = itertools.count(1)
         self._questions: dict[int, _Question] = {}
-        # What the supervisor has not answered yet.
+        # Orders that the supervisor has not answered.
         self._orders: dict[int, asyncio.Future[tuple[Any, Sequence[str] | None]]] = {}
-        # What they have told us: of which roles they know jobs.
+        # The roles of which each peer knows jobs.
         self._roles_of: defaultdict[int, set[int]] = defaultdict(set)
-        # What we have told them.
+        # The roles that we have announced.
         self._announced: set[int] = set()
-        # Jobs of theirs that somebody here holds on to, by cookie.
+        # Jobs of peers that somebody here refers to, by cookie.
         self._stand_ins: weakref.WeakValueDictionary[int, RemoteJob] = weakref.WeakValueDictionary()
-        # Who has seen a job of ours, by its cookie, before it ended.
+        # Peers that have seen a job of ours before its end, by its cookie.
         self._watchers: dict[int, set[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def join(self) -> None:
-        """From now on we are one of several; returns when their roles are known."""
+        """Become one of several; returns when the peers' roles are known."""
         self._jobs.peers = self
         self._channel.lost.add_done_callback(lambda _: self._left_alone())
         await self._learn_roles()
@@ -191,16 +190,15 @@ class OtherWorkers(Peers):
 
         await self._ask(Roles(), take, lasting=True)
 
-    # What the sessions ask
+    # Called by sessions
 
     @property
     def roles(self) -> set[int]:
-        """OIDs of the roles whose jobs they know."""
+        """OIDs of the roles of which peers know jobs."""
         return set().union(*self._roles_of.values()) if self._roles_of else set()
 
     async def find(self, handles: Sequence[Handle]) -> tuple[dict[int, JobRecord], int]:
-        """Those of these jobs that they know, by cookie; how many did not answer of those that may
-        know the rest."""
+        """See `Peers`."""
         missing = {cookie for _, cookie in handles}
         found: dict[int, JobRecord] = {}
         unanswered = 0
@@ -217,7 +215,7 @@ class OtherWorkers(Peers):
         return found, unanswered if missing else 0
 
     async def jobs_of(self, roles: Collection[int]) -> tuple[list[JobRecord], int]:
-        """All that they know of jobs of these roles; how many did not answer."""
+        """See `Peers`."""
         found: list[JobRecord] = []
 
         def take(peer: int, snapshots: list[dict[str, Any]]) -> bool:
@@ -239,16 +237,16 @@ class OtherWorkers(Peers):
         return jobs
 
     def knows(self, job: RemoteJob) -> bool:
-        """Whether it is one of theirs."""
+        """Whether the job is a peer's."""
         return self._stand_ins.get(job.cookie) is job
 
     async def cancel_job(self, job: RemoteJob) -> bool:
-        """Have its process tell the server to stop it; whether it has answered."""
+        """See `Peers`."""
         ask = CancelJob(*job.handle)
         return not await self._ask(ask, to=job.owner, patience=self._canceling)
 
     async def cancel(self, request: CancelRequest) -> bool:
-        """Forward a cancel request to the worker that owns the session."""
+        """Forward a cancel request to the worker that has the session."""
         known: list[bool] = []
 
         def take(peer: int, is_known: bool) -> bool:
@@ -273,7 +271,7 @@ class OtherWorkers(Peers):
         return _PATIENCE
 
     async def give_way(self) -> bool:
-        """Have them close their spares; whether there were any."""
+        """See `Peers`."""
         had: list[bool] = []
 
         def take(peer: int, had_some: bool) -> bool:
@@ -283,10 +281,10 @@ class OtherWorkers(Peers):
         await self._ask(GiveWay(), take)
         return any(had)
 
-    # What the console asks
+    # Called by the console
 
     async def table(self, name: str) -> tuple[list[Row], int]:
-        """What they know for a table; and how many did not answer."""
+        """The peers' rows for a table, and how many did not answer."""
         found: list[Row] = []
 
         def take(peer: int, rows: list[Row]) -> bool:
@@ -296,7 +294,7 @@ class OtherWorkers(Peers):
         return found, await self._ask(ConsoleTable(name), take)
 
     async def jobs_with_pid(self, pid: int) -> tuple[list[Found], int]:
-        """Their jobs that run with a PID; and how many did not answer."""
+        """The peers' jobs that run with this pid, and how many did not answer."""
         found: list[Found] = []
 
         def take(peer: int, handles: list[Sequence[int]]) -> bool:
@@ -306,11 +304,11 @@ class OtherWorkers(Peers):
         return found, await self._ask(JobsWithPid(pid), take)
 
     async def cancel_found(self, owner: int, handle: Handle) -> bool:
-        """The same as `cancel_job`, of one that was found so."""
+        """`cancel_job` for a job found by `jobs_with_pid`."""
         return not await self._ask(CancelJob(*handle), to=owner, patience=self._canceling)
 
     async def kill(self, session: str) -> tuple[bool, int]:
-        """Have a session ended; whether it was one of theirs, and how many did not answer."""
+        """End a peer's session. Returns whether there was one, and how many did not answer."""
         known: list[bool] = []
 
         def take(peer: int, is_known: bool) -> bool:
@@ -322,9 +320,9 @@ class OtherWorkers(Peers):
         return bool(known), unanswered
 
     async def order(self, what: str, worker: int = 0) -> Any:
-        """Have the supervisor do something; the body of its Outcome.
+        """Have the supervisor carry out an order. Returns the body of its Outcome.
 
-        Raises SQLError: it does not, or is gone.
+        Raises SQLError: it refuses, or is gone.
         """
         number = next(self._numbers)
         outcome = self._orders[number] = asyncio.get_running_loop().create_future()
@@ -341,10 +339,10 @@ class OtherWorkers(Peers):
             raise SQLError(sqlstate, message, detail=detail or None, hint=hint or None)
         return body
 
-    # What they must be told
+    # News
 
     async def announce(self, role_id: int) -> None:
-        """We know jobs of this role; returns when all know that."""
+        """See `Peers`."""
         if role_id not in self._announced:
             await self._ask(NewRole(role_id), patience=self._announcing)
             self._announced.add(role_id)
@@ -352,22 +350,22 @@ class OtherWorkers(Peers):
                 self.role_gone(role_id)
 
     def role_gone(self, role_id: int) -> None:
-        """We know none of this role any more."""
+        """See `Peers`."""
         if role_id in self._announced:
             self._announced.discard(role_id)
             self._channel.send(Told(RoleGone(role_id)))
 
     def job_ended(self, job: Job) -> None:
-        """One of ours."""
+        """See `Peers`."""
         for peer in self._watchers.pop(job.cookie, ()):
             self._channel.send(Told(JobEnded(job.snapshot(whole=False)), to=peer))
 
     def extension_changed(self) -> None:
-        """A command about the extension has done its work in some database."""
+        """See `Peers`."""
         self._channel.send(Told(ExtensionChanged()))
 
     def leave_databases(self, sql: bytes) -> None:
-        """A statement here is about to drop, rename or copy databases."""
+        """See `Peers`."""
         self._channel.send(Told(LeaveDatabases(sql.decode("latin-1"))))
 
     # Asking
@@ -381,9 +379,9 @@ class OtherWorkers(Peers):
         patience: float = _PATIENCE,
         lasting: bool = False,
     ) -> int:
-        """Ask all of them, or one; how many have not answered. `take` is given each answer as it
-        comes, and returns whether no other is wanted; if `lasting`, also those that come late.
-        `patience` is in seconds."""
+        """Ask all peers, or one. Returns how many have not answered. `take` is called with each
+        answer, and returns whether no other is wanted; if `lasting`, late ones too. `patience` is
+        in seconds."""
         if self._channel.lost.done():
             return 0
         number = next(self._numbers)
@@ -399,13 +397,13 @@ class OtherWorkers(Peers):
         return question.unanswered
 
     def figures(self) -> Figures:
-        """What the supervisor adds up."""
+        """The figures for the supervisor to add up."""
         return collect(self._jobs, len(self._server.sessions))
 
-    # What comes in
+    # Input
 
     def receive(self, message: Message) -> None:
-        """A message that the supervisor has handed on, or made."""
+        """Handle a message forwarded or made by the supervisor."""
         match message:
             case Question():
                 task = asyncio.get_running_loop().create_task(self._answer(message))
@@ -448,12 +446,12 @@ class OtherWorkers(Peers):
         self._jobs_lost([job for job in self._stand_ins.values() if job.owner == peer])
 
     def _jobs_lost(self, jobs: Sequence[RemoteJob]) -> None:
-        """Who runs them is gone."""
+        """The process that runs these jobs is gone."""
         for job in jobs:
             job.lose()
 
     def _left_alone(self) -> None:
-        """The supervisor is gone, so no answer will come."""
+        """The supervisor is gone, so no answers will come."""
         for question in self._questions.values():
             question.asked(())
 
@@ -476,7 +474,7 @@ class OtherWorkers(Peers):
     async def _send_pieces(
         self, answer: Answer, parts: Iterator[dict[str, Any]] | Iterator[Row]
     ) -> None:
-        """Answer a piece at a time, as fast as it is read. `parts`: snapshots of jobs, or rows."""
+        """Answer piece by piece, as fast as it is read. `parts`: snapshots of jobs, or rows."""
         piece: list[dict[str, Any] | Row] = []
         size = 0
         for part in parts:
@@ -531,7 +529,7 @@ class OtherWorkers(Peers):
     def _snapshots(
         self, peer: int, jobs: Iterable[Job], *, whole: bool
     ) -> Iterator[dict[str, Any]]:
-        """As they are when they are told: one that ends in between is told as ended."""
+        """Snapshots made when they are sent, so a job that ends meanwhile is reported as ended."""
         found = list(jobs)
         for job in found:
             if not job.finished:
@@ -540,7 +538,7 @@ class OtherWorkers(Peers):
 
 
 def _size_of_texts(part: dict[str, Any] | Row) -> int:
-    """About how many bytes they take."""
+    """Approximate bytes of the texts."""
     if isinstance(part, list):
         return sum(len(value) for value in part if isinstance(value, str))
     errors = (part["error"] or {}).values()

@@ -1,7 +1,7 @@
 """A worker process, as the supervisor sees it.
 
 Invariant: this decides nothing. It starts and ends the process, gives it connections, and keeps
-those that it has not taken yet, so that they can go to others.
+those not taken yet, so that they can go to others.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from proxy.workers.bus import Channel
 from proxy.workers.messages import PLAIN, WITH_HEADER, Message, Ping
 
 _START_TIMEOUT: Final = 30.0
-"""Seconds that a worker has to get ready."""
+"""Seconds for a worker to become ready."""
 
 END_TIMEOUT: Final = 5.0
-"""Seconds after which a worker that should have ended is killed."""
+"""Seconds before a worker that should have ended is killed."""
 
 _STUCK: Final = 1.0
-"""Seconds in which a worker takes no connection, until others get its share."""
+"""Seconds without taking a connection after which others get a worker's share."""
 
 HANGS: Final = 3
-"""Pings that a worker has not answered when it gets no new clients, and nobody waits for it. One
-that is only busy answers all of them at once, later."""
+"""Unanswered pings after which a worker gets no new clients and nobody waits for it. A worker that
+is merely busy answers all of them at once, later."""
 
 
 class WorkerProcess:
     """One process.
 
     Attributes:
-        number: its place among the workers, from 1; that of its successor too.
-        serial: what tells it from others, also from its predecessors.
-        sessions: how many connections it has, those included that it has not yet taken.
-        untaken: the latter. They are kept until then, and go to others if it dies.
+        number: its place among the workers, from 1, which a replacement inherits.
+        serial: unique, also among past workers.
+        sessions: number of its connections, including those not taken yet.
+        untaken: the latter, kept to go to others if it dies.
         turn: when it last got one.
         joined: whether it answers questions.
-        ready: whether it serves; done when that is known.
+        ready: whether it serves; resolved when that is known.
         done: whether it only waits for others to end.
-        unanswered: how many pings in a row it has had a second for, and not answered.
+        unanswered: number of consecutive pings without an answer within a second.
     """
 
     process: asyncio.subprocess.Process
@@ -59,7 +59,7 @@ class WorkerProcess:
         self.sessions = 0
         self.untaken: deque[Accepted] = deque()
         self.turn = 0
-        # Since when its socket has been full, by the loop's clock; 0 if it is not.
+        # When its socket became full, by the loop's clock; 0 if it is not.
         self._full_since = 0.0
         self.joined = False
         self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -67,7 +67,7 @@ class WorkerProcess:
         self.unanswered = 0
         self._is_pinged = False
         self._clients: socket.socket | None = None
-        # The worker's end of that: what it does not take can be taken back.
+        # The worker's end of that socket, from which untaken connections can be taken back.
         self._its_end: socket.socket | None = None
 
     def __str__(self) -> str:
@@ -85,10 +85,10 @@ class WorkerProcess:
             self.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "proxy.workers.worker", *map(str, fds)),
                 stdin=asyncio.subprocess.DEVNULL,
-                # The same modules, whatever is in the folder where we are.
+                # The same modules, whatever the working directory contains.
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
                 pass_fds=fds,
-                # Not to be reached by a terminal's Ctrl-C.
+                # Out of reach of a terminal's Ctrl-C.
                 start_new_session=True,
             )
             self.channel = await Channel.over(ours.dup(), receive)
@@ -101,7 +101,7 @@ class WorkerProcess:
             self.kill()
 
     def known(self, *, ready: bool) -> None:
-        """It serves now, or it never will."""
+        """It serves now, or never will."""
         if not self.ready.done():
             self.ready.set_result(ready)
 
@@ -112,16 +112,16 @@ class WorkerProcess:
 
     @property
     def answers(self) -> bool:
-        """Whether it answers questions, unless it hangs."""
+        """Whether it answers questions, if it does not hang."""
         return self.joined and not self.channel.lost.done()
 
     def take(self, connection: Accepted) -> bool:
-        """Give it a connection; whether it could take it."""
+        """Give it a connection. Returns whether it could take it."""
         assert self._clients is not None
         try:
             mark = WITH_HEADER if connection.has_header else PLAIN
             socket.send_fds(self._clients, [mark], [connection.socket.fileno()])
-        except OSError:  # it is full, or gone
+        except OSError:  # full, or gone
             self._full_since = self._full_since or asyncio.get_running_loop().time()
             return False
         self._full_since = 0.0
@@ -131,7 +131,7 @@ class WorkerProcess:
 
     @property
     def state(self) -> str:
-        """What the console calls it."""
+        """Its state in the console."""
         if not self.ready.done():
             return "starting"
         if self.hangs:
@@ -140,26 +140,26 @@ class WorkerProcess:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether it has taken none for so long that others are to have its share."""
+        """Whether it has taken no connection for so long that others should get its share."""
         now = asyncio.get_running_loop().time()
         return self._full_since > 0.0 and now - self._full_since > _STUCK
 
     def taken(self) -> None:
-        """It has the oldest of those that were given to it."""
+        """It has taken the oldest connection given to it."""
         self.untaken.popleft().socket.close()
 
     def refused(self) -> None:
-        """It has no descriptor for that."""
+        """It has no file descriptor for that one."""
         turn_away(self.untaken.popleft().socket)
         self.sessions -= 1
 
     def take_back(self) -> list[Accepted]:
-        """The connections that it has not taken, which it will not get any more."""
+        """Take back the untaken connections, which it will not get any more."""
         count = 0
         while self._its_end is not None:
             try:
                 marks, fds, _, _ = socket.recv_fds(self._its_end, 1, 1)
-            except OSError:  # that was the last one
+            except OSError:  # there are no more
                 break
             for fd in fds:
                 os.close(fd)
@@ -170,7 +170,7 @@ class WorkerProcess:
         return [self.untaken.pop() for _ in range(count)][::-1]
 
     def retire(self) -> None:
-        """Give it no more clients, so that it ends when those that it has have left."""
+        """Give it no more clients, so that it ends when its present ones have left."""
         for end in (self._clients, self._its_end):
             if end is not None:
                 end.close()
@@ -178,22 +178,22 @@ class WorkerProcess:
 
     @property
     def hangs(self) -> bool:
-        """Whether it has not answered for seconds."""
+        """Whether it has not answered pings for seconds."""
         return self.unanswered >= HANGS
 
     def ping(self) -> None:
-        """Ask it whether it lives, again."""
+        """Send it another ping."""
         self.unanswered += self._is_pinged
         self._is_pinged = True
         self.channel.send(Ping())
 
     def spoke(self) -> None:
-        """It lives."""
+        """It has answered, so it does not hang."""
         self.unanswered = 0
         self._is_pinged = False
 
     async def end(self) -> int:
-        """Wait for its end; the exit code, or the negative number of a signal."""
+        """Wait for its end. Returns the exit code, or the negative number of a signal."""
         await self.channel.lost
         self.retire()
         try:

@@ -1,12 +1,11 @@
-"""The connection by which a process speaks with the replicas: LISTEN and NOTIFY, in the database
-that auth_user logs in to.
+"""A process's connection to the other replicas: LISTEN and NOTIFY, in auth_user's database.
 
-Invariant: what comes in is believed only if it is sealed (`sealed`), is for this connection by
-name, and has a higher number than its sender's last; the sender is who has sealed it, whatever the
-message says. Who is there, pg_stat_activity tells: a member is a connection of the same role with a
-name. So there is nothing to agree on, and nothing to remember: who has lost its connection is gone,
-and comes back under another name. To its owner (`workers.replicas`) a link is what the supervisor
-is to a worker: it hands messages on, tells who was asked, and who is gone.
+Invariant: input is believed only if it is sealed (`sealed`), addressed to this connection by name,
+and has a higher number than its sender's last; the sender is whoever sealed it, whatever the
+message says. pg_stat_activity shows who is there: a member is a connection of the same role, with a
+name. So there is nothing to agree on or to remember: a process that has lost its connection is
+gone, and returns under another name. To its owner (`workers.replicas`) a link is what the
+supervisor is to a worker: it forwards messages, and says who was asked and who is gone.
 """
 
 from __future__ import annotations
@@ -30,31 +29,31 @@ from proxy.workers.messages import Answer, Asked, Gone, Message, Question, Told,
 from proxy.workers.sealed import GROUP, MOST_RECIPIENTS, NAME, PIECE, Seal, new_name
 
 _LOOK: Final = 3.0
-"""Seconds between looks at who is there, if nobody asks anything."""
+"""Seconds between checks of the members, if nobody asks anything."""
 
 _AGAIN: Final = 1.0
 _SELDOM: Final = 5.0
-"""Seconds until a lost connection is made again: the first time, and at most."""
+"""Seconds before a lost connection is opened again: at first, and at most."""
 
 _PATIENCE: Final = 10.0
-"""Seconds that the server may take for a query of ours."""
+"""Seconds to wait for the server's answer to a query."""
 
 _MOST_WRONG: Final = 1000
-"""Messages that no member has sent, until the connection is given up for a while: somebody who has
-not got the secret floods it, with what he has made up or what he has heard."""
+"""Invalid messages after which the connection is given up for a while: somebody without the secret
+floods it, with inventions or with copies."""
 
 _MOST_UNSENT: Final = 16 * 1024 * 1024
 _FULL: Final = 1024 * 1024
-"""Bytes that wait to be sent: then answers are left out; then who can wait should."""
+"""Unsent bytes beyond which answers are dropped, and beyond which senders that can should wait."""
 
 _MOST_GATHERED: Final = 1024 * 1024
-"""Bytes of one message."""
+"""Limit of a message in bytes."""
 
 _AT_ONCE: Final = 256 * 1024
-"""Bytes that are sent with one query."""
+"""Bytes sent by one query."""
 
 _SILENT: Final = 10
-"""Seconds after which a member that has not even looked hangs, or cannot reach the server."""
+"""Seconds without a check after which a member hangs, or cannot reach the server."""
 
 _MEMBERS: Final = """
 SELECT a.application_name,
@@ -67,13 +66,13 @@ AND pg_catalog.strpos(a.application_name, '{prefix}') OPERATOR(pg_catalog.=) 1""
 
 
 class Link:
-    """One process's; it is made again when it is lost.
+    """The link of one process, opened again when lost.
 
     Attributes:
         receive: called with each message; set by the owner.
-        joined: called when the connection is there, and when it was made again.
+        joined: called when the connection is opened, or opened again.
         left: called when it is lost.
-        lost: never done: a link comes back.
+        lost: never done, since a link returns.
     """
 
     receive: Callable[[Message], None]
@@ -84,8 +83,8 @@ class Link:
         """
         Args:
             runtime: how to log in.
-            secret: that all replicas have.
-            group: the same for the processes that speak with each other anyhow.
+            secret: shared by all replicas.
+            group: shared by the processes that have other channels to each other.
         """
         self._runtime = runtime
         self._seal = Seal(secret)
@@ -97,7 +96,7 @@ class Link:
         self._room: asyncio.Future[None] | None = None
         self._is_joined = False
 
-    # The owner's side
+    # Called by the owner
 
     def send(self, message: Message) -> None:
         """Send a question, an answer or news."""
@@ -114,7 +113,7 @@ class Link:
         self._wanted.set()
 
     def _nobody(self, question: Question) -> None:
-        """No link: it is not known whether there is somebody who would know."""
+        """There is no link, so nobody knows who could answer."""
         self.receive(Asked(question.number, (), (0,)))
 
     async def drain(self) -> None:
@@ -123,10 +122,10 @@ class Link:
             self._room = self._room or asyncio.get_running_loop().create_future()
             await self._room
 
-    # Its life
+    # Life cycle
 
     async def run(self) -> None:
-        """Be there, until cancelled."""
+        """Keep the link up, until cancelled."""
         delay, said = _AGAIN, ""
         while True:
             try:
@@ -150,7 +149,7 @@ class Link:
             delay = min(2 * delay, _SELDOM)
 
     async def _log_in(self) -> Backend:
-        """To the first host that is no standby. Raises SQLError, OSError, ProtocolViolation."""
+        """Log in to the first primary. Raises SQLError, OSError, ProtocolViolation."""
         runtime = self._runtime()
         failure: Exception = ConnectionError("there is no host")
         for host in runtime.config.upstream.hosts:
@@ -187,7 +186,7 @@ class Link:
             self._room = None
 
     async def _serve(self, conversation: _Conversation) -> None:
-        """Hand messages on. Raises ServerError, OSError, ProtocolViolation when it is lost."""
+        """Forward messages. If the link is lost, raises ServerError, OSError, ProtocolViolation."""
         members: dict[bytes, bool] = {}
         conversation.heard, conversation.look = self._heard, self._wanted.set
         way = self._way()
@@ -206,7 +205,7 @@ class Link:
             for name in members.keys() - now.keys():
                 self.receive(Gone(_number(name)))
             members = {name: hangs for name, hangs in now.items() if name[:GROUP] != self._group}
-            # What comes meanwhile may be for one that has only just joined.
+            # Messages that arrive now may be for a member that has only just joined.
             if self._unsent:
                 await self._send_some(conversation, members)
             if self._unsent:
@@ -233,7 +232,7 @@ class Link:
                 asked.append(Asked(message.number, awaited, hanging))
             payloads += conversation.closed(recipients, text)
         for told in asked:
-            self.receive(told)  # now: an answer may come before the server says that all is sent
+            self.receive(told)  # now, since answers may precede the end of sending
         if payloads:
             await conversation.notify(payloads)
         self._sent(size)
@@ -251,16 +250,16 @@ class Link:
 
 
 def _number(name: bytes) -> int:
-    """How the owner calls a member."""
+    """A member's number for the owner."""
     return int.from_bytes(name, "big")
 
 
 class _Conversation:
-    """What is said over one connection, until it is lost (a `takeover.Receiver`).
+    """The exchange over one connection, until that is lost (a `takeover.Receiver`).
 
     Attributes:
-        heard: called with the sender and the text of what is for us.
-        look: called when it is lost, or to see who is there.
+        heard: called with the sender and the text of messages for us.
+        look: called when the connection is lost, or to check the members.
     """
 
     def __init__(self, backend: Backend, seal: Seal, name: bytes) -> None:
@@ -273,9 +272,9 @@ class _Conversation:
         self._error: ServerError | None = None
         self._answer: asyncio.Future[list[Row]] | None = None
         self._lost: Exception | None = None
-        # Of each sender so far: the last number, and what it has not said to the end.
+        # For each sender: the last number, and the beginning of an unfinished message.
         self._numbers: dict[bytes, int] = {}
-        # Who was there when we last looked, and how many messages others have sent since.
+        # The members at the last check, and the number of messages by others since.
         self._members: Collection[bytes] = ()
         self._strangers: Counter[bytes] = Counter()
         self._begun: defaultdict[bytes, bytearray] = defaultdict(bytearray)
@@ -284,12 +283,12 @@ class _Conversation:
         self.look: Callable[[], None] = lambda: None
 
     async def join(self) -> None:
-        """Be seen as a member. Raises ServerError, OSError, ProtocolViolation."""
-        self._backend.read_by(self)  # they may be speaking already
+        """Become visible as a member. Raises ServerError, OSError, ProtocolViolation."""
+        self._backend.read_by(self)  # others may be speaking already
         await self._ask(f"SET application_name = '{self._seal.prefix}{self._name.hex()}'")
 
     async def members(self) -> dict[bytes, bool]:
-        """The names of the others, and whether they hang. Raises the same."""
+        """The names of the others, and whether they hang. Raises as `join` does."""
         found: dict[bytes, bool] = {}
         query = _MEMBERS.format(prefix=self._seal.prefix, silent=_SILENT)
         for shown, is_silent in await self._ask(query):
@@ -300,7 +299,7 @@ class _Conversation:
             if len(name) == NAME and name != self._name:
                 found[name] = is_silent == b"t"
         self._members = found.keys()
-        # Who has gone long ago, or never was there: somebody says again what it once said.
+        # Members that have long gone, or never existed: their messages are being replayed.
         self._add_wrong(
             sum(self._strangers[name] for name in self._strangers.keys() - found.keys())
         )
@@ -308,7 +307,7 @@ class _Conversation:
         return found
 
     def closed(self, recipients: Sequence[bytes], text: bytes) -> list[str]:
-        """A text as payloads, for each of these members."""
+        """A text as sealed payloads for these members."""
         payloads: list[str] = []
         for first in range(0, len(recipients), MOST_RECIPIENTS):
             some = recipients[first : first + MOST_RECIPIENTS]
@@ -319,7 +318,7 @@ class _Conversation:
         return payloads
 
     async def notify(self, payloads: Sequence[str]) -> None:
-        """Send them. Raises ServerError, OSError, ProtocolViolation."""
+        """Send payloads. Raises ServerError, OSError, ProtocolViolation."""
         channel = self._seal.channel
         await self._ask(
             ";".join(f"SELECT pg_catalog.pg_notify('{channel}', '{text}')" for text in payloads)
@@ -336,7 +335,7 @@ class _Conversation:
         finally:
             self._answer = None
 
-    # What comes in
+    # Input
 
     def room(self) -> int:
         """How many bytes may come next."""
@@ -378,7 +377,7 @@ class _Conversation:
             self._add_wrong(1)
             return
         if sealed.number <= self._numbers.get(sealed.sender, 0):
-            self._add_wrong(1)  # said again, by somebody else
+            self._add_wrong(1)  # replayed by somebody else
             return
         self._numbers[sealed.sender] = sealed.number
         if sealed.sender not in self._members and sealed.sender != self._name:

@@ -1,10 +1,10 @@
 """The other replicas: proxies in front of the same server, behind a load balancer.
 
-Invariant: each serving process asks those of all other replicas itself, as it asks the other
-workers of its own, and checks rights in the same way, here: what is sealed was said by a proxy that
-has the secret, and nothing else is believed (`replica_link`). Only what concerns jobs, and cancel
-requests, is answered. A lost link is no lost process: jobs that others run are asked for again when
-the link, or theirs, is back; only those that nobody knows after a while are lost.
+Invariant: each serving process asks those of all other replicas itself, as it asks its fellow
+workers, and checks rights itself: only what a proxy with the secret has sealed is believed
+(`replica_link`). Only questions about jobs, and cancel requests, are answered. A lost link is no
+lost process: jobs of others are searched for when a link is back, and lost only if nobody knows
+them after a while.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from proxy.workers.replica_link import Link
 from proxy.workers.sealed import GROUP
 
 _LAUNCH: Final = 1.0
-"""Seconds that the first launch of a role waits until all know of it."""
+"""Seconds that the first launch of a role waits until all others know."""
 
 _CANCEL: Final = 2.0
-"""Seconds until a cancel request goes on to the server."""
+"""Seconds before a cancel request goes on to the server."""
 
 _SEARCHED: Final = 15.0
 _SEARCH_AGAIN: Final = 1.0
-"""Seconds that a job is searched for whose process is gone, and between two looks."""
+"""Seconds to search for a job whose process is gone, and between attempts."""
 
 
 class OtherReplicas(OtherWorkers):
-    """Those that the link reaches."""
+    """The processes that the link reaches."""
 
     _name = "a replica"
     _answered = Roles | NewRole | FindJobs | ListJobs | CancelJob | CancelStatement | GiveWay
@@ -56,13 +56,13 @@ class OtherReplicas(OtherWorkers):
         super().__init__(server, link)
         self._link = link
         link.receive, link.joined, link.left = self.receive, self._joined, self._left
-        # By cookie.
+        # Jobs that are being searched for, by cookie.
         self._searching: set[int] = set()
-        # Anybody can send cancel requests, and each of an unknown key is a question to all.
+        # Anybody can send cancel requests, and an unknown key is a question to all.
         self._cancels = Pace(burst=100, rate=50)
 
     async def cancel(self, request: CancelRequest) -> bool:
-        """Have the replica that has the session do what a cancel request asks for."""
+        """Have the replica with the session carry out a cancel request."""
         if self._cancels.take(None, asyncio.get_running_loop().time()) is None:
             return False
         return await super().cancel(request)
@@ -81,7 +81,7 @@ class OtherReplicas(OtherWorkers):
         self._spawn(self._rejoin())
 
     async def _rejoin(self) -> None:
-        """Tell what we know, learn what they know, and follow the jobs that somebody waits for."""
+        """Report our roles, learn theirs, and follow the jobs that somebody waits for."""
         await self._learn_roles()
         for role_id in self._jobs.registry.roles:
             self._announced.discard(role_id)
@@ -95,14 +95,15 @@ class OtherReplicas(OtherWorkers):
             question.give_up()
 
     def _jobs_lost(self, jobs: Sequence[RemoteJob]) -> None:
-        """Who runs them is gone, or has lost its link, and will be back under another name."""
+        """The process of these jobs is gone, or has lost its link, and will return under another
+        name."""
         lost = [job for job in jobs if job.cookie not in self._searching]
         if lost:
             self._searching.update(job.cookie for job in lost)
             self._spawn(self._search(lost))
 
     async def _search(self, jobs: list[RemoteJob]) -> None:
-        """Until somebody knows them; those that nobody knows are lost."""
+        """Search until somebody knows the jobs; those that nobody knows are lost."""
         loop = asyncio.get_running_loop()
         until = loop.time() + _SEARCHED
         cookies = [job.cookie for job in jobs]
@@ -133,7 +134,7 @@ class All(Peers):
 
     @property
     def roles(self) -> set[int]:
-        """OIDs of the roles whose jobs they know."""
+        """See `Peers`."""
         return {*self._workers.roles, *self._replicas.roles}
 
     async def find(self, handles: Sequence[Handle]) -> tuple[dict[int, JobRecord], int]:
@@ -192,11 +193,11 @@ class All(Peers):
 
 @contextlib.asynccontextmanager
 async def known(server: Server, group: bytes | None = None) -> AsyncIterator[None]:
-    """Ask the replicas, and answer them, if there is a secret for that.
+    """Ask the replicas, and answer them, if a secret is configured.
 
     Args:
         server: the process.
-        group: the same for the workers of one supervisor.
+        group: shared by the workers of one supervisor.
     """
     secret = server.runtime.replica_secret
     if secret is None:

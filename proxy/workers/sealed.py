@@ -1,13 +1,13 @@
-"""Messages between replicas that are sent through the database, where others can read and send too.
+"""Messages between replicas through the database, where others can read and send too.
 
-Invariant: whoever has not got the secret learns of a message how long it is, who has sent it and
-whom it is for, and can make none. HMAC-SHA256 proves a message with all that stands before it; what
-it says is enciphered by SHAKE-256 of a key, its sender and its number, a pair that no other message
-has. It is addressed to members by name. A name is made up anew for each connection, so a message
-that was recorded is for nobody who came later; who was there knows its number (`replica_link`).
+Invariant: without the secret, nobody can make a message, or learn more than its length, sender and
+recipients. HMAC-SHA256 proves a message with all that precedes the proof; the text is enciphered by
+SHAKE-256 of a key, the sender and the number, a pair that no other message has. Recipients are
+addressed by name. Each connection has a new name, so a recorded message is for nobody who came
+later; those present at the time know its number (`replica_link`).
 
-On the way it is base64 of: the sender, its number (8 bytes), how many it is for (1), those, whether
-more of it follows (1), the text, and the proof.
+A payload is base64 of: the sender, its number (8 bytes), the number of recipients (1), these,
+whether more follows (1), the text, and the proof.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 NAME: Final = 16
-"""Bytes of a member's name: its group (`GROUP`), and a random number."""
+"""Bytes of a member's name: its group (`GROUP`) and a random number."""
 
 GROUP: Final = 8
 
 MOST_RECIPIENTS: Final = 64
 PIECE: Final = 4_700
-"""Bytes of text in one message; a payload is shorter than 8,000 bytes of base64."""
+"""Bytes of text in one message; a payload must be shorter than 8,000 bytes of base64."""
 
 _VERSION: Final = b"1"
-"""Of the messages: those of another version are sent elsewhere."""
+"""Version of the messages: those of other versions go elsewhere."""
 
 _PROOF: Final = hashlib.sha256().digest_size
 
 
 class Sealed(NamedTuple):
-    """One that was opened. `text` may be a piece, of which `more` follow."""
+    """An opened message. `text` may be a piece, with `more` to follow."""
 
     sender: bytes
     number: int
@@ -46,12 +46,11 @@ class Sealed(NamedTuple):
 
 
 class Seal:
-    """What those can do who have the secret.
+    """Seals and opens messages, with the secret.
 
     Attributes:
-        channel: where they listen, which nobody else can guess.
-        prefix: what the application_name of their connections begins with; a member's name follows,
-            in hexadecimal digits.
+        channel: where members listen; nobody else can guess it.
+        prefix: how the application_name of members begins; the name follows in hexadecimal digits.
     """
 
     def __init__(self, secret: bytes) -> None:
@@ -74,7 +73,7 @@ class Seal:
         return base64.b64encode(sealed + hmac.digest(self._prove, sealed, "sha256")).decode()
 
     def open(self, payload: bytes) -> Sealed:
-        """What a payload says. Raises ValueError if it was not made with the secret."""
+        """The message in a payload. Raises ValueError if it was made without the secret."""
         try:
             data = base64.b64decode(payload, validate=True)
         except binascii.Error:
@@ -97,5 +96,5 @@ class Seal:
 
 
 def new_name(group: bytes) -> bytes:
-    """A member's."""
+    """A random name for a member."""
     return group + secrets.token_bytes(NAME - GROUP)

@@ -1,8 +1,8 @@
-"""Slots for jobs where there are several processes: the supervisor grants them.
+"""Slots for jobs with several processes: the supervisor grants them.
 
-Invariant: the supervisor alone counts, so the limits hold over all processes, and launches of all
-wait in one order. A worker asks it only if there are limits; when some are set while jobs run, it
-tells which these are. A process that is gone has no slots, and one that hangs gets none.
+Invariant: the supervisor alone counts, so limits hold over all processes, and all launches wait in
+one order. A worker asks only if there are limits; if some are set while jobs run, it reports these.
+A process that is gone has no slots; one that hangs gets none.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from proxy.workers.messages import FreeSlot, HasSlot, SlotAnswer, Slotting, Take
 from proxy.workers.process import WorkerProcess
 
 _PATIENCE: Final = 5.0
-"""Seconds that the supervisor has to answer."""
+"""Seconds for the supervisor to answer."""
 
 
 class AllSlots:
-    """The supervisor's: those of all workers.
+    """The slots of all workers, in the supervisor.
 
     Args:
         limits: of their number.
-        workers: those that there are now, by serial number.
+        workers: the present ones, by serial number.
     """
 
     def __init__(self, limits: Limits, workers: Mapping[int, WorkerProcess]) -> None:
@@ -35,7 +35,7 @@ class AllSlots:
         self._slots = Slots(limits, self._granted, lambda serial: not workers[serial].hangs)
 
     def heard(self, serial: int, message: Slotting) -> None:
-        """A worker wants one, or has or gives one back."""
+        """A worker wants a slot, or has one, or gives one back."""
         key = serial, message.number
         match message:
             case TakeSlot(number, role, database, arrived):
@@ -43,7 +43,7 @@ class AllSlots:
                     self._granted(key)
                 elif full := self._slots.full(role, database):
                     self._answer(serial, SlotAnswer(number, False, *full))
-                else:  # others of the role were there before
+                else:  # other workers of the role came first
                     self._answer(serial, SlotAnswer(number, False))
             case HasSlot(_, role, database):
                 self._slots.hold(key, role, database)
@@ -58,20 +58,20 @@ class AllSlots:
         self._workers[serial].channel.send(answer)
 
     def gone(self, serial: int) -> None:
-        """A worker has ended; it is still among those that there are."""
+        """A worker has ended; it is still among the present ones."""
         self._slots.free_all(serial)
 
     def answers_again(self) -> None:
-        """A worker that hung does not any more."""
+        """A worker no longer hangs."""
         self._slots.able_again()
 
     def change(self, limits: Limits) -> None:
-        """Other limits hold from now on."""
+        """Apply other limits."""
         self._slots.change(limits)
 
 
 class SupervisorsSlots(SlotSource):
-    """Those of one of several workers."""
+    """The slots of one of several workers."""
 
     def __init__(self, limits: Limits, channel: Channel) -> None:
         super().__init__()
@@ -99,10 +99,10 @@ class SupervisorsSlots(SlotSource):
             del self._answers[slot.number]
 
     def answered(self, answer: SlotAnswer) -> None:
-        """The supervisor has granted one, or has it wait."""
+        """The supervisor has granted a slot, or makes it wait."""
         slot = self.slots.get(answer.number)
         if slot is None:
-            return  # it has been told meanwhile that nobody wants it
+            return  # the slot was withdrawn meanwhile
         if answer.granted:
             slot.grant()
         else:

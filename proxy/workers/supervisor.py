@@ -1,20 +1,20 @@
 """The supervisor of several processes that serve clients together.
 
-Invariant: the supervisor serves no client and does not know PostgreSQL. It listens, gives each
-connection to the worker that has the fewest, forwards the workers' messages to each other
-(`peers`), restarts a worker that dies, kills one that hangs, and ends when it is told to and all of
-them have ended. Signals go to the supervisor alone.
+Invariant: the supervisor serves no client and knows nothing of PostgreSQL. It listens, gives each
+connection to the worker with the fewest, forwards messages between workers (`peers`), restarts a
+worker that dies, kills one that hangs, and ends when told to, after all of them. Only the
+supervisor handles signals.
 
-Why connections are handed over, and the workers do not accept them themselves: sessions are few and
-long, so their even distribution counts. Measured with 2 workers, 32 connections at once, share of
-the busier one, median and worst of 30 tries: SO_REUSEPORT, which hashes, 56 and 66 %; one listening
-socket for all 56 and 100 %; handed over 50 and 50 % (8 connections: 62 and 88, 100 and 100, 50 and
-50 %). It costs nothing that could be measured beside the server's work for a new connection. And a
-worker's death loses no connection that it has not taken yet, and Unix sockets are no special case.
+Why it hands over connections, instead of letting workers accept them: sessions are few and long, so
+even distribution matters. Measured with 2 workers and 32 connections at once, the share of the
+busier one, median and worst of 30 tries: SO_REUSEPORT, which hashes, 56 and 66 %; one shared
+listening socket 56 and 100 %; handed over 50 and 50 % (8 connections: 62 and 88, 100 and 100, 50
+and 50 %). The cost is not measurable beside the server's work for a new connection. Also, a
+worker's death loses no connection that it has not taken, and Unix sockets are no special case.
 
-A worker that hangs (stopped, or its event loop blocked) is found out by pings, one a second, which
-its loop answers. What counts is how many it has left unanswered, not how long it was silent: while
-the supervisor itself is stopped, or the machine asleep, no ping goes out that could be missed.
+A hanging worker (stopped, or its event loop blocked) is detected by pings, one a second, which its
+loop answers. The number of unanswered pings counts, not the time: while the supervisor itself is
+stopped, or the machine asleep, no ping goes out that could be missed.
 """
 
 from __future__ import annotations
@@ -77,29 +77,29 @@ from proxy.workers.slots import AllSlots
 _LONG_LIFE: Final = 10.0
 _FIRST_DELAY: Final = 0.1
 _LONGEST_DELAY: Final = 10.0
-"""Seconds before a worker is started again: none if it lived long, else more each time."""
+"""Limit of the delay before a worker is restarted: zero if it lived long, then growing."""
 
 _TRIES: Final = 5
-"""How often in a row a worker may fail to start while there is no other."""
+"""Consecutive failures to start a worker while there is no other."""
 
 _PING: Final = 1.0
 """Seconds between two pings."""
 
 _SETTLED: Final = 5.0
-"""Seconds until connections that are held must have been taken, for a successor to take over."""
+"""Seconds for workers to take held connections before a successor takes over."""
 
 _HELD: Final = "held"
-"""Why the listeners are paused: workers take no more for the moment."""
+"""Why listeners are paused: no worker can take more at the moment."""
 
 _HAND_OVER_AGAIN: Final = 0.005
-"""Seconds until a connection is offered again that no worker could take."""
+"""Seconds before a connection that no worker could take is offered again."""
 
 
 class Supervisor:
-    """All of them.
+    """All workers.
 
     Args:
-        given: reads what the configuration says now. Raises ConfigError.
+        given: reads the configuration. Raises ConfigError.
     """
 
     def __init__(self, given: Callable[[], Given]) -> None:
@@ -110,9 +110,9 @@ class Supervisor:
         self._workers: dict[int, WorkerProcess] = {}
         self._serials = itertools.count(1)
         self._turns = itertools.count(1)
-        # The workers do not get what it has for the one process that it knows.
+        # Workers do not get these variables, which are for the one process it knows.
         self._manager = ServiceManager(os.environ)
-        # Clients come in once all workers were there: else the first would get them all.
+        # Clients wait until all workers are ready; otherwise the first would get them all.
         self._all_there = asyncio.Event()
         self._open = False
         # Connections that no worker could take yet.
@@ -129,16 +129,15 @@ class Supervisor:
             *(self._config, self._manager, self._watched, self._take, self._ending, self._settle)
         )
         self._listeners = self._entrance.listeners
-        # Why it cannot go on.
+        # The error that ends it.
         self._failure: Exception | None = None
 
     async def run(self) -> int:
-        """Serve until SIGINT or SIGTERM, or until another has taken over, then let all workers end;
-        the exit code.
+        """Serve until SIGINT or SIGTERM, or until another has taken over, then let all workers end.
+        Returns the exit code.
 
-        Raises OSError if it cannot start, because the server cannot be reached and is required, an
-        address is taken or a worker cannot be started; ConfigError for a file that is not what it
-        should be.
+        Raises OSError if it cannot start: a required server is unreachable, an address is taken, or
+        a worker cannot be started; ConfigError for an invalid file.
         """
         async with self._entrance:
             await self._entrance.look_for_predecessor()
@@ -200,10 +199,10 @@ class Supervisor:
         self._failure = self._failure or error
         self._ending.at_once()
 
-    # One place among the workers
+    # One worker's place
 
     async def _keep(self, number: int) -> None:
-        """See that there is a worker, until the end."""
+        """Keep a worker in this place, until the end."""
         loop = asyncio.get_running_loop()
         delay = 0.0
         failures = 0
@@ -228,7 +227,7 @@ class Supervisor:
             delay = min(max(2 * delay, _FIRST_DELAY), _LONGEST_DELAY)
 
     async def _serve_with(self, worker: WorkerProcess) -> str | None:
-        """From its start to its end; if it never got ready, how it ended."""
+        """Run a worker to its end. Returns how it ended, if it never became ready."""
         self._workers[worker.serial] = worker
         name = f"worker {worker.number}"
         worker.channel.send(Configure(self._given, name, self._group))
@@ -250,7 +249,7 @@ class Supervisor:
         return None if is_ready else f"it {_how(code)}"
 
     async def _watch(self) -> None:
-        """Ping all that have got ready, and deal with those which do not answer."""
+        """Ping all workers that were ready, and handle those that do not answer."""
         while True:
             await asyncio.sleep(_PING)
             for worker in tuple(self._workers.values()):
@@ -290,7 +289,7 @@ class Supervisor:
             self._slots.answers_again()
 
     def _bury(self, worker: WorkerProcess) -> None:
-        """It is gone: the others are told, and get the clients that it has not taken."""
+        """A worker is gone: tell the others, and give them its untaken clients."""
         self._slots.gone(worker.serial)
         del self._workers[worker.serial]
         self._watched.gone(worker.serial)
@@ -306,7 +305,7 @@ class Supervisor:
             self._take(connection)
 
     def _not_started(self, message: str, failures: int) -> None:
-        """Ends everything at the start, and later if no worker serves and each start fails."""
+        """End everything at startup; later only if no worker serves and each start fails."""
         if self._open and (self._serving() or failures < _TRIES):
             logger.error("%s; it is tried again", message)
         else:
@@ -328,20 +327,20 @@ class Supervisor:
             self._try_later()
 
     def _hand_over(self, connection: Accepted) -> bool:
-        """Give it to the worker that has the fewest; whether one could take it."""
+        """Give a connection to the worker with the fewest. Returns whether one could take it."""
         for worker in sorted(self._serving(), key=lambda w: (w.hangs, w.sessions, w.turn)):
             if worker.take(connection):
                 worker.turn = next(self._turns)
                 return True
             if not worker.is_stuck:
-                return False  # it will take it soon
+                return False  # it will be able to soon
         return False
 
     def _serving(self) -> list[WorkerProcess]:
         return [worker for worker in self._workers.values() if worker.serves]
 
     def _try_later(self) -> None:
-        """If no worker serves, the next one that is ready takes the connections."""
+        """Offer connections again; without a serving worker, once one is ready."""
         if self._serving():
             asyncio.get_running_loop().call_later(_HAND_OVER_AGAIN, self._hand_over_again)
 
@@ -356,7 +355,7 @@ class Supervisor:
         self._none_held.set()
         self._listeners.resume(_HELD)
 
-    # What the workers say
+    # Messages of workers
 
     def _receive(self, worker: WorkerProcess, message: Message) -> None:
         self._spoke(worker)
@@ -399,7 +398,7 @@ class Supervisor:
             case Event.ALIVE:
                 pass
 
-    # What the console orders
+    # Orders of the console
 
     def _carry_out(self, order: Order) -> Outcome:
         match order.what:
@@ -418,7 +417,7 @@ class Supervisor:
                 return Outcome(order.number)
 
     def _drain(self, number: int) -> Sequence[str] | None:
-        """Let a worker end, and be replaced; or why not."""
+        """Let a worker end and be replaced. Returns why not, if so."""
         serving = self._serving()
         found = [worker for worker in serving if worker.number == number]
         if not found:
@@ -436,7 +435,7 @@ class Supervisor:
         return None
 
     def _others(self, worker: WorkerProcess, serial: int | None) -> list[WorkerProcess]:
-        """All others, or one."""
+        """All other workers, or one."""
         return [
             other
             for other in self._workers.values()
@@ -451,8 +450,8 @@ class Supervisor:
             other.channel.send(message)
 
     def _let_go(self) -> None:
-        """Let those end that are done. While all are to end, they wait for each other, since what
-        one knows of its jobs another may still ask for."""
+        """Let workers end that are done. In a shutdown they wait for each other, since one may
+        still be asked about its jobs by another."""
         workers = self._workers.values()
         if self._ending.begun.is_set() and not all(worker.done for worker in workers):
             return
@@ -460,13 +459,13 @@ class Supervisor:
             if worker.done:
                 worker.channel.send(EndNow())
 
-    # Its life
+    # Life cycle
 
     def _take_over(self, given: Given) -> list[str]:
-        """Make another configuration hold, here and in all workers. Raises ConfigError."""
+        """Apply another configuration, here and in all workers. Raises ConfigError."""
         settings, fixed = reloaded(self._config, config.build(given, os.environ))
         self._watched.runtime = Runtime(settings)
-        # A worker that is started later is to have what the others have.
+        # Workers started later must have what the others have.
         for name in fixed:
             given.pop(name, None)
             if name in self._given:

@@ -1,9 +1,9 @@
-"""One of several processes that serve the clients; the supervisor starts it.
+"""One of several processes that serve clients, started by the supervisor.
 
-Invariant: a worker is a `Server` whose clients come through a socket, already accepted, and whose
-orders come through the bus. No more clients means: end when the present ones have. A lost bus
-means: the supervisor is gone, end at once, since nothing would end us later. Signals are the
-supervisor's; SIGTERM alone asks to be drained and replaced.
+Invariant: a worker is a `Server` that gets accepted clients through a socket and orders through the
+bus. The end of the former means: end when the present clients have left. A lost bus means: the
+supervisor is gone, so end now, since nothing would end us later. Signals are for the supervisor;
+only SIGTERM asks for draining and replacement.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from proxy.workers.slots import SupervisorsSlots
 
 
 class Worker:
-    """The worker's side of what `supervisor` has for it."""
+    """The counterpart of `supervisor` in a worker."""
 
     def __init__(self, clients: socket.socket) -> None:
         self._clients = clients
         self._ending = Ending(lambda: self._started.result().runtime.config)
 
     async def run(self, bus: socket.socket) -> int:
-        """Serve until told to stop; the exit code. Raises ConfigError."""
+        """Serve until told to stop. Returns the exit code. Raises ConfigError."""
         loop = asyncio.get_running_loop()
         self._started: asyncio.Future[Server] = loop.create_future()
         self._channel = await Channel.over(bus, self._receive)
@@ -78,7 +78,7 @@ class Worker:
         return 0
 
     async def _serve(self, server: Server) -> None:
-        """Until told to stop."""
+        """Serve until told to stop."""
         loop = asyncio.get_running_loop()
         self._clients.setblocking(False)
         loop.add_reader(self._clients, self._take_clients, server)
@@ -110,7 +110,7 @@ class Worker:
                 self._peers.receive(message)
 
     def _configure(self, message: Configure) -> None:
-        """The first time, or again."""
+        """Apply a configuration, the first or another."""
         try:
             settings = config.build(message.given, os.environ)
             if self._started.done():
@@ -134,7 +134,7 @@ class Worker:
         self._ending.at_once()
 
     def _take_clients(self, server: Server) -> None:
-        """Connections that the supervisor has accepted; an end of file behind the last one."""
+        """Take connections that the supervisor has accepted, up to an end of file."""
         while True:
             try:
                 marks, fds, _, _ = socket.recv_fds(self._clients, 1, 1)
@@ -147,7 +147,7 @@ class Worker:
                 self._ending.drain()
                 return
             if not fds:
-                # We are short of file descriptors, and the kernel has closed it.
+                # We are short of file descriptors, so the kernel has closed it.
                 report("accept new connections")
                 self._send(Event.REFUSED)
                 continue
@@ -157,14 +157,14 @@ class Worker:
             server.acceptor.take(Accepted(connection, marks == WITH_HEADER))
 
     async def _others_done(self) -> None:
-        """Ours are done; the supervisor knows when all are, and says so by `now`."""
+        """Our sessions are done: wait until the supervisor says that all workers' are."""
         self._channel.send(Answer(0, SUPERVISOR, self._peers.figures()))
         self._send(Event.DONE)
         await asyncio.Event().wait()
 
 
 def main(arguments: list[str]) -> Any:
-    """Runs a worker on two sockets, given by their file descriptors; what sys.exit() takes."""
+    """Run a worker on two sockets, given as file descriptors. Returns sys.exit()'s argument."""
     for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
     bus, clients = (socket.socket(fileno=int(argument)) for argument in arguments)
