@@ -261,7 +261,7 @@ for _names, _run, _summary in (
     (
         "revoke_pg_background_privileges revoke_privileges",
         calls.revoke,
-        "Takes that from a role; false, with a notice, if it fails.",
+        "Revokes that from a role; false, with a notice, if it fails.",
     ),
 ):
     _declare(
@@ -288,7 +288,7 @@ _declare("launch_v2 launch", _LABELLED, HANDLE, launches.launch_v2, strict=False
     "The same with a label, which shows in `application_name`; size and label may be NULL."
 )
 _declare("submit_v2 submit", (_SQL, _QUEUE_SIZE), HANDLE, launches.submit, needs=_LAUNCHES)(
-    "Starts a job whose rows nobody wants: they are dropped as they come."
+    "Starts a job whose rows nobody needs: they are discarded as they arrive."
 )
 _declare("submit_v2 submit", _LABELLED, HANDLE, launches.submit, strict=False, needs=_LAUNCHES)(
     "The same with a label."
@@ -300,7 +300,7 @@ _declare(
     launches.submit,
     strict=False,
     needs=_LAUNCHES,
-)("The same, and up to `retries` further attempts if it fails by chance.")
+)("The same, with up to `retries` further attempts if it fails by chance.")
 _declare(
     "launch_at_commit",
     (_SQL, _QUEUE_SIZE, _NO_LABEL),
@@ -319,7 +319,7 @@ _declare(
     launches.submit_at_commit,
     strict=False,
     needs=_AT_COMMIT,
-)("The same for a job whose rows nobody wants.")
+)("The same for a job whose rows nobody needs.")
 _declare("result_v2 result", _HANDLE, RECORD, calls.result, returns_set=True, needs=Needs.TIME)(
     "Waits for the job and returns its rows; once for each job."
 )
@@ -327,7 +327,7 @@ _declare("detach_v2 detach", _HANDLE, VOID, calls.detach)(
     "Forgets the job, which runs on to its end."
 )
 _declare("cancel_v2 cancel", (*_HANDLE, _GRACE), VOID, calls.cancel, needs=Needs.TIME)(
-    "Stops the job: nothing more of it runs, nothing commits. Waits up to `grace_ms` for that."
+    "Stops the job: nothing more of it runs or commits. Waits up to `grace_ms` for that."
 )
 _declare(
     "cancel_v2_grace", (*_HANDLE, Parameter("grace_ms", INT4)), VOID, calls.cancel, needs=Needs.TIME
@@ -339,7 +339,7 @@ _declare("wait_v2", _HANDLE, BOOL, calls.wait, needs=Needs.TIME, api=2)(
     "Waits for the job to end; true."
 )
 _declare("wait", (*_HANDLE, _TIMEOUT), BOOL, calls.wait, needs=Needs.TIME)(
-    "Waits for the job, at most `timeout_ms` (0 or less: for ever); whether it has ended."
+    "Waits for the job, at most `timeout_ms` (0 or less: for ever); returns whether it has ended."
 )
 _declare(
     "wait_v2_timeout",
@@ -355,28 +355,29 @@ _declare("list_all", (), LIST, calls.list_all, returns_set=True)(
     "The jobs of the current role in all sessions; for superusers, everyone's."
 )
 _declare("stats_v2", (), STATS_1, calls.stats)(
-    "Counts of this session's jobs, and their mean time."
+    "Counts of this session's jobs, and their mean duration."
 )
-_declare("stats", (), STATS_2, calls.stats_2)("The same, and how many ran out of time.")
+_declare("stats", (), STATS_2, calls.stats_2)("The same, and how many timed out.")
 _declare("get_progress_v2 get_progress", _HANDLE, PROGRESS, calls.get_progress)(
-    "What the job has last reported with `pg_background_progress`; NULLs before that."
+    "The progress that the job last reported with `pg_background_progress`; NULLs before that."
 )
 _declare("result_info_v2", _HANDLE, RESULT_INFO_1, calls.result_info)(
-    "How the job went, so far as it did; its rows stay where they are."
+    "How the job has gone so far; its rows are not fetched."
 )
 _declare("result_info", _HANDLE, RESULT_INFO_2, calls.result_info)("The same, and when it ran.")
 _declare("error_info_v2", _HANDLE, ERROR_INFO_1, calls.error_info)(
-    "The job's error; NULL without one."
+    "The job's error; NULL if there is none."
 )
 _declare("error_info", _HANDLE, ERROR_INFO_2, calls.error_info)(
     "The same, and which object the error is about."
 )
 _declare("outcome_v2 outcome", _HANDLE, OUTCOME, calls.outcome)(
-    "All that is known of a job, in one row. Never raises: an unknown job has no state."
+    "Everything that is known about a job, in one row. It raises no error: an unknown"
+    " job has a NULL state."
 )
 _declare("status_v2", _HANDLE, JSONB, calls.status)("The same as JSON.")
 _declare("run_v2 run", _RUN, RUN, run_calls.run, strict=False, needs=Needs.SETTINGS | Needs.TIME)(
-    "Starts a job, waits for its end or cancels it on time-out, and tells its outcome."
+    "Starts a job, waits for its end or cancels it on timeout, and returns its outcome."
 )
 _declare(
     "run_v2 run",
@@ -397,15 +398,15 @@ _declare(
     returns_set=True,
     strict=False,
     needs=Needs.SETTINGS | Needs.TIME,
-)("Starts a job, and returns its rows; 57014 on time-out.")
+)("Starts a job, and returns its rows; 57014 on timeout.")
 _declare(
     "drain_v2 drain", (_HANDLES, _TIMEOUT), OUTCOME, calls.drain, returns_set=True, needs=Needs.TIME
 )(
-    "Waits for all, at most `timeout_ms` for them together; gives their outcomes in order, and"
-    " detaches them."
+    "Waits for all of them, at most `timeout_ms` in total; returns their outcomes in"
+    " order, and detaches them."
 )
 _declare("wait_any_v2 wait_any", (_HANDLES, _TIMEOUT), HANDLE, calls.wait_any, needs=Needs.TIME)(
-    "The first of them to end; NULL on time-out."
+    "Returns the first of them to end; NULL on timeout."
 )
 _declare(
     "cancel_by_label_v2 cancel_by_label",
@@ -413,12 +414,18 @@ _declare(
     INT4,
     calls.cancel_by_label,
     needs=Needs.TIME,
-)("Cancels the jobs whose label is LIKE the pattern; how many.")
-_declare("cancel_all_v2 cancel_all", (), INT4, calls.cancel_all)("Cancels all jobs; how many.")
-_declare("detach_all_v2 detach_all", (), INT4, calls.detach_all)("Detaches all jobs; how many.")
-_declare("purge_v2 purge", (), INT4, calls.purge)("Detaches the jobs that have ended; how many.")
+)("Cancels the jobs whose label is LIKE the pattern; returns how many.")
+_declare("cancel_all_v2 cancel_all", (), INT4, calls.cancel_all)(
+    "Cancels all jobs; returns how many."
+)
+_declare("detach_all_v2 detach_all", (), INT4, calls.detach_all)(
+    "Detaches all jobs; returns how many."
+)
+_declare("purge_v2 purge", (), INT4, calls.purge)(
+    "Detaches the jobs that have ended; returns how many."
+)
 _declare("full_sql_v2 full_sql", _HANDLE, TEXT, calls.full_sql)(
-    "The job's SQL; after 64 KiB `[...]`."
+    "The job's SQL; `[...]` stands for what exceeds 64 KiB."
 )
 _declare(
     "progress report_progress",
@@ -426,7 +433,7 @@ _declare(
     VOID,
     calls.progress,
     strict=False,
-)("In a job: reports how far it is, 0 to 100; seen at once.")
+)("In a job: reports its progress, 0 to 100; visible at once.")
 _declare("drop_executor_role", (), BOOL, calls.drop_executor_role, needs=Needs.PRIMARY)(
     "Drops the role `pgbackground_role`."
 )
@@ -459,7 +466,7 @@ VIEWS: Final[dict[str, Function]] = {
             ACTIVITY,
             calls.activity,
             Needs.PRIMARY,
-            "The same, beside what pg_stat_activity has on them.",
+            "The same, with what pg_stat_activity has about them.",
         ),
     )
 }
