@@ -110,7 +110,7 @@ class Site:
                 self._connection, sock=listening, ssl=context
             )
             self._servers.append(server)
-            logger.info("serving metrics and the page of jobs on %s://%s", scheme, name)
+            logger.info("serving metrics and the jobs page on %s://%s", scheme, name)
 
     async def close(self) -> None:
         """End."""

@@ -52,7 +52,7 @@ class Admin:
         self._lag = asyncio.get_running_loop().create_task(measure_lag())
         await self._site.serve(sockets)
         if not self._has_watchers:
-            logger.info("nobody may see the page of jobs: admin_users and stats_users are empty")
+            logger.info("nobody may see the jobs page: admin_users and stats_users are empty")
 
     async def close(self) -> None:
         """Serve nobody any more."""

@@ -20,7 +20,7 @@ from tests.support.servers import Proxy
 OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0"
 PREFIX: Final = "pg_background_proxy_"
 
-_SERVED: Final = r"serving metrics and the page of jobs on (https?://\S+)"
+_SERVED: Final = r"serving metrics and the jobs page on (https?://\S+)"
 
 Labels = tuple[tuple[str, str], ...]
 
