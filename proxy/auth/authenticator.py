@@ -1,7 +1,7 @@
-"""The client's side of one login of the proxy's own: the answer to each authentication request.
+"""Answers the server's authentication requests in one of the proxy's own logins.
 
-Invariant: a SCRAM conversation that has begun goes on to its end, in order. So a server that does
-not know the role's secret cannot leave out its proof.
+Invariant: a SCRAM exchange that has begun is completed, in order, so a server that does not know
+the role's secret cannot skip its proof.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HINT_HBA: Final = (
 
 
 class Authenticator:
-    """Answers the server's authentication requests, all of one login, with these credentials."""
+    """Answers the authentication requests of one login with given credentials."""
 
     __slots__ = ("_credentials", "_expected", "_guard", "_scram")
 
@@ -45,16 +45,16 @@ class Authenticator:
         self._credentials = credentials
         self._guard = Guard(credentials.policy)
         self._scram: ScramClient | None = None
-        # The only request that may come next, once a SCRAM conversation has begun.
+        # The only request allowed next within a SCRAM exchange.
         self._expected: type[AuthenticationRequest] | None = None
 
     def respond(self, request: AuthenticationRequest) -> bytes | None:
-        """The message to send now; None if the request needs no answer.
+        """The message to send; None if the request needs no answer.
 
         Raises:
             SQLError: 28000. There is nothing to log in with; the server asks for something that the
-                proxy cannot do or must not send; or it does not prove that it knows the role's
-                SCRAM secret.
+                proxy cannot do or must not send; or the server does not prove that it knows the
+                role's SCRAM secret.
         """
         if self._expected is not None and not isinstance(request, self._expected):
             raise self._failed("The server broke off its SCRAM-SHA-256 conversation.")

@@ -1,8 +1,8 @@
-"""SCRAM secrets to check a client with, where the server cannot do it.
+"""SCRAM secrets by which the proxy itself checks clients, where the server cannot.
 
-Invariant: a client that does not know the password cannot tell from the conversation whether the
-proxy knows its role. Every role has a fixed salt and the same error; an unknown one has keys that
-no password gives, as in PostgreSQL's own mock authentication.
+Invariant: without the password, a client cannot find out whether the proxy knows its role. Every
+role has a fixed salt and the same error; an unknown one has keys that no password yields, like
+PostgreSQL's mock authentication.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Check:
     """How to check a client that claims to be a role.
 
     Attributes:
-        secret: for the conversation.
-        known: the role's secret that it was made from; None if the role is unknown, and the check
-            must fail.
+        secret: for the SCRAM exchange.
+        known: the secret that it was made from; None if the role is unknown, and the check must
+            fail.
     """
 
     secret: ScramSecret = field(repr=False)
@@ -40,10 +40,10 @@ class Checks:
     """Makes the checks.
 
     Args:
-        key_file: the proxy's private key for TLS. The salts are derived from it, so they are the
-            same in all workers and after a restart. Without it they are this process's own.
-        secrets_known: of the files. Made-up secrets have their most common iteration count, and
-            cost what most of them do.
+        key_file: the private key for TLS, from which salts are derived, so that they are the same
+            in all workers and after a restart. Without it, they are this process's own.
+        secrets_known: those in the files. Made-up secrets have their most common iteration count,
+            and take as long as most of them.
     """
 
     def __init__(self, key_file: Path | None, secrets_known: Iterable[Secret]) -> None:
@@ -56,7 +56,7 @@ class Checks:
         self._derived: dict[tuple[bytes, bytes], ScramSecret] = {}
 
     def check(self, user: bytes, known: Secret | None) -> Check:
-        """For a role; `known` is its secret, if the proxy has one."""
+        """The check for a role. `known`: its secret, if the proxy has one."""
         match known:
             case ScramSecret():
                 return Check(known, known)
@@ -70,8 +70,8 @@ class Checks:
                 return Check(ScramSecret(self._iterations, salt, *made_up), None)
 
     def _from_password(self, user: bytes, password: bytes) -> ScramSecret:
-        """Cached, since the milliseconds that it takes could be measured by the client: so it is
-        done for an unknown role, too, if most known ones have passwords."""
+        """Cached, since a client could measure the milliseconds this takes. If most known roles
+        have passwords, it is computed for unknown ones too."""
         key = user, hashlib.sha256(password).digest()
         if key not in self._derived:
             if len(self._derived) >= _MAX_DERIVED:

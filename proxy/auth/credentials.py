@@ -1,23 +1,23 @@
-"""What a side backend logs in with as the client's role.
+"""Credentials with which a side backend logs in as the client's role.
 
 Invariant: a role gets in with what is its own, or not at all. There are five sources, tried in this
-order: nothing, where the server asks for nothing (trust, peer); the cleartext password that the
-client itself sent through us; the passfile (libpq's ``.pgpass``); the auth_file (PgBouncer's
+order: nothing, if the server asks for nothing (trust, peer); the cleartext password that the client
+has sent through us; the passfile (libpq's ``.pgpass``); the auth_file (PgBouncer's
 ``userlist.txt``); auth_query (`proxy.backends.auth_query`), which works like a line of the
-auth_file. `Credentials` of a client's role come only from a login that the server accepted.
+auth_file. A client's role has `Credentials` only from a login that the server accepted.
 
 =====================  ================================================================
 the server asks for    the answer is made from
 =====================  ================================================================
-a cleartext password   the password. It is sent as it is, as libpq does; to prevent that, leave the
+a cleartext password   the password, sent as it is, as by libpq; to prevent that, leave the
                        method ``password`` out of pg_hba.conf
 MD5                    the password, or the role's MD5 secret in the auth_file
 SCRAM-SHA-256          the password, or the role's SCRAM secret in the auth_file together with the
-                       client's own SCRAM login: the two give the ClientKey
+                       client's own SCRAM login: both together give the ClientKey
 =====================  ================================================================
 
-Role and database names, passwords and secrets are bytes, as on the wire and in the files. None of
-the objects here shows a secret in its repr, its errors or the log.
+Names, passwords and secrets are bytes, as on the wire and in the files. No object here shows a
+secret in its repr, its errors or the log.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from proxy.config.require_auth import ANYTHING, Policy
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What one role can log in with at this moment.
+    """What one role can log in with now.
 
     Attributes:
         user: the role.
-        password: of the first source that has one.
-        secret: the role's in the auth_file, else the one that auth_query has found.
+        password: from the first source that has one.
+        secret: the role's in the auth_file, otherwise from auth_query.
         login: the client's own login as that role.
-        has_passfile, has_auth_file, has_auth_query: whether the proxy has been given one.
-        client_key: recovered from the client's proof, where the proxy itself has checked it.
-        purpose: of the login, as errors say it.
+        has_passfile, has_auth_file, has_auth_query: whether these are configured.
+        client_key: recovered from the client's proof, if the proxy itself has checked it.
+        purpose: of the login, for errors.
         policy: what the server may ask for.
-        is_ours: the password comes from a file of the proxy, not from the client.
-        source: where the password or secret comes from, for people to read; empty without any.
+        is_ours: whether the password is the proxy's, not the client's.
+        source: of the password or secret, for people to read; empty without any.
     """
 
     user: bytes
@@ -66,7 +66,7 @@ class Credentials:
     source: str = ""
 
     def scram_client(self) -> ScramClient | None:
-        """For a login by SCRAM: with the password, else with the client's ClientKey."""
+        """A login by SCRAM: with the password, otherwise with the client's ClientKey."""
         if self.client_key is not None:
             server_key = self.secret.server_key if isinstance(self.secret, ScramSecret) else None
             return ScramClient.from_keys(self.client_key, server_key)
@@ -79,7 +79,7 @@ class Credentials:
         return None
 
     def md5_response(self, salt: bytes) -> bytes | None:
-        """The answer to AuthenticationMD5Password: from the password, else from the MD5 secret."""
+        """The answer to AuthenticationMD5Password, from the password or the MD5 secret."""
         if self.password is not None:
             return md5_password(self.user, self.password, salt)
         if isinstance(self.secret, MD5Secret):
@@ -87,7 +87,7 @@ class Credentials:
         return None
 
     def searched(self) -> str:
-        """Which sources were searched and what they have, for an error's DETAIL. No secrets."""
+        """Which sources were searched, and what they have, for DETAIL. No secrets."""
         passfile = "no line for this connection" if self.has_passfile else "not set"
         found = self._found()
         in_file = "" if self.has_auth_query else found
@@ -103,7 +103,7 @@ class Credentials:
         if self.secret is None:
             return ""
         if not isinstance(self.secret, ScramSecret):
-            return "an MD5 secret"  # a password would have been used
+            return "an MD5 secret"  # a password would have been preferred
         if self.login.scram is None:
             return "a SCRAM secret, of use only after a client's login by SCRAM"
         if self.login.scram.client_key(self.secret) is None:
@@ -115,8 +115,8 @@ class CredentialStore:
     """Finds the credentials of a session's role.
 
     Args:
-        passfile: in the format of ``.pgpass``, see `PassFile`.
-        auth_file: in the format of PgBouncer's ``userlist.txt``, see `AuthFile`.
+        passfile: see `PassFile`.
+        auth_file: see `AuthFile`.
 
     Raises:
         ValueError: the auth_file is malformed.
@@ -138,7 +138,7 @@ class CredentialStore:
         return [*found, *(Cleartext(entry.password) for entry in entries)]
 
     def secret_in_file(self, user: bytes) -> Secret | None:
-        """What the auth_file has for a name."""
+        """The auth_file's secret for a name."""
         return None if self._auth_file is None else self._auth_file.lookup(user)
 
     def secret(self, host: Host, database: bytes, user: bytes) -> Secret | None:
@@ -152,7 +152,7 @@ class CredentialStore:
     def own_credentials(
         self, host: Host, database: bytes, user: bytes, policy: Policy
     ) -> Credentials:
-        """What auth_user logs in with: the proxy's own role, which has no client."""
+        """The credentials of auth_user, the proxy's own role, which has no client."""
         observer = LoginObserver()
         observer.accepted = True
         return dataclasses.replace(
@@ -171,14 +171,14 @@ class CredentialStore:
         has_auth_query: bool = False,
         policy: Policy = ANYTHING,
     ) -> Credentials:
-        """What the role of a session can log in with again, with the files as they are now.
+        """What a session's role can log in with again, by the present files.
 
         Args:
             host: the server, as in the passfile.
             database: of the session's StartupMessage, by default the user's name.
             user: of the session's StartupMessage.
-            observer: of the session's login, as that user.
-            queried: the secret that auth_query has found, for a role that is in neither file.
+            observer: of the session's login.
+            queried: the secret from auth_query, for a role that is in neither file.
             has_auth_query: whether auth_query has run.
             policy: what the server may ask for.
 

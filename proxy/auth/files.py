@@ -1,7 +1,7 @@
-"""The two files that passwords and secrets come from: passfile and auth_file.
+"""The files with passwords and secrets: passfile and auth_file.
 
-Invariant: a file is read again when it has changed, and a bad change never takes away what was
-there: a malformed auth_file leaves its previous content in use. Names, passwords and secrets are
+Invariant: a file is read again when it has changed, but a bad change removes nothing: if an
+auth_file becomes malformed, its previous content stays in use. Names, passwords and secrets are
 bytes, as in the files.
 """
 
@@ -25,9 +25,9 @@ T = TypeVar("T")
 
 
 class _WatchedFile(ABC, Generic[T]):
-    """The content of a file, read again when the file has changed. Each access costs one stat().
+    """The content of a file, read again after a change. Each access costs one stat().
 
-    A file that cannot be used counts as empty; the log says so once for each change.
+    A file that cannot be used counts as empty, which is logged once for each change.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class _WatchedFile(ABC, Generic[T]):
         return self._content
 
     def _stat(self) -> tuple[int, ...] | None:
-        """Differs when the file does; with the mode, because `chmod 0600` makes it usable."""
+        """A value that changes with the file; includes the mode, since chmod can make it usable."""
         try:
             status = self._path.stat()
         except OSError:
@@ -73,7 +73,7 @@ class _WatchedFile(ABC, Generic[T]):
 
     @abstractmethod
     def _parse(self, data: bytes) -> T:
-        """Raises ValueError, with path and line, if the data are malformed."""
+        """Raises ValueError, with path and line, if the content is malformed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +93,10 @@ _PASSFILE_LINE: Final = re.compile(
 
 
 def parse_passfile(data: bytes) -> tuple[PassFileEntry, ...]:
-    """The lines ``host:port:database:user:password`` of a file (manual, "The Password File").
+    """Reads lines ``host:port:database:user:password`` (manual, "The Password File").
 
-    A backslash takes the next character literally. As in libpq, comments (``#``) and malformed
-    lines are skipped, and the password ends at a further colon.
+    A backslash makes the next character literal. As in libpq, comments (``#``) and malformed lines
+    are skipped, and a further colon ends the password.
     """
     entries = []
     for line in data.split(b"\n"):
@@ -123,10 +123,10 @@ class PassFile(_WatchedFile[tuple[PassFileEntry, ...]]):
     """
 
     def lookup(self, host: str, port: int, database: bytes, user: bytes) -> bytes | None:
-        """The password of the first matching line; None without one, or if it is empty.
+        """The password of the first matching line; None if there is none, or it is empty.
 
-        A `host` that is the directory of a Unix socket also matches lines for ``localhost``
-        (libpq: only the default directory does).
+        A `host` that is the directory of a Unix socket also matches lines for ``localhost``; in
+        libpq only the default directory does.
         """
         hosts = {None, os.fsencode(host)}
         if not host or host.startswith(("/", "@")):
@@ -159,13 +159,13 @@ _AUTH_FILE_LINE: Final = re.compile(rb'"((?:[^"]|"")*)"[ \t]+"((?:[^"]|"")*)"(?:
 
 
 def parse_auth_file(data: bytes) -> dict[bytes, Secret]:
-    """The lines ``"user" "secret"`` of a file (PgBouncer, "Authentication file format").
+    """Reads lines ``"user" "secret"`` (PgBouncer, "Authentication file format").
 
-    A quote inside quotes is doubled; lines that begin with ``;`` are comments; anything after the
-    second field is ignored. If a user comes twice, the last line counts.
+    Quotes within are doubled; lines that begin with ``;`` are comments; text after the second field
+    is ignored. If a user comes twice, the last line counts.
 
     Raises:
-        ValueError: with the line's number, and nothing of its content.
+        ValueError: with the line's number, but nothing of its content.
     """
     secrets: dict[bytes, Secret] = {}
     for number, line in enumerate(data.split(b"\n"), start=1):
@@ -187,9 +187,8 @@ class AuthFile(_WatchedFile[dict[bytes, Secret]]):
     """A file of passwords and secrets in the format of PgBouncer's ``auth_file``.
 
     Raises:
-        ValueError: it is malformed, and the message names file and line; or others have access to
-            it. If a later change makes it so, that is logged, and the previous content stays in
-            use.
+        ValueError: it is malformed (the message names file and line), or others have access to it.
+            If this is due to a later change, it is logged, and the previous content stays in use.
     """
 
     def lookup(self, user: bytes) -> Secret | None:

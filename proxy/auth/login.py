@@ -1,20 +1,20 @@
 """A client's login: everything between the startup packet and AuthenticationOk.
 
-Invariant: the server decides who is let in, always. There are three ways to ask it:
+Invariant: the server always decides who is let in. There are three ways to ask it:
 
-- The messages pass through. Only SCRAM-SHA-256-PLUS is taken out of what the server offers: it
-  binds the login to one TLS connection, and here there are two.
+- The messages pass through. Only SCRAM-SHA-256-PLUS is removed from the server's offer: it binds a
+  login to one TLS connection, and here there are two.
 - ``auth_type = plain``: whatever the server asks for, the proxy asks the client for the password in
   clear text, and answers the server with it.
 - SCRAM on both sides, where it cannot pass through: a client with TLS, which could use channel
-  binding, says that the server does not offer it, and a server with TLS takes that for an attack.
+  binding, reports that the server does not offer it, which a server with TLS takes for an attack.
   With the role's secret the proxy checks the client itself, and recovers from its proof the key to
   log in with. A client with a wrong password fails at the server, with a random key; so does, if
   the proxy knows any secrets, a client whose role it does not know.
 
-Until the login is over, messages are read whole. None is longer than `_LIMIT`, and the server's are
-no longer than libpq allows (`limit_before_login`). The client's messages are read only when the
-server has asked for something; the relay gets what the client sends ahead.
+During the login messages are read whole. None is longer than `_LIMIT`, and the server's are no
+longer than libpq allows (`limit_before_login`). The client's messages are read only when the server
+has asked for something; the relay gets what the client sends ahead.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from proxy.net.connection import Connection
 
 _PLUS: Final = MECHANISM + b"-PLUS"
 _LIMIT: Final = 64 * 1024
-"""Bytes of one message; PostgreSQL's own limit for what a client sends at this time."""
+"""Bytes of a message; PostgreSQL's own limit for clients at this stage."""
 
 _DOOMED_HINT: Final = (
     "If the password is right, the proxy does not have the role's password or SCRAM secret"
@@ -73,9 +73,9 @@ _BINDING_HINT: Final = (
 
 
 class RefusedError(ServerError):
-    """The server sent an error before it asked for anything, as for a line of pg_hba.conf.
+    """The server sent an error before it asked for anything, as pg_hba.conf may cause.
 
-    `messages` are the server's for the client, this error the last of them.
+    `messages`: the server's messages for the client, this error last.
     """
 
     def __init__(self, response: ErrorResponse, messages: bytes) -> None:
@@ -84,7 +84,7 @@ class RefusedError(ServerError):
 
 
 class _ServerSpokeError(Exception):
-    """The server did not wait for the client's answer."""
+    """The server sent something instead of waiting for the client's answer."""
 
 
 class _Mailbox:
@@ -103,7 +103,7 @@ class _Mailbox:
         self._news.set()
 
     def bound(self, limit: Callable[[int], int]) -> None:
-        """A message may be as long as this says for its type."""
+        """Set the limit of a message, by type."""
         self._buffer.limit = limit
 
     def end(self) -> None:
@@ -111,7 +111,7 @@ class _Mailbox:
         self._news.set()
 
     def next(self) -> tuple[int, bytes] | None:
-        """Raises ProtocolViolation for a message that is too long."""
+        """The next message, if any. Raises ProtocolViolation for one that is too long."""
         message = self._buffer.next_message()
         if message is None and len(self._buffer) > _LIMIT:
             raise ProtocolViolation("invalid message length")
@@ -131,18 +131,17 @@ class Login:
     """One login. `run` it once.
 
     Args:
-        client, server: their connections; the login receives their data while it runs.
+        client, server: their connections, whose input the login gets while it runs.
         user: the role in the startup packet.
-        observer: is shown the client's side of it.
-        find_check: finds what to check the client with, if SCRAM cannot pass through; None if the
-            proxy knows no secrets at all.
-        asks_password: auth_type is plain. None if it is not; else whether this client's connection
-            is fit for a password in clear text.
+        observer: sees the client's side.
+        find_check: returns how to check the client, if SCRAM cannot pass through; None if the proxy
+            knows no secrets at all.
+        asks_password: None unless auth_type is plain; then whether this client's connection may
+            carry a password in clear text.
         policy: what the server may ask for.
 
     Attributes:
-        sqlstate: of the error that the server has refused the client with; None as long as it has
-            not.
+        sqlstate: of the error with which the server has refused the client; None if it has not.
     """
 
     def __init__(
@@ -168,16 +167,16 @@ class Login:
         self._news = asyncio.Event()
         self._from_client = _Mailbox(client, self._news)
         self._from_server = _Mailbox(server, self._news)
-        # What the server said before the login began; the client gets it once the login begins.
+        # The server's messages before the login began, to be passed on when it does.
         self._preface: bytes | None = b""
-        # The client has been asked for something, and the answer is the server's.
+        # The client was asked for something, and its answer goes to the server.
         self._asked = False
-        # The server has offered SCRAM-SHA-256-PLUS, in this request.
+        # The request in which the server offered SCRAM-SHA-256-PLUS.
         self._binding_offered: AuthenticationSASL | None = None
         self._binding_lost = False
-        # The client has failed the proxy's check; the server will tell it so.
+        # The client has failed the proxy's check; the server will refuse it.
         self._doomed = False
-        # The proxy itself answers the server; then it has a last word for the client.
+        # Set if the proxy itself answers the server; and its last message for the client.
         self._authenticator: Authenticator | None = None
         self._last_word = b""
         client.receive = self._from_client.feed
@@ -185,11 +184,11 @@ class Login:
         self._from_server.bound(limit_before_login)
 
     def server_ended(self) -> None:
-        """It will send no more."""
+        """The server will send no more."""
         self._from_server.end()
 
     def client_ended(self) -> None:
-        """It will send no more; what it has sent may be enough."""
+        """The client will send no more; what it has sent may be enough."""
         self._from_client.end()
 
     def take_rest(self) -> bytes:
@@ -210,7 +209,7 @@ class Login:
         return self._from_client.take_rest(), self._from_server.take_rest()
 
     async def _step(self) -> bool:
-        """Serve the next message of either side; true if the client is in."""
+        """Handle the next message of either side. Returns whether the client is in."""
         self._news.clear()
         try:
             if (message := self._from_server.next()) is not None:
@@ -227,10 +226,10 @@ class Login:
             pass  # its message is the next one
         return False
 
-    # What the server says
+    # Messages of the server
 
     async def _server_message(self, kind: int, body: bytes) -> bool:
-        """True if the client is in."""
+        """Returns whether the client is in."""
         if kind == B.AUTHENTICATION:
             if self._preface:
                 self._client.write(self._preface)
@@ -269,13 +268,13 @@ class Login:
         self._asked = not isinstance(request, AuthenticationOk | AuthenticationSASLFinal)
 
     def _ask(self, request: AuthenticationRequest) -> None:
-        """Show the client, and the observer, a request."""
+        """Pass a request on to the client, and show it to the observer."""
         message = request.serialize()
         self._observer.backend_message(B.AUTHENTICATION, message[5:])
         self._client.write(message)
 
     def _offer(self, request: AuthenticationSASL) -> None:
-        """Offer the SASL mechanisms that work across the proxy."""
+        """Offer the client those SASL mechanisms that work through the proxy."""
         mechanisms = tuple(name for name in request.mechanisms if not name.endswith(b"-PLUS"))
         if not mechanisms:
             offered = b", ".join(request.mechanisms).decode("ascii", "replace")
@@ -298,10 +297,10 @@ class Login:
             self._client.write(self._last_word)
             self._ask(request)
 
-    # What the client says
+    # Messages of the client
 
     async def _client_message(self, body: bytes) -> None:
-        """The answer to what the server asked for."""
+        """Pass on the answer to the server's request."""
         self._asked = False
         self._observer.frontend_message(body)
         if self._binding_offered is not None:
@@ -312,7 +311,7 @@ class Login:
         self._server.write(frame(F.PASSWORD_MESSAGE, body))
 
     async def _client_answer(self) -> bytes:
-        """The client's answer to a question of ours. Raises _ServerSpokeError."""
+        """The client's answer to our own question. Raises _ServerSpokeError."""
         while (message := self._from_client.next()) is None:
             if self._from_server:
                 raise _ServerSpokeError
@@ -325,7 +324,7 @@ class Login:
         return body
 
     async def _ask_for_password(self) -> None:
-        """Ask the client, once; then the proxy answers the server with the password."""
+        """Ask the client once; then the proxy answers the server with the password."""
         if self._authenticator is not None:
             return
         if not self._asks_password:
@@ -342,7 +341,7 @@ class Login:
         self._authenticate_with(password=password)
 
     async def _scram_on_both_sides(self, client_first: bytes, request: AuthenticationSASL) -> bool:
-        """Check the client, then log in for it; false if there is nothing to check it with."""
+        """Check the client, then log in for it. Returns false if nothing is known to check with."""
         check = await self._find_check()
         if check is None:
             self._binding_lost = True
@@ -372,7 +371,7 @@ class Login:
         secret: Secret | None = None,
         is_ours: bool = False,
     ) -> None:
-        """From now on the proxy answers the server, with these credentials."""
+        """From now on, the proxy answers the server with these credentials."""
         credentials = Credentials(
             *(self._user, password, secret, self._observer),
             client_key=client_key,
@@ -384,18 +383,18 @@ class Login:
 
 
 def _answer(kind: int, body: bytes) -> bytes:
-    """Raises ProtocolViolation, in PostgreSQL's words, if the client says something else."""
+    """Raises ProtocolViolation, with PostgreSQL's message, for anything but an answer."""
     if kind != F.PASSWORD_MESSAGE:
         raise ProtocolViolation(f"expected password response, got message type {kind}")
     return body
 
 
 def _first_that_could_bind(body: bytes) -> bytes | None:
-    """The client-first-message of a client that could bind, and was not offered it."""
+    """The client-first-message, if the client could use channel binding but was not offered it."""
     try:
         response = SASLInitialResponse.parse(body)
         first = ClientFirst.parse(response.response or b"")
     except ProtocolViolation:
-        return None  # the server will say what is wrong with it
+        return None  # the server will report what is wrong with it
     could = response.mechanism == MECHANISM and first.gs2_header.startswith(b"y")
     return response.response if could else None

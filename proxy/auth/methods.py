@@ -1,7 +1,7 @@
-"""Authentication methods: the server's requests, held against libpq's ``require_auth``.
+"""Checks the server's authentication requests against libpq's ``require_auth``.
 
-Invariant: every request of a login at the server goes through a `Guard`, be it answered by the
-client itself, by the proxy in the client's place, or by the proxy for a side backend.
+Invariant: every request of a login at the server goes through a `Guard`, whether the client answers
+it, the proxy in the client's place, or the proxy for a side backend.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _failed(detail: str) -> SQLError:
 
 
 def method_of(request: AuthenticationRequest) -> str:
-    """A request's method by libpq's name, or by another where libpq has none."""
+    """A request's method, by libpq's name or, where libpq has none, another."""
     if isinstance(request, AuthenticationSASL):
         names = [name.removesuffix(b"-PLUS") for name in request.mechanisms]
         if MECHANISM in names:
@@ -106,7 +106,7 @@ def method_of(request: AuthenticationRequest) -> str:
 
 
 def in_words(request: AuthenticationRequest) -> str:
-    """What a request asks for, for people to read."""
+    """A request's content, for people to read."""
     if isinstance(request, AuthenticationSASL):
         names = [name.decode("ascii", "replace") for name in request.mechanisms]
         return "SCRAM-SHA-256" if MECHANISM in request.mechanisms else f"SASL ({', '.join(names)})"

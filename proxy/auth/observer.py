@@ -1,4 +1,4 @@
-"""A client's login as the proxy sees it pass, and what can be used to log in again.
+"""Observes a client's login as it passes, and keeps what can be used to log in again.
 
 Invariant: nothing is known before the server has accepted the login, and a secret is in no repr.
 """
@@ -27,25 +27,25 @@ from proxy.auth.methods import in_words
 
 @dataclass(frozen=True, slots=True)
 class ScramLogin:
-    """What a SCRAM login has said (`client_key_from_proof`)."""
+    """The content of a SCRAM login (`client_key_from_proof`)."""
 
     auth_message: bytes = field(repr=False)
     proof: bytes = field(repr=False)
 
     def client_key(self, secret: ScramSecret) -> bytes | None:
-        """The ClientKey, or None if the login was made with another secret."""
+        """The ClientKey; None if the login used another secret."""
         return client_key_from_proof(secret.stored_key, self.auth_message, self.proof)
 
 
 class LoginObserver:
-    """Watches a client's login as it passes through the proxy, and keeps what can be used again.
+    """Watches a client's login pass through the proxy, and keeps what can be used again.
 
-    The server judges the login. A malformed or misplaced message is not an error here; it only
-    makes the observer forget what it has seen.
+    The server judges the login. Malformed or misplaced messages are no errors here; they only make
+    the observer forget what it has seen.
 
     Attributes:
-        accepted: AuthenticationOk was seen.
-        method: what the server asked the client for, in the words of an error's DETAIL; None if it
+        accepted: whether AuthenticationOk was seen.
+        method: what the server asked the client for, as worded in an error's DETAIL; None if it
             asked for nothing (trust, peer, cert).
     """
 
@@ -60,9 +60,9 @@ class LoginObserver:
 
     @classmethod
     def of_code(cls) -> LoginObserver:
-        """For a role that no client has logged in as, but that SQL in a client's session runs as.
+        """For a role that no client has logged in as, but as which SQL in a session runs.
 
-        The SQL must prove that before the login is used (`proxy.extension.in_database`).
+        The SQL must prove that before this is used (`proxy.extension.in_database`).
         """
         observer = cls()
         observer.accepted = True
@@ -74,16 +74,16 @@ class LoginObserver:
 
     @property
     def password(self) -> bytes | None:
-        """The password that the client was let in with, if it sent one in clear text."""
+        """The cleartext password that the client was let in with, if it sent one."""
         return self._password if self.accepted else None
 
     @property
     def scram(self) -> ScramLogin | None:
-        """The login that the client was let in with, if it was by SCRAM-SHA-256 (or -PLUS)."""
+        """The SCRAM-SHA-256 (or -PLUS) login that the client was let in with, if any."""
         return self._scram if self.accepted else None
 
     def backend_message(self, type: int, body: bytes) -> None:
-        """See a message of the server. Those of type ``R`` matter, up to AuthenticationOk."""
+        """See a message of the server; type ``R`` matters, up to AuthenticationOk."""
         if self.accepted or type != AuthenticationOk.type:
             return
         try:
@@ -107,7 +107,7 @@ class LoginObserver:
         if self.accepted:
             return
         on_response, self._on_response = self._on_response, None
-        if on_response is None:  # not asked for, or of no use to us
+        if on_response is None:  # not asked for, or useless to us
             self._forget()
             return
         try:

@@ -1,7 +1,7 @@
 """Rate limits: a token bucket for each key.
 
-Invariant: at most `MAX_KEYS` keys are remembered, however many come. A key is forgotten once its
-bucket is full again, which changes nothing; while too many are not full, new keys share a bucket.
+Invariant: at most `MAX_KEYS` keys are remembered. A key is forgotten once its bucket is full again,
+which changes nothing; while too many are not full, new keys share a bucket.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ _OTHERS: Final = object()
 
 @dataclass(slots=True)
 class Pace:
-    """Buckets of `burst` tokens, each of which gains `rate` tokens a second.
+    """Buckets of `burst` tokens that gain `rate` tokens a second.
 
-    A bucket may go `patience` tokens into debt: that many callers may have to wait.
+    A bucket may owe up to `patience` tokens: so many callers may have to wait.
     """
 
     burst: float
     rate: float
     patience: float = 0.0
     _buckets: dict[Hashable, tuple[float, float]] = field(default_factory=dict)
-    # When to look again for full buckets.
+    # When to search for full buckets again.
     _look_again: float = 0.0
 
     def take(self, key: Hashable, now: float) -> float | None:
-        """Takes a token.
+        """Take a token.
 
         Returns the seconds to wait before using it; None if the limit is exceeded.
         """
@@ -57,11 +57,11 @@ class Pace:
 
 
 def who(peername: object) -> str:
-    """The key of a connection: its IPv4 address, or its IPv6 network of 64 bits, which is the least
-    that a customer gets; one key for all Unix sockets.
+    """The key of a connection: its IPv4 address, or its IPv6 /64 network, the least that a customer
+    gets; one key for all Unix sockets.
 
     Args:
-        peername: of the socket.
+        peername: the socket's.
     """
     if not (isinstance(peername, tuple) and peername):
         return "local"

@@ -1,9 +1,9 @@
-"""Passwords that a command prints: tokens of RDS IAM, Cloud SQL, Entra.
+"""Passwords printed by a command: tokens of RDS IAM, Cloud SQL, Entra.
 
 Invariant: the command runs without a shell, and each placeholder stays within one argument, so
-names of roles and databases are never read as anything else. It runs for a role that the server has
-let in, or as whose owner code in a session says it runs. What it prints is kept for
-``password_ttl``, and not if the server refuses it; it is in no repr, error or log.
+names of roles and databases cannot be misread. It runs for a role that the server has let in, or as
+which code in a session claims to run. The password is kept for ``password_ttl``, unless the server
+refuses it; it is in no repr, error or log.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SOURCE: Final = "what password_command prints"
 
 _PLACEHOLDER: Final = re.compile(r"\{(user|host|port|database)\}")
 _MOST: Final = 1000
-"""Passwords that are kept."""
+"""Number of passwords that are kept."""
 _LONGEST: Final = 64 * 1024
-"""Bytes of a password: more than PostgreSQL takes."""
+"""Bytes of a password: more than PostgreSQL accepts."""
 _STDERR: Final = 500
-"""Characters of what it says on stderr that are logged."""
+"""Characters of its stderr that are logged."""
 
 _HINT: Final = "The proxy's log has what the command said on stderr."
 
@@ -34,25 +34,25 @@ Arguments = tuple[str, ...]
 
 
 class PasswordCommand:
-    """Asks it, and remembers the answers."""
+    """Runs the command, and remembers its answers."""
 
     def __init__(self, config: Config) -> None:
         self._command: Sequence[str] = config.password_command or ()
         self._ttl = config.password_ttl
         self._timeout = config.connect_timeout or None
-        # Until when each is good, by the loop's clock.
+        # By arguments: when the password expires, by the loop's clock, and the password.
         self._known: dict[Arguments, tuple[float, bytes]] = {}
         self._asked: dict[Arguments, asyncio.Task[bytes]] = {}
 
     @property
     def enabled(self) -> bool:
-        """Whether there is one."""
+        """Whether a command is configured."""
         return bool(self._command)
 
     async def password(self, host: Host, database: bytes, user: bytes) -> bytes:
-        """The role's password, remembered or new. Launches at the same time share one.
+        """The role's password, remembered or new. Concurrent launches share one run.
 
-        Raises SQLError: there is none.
+        Raises SQLError if there is none.
         """
         arguments = self._arguments(host, database, user)
         now = asyncio.get_running_loop().time()
@@ -66,7 +66,7 @@ class PasswordCommand:
             self._asked[arguments] = task
             task.add_done_callback(lambda done: self._answered(arguments, done))
         try:
-            # A launch that is cancelled leaves the others their answer.
+            # If one launch is cancelled, the others still get their answer.
             return await asyncio.shield(task)
         except (OSError, ValueError) as error:
             role = user.decode("utf-8", "replace")
@@ -78,7 +78,7 @@ class PasswordCommand:
             ) from None
 
     def forget(self, host: Host, database: bytes, user: bytes) -> None:
-        """The server has refused it."""
+        """Drop a password, since the server has refused it."""
         self._known.pop(self._arguments(host, database, user), None)
 
     def _answered(self, arguments: Arguments, task: asyncio.Task[bytes]) -> None:
@@ -101,7 +101,7 @@ class PasswordCommand:
         )
 
     async def _ask(self, arguments: Arguments) -> bytes:
-        """Raises OSError; ValueError: what it says is no password."""
+        """Raises OSError; ValueError: the output is no password."""
         process = await asyncio.create_subprocess_exec(
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,

@@ -1,6 +1,6 @@
-"""A role's secret, as the proxy may know it: the password, or what the server stores of it.
+"""A role's secret as known to the proxy: the password, or what the server stores for it.
 
-Invariant: a secret is in no repr, no error and no log line. Secrets are bytes, as on the wire.
+Invariant: a secret is in no repr, error or log line. Secrets are bytes, as on the wire.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Secret: TypeAlias = Cleartext | MD5Secret | ScramSecret
 
 
 def parse_secret(text: bytes) -> Secret:
-    """Tells the kinds apart as PostgreSQL does.
+    """Tells passwords and secrets apart as PostgreSQL does.
 
-    Raises ValueError for a malformed SCRAM secret: it is a truncated one, and not a password.
+    Raises ValueError for a malformed SCRAM secret, which is a truncated one, not a password.
     """
     if text.startswith(MECHANISM + b"$"):
         return ScramSecret.parse(text)

@@ -1,1 +1,2 @@
-"""Connections: to clients and to the server, their TLS, and how they are found and kept."""
+"""Connections to clients and to the server: TLS, listening sockets, and how they are handed
+over."""

@@ -1,9 +1,8 @@
-"""What becomes of a connection that a listener has accepted: a session, once it is known how it
-begins.
+"""Turns accepted connections into sessions, once it is known how they begin.
 
-Invariant: nothing is read here but the header of the PROXY protocol, where there is to be one.
-Whether the client begins with the handshake of TLS (``sslnegotiation=direct``) is told by its first
-byte, which is looked at without being taken. Then the event loop gets the socket.
+Invariant: only the header of the PROXY protocol is read here, where one is expected. Whether the
+client begins with a TLS handshake (``sslnegotiation=direct``) is told by its first byte, which is
+only peeked at. Then the event loop gets the socket.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ _HANDSHAKE: Final = b"\x16"
 
 
 class Accepted(NamedTuple):
-    """A connection that has come in.
+    """An accepted connection.
 
     Attributes:
-        socket: its socket, which does not block.
-        has_header: whether it begins with a header of the PROXY protocol.
+        socket: its non-blocking socket.
+        has_header: whether it begins with a PROXY protocol header.
     """
 
     socket: socket.socket
@@ -46,7 +45,7 @@ class NewSession(Protocol):
         """Its client has connected."""
 
     def close(self) -> None:
-        """The connection has come to nothing."""
+        """The connection has failed."""
 
 
 class Acceptor:
@@ -54,9 +53,9 @@ class Acceptor:
 
     Args:
         new_session: makes a session, whose `client` is not connected yet.
-        context: tells what TLS is made with now; None for none.
-        login_timeout: tells the seconds until the first byte must have come; 0 for ever.
-        senders: tells who may send headers of the PROXY protocol.
+        context: returns the present TLS context; None for none.
+        login_timeout: returns the seconds within which the first byte must come; 0 for no limit.
+        senders: returns those who may send PROXY protocol headers.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Acceptor:
         self._welcoming: set[asyncio.Task[None]] = set()
 
     def take(self, connection: Accepted) -> None:
-        """Make a session of a connection, once it has said how it begins."""
+        """Make a session of a connection, once its beginning is known."""
         task = asyncio.get_running_loop().create_task(self._welcome(connection))
         self._welcoming.add(task)
         task.add_done_callback(self._welcoming.discard)
@@ -113,13 +112,13 @@ class Acceptor:
                 session.close()
 
     def close(self) -> None:
-        """Let go of those that have not said anything yet."""
+        """Drop connections that have not sent anything yet."""
         for task in self._welcoming:
             task.cancel()
 
 
 async def _peek(connection: socket.socket) -> bytes:
-    """The first byte, left where it is. Raises OSError if none comes."""
+    """The first byte, left unread. Raises OSError if none comes."""
     await proxy_protocol.readable(connection)
     first = connection.recv(1, socket.MSG_PEEK)
     if not first:

@@ -1,9 +1,9 @@
 """One side of a session: the connection to the client, or to its primary backend.
 
-Invariant: a side that writes faster than the other reads is made to wait. When a connection's write
-buffer is full, the opposite connection is not read until the buffer has drained. A peer that is
-gone is noticed in any case: while it is not being read, when the event loop does not see its end,
-and while a closed connection has bytes left that the peer does not take.
+Invariant: a side that writes faster than the other reads must wait: while a connection's write
+buffer is full, the opposite connection is not read. A peer that is gone is noticed in any case:
+even while it is not being read, when the event loop does not see its end, and while a closed
+connection has bytes left that the peer does not take.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from proxy.net import tls
 from proxy.net.peer import Peer
 
 _WRITE_BUFFER = 256 * 1024
-"""Bytes that may wait to be written before the opposite connection is not read any more."""
+"""Unsent bytes beyond which the opposite connection is not read."""
 
 LINGER = 60.0
-"""Seconds after which a closed connection is aborted if the peer has taken none of the remaining
-bytes. A kernel does the same with an orphaned socket, after some minutes. A server that is busy for
-so long loses only the statements that follow, whose client has left."""
+"""Seconds after which a closed connection is aborted if the peer has taken none of the rest. A
+kernel treats orphaned sockets so, after some minutes. A server busy for so long loses only later
+statements, whose client has left."""
 
 _LOOK = 1.0
-"""Seconds between checks whether a peer that is not being read is still there."""
+"""Seconds between checks of a peer that is not being read."""
 
 _HUNG_UP = getattr(select, "POLLRDHUP", 0)
-"""poll()'s event for an end of file behind data that was not read; Linux only."""
+"""poll()'s event for an end of file behind unread data; Linux only."""
 
 _AT_ONCE = 32 * 1024
-"""Bytes that are gathered before they are sent (`Connection.gather`)."""
+"""Bytes that are gathered into one send (`Connection.gather`)."""
 
 _HELD = 0.05
-"""Seconds that a part of an answer waits for the next one at the most."""
+"""Seconds that part of an answer waits for the next at most."""
 
-# Why a connection is not being read; it is read when no reason is left.
+# Reasons why a connection is not being read
 _OPPOSITE_IS_FULL = 1
 _INBOX_IS_FULL = 2
 _TAKES_A_BREAK = 4
 
 
 class Connection(asyncio.Protocol):
-    """A connection whose owner gets the data.
+    """A connection that hands its input to an owner.
 
     Attributes:
         write: sends, or queues. Data written to a connection that is gone are lost.
@@ -54,7 +54,7 @@ class Connection(asyncio.Protocol):
         full: resolved once the write buffer has drained; None if it is not full.
         is_open: from connection_made() to connection_lost().
         is_encrypted: whether it has TLS.
-        peer: of a client, where it is.
+        peer: for a client, its address.
     """
 
     transport: asyncio.Transport
@@ -74,8 +74,8 @@ class Connection(asyncio.Protocol):
             receive: gets each chunk.
             ended: called at end of file.
             lost: called when the connection is gone.
-            hung_up: called if the peer has sent end of file while it is not being read, perhaps
-                behind data; perhaps more than once.
+            hung_up: called if the peer has sent an end of file, perhaps behind unread data, while
+                it is not being read; perhaps repeatedly.
         """
         self.data_received = receive
         self.write: Callable[[bytes], None] = _lose
@@ -94,20 +94,20 @@ class Connection(asyncio.Protocol):
     # Called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Also called when TLS has begun, with the TLS transport."""
+        """Also called by TLS, with its transport, once TLS has begun."""
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=_WRITE_BUFFER)
         self.is_encrypted = tls.is_encrypted(transport)
         self.is_open = True
-        # Both directions of the relay call the transport itself: a method between costs a
-        # twentieth of what passing on a short query does.
+        # Both directions of the relay call the transport directly: a method in between would cost a
+        # twentieth of passing on a short query.
         self.write = self._gather if self._gathers else self.transport.write
         if self._stopped:
             self._pause()
 
     def eof_received(self) -> bool:
         self._ended(self)
-        # The owner closes it, since there may be more to write. TLS has no half-closed connections.
+        # The owner closes it, after writing the rest. TLS connections cannot be half closed.
         return not self.is_encrypted
 
     def pause_writing(self) -> None:
@@ -131,7 +131,7 @@ class Connection(asyncio.Protocol):
                 self.full.set_result(None)
             else:
                 self.full.set_exception(error)
-                self.full.exception()  # marks it as retrieved, if nothing waits
+                self.full.exception()  # marks it as retrieved if nobody waits
         self.full = None
 
     # Called by the owner
@@ -148,21 +148,21 @@ class Connection(asyncio.Protocol):
             self.transport.set_protocol(self)  # uvloop looks the method up only then
 
     def gather(self) -> None:
-        """From now on, what is written in one turn of the event loop is sent together: each piece
-        that is sent wakes the peer."""
+        """From now on, send together what is written in one turn of the event loop, since each send
+        wakes the peer."""
         self._gathers = True
         if self.is_open:
             self.write = self._gather
 
     def send_at_once(self) -> None:
-        """From now on, what is written is sent at once, as before `gather`."""
+        """Undo `gather`."""
         self.flush()
         self._gathers = False
         if self.is_open:
             self.write = self.transport.write
 
     def hold(self, data: bytes) -> None:
-        """Send it with what is written next, while that is gathered."""
+        """Send this with the next write, while writes are gathered."""
         if not self._gathers:
             self.write(data)
             return
@@ -179,7 +179,7 @@ class Connection(asyncio.Protocol):
             self._flush = asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
-        """Send what is gathered."""
+        """Send what was gathered."""
         self._cancel_flush()
         if self._gathered:
             data, self._gathered = bytes(self._gathered), bytearray()
@@ -199,17 +199,17 @@ class Connection(asyncio.Protocol):
 
     @property
     def can_write_eof(self) -> bool:
-        """Whether it can be half closed; with TLS it cannot."""
+        """Whether it can be half closed, which TLS cannot."""
         return not self.is_encrypted and self.transport.can_write_eof()
 
     def write_eof(self) -> None:
-        """Pass on an end of file."""
+        """Send an end of file."""
         self.flush()
         if self.is_open and self.can_write_eof:
             self.transport.write_eof()
 
     async def start_tls(self, context: ssl.SSLContext, timeout: float) -> None:
-        """Begin TLS, as its server; none of the handshake may have been read before.
+        """Begin TLS as its server; nothing of the handshake may have been read.
 
         Raises OSError: the handshake failed or took over `timeout` seconds; the connection is gone.
         """
@@ -231,10 +231,10 @@ class Connection(asyncio.Protocol):
         self.connection_made(transport)
 
     def close(self) -> None:
-        """Close once everything is written, or once the peer takes no more."""
+        """Close once everything is written, or the peer takes no more."""
         self.flush()
         if self.is_open:
-            # Asked first: closed TLS whose connection is lost does not answer.
+            # Asked first: TLS that was closed over a lost connection does not answer.
             left = self.transport.get_write_buffer_size()
             self.transport.close()
             self._linger(left)
@@ -258,8 +258,8 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
     def reset(self) -> None:
-        """Close at once, so that the first byte that the peer sends fails. After a mere close it
-        would be the second."""
+        """Close at once, so that already the first byte from the peer fails. After a plain close
+        the second would."""
         if self.is_open:
             sock = self.transport.get_extra_info("socket")
             if sock is not None and sock.fileno() >= 0 and sock.family != socket.AF_UNIX:
@@ -276,11 +276,11 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_stopped_by_opposite(self) -> bool:
-        """Whether it is not being read because the opposite write buffer is full."""
+        """Whether it is not read because the opposite write buffer is full."""
         return bool(self._stopped & _OPPOSITE_IS_FULL)
 
     def take_a_break(self) -> None:
-        """Stop reading, so that other connections have their turn of the event loop."""
+        """Stop reading, to give other connections a turn of the event loop."""
         self._stop(_TAKES_A_BREAK)
 
     def end_break(self) -> None:
@@ -299,13 +299,13 @@ class Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_later(_LOOK, self._look)
 
     def _look(self) -> None:
-        """Check whether the peer is there; while it is not being read, nothing else does."""
+        """Check that the peer is there, which nothing else does while it is not being read."""
         self._looks = False
         if not (self._stopped and self.is_open and self._hung_up is not None):
             return
         sock = self.transport.get_extra_info("socket")
         if sock is None or sock.fileno() < 0:
-            return  # closed already below TLS; connection_lost() follows
+            return  # closed below TLS already; connection_lost() follows
         poll = select.poll()
         poll.register(sock.fileno(), _HUNG_UP)
         events = poll.poll(0)

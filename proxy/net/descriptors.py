@@ -1,7 +1,7 @@
-"""File descriptors: how many the process may have, and what a client gets when there are none.
+"""File descriptors: the process's limit, and how clients are refused when none are left.
 
-Invariant: a client that is turned away for lack of descriptors is told so, as far as possible, and
-the log says so too, at most every few seconds.
+Invariant: a client that is refused for lack of descriptors is told so, if possible; the log says so
+at most every few seconds.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ HINT: Final = (
     " its limit (ulimit -n, or LimitNOFILE in a systemd unit)."
 )
 _QUIET: Final = 5.0
-"""Seconds between two lines of the log."""
+"""Seconds between log lines."""
 
 
 class OutOfDescriptorsError(OSError):
-    """There is no descriptor for a connection."""
+    """There is no descriptor left for a connection."""
 
     def __init__(self) -> None:
         super().__init__(errno.EMFILE, "the proxy is out of file descriptors")
@@ -51,7 +51,7 @@ def raise_limit() -> None:
 
 def is_shortage(error: OSError) -> bool:
     """Whether the process or the machine is out of descriptors."""
-    # asyncio joins the errors of several addresses into one, in words only.
+    # asyncio merges the errors of several addresses into one, as text.
     return error.errno in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error)
 
 
@@ -59,7 +59,7 @@ _last_report = -_QUIET
 
 
 def report(what: str) -> None:
-    """Log that `what` cannot be done for lack of descriptors, unless the log has just said so."""
+    """Log that `what` fails for lack of descriptors, unless this was just logged."""
     global _last_report
     now = time.monotonic()
     if now - _last_report < _QUIET:
@@ -81,31 +81,31 @@ def no_room() -> SQLError:
 
 
 def turn_away(connection: socket.socket) -> None:
-    """Tell a client that it cannot be served, and hang up."""
+    """Tell a client that it cannot be served, and close."""
     with contextlib.suppress(OSError), connection:
         connection.setblocking(False)
         connection.send(no_room().response().serialize())
         connection.shutdown(socket.SHUT_WR)
-        # With unread data the kernel would send a reset, which may overtake the answer.
+        # With unread data, close() would send a reset, which may overtake the answer.
         connection.recv(4096)
 
 
 class Reserve:
-    """One descriptor kept back, for turning clients away."""
+    """A spare descriptor for refusing clients."""
 
     def __init__(self) -> None:
         self._held: int | None = None
         self.keep()
 
     def keep(self) -> bool:
-        """Get it again. Returns whether that was possible."""
+        """Take the descriptor again. Returns whether that was possible."""
         if self._held is None:
             with contextlib.suppress(OSError):
                 self._held = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         return self._held is not None
 
     def release(self) -> None:
-        """Free it for another use."""
+        """Free the descriptor for another use."""
         if self._held is not None:
             os.close(self._held)
             self._held = None

@@ -1,7 +1,7 @@
-"""Messages of one connection, for a coroutine that reads them one by one.
+"""The messages of one connection, for a coroutine that reads them one by one.
 
-Invariant: an inbox holds about `LIMIT` unread bytes at most; beyond that it stops reading its
-connection. A longer message is still gathered whole once it is awaited, unless `bound` forbids it.
+Invariant: an inbox holds about `LIMIT` unread bytes at most; beyond that it stops reading. A longer
+message is still collected whole once it is awaited, unless `bound` forbids it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 from protocol.framing import MessageBuffer
 
 LIMIT = 256 * 1024
-"""Bytes held before the source is stopped."""
+"""Unread bytes beyond which the source is stopped."""
 
 
 class Source(Protocol):
@@ -36,7 +36,7 @@ class Inbox:
         self._paused = False
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Add a chunk, cut anywhere."""
+        """Add a chunk, which may end anywhere."""
         self._buffer.feed(data)
         if self._waiter is not None:
             self._wake()
@@ -45,11 +45,11 @@ class Inbox:
             self._source.pause_reading()
 
     def bound(self, limit: Callable[[int], int] | None) -> None:
-        """Limit the length word of the messages to come, by type; None for no limit."""
+        """Set the limit of the length word of future messages, by type; None: no limit."""
         self._buffer.limit = limit
 
     def close(self, error: Exception) -> None:
-        """No more will come. `next` raises the error once everything before it has been read."""
+        """No more will come. `next` raises the error once everything has been read."""
         self._error = error
         self._wake()
 
@@ -76,21 +76,21 @@ class Inbox:
                 self._waiter = None
 
     def next_nowait(self) -> tuple[int, bytes] | None:
-        """The next message if it is here already."""
+        """The next message; None if it has not arrived yet."""
         return self._buffer.next_message()
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        """The messages that are here already."""
+        """The messages that have arrived."""
         return iter(self._buffer)
 
     def take_rest(self) -> bytes:
-        """The unread bytes. The connection is read again."""
+        """The unread bytes, which are removed. The connection is read again."""
         rest = self._buffer.take_rest()
         self.resume()
         return rest
 
     def resume(self) -> None:
-        """Read the connection again if the inbox has stopped it."""
+        """Read the connection again, if the inbox stopped it."""
         if self._paused:
             self._paused = False
             self._source.resume_reading()

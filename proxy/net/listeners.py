@@ -1,9 +1,9 @@
-"""Accepting connections.
+"""Accepts connections.
 
-Invariant: a listener decides nothing about the connections that come in. With one process, each
-goes to the `Acceptor`, which makes a session of it; with several the supervisor listens, and its
-workers have the acceptors. So we accept connections ourselves. (The loop would also close one
-without notice for lack of a descriptor.)
+Invariant: a listener decides nothing about incoming connections. With one process they go to the
+`Acceptor`, which makes sessions of them; with several, the supervisor listens, and its workers have
+acceptors. We call accept() ourselves for this, and because the event loop would close a connection
+silently for lack of a descriptor.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from proxy.reasons import explain
 
 _BACKLOG: Final = 1024
 _NOBODY: Final = (BlockingIOError, InterruptedError, ConnectionAbortedError)
-"""What accept() raises when no connection waits."""
+"""Raised by accept() if no connection is waiting."""
 _RETRY: Final = 1.0
-"""Seconds without new clients after accept() failed, mostly for lack of file descriptors."""
+"""Seconds to pause after accept() has failed, mostly for lack of file descriptors."""
 
 
 class Listeners:
-    """Takes clients, once it is not paused any more.
+    """Accepts connections, unless paused.
 
     Args:
-        take: what becomes of a connection.
+        take: called with each connection.
         keepalive: of the connections.
     """
 
@@ -41,14 +41,14 @@ class Listeners:
         self._keepalive = keepalive
         self._listening: list[Listening] = []
         self._reserve = Reserve()
-        # Why connections are left in the sockets' backlog.
+        # Why connections are left in the backlog.
         self._reasons: set[str] = set()
 
     def add(self, sockets: Iterable[Listening]) -> None:
-        """Take clients there, too. Raises OSError, for the user to read."""
+        """Accept connections here too. Raises OSError with a message for the user."""
         for listening in sockets:
             if listening.socket.family != socket.AF_UNIX:
-                # Before anybody connects, since connections inherit it then.
+                # Set before anybody connects, since connections inherit it.
                 self._keepalive.apply(listening.socket)
             try:
                 listening.socket.listen(_BACKLOG)
@@ -59,13 +59,13 @@ class Listeners:
             self._begin()
 
     def pause(self, reason: str) -> None:
-        """Leave new connections in the sockets' backlog."""
+        """Leave new connections in the backlog."""
         self._reasons.add(reason)
         for listening in self._listening:
             asyncio.get_running_loop().remove_reader(listening.socket)
 
     def resume(self, reason: str) -> None:
-        """Take them again, unless there is another reason not to."""
+        """Accept again, unless paused for another reason."""
         self._reasons.discard(reason)
         if not self._reasons:
             self._begin()
@@ -75,7 +75,7 @@ class Listeners:
             asyncio.get_running_loop().add_reader(listening.socket, self._accept, listening)
 
     def close(self) -> None:
-        """Take no more clients."""
+        """Accept no more connections."""
         self.pause("closed")
         self._listening.clear()
         self._reserve.release()
@@ -97,8 +97,8 @@ class Listeners:
                 return
 
     def _turn_away(self, listening: Listening) -> bool:
-        """There is no descriptor for the next client: spend the reserve on the answer; whether that
-        could be done."""
+        """Use the reserve to refuse the next client for lack of a descriptor. Returns whether that
+        worked."""
         if not self._reserve.keep():
             return False
         self._reserve.release()

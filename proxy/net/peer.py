@@ -1,8 +1,8 @@
-"""Where a client is: the address that admission, limits and the log go by.
+"""A client's address, for admission, limits and the log.
 
-Invariant: it is the client's own, also where a load balancer has made the connection and tells it
+Invariant: it is the client's own, even if a load balancer has made the connection and reports it
 (`proxy_protocol`). What only the system knows of a connection, such as the user at the other end of
-a Unix socket, is not the client's then.
+a Unix socket, is then not the client's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Peer:
     Attributes:
         host: its IP address; empty if it is on this machine and uses a Unix socket.
         port: 0 for a Unix socket.
-        sender: who has made the connection for it; None if it has done so itself.
+        sender: the load balancer that made the connection; None if the client did.
     """
 
     host: str
@@ -31,7 +31,7 @@ class Peer:
 
     @classmethod
     def of(cls, connection: socket.socket) -> Self:
-        """The other end of a connection. Raises OSError: it has left already."""
+        """The other end of a connection. Raises OSError if it has left already."""
         if connection.family == socket.AF_UNIX:
             return cls("", 0)
         return cls(*connection.getpeername()[:2])
@@ -51,12 +51,12 @@ class Peer:
 
     @property
     def is_on_this_machine(self) -> bool:
-        """Whether nothing that it sends goes over a network."""
+        """Whether its traffic stays off the network."""
         address = self.address
         is_here = address is None or address.is_loopback
         return is_here and (self.sender is None or self.sender.is_on_this_machine)
 
     @property
     def name(self) -> tuple[str, int] | str:
-        """As a socket's peername."""
+        """The address as in a socket's peername."""
         return "" if self.is_local else (self.host, self.port)

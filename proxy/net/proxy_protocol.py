@@ -1,9 +1,9 @@
-"""The PROXY protocol, versions 1 and 2: the header by which a load balancer tells for whom it has
-made a connection (https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt, chapter 2).
+"""The PROXY protocol, versions 1 and 2: the header with which a load balancer reports its client's
+address (https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt, chapter 2).
 
-Invariant: exactly the header is read, not a byte of what the client has sent behind it, however the
-bytes are cut into pieces. Version 1 has at most 107 bytes; of version 2, which says how many it
-has, no more is kept than the addresses. TLVs are skipped, the checksum with them.
+Invariant: exactly the header is read, and no byte of what the client has sent behind it, however
+the bytes arrive. Version 1 has at most 107 bytes; of version 2, which states its length, only the
+addresses are kept. TLVs are skipped, including the checksum.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from proxy.log import logger
 from proxy.net.peer import Peer
 
 TIMEOUT: Final = 10.0
-"""Seconds in which the header must be there; a sender sends it at once."""
+"""Seconds for the header to arrive; senders send it at once."""
 
 LONGEST_V1: Final = 107
-"""Bytes of a header of version 1, with its end."""
+"""Bytes of a version 1 header, with its line end."""
 
 SIGNATURE: Final = b"\r\n\r\n\0\r\nQUIT\n"
-"""What version 2 begins with."""
+"""The beginning of a version 2 header."""
 
 _QUIET: Final = 1.0
-"""Seconds between two complaints."""
+"""Seconds between complaints in the log."""
 
 _V1: Final = b"PROXY "
 _FIELDS: Final = re.compile(
     rb"(TCP[46]) ([0-9A-Fa-f.:]+) ([0-9A-Fa-f.:]+) (0|[1-9][0-9]{0,4}) (0|[1-9][0-9]{0,4})"
 )
 _PIECE: Final = 4096
-"""Bytes of TLVs that are skipped at a time."""
+"""Bytes of TLVs skipped at a time."""
 
 _LOCAL: Final = 0x20
 _PROXY: Final = 0x21
@@ -49,18 +49,18 @@ _SIZES: Final = {0x00: 0, 0x11: 12, 0x12: 12, 0x21: 36, 0x22: 36, 0x31: 216, 0x3
 
 
 class HeaderError(Exception):
-    """What came is no header; the message says why, for the log."""
+    """The input is no header; the message says why, for the log."""
 
 
 class Complaints:
-    """What the log says of connections that are closed, one a second: a stranger may make many."""
+    """Logs closed connections, one a second, since strangers may open many."""
 
     def __init__(self) -> None:
         self._last = -_QUIET
         self._left_out = 0
 
     def add(self, message: str) -> None:
-        """One more."""
+        """Log or count one more."""
         now = time.monotonic()
         if now - self._last < _QUIET:
             self._left_out += 1
@@ -71,7 +71,7 @@ class Complaints:
 
 
 class Wanted(NamedTuple):
-    """What of the next bytes belongs to the header: `most` of them, but none behind `end`."""
+    """Which of the next bytes belong to the header: at most `most`, and none beyond `end`."""
 
     most: int
     end: bytes = b""
@@ -85,13 +85,13 @@ class Source(NamedTuple):
 
 
 def header() -> Generator[Wanted, bytes, Source | None]:
-    """Reads a header: yields what it wants, is sent at least one byte of that, and returns where
-    the client is; None if it is the connection's own other end, or nobody says.
+    """Reads a header: yields what it wants, is sent at least one byte of that, and returns the
+    client's address; None if that is the connection's own peer, or not reported.
 
     Raises HeaderError.
     """
     start = b""
-    while len(start) < len(SIGNATURE):  # no header is shorter
+    while len(start) < len(SIGNATURE):  # every header is longer
         start += yield Wanted(len(SIGNATURE) - len(start))
         if not (SIGNATURE.startswith(start) or start.startswith(_V1[: len(start)])):
             raise HeaderError("the connection does not begin with a header")
@@ -153,7 +153,7 @@ def _exactly(size: int) -> Generator[Wanted, bytes, bytes]:
 
 
 def check_sender(sender: Peer, allowed: Sequence[Sender]) -> None:
-    """Raises HeaderError: it is none of those who are believed."""
+    """Raises HeaderError unless the sender may send headers."""
     address = sender.address
     for one in allowed:
         if address is None if isinstance(one, str) else address is not None and address in one:
@@ -163,13 +163,13 @@ def check_sender(sender: Peer, allowed: Sequence[Sender]) -> None:
 
 
 async def receive(connection: socket.socket, timeout: float | None) -> Peer:
-    """Take the header off a connection that has just been accepted; where its client is.
+    """Read the header of a connection that was just accepted. Returns the client's address.
 
     Args:
-        connection: does not block.
-        timeout: seconds that it may take, if that is less than TIMEOUT.
+        connection: a non-blocking socket.
+        timeout: seconds to wait, if fewer than TIMEOUT.
 
-    Raises HeaderError; OSError: nothing has come before it was closed.
+    Raises HeaderError; OSError: it was closed before anything came.
     """
     sender = Peer.of(connection)
     try:
@@ -204,7 +204,7 @@ async def _receive(connection: socket.socket) -> Source | None:
 
 
 async def readable(connection: socket.socket) -> None:
-    """Wait until there is something to read, or the end."""
+    """Wait until there is input, or an end of file."""
     loop = asyncio.get_running_loop()
     is_readable: asyncio.Future[None] = loop.create_future()
     loop.add_reader(connection, _resolve, is_readable)

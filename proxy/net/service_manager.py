@@ -1,8 +1,8 @@
-"""The service manager that has started us, if there is one: systemd's two protocols.
+"""systemd's protocols for services: sd_notify(3) and sd_listen_fds(3).
 
-Invariant: without the environment variables of sd_notify(3) and sd_listen_fds(3) nothing happens
-here. They are taken out of the environment, so that no process of ours speaks in our place, nor
-takes the sockets for its own. And the manager makes nobody wait: what it does not read is lost.
+Invariant: without their environment variables, nothing happens here. These are removed, so that no
+process of ours speaks in our place or claims the sockets. The manager makes nobody wait: what it
+does not read is lost.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _FIRST_FD: Final = 3
 """SD_LISTEN_FDS_START."""
 
 _TIDYING: Final = 15.0
-"""Seconds from when sessions and jobs must have ended until we have, at the most."""
+"""Seconds to clean up, at most, after sessions and jobs must have ended."""
 
 _LONGEST: Final = 366 * 86400.0
-"""Seconds that the manager is asked to wait where we would do so for ever."""
+"""Seconds that the manager is asked to wait where we would wait for ever."""
 
 
 class ServiceManager:
-    """Is told how we are.
+    """Tells the service manager about our state.
 
     Args:
         environ: has NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID, LISTEN_FDS, LISTEN_PID and
             LISTEN_FDNAMES; they are removed.
 
     Attributes:
-        environ: of these, what a successor is to have.
+        environ: those of them that a successor must have.
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
@@ -47,7 +47,7 @@ class ServiceManager:
         self._names = environ.pop("LISTEN_FDNAMES", "").split(":")
         own = str(os.getpid())
         self._socket: socket.socket | None = None
-        # An @ stands for the zero byte of an abstract address.
+        # @ stands for the zero byte of an abstract address.
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
         if self._address[:1] in ("/", "\0"):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -56,7 +56,7 @@ class ServiceManager:
         self._interval = microseconds / 1e6
         self._count = int(count) if count.isdecimal() and listener == own else 0
         self._is_ready = False
-        # Another process speaks to it; what it would have heard last meanwhile.
+        # Whether another process speaks to the manager; and the last status withheld meanwhile.
         self._is_silent = False
         self._unsaid = ""
         self.environ = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": interval} if address else {}
@@ -64,45 +64,45 @@ class ServiceManager:
     # sd_notify(3)
 
     def begin(self) -> None:
-        """Show from now on that the event loop runs, at half of WATCHDOG_USEC."""
+        """From now on, show at half of WATCHDOG_USEC that the event loop runs."""
         if self._interval and self._socket is not None:
             self._send("WATCHDOG=1")
             asyncio.get_running_loop().call_later(self._interval / 2, self.begin)
 
     def ready(self) -> None:
-        """Clients are served; said once."""
+        """Clients are being served; sent once."""
         if not self._is_ready:
             self._is_ready = True
             self._send("READY=1")
 
     def reloading(self) -> None:
-        """The configuration is read again; `reloaded` follows."""
+        """The configuration is being read; `reloaded` follows."""
         if self._is_ready:
             self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def reloaded(self) -> None:
-        """It was read, or stays as it is."""
+        """The configuration was read, or stays as it was."""
         if self._is_ready:
             self._send("READY=1")
 
     def stopping(self, seconds: float) -> None:
-        """No more clients are taken; sessions and jobs have so many seconds. The manager is asked
-        to wait for them, if TimeoutStopSec says less."""
+        """No more clients are accepted; sessions and jobs have this many seconds. The manager is
+        asked to wait, even if TimeoutStopSec is shorter."""
         wanted = min(seconds + _TIDYING, _LONGEST)
         self._send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(wanted * 1e6)}")
 
     def status(self, text: str) -> None:
-        """What `systemctl status` shows."""
+        """Set the text in `systemctl status`."""
         line = f"STATUS={' '.join(text.split())}"
         self._unsaid = line if self._is_silent else ""
         self._send(line)
 
     def be_silent(self) -> None:
-        """A predecessor is the main process still, and nobody else is listened to."""
+        """Send nothing while a predecessor is still the main process."""
         self._is_silent = True
 
     def speak(self) -> None:
-        """It is not any more."""
+        """Send again: there is no predecessor any more."""
         self._is_silent = False
         if self._unsaid:
             self._send(self._unsaid)
@@ -124,9 +124,9 @@ class ServiceManager:
 
     def sockets(self) -> list[Listening]:
         """The listening sockets that it has opened for us. FileDescriptorName=proxy_protocol in the
-        socket unit says that connections begin with a header of the PROXY protocol.
+        socket unit means that connections begin with a PROXY protocol header.
 
-        Raises OSError: one is none that clients can be accepted from.
+        Raises OSError: one is not a listening stream socket.
         """
         names = itertools.chain(self._names, itertools.repeat(""))
         return [

@@ -1,8 +1,8 @@
-"""Listening sockets: made for an address, or handed to us by the service manager or by a
+"""Listening sockets: opened for an address, or handed to us by the service manager or by a
 predecessor (`takeover`).
 
-Invariant: a Unix socket's file is removed by whoever listens there last: not by a process that has
-handed the socket on, and not by one that has not taken it over yet.
+Invariant: the file of a Unix socket is removed by the last process that listens there: not by one
+that has handed the socket on, nor by one that has not taken it over yet.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ TAKEOVER: Final = "takeover"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Listening:
-    """One socket.
+    """A listening socket.
 
     Attributes:
-        socket: it does not block.
-        use: who comes by it: CLIENTS, those of the service manager's sockets (MANAGER), of
-            admin_listen (ADMIN), or a successor (TAKEOVER).
-        asked: the address that it was bound to, as it was asked for: port 0 for any port, or the
-            path of a Unix socket; empty if somebody else has bound it.
-        has_header: whether connections begin with a header of the PROXY protocol.
+        socket: non-blocking.
+        use: who connects: CLIENTS; MANAGER, clients on a socket of the service manager; ADMIN, for
+            admin_listen; TAKEOVER, a successor.
+        asked: the address as configured: port 0 for any port, or the path of a Unix socket; empty
+            if somebody else has bound it.
+        has_header: whether connections begin with a PROXY protocol header.
     """
 
     socket: socket.socket
@@ -47,7 +47,7 @@ class Listening:
     has_header: bool = False
 
     def __str__(self) -> str:
-        """Where it listens, for the log."""
+        """The address, for the log."""
         name = self.socket.getsockname()
         if self.socket.family != socket.AF_UNIX:
             return str(ListenAddress(*name[:2]))
@@ -55,10 +55,10 @@ class Listening:
 
 
 class Sockets:
-    """All of a process.
+    """All listening sockets of a process.
 
     Args:
-        inherited: from its predecessor. It still uses them until `own`.
+        inherited: from its predecessor, which uses them until `own`.
 
     Attributes:
         all: those in use.
@@ -67,11 +67,11 @@ class Sockets:
     def __init__(self, inherited: Iterable[Listening] = ()) -> None:
         self._inherited = list(inherited)
         self.all: list[Listening] = []
-        # Files of Unix sockets that are to go when we do, with what tells them from others.
+        # Files of Unix sockets to remove at the end, with their device and inode.
         self._files: dict[Path, tuple[int, int]] = {}
 
     async def listen(self, use: str, address: ListenAddress) -> list[Listening]:
-        """Those for an address. Raises OSError, for the user to read."""
+        """Listen on an address. Raises OSError with a message for the user."""
         try:
             if address.socket_path is None:
                 found = await self._tcp(use, address)
@@ -82,20 +82,20 @@ class Sockets:
         return found
 
     def add(self, handed: Iterable[Listening]) -> list[Listening]:
-        """Use those, too."""
+        """Use these sockets too."""
         found = list(handed)
         self.all += found
         return found
 
     def of_predecessor(self, use: str) -> list[Listening]:
-        """Use what the predecessor has for this, if it has anything."""
+        """Use the predecessor's sockets for this purpose, if it has any."""
         found = [listening for listening in self._inherited if listening.use == use]
         for listening in found:
             self._inherited.remove(listening)
         return self.add(found)
 
     def own(self) -> None:
-        """The predecessor has let go of its sockets: what is not used any more is closed."""
+        """The predecessor has released its sockets: close those not used any more."""
         for listening in self._inherited:
             logger.info("not listening on %s any more", listening)
             listening.socket.close()
@@ -108,21 +108,21 @@ class Sockets:
                 self.file_is_ours(Path(listening.asked))
 
     def file_is_ours(self, path: Path) -> None:
-        """Remove it at the end, if it is still the same then."""
+        """Remove this file at the end, unless it was replaced."""
         with contextlib.suppress(OSError):
             self._files[path] = _identity(path)
 
     def keep_files(self) -> None:
-        """Somebody else has them all, and their files."""
+        """Another process has all sockets and their files."""
         self._files.clear()
 
     def handed_on(self) -> None:
-        """A successor has them all, and their files."""
+        """A successor has all sockets and their files."""
         self.keep_files()
-        self.close(but=ADMIN)  # those are closed with the HTTP server
+        self.close(but=ADMIN)  # closed with the HTTP server
 
     def close(self, *, but: str = "") -> None:
-        """Take no more connections, but of one use."""
+        """Close all sockets, except those of one use."""
         for listening in (*self.all, *self._inherited):
             if listening.use != but:
                 listening.socket.close()
@@ -153,7 +153,7 @@ class Sockets:
         return listening
 
     async def _tcp(self, use: str, address: ListenAddress) -> list[Listening]:
-        """One for each address that the host stands for and this machine has."""
+        """One socket for each address of the host on this machine."""
         addresses = await asyncio.get_running_loop().getaddrinfo(
             None if address.host == "*" else address.host,
             address.port,
@@ -207,7 +207,7 @@ def _remove_stale(path: Path) -> None:
             path.unlink(missing_ok=True)
             return
         except BlockingIOError:
-            pass  # its backlog is full
+            pass  # a full backlog
     raise OSError("another process is listening there")
 
 

@@ -1,19 +1,18 @@
-"""One process takes the listening sockets over from another, by a Unix socket (``takeover``).
+"""The takeover of listening sockets by a successor, over a Unix socket (``takeover``).
 
 =============  =====================================================================================
-predecessor    for each of its sockets a message with its descriptor; then how many there were
+predecessor    for each of its sockets, a message with the descriptor; then their number
 successor      ``ready``: it could serve now
-predecessor    ``paused``: it takes no more connections; new ones wait in the sockets
-successor      ``taken``: it takes them from now on
+predecessor    ``paused``: it accepts no more connections; new ones wait in the backlog
+successor      ``taken``: it accepts them from now on
 predecessor    ``released``: it has closed its sockets, and told the service manager of the other
-successor      ``stop``: end, as after SIGTERM; at any time after that
+successor      ``stop``: end, as on SIGTERM; at any time after that
 =============  =====================================================================================
 
-Invariant: at any moment one of the two takes connections, or will if the other is gone; never both.
-Until ``taken`` the predecessor goes on, whatever becomes of the successor. If it loses patience it
-says so before it hangs up: a successor that finds the connection closed takes it for gone only if
-it has not. Both believe only a process of their own user, and the socket is in a folder to which
-nobody else can write.
+Invariant: at any moment one of the two accepts connections, or will if the other is gone; never
+both. Until ``taken`` the predecessor stays, whatever becomes of the successor. If it loses patience
+it says so before it closes: only without this does a successor take a closed connection for its
+end. Each believes only a process of its own user, and nobody else can write to the socket's folder.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ _LONGEST: Final = 4096
 """Bytes of a message."""
 
 _ANSWER: Final = 10.0
-"""Seconds in which the other process must answer."""
+"""Seconds for the other process to answer."""
 
 _READY: Final = 120.0
-"""Seconds that a successor has to get ready; meanwhile there cannot be another."""
+"""Seconds for a successor to become ready; meanwhile there cannot be another."""
 
 _AGAIN: Final = 1.0
-"""Seconds until a successor is accepted that no file descriptor was left for."""
+"""Seconds before accepting again a successor for whom no file descriptor was left."""
 
 _UCRED: Final = struct.Struct("=iII")
 """Linux's struct ucred: pid, uid, gid."""
@@ -59,7 +58,7 @@ class TakeoverError(OSError):
 
 
 class _Link:
-    """The connection between the two.
+    """The connection between predecessor and successor.
 
     Attributes:
         pid: of the process at the other end.
@@ -73,12 +72,12 @@ class _Link:
         self._uid: int = uid
 
     def check_user(self) -> None:
-        """Raises TakeoverError: it is another user's."""
+        """Raises TakeoverError if it is another user's process."""
         if self._uid != os.geteuid():
             raise TakeoverError(f"takeover: process {self.pid} belongs to another user")
 
     def send(self, message: Any, descriptor: int | None = None) -> None:
-        """Raises OSError: the other process is gone."""
+        """Raises OSError if the other process is gone."""
         data = json.dumps(message).encode()
         if descriptor is None:
             self.socket.send(data)
@@ -86,24 +85,24 @@ class _Link:
             socket.send_fds(self.socket, [data], [descriptor])
 
     async def receive(self, timeout: float | None, most: int = 0) -> tuple[Any, list[int]]:
-        """The next message, and up to `most` descriptors with it.
+        """The next message, with up to `most` descriptors.
 
-        Raises ConnectionError: the other process is gone; TakeoverError: it does not answer, and
-        has no say any more; or it refuses, or says what it should not.
+        Raises ConnectionError: the other process is gone; TakeoverError: it has not answered in
+        time, or refuses, or sends something invalid.
         """
         in_time = True
         try:
             async with asyncio.timeout(timeout):
                 await readable(self.socket)
         except TimeoutError:
-            # It is told so if it speaks from now on. What it has said by now counts: it does not
-            # know that the time was over.
+            # If it speaks from now on, it will notice. What it has sent so far counts, since it
+            # does not know that the time is over.
             self.socket.shutdown(socket.SHUT_RD)
             in_time = False
         try:
             data, descriptors, _, _ = socket.recv_fds(self.socket, _LONGEST, most)
         except ConnectionResetError:
-            # It has not read all that we have said; what it said itself is still here.
+            # It closed without reading all that we sent; its own messages are still here.
             data, descriptors, _, _ = socket.recv_fds(self.socket, _LONGEST, most)
         if not (data or in_time):
             raise TakeoverError(f"takeover: process {self.pid} does not answer")
@@ -118,19 +117,19 @@ class _Link:
         return message, descriptors
 
     async def expect(self, wanted: str, timeout: float | None = _ANSWER) -> None:
-        """Raises OSError: something else comes, or nothing."""
+        """Raises OSError if anything else comes, or nothing."""
         message, _ = await self.receive(timeout)
         if message != wanted:
             raise TakeoverError(f"takeover: process {self.pid} says {message!r}, not {wanted!r}")
 
     async def hear_out(self) -> None:
-        """It has hung up. Raises TakeoverError: with its last word it has refused."""
+        """It has closed the connection. Raises TakeoverError if its last message refuses."""
         with contextlib.suppress(ConnectionError):
             while True:
                 await self.receive(_ANSWER)
 
     def refuse(self, reason: str) -> None:
-        """Say why nothing comes of it, and hang up."""
+        """Say why there is no takeover, and close."""
         with contextlib.suppress(OSError):
             self.send({"refused": reason})
         self.close()
@@ -143,9 +142,9 @@ class Predecessor:
     """The process whose sockets we take over.
 
     Attributes:
-        sockets: what it has; still used by it until `take`.
-        is_replaced: whether we take connections in its place.
-        gone: done when it has ended, after that.
+        sockets: its sockets, which it uses until `take`.
+        is_replaced: whether we accept connections in its place.
+        gone: resolved when it has ended after that.
     """
 
     def __init__(self, link: _Link, sockets: list[Listening]) -> None:
@@ -156,12 +155,12 @@ class Predecessor:
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """The pid of the process."""
         return self._link.pid
 
     @classmethod
     async def at(cls, path: Path) -> Self | None:
-        """The one that listens at a path; None if there is none. Raises OSError."""
+        """The process that listens at a path; None if there is none. Raises OSError."""
         _check_folder(path)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -182,8 +181,8 @@ class Predecessor:
             raise
 
     async def take(self, still_wanted: Callable[[], bool]) -> None:
-        """Take connections in its place from now on, if that is still wanted once it has paused:
-        see `is_replaced`. Raises OSError: it goes on."""
+        """Accept connections in its place, if that is still wanted once it has paused: see
+        `is_replaced`. Raises OSError: it stays."""
         try:
             self._link.send("ready")
             await self._link.expect("paused")
@@ -197,7 +196,7 @@ class Predecessor:
         self.is_replaced = True
 
     async def released(self) -> None:
-        """Wait until it has let go of them, or is gone, or for a while."""
+        """Wait until it has released the sockets, or is gone; but not for long."""
         try:
             async with asyncio.timeout(_ANSWER):
                 await readable(self._link.socket)
@@ -208,14 +207,14 @@ class Predecessor:
     def _heard(self) -> None:
         with contextlib.suppress(OSError):
             if self._link.socket.recv(_LONGEST):
-                return  # that it has let go of them
+                return  # released
         asyncio.get_running_loop().remove_reader(self._link.socket)
         self._link.close()
         logger.info("process %d, which has handed over, has ended", self.pid)
         self.gone.set_result(None)
 
     def stop(self) -> None:
-        """Have it end as after SIGTERM."""
+        """Have it end, as on SIGTERM."""
         if not self.gone.done():
             with contextlib.suppress(OSError):
                 self._link.send("stop")
@@ -253,11 +252,11 @@ class Offer:
     """Hands our sockets to a successor, once one comes.
 
     Args:
-        listening: where it comes.
+        listening: where it connects.
         sockets: all that it gets.
-        pause: stops taking connections; raises TakeoverError if that cannot be now.
-        resume: takes them again.
-        hand_on: lets go of the sockets and tells the service manager, given the successor's pid.
+        pause: stops accepting connections; raises TakeoverError if that cannot be now.
+        resume: accepts them again.
+        hand_on: releases the sockets and tells the service manager the successor's pid.
         stop: called when the successor wants us to end.
     """
 
@@ -276,7 +275,7 @@ class Offer:
         self._pause, self._resume, self._hand_on, self._stop = pause, resume, hand_on, stop
         self._task: asyncio.Task[None] | None = None
         self._later: asyncio.TimerHandle | None = None
-        # Again, if we have taken it over: SO_PEERCRED tells who has done this last.
+        # Again, if it was inherited: SO_PEERCRED shows the last process to call it.
         self._listening.listen()
         self._begin()
 
@@ -290,11 +289,11 @@ class Offer:
 
     @property
     def has_successor(self) -> bool:
-        """Whether one has the sockets, and will serve when it is ready, or when we are gone."""
+        """Whether a successor has the sockets, and serves or will serve once we are gone."""
         return self._task is not None
 
     def close(self) -> None:
-        """Offer nothing any more."""
+        """Withdraw the offer."""
         self._end()
         if self._task is not None:
             self._task.cancel()
@@ -340,7 +339,7 @@ class Offer:
             link.close()
 
     async def _hand_over(self, link: _Link) -> None:
-        """Raises OSError: the successor has come to nothing, and we go on."""
+        """Raises OSError: the successor has failed, and we continue."""
         sockets = self._sockets()
         for one in sockets:
             described = {"use": one.use, "asked": one.asked, "has_header": one.has_header}
@@ -361,16 +360,15 @@ class Offer:
 
 
 def listen(path: Path) -> Listening:
-    """A socket at a path where nobody listens, for a successor; only our user can connect. Raises
-    OSError."""
+    """Listen for a successor of our user at an unused path. Raises OSError."""
     _check_folder(path)
     if path.exists() and not path.is_socket():
         raise TakeoverError(f"takeover: {path} is something else than a socket, and is left alone")
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # It gets its name once it listens: who finds one that does not takes the process for gone.
+    # Named only once it listens: one that does not looks like that of a dead process.
     unnamed = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        unnamed.unlink(missing_ok=True)  # a process of this number may have died here
+        unnamed.unlink(missing_ok=True)  # left by a dead process with this pid
         mask = os.umask(0o177)
         try:
             listening.bind(str(unnamed))
@@ -386,7 +384,7 @@ def listen(path: Path) -> Listening:
 
 
 def _check_folder(path: Path) -> None:
-    """Raises TakeoverError: others could put something else there."""
+    """Raises TakeoverError if other users can write to the folder."""
     if not hasattr(socket, "SO_PEERCRED"):
         raise TakeoverError("takeover: needs Linux, where a socket tells who is at its other end")
     try:

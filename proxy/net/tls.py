@@ -1,8 +1,8 @@
-"""TLS contexts for both sides of the proxy, and PostgreSQL's conventions about TLS.
+"""TLS contexts for both sides of the proxy, by PostgreSQL's conventions.
 
-Invariant: every ssl.SSLContext is made here, when the configuration is read. So a file that cannot
-be used is an error of the configuration, and both sides have the same minimum, which is
-PostgreSQL's: TLS 1.2, ALPN ``postgresql``, no renegotiation, no session tickets.
+Invariant: every ssl.SSLContext is made here, when the configuration is read. So an unusable file is
+a configuration error, and both sides have PostgreSQL's minimum: TLS 1.2, ALPN ``postgresql``, no
+renegotiation, no session tickets.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from proxy.reasons import explain
 ALPN_PROTOCOL: Final = "postgresql"
 
 SHUTDOWN_TIMEOUT: Final = 2.0
-"""Seconds that the peer gets to answer when we end the TLS session."""
+"""Seconds for the peer to answer when we end a TLS session."""
 
 REQUIRED: Final = ("require", "verify-ca", "verify-full")
-"""The modes that never do without TLS."""
+"""The modes that require TLS."""
 
 
 def client_context(config: Config) -> ssl.SSLContext | None:
-    """For connections from clients; None if TLS is disabled.
+    """The context for connections from clients; None if TLS is disabled.
 
-    As in PgBouncer, a client's certificate is verified with verify-ca and verify-full only. (These
-    two are the same, because a client has no host name.)
+    As in PgBouncer, a client's certificate is verified only by verify-ca and verify-full, which are
+    equivalent here, since a client has no host name.
 
     Raises:
         ConfigError: a file is missing, exposed or malformed.
@@ -54,8 +54,8 @@ def client_context(config: Config) -> ssl.SSLContext | None:
 
 
 def http_context(config: Config) -> ssl.SSLContext | None:
-    """For HTTPS, with the certificate that clients get; None if TLS is disabled. Nobody is asked
-    for a certificate there.
+    """The context for HTTPS, with the certificate for clients; None if TLS is disabled. It asks for
+    no client certificate.
 
     Raises:
         ConfigError: as for `client_context`.
@@ -71,10 +71,10 @@ def http_context(config: Config) -> ssl.SSLContext | None:
 
 
 def server_context(upstream: Upstream) -> ssl.SSLContext | None:
-    """For connections to the server; None if TLS is disabled.
+    """The context for connections to the server; None if TLS is disabled.
 
-    As in libpq, sslrootcert is used whenever it is given, so ``require`` with sslrootcert is
-    ``verify-ca``. Unlike libpq, no file in a home directory is used by default.
+    As in libpq, sslrootcert is always used if given, so ``require`` with it is ``verify-ca``.
+    Unlike libpq, there are no default files in a home directory.
 
     Raises:
         ConfigError: a file is missing, exposed or malformed.
@@ -137,6 +137,6 @@ def is_encrypted(transport: asyncio.BaseTransport) -> bool:
 
 
 def speaks_postgresql(transport: asyncio.BaseTransport) -> bool:
-    """Whether both sides of a TLS connection have named the protocol, as direct TLS demands."""
+    """Whether both sides of a TLS connection have named the protocol, as direct TLS requires."""
     tls = cast("ssl.SSLObject | None", transport.get_extra_info("ssl_object"))
     return tls is not None and tls.selected_alpn_protocol() == ALPN_PROTOCOL
