@@ -5,4 +5,4 @@ pg_background.
 """
 
 __version__ = "0.1.0"
-"""The one place for it: pyproject.toml reads it from here."""
+"""The version is only here; pyproject.toml reads it."""

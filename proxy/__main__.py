@@ -1,4 +1,4 @@
-"""``python -m proxy``: the same as the command ``pg-background-proxy``."""
+"""``python -m proxy``, equivalent to ``pg-background-proxy``."""
 
 import sys
 

@@ -1,8 +1,8 @@
 """The command line: ``pg-background-proxy serve``, ``check`` and ``demo``.
 
-Exit codes: 0 after a clean stop; 1 when something failed at run time, such as a port that is taken,
-or a server that is required and cannot be reached at the start; 2 for a wrong option or
-configuration. A failure is one line on stderr, never a traceback.
+Exit codes: 0 after a clean stop; 1 for a failure at run time, such as a port in use or a required
+server that is unreachable at the start; 2 for a wrong option or configuration. A failure is one
+line on stderr, never a traceback.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, not in a page."""
+    """Reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
@@ -207,7 +207,7 @@ def _serve(arguments: dict[str, Any]) -> int:
 
 
 def _prepare() -> None:
-    """What a process does once it can log."""
+    """Prepare the process, once it can log."""
     raise_limit()
     if not has_uvloop():
         log.logger.info("running on asyncio's own event loop: uvloop is not installed")

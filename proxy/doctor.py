@@ -1,8 +1,8 @@
 """``pg-background-proxy check``: what is wrong with a configuration, and what to do about it.
 
-Invariant: what is tried is what clients and jobs do. The client is one of a proxy that runs in this
-process and listens nowhere, so logins, launches and their errors are the proxy's own. Nothing is
-changed: the one job that is launched runs ``SELECT 1``.
+Invariant: it does what clients and jobs do. The client is one of a proxy that runs in this process
+without listening, so logins, launches and their errors are the proxy's own. Nothing is changed: the
+one job that it launches runs ``SELECT 1``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from proxy.sql.text import literal
 _NAME: Final = b"pg-background-proxy check"
 
 _TIMEOUT: Final = 30.0
-"""Seconds that a login of the client, or a query, may take beyond connect_timeout."""
+"""Seconds for a login or a query, in addition to connect_timeout."""
 
 _GRANT: Final = (
     "As a superuser, run SELECT grant_pg_background_privileges('{role}') in the database, through"
@@ -63,7 +63,7 @@ _HINTS: Final[Mapping[str, str]] = {
     TOO_MANY_CONNECTIONS: _MORE_CONNECTIONS,
     CANNOT_CONNECT_NOW: "See the server's log.",
 }
-"""What to do about a login that the server has refused, by SQLSTATE."""
+"""Advice on logins that the server has refused, by SQLSTATE."""
 
 _SLOTS: Final = b"""
 SELECT c.most - CASE WHEN r.rolsuper THEN 0 ELSE c.reserved END - c.used, c.most,
@@ -80,8 +80,8 @@ FROM (SELECT current_setting('max_connections')::int AS most,
       FROM pg_database b, pg_stat_database s
       WHERE s.datid = b.oid AND b.datname = current_database()) d
 """
-"""Connections that are left to the role: of the server, of all; of the role's and of the database's
-own limit, NULL without one."""
+"""The number of connections left to the role: by the server's limit; by the role's and the
+database's limits, NULL without one."""
 
 _RUN: Final = b"SELECT state, error_message FROM %bpg_background_run('SELECT 1', 0, 10000)"
 _SCHEMA: Final = b"SELECT quote_ident(%b)"
@@ -92,10 +92,10 @@ _FUNCTIONS: Final = (
 
 
 class Report:
-    """Writes one line for each finding, and remembers whether one was bad.
+    """Writes a line for each finding, and remembers whether one was bad.
 
     Args:
-        write: gets each line.
+        write: called with each line.
     """
 
     def __init__(self, write: Callable[[str], object]) -> None:
@@ -103,15 +103,15 @@ class Report:
         self.all_well = True
 
     def ok(self, what: str, found: str) -> None:
-        """All is well."""
+        """Report that something works."""
         self._line("ok", what, found)
 
     def note(self, what: str, found: str, todo: str = "") -> None:
-        """It may be as it is meant to be."""
+        """Report something that may be intended."""
         self._line("note", what, found, todo)
 
     def no(self, what: str, found: str, todo: str = "") -> None:
-        """Something does not work. `todo`: what to do about it."""
+        """Report that something does not work. `todo`: what to do about it."""
         self.all_well = False
         self._line("no", what, found, todo)
 
@@ -122,7 +122,7 @@ class Report:
 
 
 class _FromLog(logging.Handler):
-    """What the proxy would log goes into the report."""
+    """Puts the proxy's log messages into the report."""
 
     def __init__(self, report: Callable[[str, str], None]) -> None:
         super().__init__(logging.WARNING)
@@ -142,16 +142,16 @@ def check(
     run: Callable[[Coroutine[Any, Any, int]], int],
     write: Callable[[str], object],
 ) -> int:
-    """Check all, and say so line by line; 0 if all is well, else 1.
+    """Check everything, and report line by line. Returns 0 if all is well, otherwise 1.
 
     Args:
-        flags: the settings, as `serve` takes them.
-        file: the same, of the configuration file.
-        role: of a client; None for what libpq would take.
-        database: the same.
+        flags: the settings, as for `serve`.
+        file: the configuration file.
+        role: of a client; None for libpq's default.
+        database: of a client; None for libpq's default.
         environ: has PGUSER, PGDATABASE and PGPASSWORD.
         run: runs a coroutine.
-        write: gets each line.
+        write: called with each line.
     """
     report = Report(write)
     from_log = _FromLog(report.no)
@@ -183,7 +183,7 @@ def _read(
     environ: Mapping[str, str],
     report: Report,
 ) -> Config | None:
-    """The configuration; None if anything is wrong with it: then all that is, is reported."""
+    """The configuration; None if it has any errors, all of which are reported."""
     try:
         given = config.collect(flags, file=file, environ=environ)
     except ConfigError as error:
@@ -209,7 +209,7 @@ def _read(
 
 @dataclasses.dataclass(frozen=True)
 class _Client:
-    """Who is to be let in."""
+    """The client to be let in."""
 
     role: bytes
     database: bytes
@@ -223,7 +223,7 @@ class _Client:
             b"database": self.database,
             b"application_name": _NAME,
             b"client_encoding": b"UTF8",
-            b"search_path": b"pg_catalog",  # our queries trust nobody else's operators
+            b"search_path": b"pg_catalog",  # our queries trust no other operators
         }
 
     @property
@@ -232,22 +232,22 @@ class _Client:
 
 
 class Doctor:
-    """Looks at one server, as one client."""
+    """Examines one server as one client."""
 
     def __init__(
         self, settings: Config, client: _Client, report: Report, from_log: _FromLog
     ) -> None:
-        # Queries of ours are to pass as they are, and nothing is to be kept ready.
+        # Our own queries must pass unchanged, and nothing must be kept ready.
         self._config = dataclasses.replace(
             settings, catalogs="off", spares=0, log_min_job_duration=-1
         )
         self._client = client
-        self._schema = ""  # of our extension, quoted; empty if it is not there
+        self._schema = ""  # of our extension, quoted; empty if it is not installed
         self._report = report
         self._from_log = from_log
 
     async def check(self) -> int:
-        """All of it, as far as it makes sense; the exit code."""
+        """Check everything that makes sense. Returns the exit code."""
         try:
             server = Server(self._config)
         except ConfigError as error:
@@ -292,7 +292,7 @@ class Doctor:
             session.close()
 
     async def _look_for_replicas(self, server: Server, route: Route) -> None:
-        """Whether they could speak with each other, if they are to."""
+        """Check whether replicas could communicate, if there is a secret for that."""
         config = self._config
         if config.replica_secret_file is None:
             return
@@ -324,7 +324,7 @@ class Doctor:
     # The session
 
     async def _log_in(self, server: Server, session: Session) -> Backend | None:
-        """Log in as the client; None if that failed, which is reported."""
+        """Log in as the client. None if that failed, which is reported."""
         client, loop = self._client, asyncio.get_running_loop()
         password = client.password
         if password is None:
@@ -372,7 +372,7 @@ class Doctor:
         else:
             self._report.no("session", f"{who}: {asks}{explain(error)}", "See the server's log")
 
-    # What there is for it
+    # What the client finds
 
     async def _look(self, server: Server, session: Session, backend: Backend) -> None:
         is_theirs = await self._look_at_extension(session, backend)
@@ -386,7 +386,7 @@ class Doctor:
         await self._launch(backend, logs_in=logs_in)
 
     async def _look_at_extension(self, session: Session, backend: Backend) -> bool:
-        """What the database has; whether it is the C extension."""
+        """Check what the database has. Returns whether it is the C extension."""
         query = f"SELECT {installed.installed_query(())}, {installed.REALLY}"
         found, real = await backend.row(query.encode(), 2)
         if real == b"t":
@@ -428,7 +428,7 @@ class Doctor:
     async def _compare(
         self, session: Session, backend: Backend, extension: installed.Installed
     ) -> None:
-        """Whether its functions are those that this proxy makes."""
+        """Check whether the functions are those of this version of the proxy."""
         rows = await backend.rows(_FUNCTIONS % literal(extension.schema))
         there = {(_text(name), _text(body)) for name, body in rows}
         wanted = objects.sources(extension.api, session.server_version, self._schema)
@@ -444,7 +444,7 @@ class Doctor:
         )
 
     async def _count_connections(self, backend: Backend) -> bool:
-        """How many are left; whether there are any."""
+        """Count the connections left. Returns whether there are any."""
         row = await backend.row(_SLOTS, 4)
         most = number(row[1])
         left = [

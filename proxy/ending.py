@@ -1,6 +1,6 @@
-"""How long what still runs may go on in a process that takes no more clients.
+"""The end of a process: how long sessions and jobs may go on once it accepts no more clients.
 
-Invariant: `now` is set once the time is over, or somebody has lost patience; nothing sets it back.
+Invariant: `now` is set when the time is over, or somebody has lost patience; it is never reset.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from proxy.config import Config
 
 
 class Ending:
-    """Of one process.
+    """The end of one process.
 
     Args:
-        config: as it is now.
+        config: returns the current configuration.
 
     Attributes:
-        begun: set when no more clients are taken.
-        now: set when sessions and jobs are to be ended.
-        is_taken_over: whether another process takes the clients.
-        on_signal: called with each signal.
+        begun: set when no more clients are accepted.
+        now: set when sessions and jobs must end.
+        is_taken_over: whether another process serves new clients.
+        on_signal: called on each signal.
     """
 
     def __init__(self, config: Callable[[], Config]) -> None:
@@ -45,18 +45,18 @@ class Ending:
             self.on_signal()
 
     def taken_over(self) -> None:
-        """Another process takes the clients: end within takeover_timeout."""
+        """Another process serves new clients: end within takeover_timeout."""
         self.is_taken_over = True
         if not self._is_told:
             self._within(self._config().takeover_timeout)
 
     def drain(self) -> None:
-        """Nobody sends any more clients: end within shutdown_timeout."""
+        """No more clients will come: end within shutdown_timeout."""
         if not self.begun.is_set():
             self._within(self._config().shutdown_timeout)
 
     def at_once(self) -> None:
-        """Wait for nothing."""
+        """End at once."""
         self.begun.set()
         self.now.set()
 

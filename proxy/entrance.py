@@ -1,8 +1,8 @@
-"""Where clients and HTTP come in: listened at by us, taken over from a predecessor, handed on to a
+"""The sockets for clients and HTTP: opened by us, taken over from a predecessor, handed on to a
 successor.
 
-Invariant: nothing is taken from a predecessor before all that can fail has been done: what is
-wrong with a configuration or with a new version ends the new process, and the old one goes on.
+Invariant: everything that can fail is done before anything is taken from a predecessor: an error in
+a configuration or in a new version ends the new process, and the old one goes on.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from proxy.successor import Successor
 
 
 class Entrance:
-    """That of one proxy; an asynchronous context manager, which closes it.
+    """The sockets of one proxy, as an asynchronous context manager that closes them.
 
     Args:
-        config: its settings at the start.
-        manager: is told.
-        source: what HTTP tells.
-        take: what becomes of a connection.
+        config: at the start.
+        manager: the service manager, to be informed.
+        source: provides figures and jobs for HTTP.
+        take: called with each connection.
         ending: of this process; begins when a successor has taken over.
-        settle: called once no more connections are taken; waits until none is held any more.
+        settle: called once no more connections are accepted; waits until none is held any more.
 
     Attributes:
         listeners: paused until `open`.
@@ -76,11 +76,11 @@ class Entrance:
         await self._close_admin()
         if self._closing is not None:
             await self._closing
-        self._sockets.close()  # after the HTTP server, which uses its own until then
+        self._sockets.close()  # after the HTTP server, which uses its own till then
 
     async def look_for_predecessor(self) -> None:
         """Ask the process that listens at `takeover`, if there is one, for its sockets. Raises
-        OSError: it does not give them."""
+        OSError: it refuses."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, self.start_successor)
         self._admin = Admin(self._source)
         if self._config.takeover is None:
@@ -92,13 +92,13 @@ class Entrance:
             self._sockets = Sockets(self._predecessor.sockets)
 
     async def prepare(self) -> None:
-        """Bind what has not been taken over. Raises OSError: an address is taken."""
+        """Bind what was not taken over. Raises OSError: an address is in use."""
         taken = self._sockets.of_predecessor(TAKEOVER)
         await self._listen_to_clients()
         if self._config.admin_listen is not None:
             self._admin_sockets = await self._sockets.listen(ADMIN, self._config.admin_listen)
         if self._config.takeover is not None and not taken:
-            # Last: who has no address to listen at is not to replace the socket of one who has.
+            # Last: a process without an address must not replace the socket of one that has it.
             self._sockets.add([takeover.listen(self._config.takeover)])
             self._sockets.file_is_ours(self._config.takeover)
         if self._predecessor is None:
@@ -128,10 +128,10 @@ class Entrance:
             await admin.close()
 
     async def open(self) -> None:
-        """Take clients, in the predecessor's place if there is one, and be ready to hand on. Raises
-        OSError: the predecessor does not let go."""
+        """Accept clients, in place of a predecessor if there is one, and offer the sockets to a
+        successor. Raises OSError: the predecessor does not release them."""
         if self._ending.begun.is_set():
-            return  # a predecessor goes on
+            return  # a predecessor continues
         if self._predecessor is not None:
             await self._predecessor.take(lambda: not self._ending.begun.is_set())
             if not self._predecessor.is_replaced:
@@ -158,11 +158,11 @@ class Entrance:
                 )
 
     def shut(self) -> None:
-        """Take no more clients; HTTP is served until the end."""
+        """Accept no more clients; HTTP is served until the end."""
         self.listeners.close()
         if self._offer is not None and not self._ending.is_taken_over:
             if self._offer.has_successor:
-                # It will find us gone, and serve where we listened, HTTP too.
+                # The successor will find us gone and serve our addresses, HTTP too.
                 self._sockets.keep_files()
                 self._closing = asyncio.get_running_loop().create_task(self._close_admin())
             self._offer.close()
@@ -170,8 +170,8 @@ class Entrance:
         self._sockets.close(but=ADMIN)
 
     async def predecessor_has_ended(self) -> None:
-        """Wait for it, since whoever ends us may end it with us; but not longer than we would for
-        our own sessions."""
+        """Wait for the predecessor, since whoever ends us may end it with us; but not longer than
+        for our own sessions."""
         if self._predecessor is None or not self._predecessor.is_replaced:
             return
         if self._predecessor.gone.done():
@@ -199,7 +199,7 @@ class Entrance:
         self._ending.taken_over()
 
     def start_successor(self) -> None:
-        """Start the program again, as we were started, to take over; what SIGUSR2 asks for."""
+        """Start the program again, as we were started, to take over (SIGUSR2)."""
         if self._config.takeover is None:
             logger.error("no other process can take over: takeover is not set")
         elif self._offer is None or self._ending.begun.is_set():

@@ -1,12 +1,12 @@
 """The log: one event a line on stderr, in the form of PostgreSQL's own log, or as JSON.
 
-Invariant: text from clients and servers stays text. No control character of it reaches a terminal,
-and no line of it can be taken for an event. And the log makes nobody wait: a thread writes it, and
-what piles up because nobody reads it is dropped, counted, and said later.
+Invariant: text from clients and servers stays text: its control characters never reach a terminal,
+and none of its lines can be taken for an event. Nobody waits for the log: a thread writes it, and
+what piles up unread is dropped, counted, and reported later.
 
-Everything logs to the logger ``proxy``. What others may want to search or count is an `Event`, with
-values that JSON has under keys of their own. Passwords and keys are never logged, nor the messages
-of errors of clients' SQL, which may quote values; SQL itself only if ``log_job_sql`` says so.
+Everything logs to the logger ``proxy``. Messages to be searched or counted are `Event`s, whose
+values have their own keys in JSON. Passwords, keys and error messages of clients' SQL, which may
+quote values, are never logged; SQL itself only with ``log_job_sql``.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ logger: Final = logging.getLogger("proxy")
 
 _STDERR: Final = 2
 
-# The names in PostgreSQL's log.
+# The names in PostgreSQL's log
 _SEVERITIES: Final = {"INFO": "LOG", "CRITICAL": "FATAL"}
 
 _HARMFUL: Final = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but for tab and line feed, DEL, C1
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 except tab and line feed, DEL, C1
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # changes of direction
     "\u2028\u2029\ud800-\udfff]"  # line and paragraph separators; surrogates
 )
@@ -41,7 +41,7 @@ _HARMFUL: Final = re.compile(
 def printable(text: str) -> str:
     """The text with control characters written as escapes.
 
-    Line feeds and tabs stay: the caller sees to the beginning of lines.
+    Line feeds and tabs stay: the caller takes care of the beginnings of lines.
     """
     return _HARMFUL.sub(_escaped, text)
 
@@ -50,7 +50,7 @@ def _escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape", "surrogatepass").decode()
 
 
-# What stands in an event as it is: it cannot be taken for two values, nor for the end of one.
+# Values that need no quotes, since their end is clear
 _PLAIN: Final = re.compile(r"[^\s\"=\\]*")
 
 _KEYS: Final = {
@@ -63,12 +63,12 @@ _KEYS: Final = {
     "pid": "backend_pid",
     "duration": "duration_ms",
 }
-"""Names in a line of text, and the keys in JSON, where they differ. They are those of PostgreSQL's
-own jsonlog, where it has the thing; ``pid`` is there the process that logs."""
+"""Names in a line of text and the keys in JSON where they differ. These are PostgreSQL's jsonlog's,
+if it has such a key; its ``pid`` is the logging process."""
 
 
 class Milliseconds(float):
-    """A duration: ``12.345ms`` in a line of text, and a number in JSON."""
+    """A duration: ``12.345ms`` in a line of text, a number in JSON."""
 
     def __str__(self) -> str:
         return f"{float(self):.3f}ms"
@@ -78,12 +78,12 @@ Value = str | int | Milliseconds | None
 
 
 class Event:
-    """Something that has happened, with values: ``job ended: pid=4711 user=alice state=error``.
+    """An event with values: ``job ended: pid=4711 user=alice state=error``.
 
     Args:
-        name: what has happened.
-        values: each by its name; those that are None are left out.
-        text: the message without the name, if it is not to be made of the values.
+        name: of the event.
+        values: by name; None is omitted.
+        text: replaces the values in the message.
     """
 
     __slots__ = ("_text", "name", "values")
@@ -98,7 +98,7 @@ class Event:
 
 
 def listed(values: Mapping[str, Value]) -> str:
-    """``name=value``, with blanks in between; what is no plain word is in double quotes."""
+    """``name=value``, separated by blanks; values that need it are in double quotes."""
     return " ".join(f"{name}={_word(value)}" for name, value in values.items() if value is not None)
 
 
@@ -114,7 +114,7 @@ def _word(value: str | int | Milliseconds) -> str:
 class PostgresFormatter(logging.Formatter):
     """``2026-11-22 06:40:01.123 UTC [4711] LOG:  listening on 127.0.0.1:6543``.
 
-    `who`: the name of this process, if there are several; it follows the pid.
+    `who`: the name of this process, if there are several; follows the pid.
     """
 
     def __init__(self, who: str = "") -> None:
@@ -181,15 +181,15 @@ _MOST: Final = 4 * 1024 * 1024
 """Bytes of the log that may wait to be written."""
 
 _LAST_WORDS: Final = 1.0
-"""Seconds that is waited for the log at the end, twice at most."""
+"""Seconds to wait for the log at the end, at most twice."""
 
 
 class BackgroundHandler(logging.Handler):
     """Writes to a file descriptor, in a thread of its own.
 
     Args:
-        fd: where to; an error of it, as of a full disk, costs the events that it concerns.
-        most: bytes that may wait. One event may always wait, however long.
+        fd: the descriptor; an error, such as a full disk, loses the events concerned.
+        most: bytes that may wait. A single event may always wait, however long.
     """
 
     def __init__(self, fd: int, most: int = _MOST) -> None:
@@ -197,7 +197,7 @@ class BackgroundHandler(logging.Handler):
         self._fd = fd
         self._most = most
         self._waiting: deque[bytes] = deque()
-        self._size = 0  # of what waits, and of what is being written
+        self._size = 0  # of events that wait or are being written
         self._dropped = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -205,7 +205,7 @@ class BackgroundHandler(logging.Handler):
         self._writer.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Have an event written, or drop it."""
+        """Queue an event, or drop it."""
         event = self._bytes(record)
         with self._changed:
             if self._size and self._size + len(event) > self._most:
@@ -245,7 +245,7 @@ class BackgroundHandler(logging.Handler):
                 self._changed.notify_all()
 
     def _next(self) -> bytes:
-        """Several events, as far as a pipe takes them whole: other processes write to it too."""
+        """As many events as a pipe writes atomically, since other processes write to it too."""
         events = self._waiting.popleft()
         while self._waiting and len(events) + len(self._waiting[0]) <= select.PIPE_BUF:
             events += self._waiting.popleft()
@@ -255,16 +255,16 @@ class BackgroundHandler(logging.Handler):
         while data:
             try:
                 data = data[os.write(self._fd, data) :]
-            except BlockingIOError:  # whoever shares it with us has made it so
+            except BlockingIOError:  # somebody who shares it has made it non-blocking
                 select.select([], [self._fd], [])
 
     def flush(self) -> None:
-        """Wait until all is written, for a moment."""
+        """Wait a moment until everything is written."""
         with self._changed:
             self._changed.wait_for(lambda: not self._size, _LAST_WORDS)
 
     def close(self) -> None:
-        """Write the rest; no event comes after that."""
+        """Write the rest; no more events come."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -273,16 +273,16 @@ class BackgroundHandler(logging.Handler):
 
 
 _name = ""
-"""Of this process, if there are several."""
+"""The name of this process, if there are several."""
 
 
 def configure(level: str, format: str = "text", *, who: str = "") -> None:
     """Sends the log to stderr, from a level on: debug, info, warning or error. `format`: one of
-    FORMATS; `who`: the name of this process, if there are several."""
+    FORMATS. `who`: the name of this process, if there are several."""
     global _name
     _name = who
     if sys.stderr is None:
-        # It was closed. Nothing else may get its number: the log would be written to a client.
+        # It was closed. No connection may get its number, or a client would receive the log.
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDERR)
     root = logging.getLogger()
     root.handlers[:] = [BackgroundHandler(_STDERR)]
@@ -291,19 +291,19 @@ def configure(level: str, format: str = "text", *, who: str = "") -> None:
 
 
 def change(level: str, format: str) -> None:
-    """Logs from another level on, and in another format."""
+    """Changes level and format."""
     logger.setLevel(level.upper())
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_FORMATTERS[format](_name))
 
 
 def flush() -> None:
-    """Wait until the log is written, for a moment: something else is to follow it on stderr."""
+    """Wait a moment until the log is written, since other output follows on stderr."""
     for handler in logging.getLogger().handlers:
         handler.flush()
 
 
 def is_json() -> bool:
-    """Whether whoever reads stderr expects one JSON object a line."""
+    """Whether stderr carries JSON objects, one a line."""
     handlers = logging.getLogger().handlers
     return any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)

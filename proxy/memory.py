@@ -1,9 +1,9 @@
-"""Gives unused memory back to the system, by glibc's malloc_trim().
+"""Returns unused memory to the system, by glibc's malloc_trim().
 
-Invariant: nothing here changes what the proxy does; with another C library nothing happens at all.
-Buffers of many sizes come and go, those of TLS above all, and glibc keeps the gaps between them: an
-idle proxy was seen with 145 MB, of which 68 MB were in use. The call takes some milliseconds, so it
-is made only when the process has grown.
+Invariant: this changes nothing else, and does nothing with another C library. Buffers of many sizes
+come and go, those of TLS above all, and glibc keeps the gaps between them: an idle proxy was seen
+with 145 MB, of which 68 MB were in use. The call takes some milliseconds, so it is made only when
+the process has grown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INTERVAL: Final = 15.0
 """Seconds between checks."""
 
 _GROWTH: Final = 32 * 1024 * 1024
-"""Bytes by which the process must have grown since memory was last given back."""
+"""Bytes by which the process must have grown since memory was last returned."""
 
 Trim = Callable[[int], object]
 
@@ -29,19 +29,19 @@ _STATM: Final = Path("/proc/self/statm")
 
 
 def keep_trimmed() -> None:
-    """Give free memory back as long as the event loop runs."""
+    """Return free memory as long as the event loop runs."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
         trim = ctypes.CDLL(None).malloc_trim
         _look(trim, _resident())
 
 
 def _look(trim: Trim, least: int) -> None:
-    """`least`: resident bytes when memory was last given back, or the least since then."""
+    """`least`: the least resident memory, in bytes, since memory was last returned."""
     now = _resident()
     least = min(least, now)
     loop = asyncio.get_running_loop()
     if now > least + _GROWTH:
-        # In another thread: meanwhile only threads that allocate wait.
+        # In a thread: meanwhile only threads that allocate memory wait.
         trimming = loop.run_in_executor(None, trim, 0)
         trimming.add_done_callback(lambda _: _again(trim, _resident()))
     else:
@@ -54,5 +54,5 @@ def _again(trim: Trim, least: int) -> None:
 
 
 def _resident() -> int:
-    """Resident bytes of this process. Raises OSError where the system does not tell."""
+    """Resident bytes of this process. Raises OSError if the system does not tell."""
     return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,7 @@
-"""Files that hold secrets: the permissions that PostgreSQL demands of its private key.
+"""Permissions of files with secrets: those that PostgreSQL requires for its private key.
 
-Invariant: a file to which group or others have access is not used. A file of root's may be readable
-by its group, which is how services that do not run as root get secrets.
+Invariant: a file to which group or others have access is not used. A file owned by root may be
+readable by its group, which is how services that do not run as root get secrets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _OTHERS_OF_ROOT = stat.S_IWGRP | stat.S_IXGRP | stat.S_IRWXO
 
 
 def is_exposed(status: os.stat_result) -> bool:
-    """Whether others have access to such a file; always false on Windows, which has no modes."""
+    """Whether others can access such a file; always false on Windows, which has no modes."""
     others = _OTHERS_OF_ROOT if status.st_uid == 0 else _OTHERS
     return os.name == "posix" and bool(status.st_mode & others)
 

@@ -1,7 +1,7 @@
-"""Why something failed, in words for a log line or a message.
+"""Explains failures in log lines and messages.
 
-Invariant: the words are never empty. Many exceptions have no text of their own: a time-out, a
-connection reset that asyncio or uvloop raises itself, an OSError without a number.
+Invariant: the text is never empty. Many exceptions have none of their own: timeouts, connection
+resets that asyncio or uvloop raises itself, an OSError without a number.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _WITHOUT_TEXT: Final[tuple[tuple[type[BaseException], str], ...]] = (
     (EOFError, "the connection was closed"),
     (MemoryError, os.strerror(errno.ENOMEM)),
 )
-"""The first that fits counts."""
+"""The first match counts."""
 
 
 def explain(error: BaseException) -> str:
-    """The system's words for its errors, without number and file name; else the exception's own,
-    without OpenSSL's internals; else those for its class."""
-    # An SSLError that OpenSSL has not made lacks some attributes.
+    """The system's text for its errors, without number and file name; otherwise the exception's
+    own, without OpenSSL's internals; otherwise that of its class."""
+    # SSLErrors that do not come from OpenSSL lack some attributes.
     if verify_message := getattr(error, "verify_message", None):
         return f"certificate verify failed: {verify_message}"
     if isinstance(error, ssl.SSLError) and (reason := getattr(error, "reason", None)):
@@ -38,9 +38,9 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         said = error.strerror
     elif isinstance(error, EOFError):
-        said = ""  # asyncio.IncompleteReadError counts bytes, which tells a user nothing
+        said = ""  # asyncio.IncompleteReadError counts bytes, which tells users nothing
     elif isinstance(error, ssl.SSLError):
-        said = " ".join(map(str, error.args))  # str() would make it look like a tuple
+        said = " ".join(map(str, error.args))  # str() would show a tuple
     else:
         said = str(error)
     return _OPENSSL_FILE.sub("", said).strip() or _of_class(error)

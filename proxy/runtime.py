@@ -1,7 +1,7 @@
-"""The objects made of a configuration: what is read from files, and what is derived from it.
+"""The live objects made of a configuration: what is read from files, and derived from it.
 
-Invariant: a `Runtime` is whole or an error. It is made before anything is served, and again with
-each reload: the server replaces the old one by the new one at once, or keeps the old one.
+Invariant: a `Runtime` is complete or an error. It is made before anything is served, and again at
+each reload: the server replaces the old one at once, or keeps it.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ from proxy.reasons import explain
 T = TypeVar("T")
 
 LAST_WORDS: Final = 2.0
-"""Seconds that connections get to send what is left when the time to shut down is over."""
+"""Seconds for connections to send the rest when the time to shut down is over."""
 
 _FIRST_LOOK: Final = 1.0
-"""Seconds that a start waits for a server that need not be there."""
+"""Seconds that startup waits for a server that is not required."""
 
 _SHORTEST_SECRET: Final = 32
-"""Bytes of a replicas' secret."""
+"""Bytes of the replicas' secret."""
 
 _LOOK_AGAIN: Final = 0.2
 _LOOK_SELDOM: Final = 5.0
-"""Seconds until it is looked for again: the first time, and at most."""
+"""Seconds before looking for the server again: at first, and at most."""
 
 FIXED: Final = (
     *("listen", "admin_listen", "takeover", "workers", "replica_secret_file"),
     *("tcp_keepalive", "tcp_keepidle", "tcp_keepintvl", "tcp_keepcnt", "tcp_user_timeout"),
 )
-"""Settings that belong to the listening sockets, or to who serves."""
+"""Settings that a reload cannot change: of listening sockets, and of the processes."""
 
 
 class Runtime:
-    """A configuration that can be used.
+    """A usable configuration.
 
     Raises:
-        ConfigError: from the constructor, for a file that is not what it should be.
+        ConfigError: from the constructor, for an invalid file.
     """
 
     def __init__(self, config: Config) -> None:
@@ -100,13 +100,13 @@ class Runtime:
     async def check_of(
         self, route: Route, database: bytes, user: bytes, stranger: str
     ) -> Check | None:
-        """What to check a client with that claims to be a role; None if the proxy has no secrets.
+        """How to check a client that claims to be a role; None if the proxy has no secrets.
 
         Args:
             route: to the session's server.
-            database: that the client wants; the passfile may ask for it.
+            database: that the client wants, for the passfile.
             user: the role.
-            stranger: whose connection it is (`pace.who`).
+            stranger: identifies the client (`pace.who`).
         """
         if not (self.credentials.has_files or self.auth_query.enabled):
             return None
@@ -116,7 +116,7 @@ class Runtime:
         return self.checks.check(user, found)
 
     async def check(self) -> Route:
-        """See whether there is a server, and log which. Raises OSError."""
+        """Check that there is a server, and log which. Raises OSError."""
         try:
             route = await self.dialer.check()
         except OSError as error:
@@ -127,7 +127,7 @@ class Runtime:
         return route
 
     def _warn_of_strangers(self) -> None:
-        """Warn if an unverified server can be sent the proxy's secrets."""
+        """Warn if the proxy's secrets might be sent to an unverified server."""
         config = self.config
         names = ("passfile", "auth_file", "auth_user")
         secrets = [name for name in names if getattr(config, name)]
@@ -142,7 +142,7 @@ class Runtime:
 
 
 def _replica_secret(path: Path | None) -> bytes | None:
-    """What all replicas have. Raises ConfigError."""
+    """The secret that all replicas share. Raises ConfigError."""
     if path is None:
         return None
     try:
@@ -163,14 +163,14 @@ def _replica_secret(path: Path | None) -> bytes | None:
 async def find_server(
     runtime: Callable[[], Runtime], manager: ServiceManager
 ) -> asyncio.Task[None] | None:
-    """See whether there is a server. If there is none, and it need not be there yet, look again
-    until there is, in a task that is returned.
+    """Check that there is a server. If there is none, and none is required yet, keep looking in a
+    task, which is returned.
 
     Args:
-        runtime: tells where it is; another one after a reload.
-        manager: is told.
+        runtime: has its address; a reload replaces it.
+        manager: the service manager, to be informed.
 
-    Raises OSError: there is none, and without one nothing is to start.
+    Raises OSError: there is no server, but one is required.
     """
     looking = asyncio.ensure_future(runtime().check())
     if not runtime().config.server_required:
@@ -185,7 +185,7 @@ async def find_server(
 async def _look_again(
     runtime: Callable[[], Runtime], manager: ServiceManager, looking: asyncio.Future[Route]
 ) -> None:
-    """Until there is a server; each other reason why there is none is logged."""
+    """Look until there is a server; each new reason for failure is logged."""
     delay, said = _LOOK_AGAIN, ""
     manager.status("Looking for the server")
     while True:
@@ -203,7 +203,7 @@ async def _look_again(
 
 
 def client_keepalive(config: Config) -> Keepalive:
-    """What listening sockets hand down to connections."""
+    """What listening sockets pass on to connections."""
     return Keepalive(
         bool(config.tcp_keepalive),
         config.tcp_keepidle,
@@ -214,13 +214,13 @@ def client_keepalive(config: Config) -> Keepalive:
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
-    """What a reload makes of a new configuration, and the settings that it wanted to change in
-    vain: those hold as long as the listening sockets do.
+    """What a reload makes of a new configuration, and the settings that it cannot change, as they
+    belong to the listening sockets.
 
-    Raises ConfigError: these and the new ones do not go together.
+    Raises ConfigError: old and new settings are incompatible.
     """
     fixed = [name for name in FIXED if getattr(new, name) != getattr(old, name)]
-    # How connections are accepted depends on whether there is TLS at all.
+    # How connections are accepted depends on whether there is TLS.
     if "disable" in (new.client_tls_sslmode, old.client_tls_sslmode) and (
         new.client_tls_sslmode != old.client_tls_sslmode
     ):
@@ -231,11 +231,11 @@ def reloaded(old: Config, new: Config) -> tuple[Config, list[str]]:
 
 
 class Reloaded(NamedTuple):
-    """What has become of a reload.
+    """The outcome of a reload.
 
     Attributes:
-        error: why the configuration stays as it was; None if it does not.
-        fixed: the settings that hold only after a restart.
+        error: why the configuration was not changed; None if it was.
+        fixed: the settings that need a restart.
     """
 
     error: str | None
@@ -245,12 +245,12 @@ class Reloaded(NamedTuple):
 def reload(
     manager: ServiceManager, read_again: Callable[[], T], take_over: Callable[[T], list[str]]
 ) -> Reloaded:
-    """What SIGHUP asks for: the configuration is read again, or stays as it is. Logged.
+    """Handles SIGHUP: read the configuration again, or keep it. Logged.
 
     Args:
-        manager: is told.
+        manager: the service manager, to be informed.
         read_again: reads it; raises ConfigError.
-        take_over: makes it hold; returns what it could not change; raises ConfigError.
+        take_over: applies it; returns what it could not change; raises ConfigError.
     """
     manager.reloading()
     try:

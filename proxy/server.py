@@ -1,8 +1,8 @@
-"""The proxy itself: it listens, makes a session of each client, and ends them all in good order.
+"""The proxy itself: it listens, makes a session for each client, and ends them in good order.
 
-Invariant: this holds what does not belong to a single session: the way to the server, the cancel
-keys, and the running jobs, also those whose session has ended. There is one `Server` in a process;
-`serve` and `worker` decide where its clients come from and when it stops.
+Invariant: this holds what belongs to no single session: the way to the server, the cancel keys, and
+the running jobs, even those whose session has ended. A process has one `Server`; `serve` and
+`worker` decide where its clients come from and when it stops.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Server:
     """What all sessions share (`session.services.Services`).
 
     Attributes:
-        jobs: the jobs of all sessions, and what the configuration has been made into.
+        jobs: the jobs of all sessions, and the live objects made of the configuration.
         sessions: all that have not ended.
-        keys: the sessions by what cancels their statements.
-        extension_changes: how many transactions have changed the extension, in any database.
-        door: to the console.
+        keys: the sessions, by the key that cancels their statements.
+        extension_changes: number of transactions that have changed the extension, in any database.
+        door: the entrance to the console.
 
     Raises:
-        ConfigError: from the constructor, for a file that is not what it should be.
+        ConfigError: from the constructor, for an invalid file.
     """
 
     def __init__(self, config: Config) -> None:
@@ -72,15 +72,15 @@ class Server:
 
     @property
     def runtime(self) -> Runtime:
-        """What the configuration has been made into; another one after a reload."""
+        """The live objects made of the configuration; a reload replaces it."""
         return self.jobs.runtime
 
     def reload(self, config: Config) -> list[str]:
-        """Take over another configuration; the settings that cannot be changed any more.
+        """Apply another configuration. Returns the settings that cannot be changed any more.
 
-        What runs goes on: new sessions, launches and logins go by the new one.
+        Sessions and jobs go on: the new one is for new sessions, launches and logins.
 
-        Raises ConfigError: nothing has changed then.
+        Raises ConfigError: nothing was changed.
         """
         config, fixed = reloaded(self.runtime.config, config)
         self.jobs.reload(Runtime(config))
@@ -90,7 +90,7 @@ class Server:
     # The way to the server
 
     async def cancel(self, request: CancelRequest) -> None:
-        """Cancel what waits in the proxy, or pass the request on to the server."""
+        """Cancel a wait in the proxy, or pass the request on to the server."""
         session = self.keys.get(request)
         if session is None and await self.jobs.peers.cancel(request):
             logger.debug("a cancel request was for a session of another worker")
@@ -100,14 +100,14 @@ class Server:
             interrupts.cancel()
             return
         await self.runtime.dialer.cancel(session.route if session is not None else None, request)
-        # The server may have done its part of the call before it heard of this.
+        # By the time the request arrived, the server may have done its part of the call.
         if interrupts is not None and interrupts.is_calling:
             interrupts.cancel()
 
     # The console
 
     def has_console(self, startup: StartupMessage) -> bool:
-        """Whether a client wants to talk to the proxy itself, and there is a way to."""
+        """Whether a client asks for the console, and there is one."""
         return self.door.is_for(startup)
 
     async def console(
@@ -116,13 +116,13 @@ class Server:
         """Serve such a client; see `session.services.Services`."""
         await self.door.serve(client, startup, rest, let_in)
 
-    # Its life
+    # Shutdown
 
     async def shut_down(
         self, now: asyncio.Event, others_done: Callable[[], Awaitable[None]] | None = None
     ) -> None:
-        """Let sessions and jobs end; `now`: end them. `others_done` waits until there is no need
-        any more to be there for others."""
+        """Let sessions and jobs end; `now`: end them. `others_done` waits until others no longer
+        need this process."""
         logger.info("shutting down: %s", self._what_runs())
         ways_out = [
             asyncio.ensure_future(self._all_done(others_done)),
@@ -155,24 +155,24 @@ class Server:
 
     @property
     def _clients(self) -> int:
-        """How many sessions there are to wait for; those who watch do not count."""
+        """The number of sessions to wait for; those of the console do not count."""
         return sum(not session.is_console for session in self.sessions)
 
     def _what_runs(self) -> str:
         return f"{self._clients} sessions, {self.jobs.registry.unfinished} jobs"
 
-    # What sessions tell
+    # Called by sessions
 
     def session_began(self, session: Served) -> None:
         """A client has connected."""
         self.sessions.add(session)
 
     def key_known(self, key: CancelRequest, session: Served) -> None:
-        """The server has said what cancels the statements of a session."""
+        """The server has told the key that cancels a session's statements."""
         self.keys[key] = session
 
     def session_ended(self, session: Served, key: CancelRequest | None) -> None:
-        """It has closed its connections; `key`: what cancels its statements."""
+        """A session has closed its connections. `key`: what cancels its statements."""
         self.sessions.discard(session)
         if key is not None:
             self.keys.pop(key, None)
@@ -181,7 +181,7 @@ class Server:
             self.on_session_end()
 
     def extension_changed(self) -> None:
-        """What the sessions know of their databases may be out of date."""
+        """What sessions know about their databases may be outdated."""
         self.extension_changes += 1
         self.jobs.peers.extension_changed()
 
@@ -201,11 +201,11 @@ async def serve(
 
     Args:
         config: its settings.
-        read_again: gives what they are now, after SIGHUP; raises ConfigError.
-        others: makes other proxies known to it, while it lasts.
+        read_again: reads the settings again, on SIGHUP; raises ConfigError.
+        others: connects it to other proxies while entered.
 
-    Returns the exit code. Raises OSError if it cannot start, because the server cannot be reached
-    and is required, or an address is taken; ConfigError for a file that is not what it should be.
+    Returns the exit code. Raises OSError if it cannot start: a required server is unreachable, or
+    an address is in use; ConfigError for an invalid file.
     """
     manager = ServiceManager(os.environ)
     server = Server(config)

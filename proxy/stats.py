@@ -1,7 +1,7 @@
 """What this process has counted since its start: jobs, logins, connections, bytes.
 
 Invariant: counting costs a few machine instructions and never fails, whether or not anybody reads
-the counts (`admin` does). They only grow, and are added up over processes by `total`. What clients
+the counters (`admin` does). They only grow, and `total` adds them up over processes. What clients
 can make up, such as an SQLSTATE, is counted under one of a fixed set of names.
 """
 
@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from typing import Any, Final, TypeAlias
 
 Figures: TypeAlias = "dict[str, Any]"
-"""Numbers, lists of numbers, and dicts of these; JSON."""
+"""Numbers, lists of numbers, and dicts of these, as JSON."""
 
 OTHER: Final = "other"
-"""What stands for all that has no name of its own."""
+"""Stands for everything without a name of its own."""
 
 _CLASSES: Final = frozenset(
     (  # noqa: SIM905 - as the manual lists them
@@ -24,12 +24,12 @@ _CLASSES: Final = frozenset(
         " 3D 3F 40 42 44 53 54 55 57 58 72 F0 HV P0 XX"
     ).split()
 )
-"""Of SQLSTATEs (manual, "PostgreSQL Error Codes")."""
+"""Classes of SQLSTATEs (manual, "PostgreSQL Error Codes")."""
 
 DURATIONS: Final = (0.01, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 43200.0)
 LATENCIES: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 LAGS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
-"""Upper bounds of the histograms, in seconds; one more bucket has what is above."""
+"""Upper bounds of the histograms' buckets in seconds; a last bucket has the rest."""
 
 
 def error_class(sqlstate: str | None) -> str:
@@ -40,7 +40,7 @@ def error_class(sqlstate: str | None) -> str:
 
 
 class Histogram:
-    """How often a value fell into each bucket, and the sum of all."""
+    """How many values fell into each bucket, and the sum of all."""
 
     __slots__ = ("_bounds", "counts", "sum")
 
@@ -50,29 +50,30 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
-        """Count one. A clock that was set back makes no negative time."""
+        """Count a value. A clock that was set back gives no negative time."""
         value = max(0.0, value)
         self.counts[bisect_left(self._bounds, value)] += 1
         self.sum += value
 
     def figures(self) -> Figures:
-        """Its numbers; the counts are not cumulative."""
+        """The counts, not cumulative, and the sum."""
         return {"counts": list(self.counts), "sum": self.sum}
 
 
 class Counters:
-    """
+    """The counters of a process.
+
     Attributes:
-        client_bytes, server_bytes, job_bytes: received from clients and from their primary
-            backends, after the login, and from side backends.
-        connections: that clients have made.
-        refused: logins that came to nothing with an error, by its class.
-        connects, failed_connects: to the server, for sessions, jobs and all else.
+        client_bytes, server_bytes, job_bytes: received after the login from clients, from their
+            primary backends, and from side backends.
+        connections: made by clients.
+        refused: logins that failed, by class of the error.
+        connects, failed_connects: connections to the server, for sessions, jobs and all else.
         launched: jobs.
-        not_launched: launches that failed, by the class of the error.
-        ended: jobs, by state and the class of the error.
+        not_launched: launches that failed, by class of the error.
+        ended: jobs, by state and class of the error.
         duration, latency: of jobs and launches, in seconds.
-        lag: how late the event loop came to a timer, in seconds; if somebody measures it.
+        lag: of the event loop, in seconds, if measured.
     """
 
     __slots__ = (
@@ -91,12 +92,12 @@ class Counters:
         self.lag = Histogram(LAGS)
 
     def job_ended(self, state: str, sqlstate: str | None, seconds: float) -> None:
-        """A job has."""
+        """Count a job's end."""
         self.ended[state][error_class(sqlstate)] += 1
         self.duration.observe(seconds)
 
     def figures(self) -> Figures:
-        """All of them, by name."""
+        """All counters, by name."""
         return {name: _plain(getattr(self, name)) for name in self.__slots__}
 
 
@@ -109,11 +110,11 @@ def _plain(value: Any) -> Any:
 
 
 counters: Final = Counters()
-"""Of this process; as the logger, there is one."""
+"""Those of this process; like the logger, there is one."""
 
 
 def total(parts: Iterable[Figures]) -> Figures:
-    """The sum of what several processes have counted."""
+    """The sum over several processes."""
     summed: Figures = {}
     for part in parts:
         for name, value in part.items():

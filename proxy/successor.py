@@ -1,9 +1,9 @@
-"""The program, started again, to take over from us.
+"""Starts the program again, to take over from us.
 
-Invariant: once it has taken over, its parent is init, which is the service manager, and not this
-process. systemd waits for its own children only: it would not notice that another's child has
-crashed, and at `systemctl stop` would kill it, and us, at once. So a process between us starts it,
-and is killed when the successor takes over.
+Invariant: once it has taken over, its parent is init (the service manager), not this process.
+systemd waits for its own children only: it would not notice a crash of another's child, and
+`systemctl stop` would kill it, and us, at once. So a process in between starts it, and is killed
+when the successor takes over.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ sys.exit(code if code >= 0 else 128 - code)
 
 
 class Successor:
-    """Raises OSError: it cannot be started.
+    """The new process. Raises OSError: it cannot be started.
 
     Args:
-        environ: that it gets.
-        ended: called in the event loop when it has ended, with its exit code, that of a shell if a
-            signal has ended it; or after `let_go`, with any.
+        environ: its environment.
+        ended: called in the event loop when it has ended, with its exit code (a shell's code for a
+            signal); or, after `let_go`, with any.
 
     Attributes:
-        pid: of its process; None until that is known.
+        pid: of its process; None until known.
     """
 
     def __init__(self, environ: Mapping[str, str], ended: Callable[[int], None]) -> None:
@@ -62,12 +62,12 @@ class Successor:
             raise
         finally:
             os.close(writer)
-        # A thread that nobody waits for, for that process may well outlive this one. Not every
-        # kernel and container has pidfd_open.
+        # In a thread that nobody waits for, since that process may outlive us; and not every kernel
+        # and container has pidfd_open.
         threading.Thread(target=self._watch, args=[reader], daemon=True).start()
 
     def let_go(self) -> None:
-        """It has taken over: nobody is between it and init any more."""
+        """It has taken over: remove the process between it and init."""
         self._go_between.kill()
         self._go_between.wait()
 
@@ -85,8 +85,8 @@ class Successor:
 
 
 def _command() -> list[str]:
-    """What we were started with: the program, which may be of another version by now and so have
-    another interpreter; or an interpreter that was given a module."""
+    """Our command line: the program, whose version and interpreter may have changed since; or an
+    interpreter with a module."""
     if os.access(sys.argv[0], os.X_OK):
         return sys.argv
     return [sys.executable, *sys.orig_argv[1:]]

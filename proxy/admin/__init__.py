@@ -1,7 +1,6 @@
 """Metrics, health checks and the page of jobs, by HTTP; off unless ``admin_listen`` is set.
 
-Invariant: it watches, and all that it changes is that an administrator cancels a job. It knows
-neither how many processes there are nor how they talk: that is behind `source.Source`. Only
-`metrics` and `site` need what the extra ``admin`` installs, and they are imported only if
-``admin_listen`` is set.
+Invariant: it only watches, except that an administrator can cancel a job. It does not know how many
+processes there are or how they communicate: `source.Source` hides that. Only `metrics` and `site`
+need the extra ``admin``, and they are imported only if ``admin_listen`` is set.
 """

@@ -1,9 +1,8 @@
-"""Who may see the page, and who may cancel: HTTP's Basic scheme, checked against the auth_file.
+"""Accounts of the page of jobs: HTTP Basic authentication against the auth_file.
 
-Invariant: a password is worth trying only if the connection keeps it to itself, which `site` sees
-to; and guessing is slow, and does not tell who is a user: an unknown one takes as long as a known
-one. A password that was right is remembered, as a digest by a key of this process, as long as the
-file has the same secret.
+Invariant: guessing passwords is slow and does not reveal users: an unknown one takes as long as a
+known one. A correct password is remembered, as a digest keyed by this process, as long as the file
+has the same secret. `site` ensures that the connection keeps passwords to itself.
 """
 
 from __future__ import annotations
@@ -28,23 +27,23 @@ _SCHEME: Final = "basic "
 _MOST_REMEMBERED: Final = 100
 
 _LONGEST: Final = 1000
-"""Characters of what may be a name and a password."""
+"""Characters of a header that may contain a name and a password."""
 
 _AT_ONCE: Final = 2
-"""Checks at a time; each costs milliseconds of a core."""
+"""Concurrent checks; each costs milliseconds of a core."""
 
 
 class TooManyError(Exception):
-    """Too many wrong passwords have come from there."""
+    """Too many wrong passwords have come from this address."""
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Who has logged in.
+    """A user who has logged in.
 
     Attributes:
         user: the name.
-        may_cancel: whether it is of admin_users.
+        may_cancel: whether it is in admin_users.
     """
 
     user: str
@@ -52,7 +51,7 @@ class Account:
 
 
 class Accounts:
-    """Checks who logs in."""
+    """Checks passwords."""
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(32)
@@ -61,14 +60,14 @@ class Accounts:
         self._checking = asyncio.Semaphore(_AT_ONCE)
 
     async def log_in(self, header: str, runtime: Runtime, stranger: str) -> Account | None:
-        """The account of an Authorization header; None if it is not right.
+        """The account for an Authorization header; None if the password is wrong.
 
         Args:
             header: its value.
             runtime: has the users and the auth_file.
-            stranger: whose connection it is (`pace.who`).
+            stranger: identifies the client (`pace.who`).
 
-        Raises TooManyError: it is not even looked at.
+        Raises TooManyError without checking.
         """
         given = _basic(header)
         if given is None:
@@ -93,8 +92,8 @@ class Accounts:
         return Account(name, name in runtime.config.admins)
 
     def token(self, account: Account) -> str:
-        """What a request that changes something must carry: a page of another site has no way to
-        read it."""
+        """The token that a request to change something must carry; pages of other sites cannot read
+        it."""
         return hmac.digest(self._key, b"token\0" + account.user.encode(), "sha256").hex()
 
     def has_token(self, account: Account, token: str) -> bool:
@@ -131,7 +130,7 @@ def _content(secret: Secret | None) -> bytes:
 
 
 def _is_right(user: bytes, password: bytes, secret: Secret | None, runtime: Runtime) -> bool:
-    """Whether a password is that of a secret; whatever there is, a SCRAM key is derived."""
+    """Whether a password matches a secret; in any case a SCRAM key is derived."""
     check = runtime.checks.check(user, secret).secret
     derived = ScramSecret.from_password(password, salt=check.salt, iterations=check.iterations)
     is_scram = hmac.compare_digest(derived.stored_key, check.stored_key)

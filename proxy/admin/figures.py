@@ -1,7 +1,7 @@
-"""What one process tells of itself in numbers: its counters, and how much there is of what now.
+"""The figures of one process: its counters, and its gauges.
 
-Invariant: whatever clients make up comes in a dict, by name, so that numbers of several processes
-can be added up (`stats.total`).
+Invariant: whatever clients make up is a key in a dict, so that figures of several processes can be
+added up (`stats.total`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from proxy.jobs.service import JobService
 from proxy.stats import Figures, counters
 
 _LOOK: Final = 0.25
-"""Seconds between two looks at how late the event loop is."""
+"""Seconds between measurements of the event loop's lag."""
 
 
 def collect(jobs: JobService, sessions: int) -> Figures:
@@ -22,7 +22,7 @@ def collect(jobs: JobService, sessions: int) -> Figures:
 
     Args:
         jobs: of this process.
-        sessions: how many it has.
+        sessions: their number.
     """
     running: dict[str, dict[str, int]] = {}
     logins = Counter((job.user, job.database) for job in jobs.registry.running)
@@ -42,12 +42,12 @@ def collect(jobs: JobService, sessions: int) -> Figures:
 
 
 def text(name: bytes) -> str:
-    """What people are shown of bytes that should be UTF-8."""
+    """Bytes that should be UTF-8, for people to read."""
     return name.decode("utf-8", "replace")
 
 
 async def measure_lag() -> None:
-    """Look again and again how late the event loop comes to a timer."""
+    """Measure, again and again, how late the event loop serves a timer."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + _LOOK

@@ -1,8 +1,8 @@
-"""The figures as metrics of Prometheus.
+"""The figures as Prometheus metrics.
 
-Invariant: the number of time series is bounded, whatever clients do: labels have values of a fixed
-set, but for role and database, of which the first `MOST_LOGINS` pairs are told apart while the
-process lives, and all others are ``other``.
+Invariant: the number of time series is bounded, whatever clients do: labels have fixed sets of
+values, except role and database, of which the first `MOST_LOGINS` pairs in the life of the process
+are distinguished, and all others are ``other``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SOURCES: Final = {"client_bytes": "clients", "server_bytes": "servers", "job_by
 
 
 class Exposition:
-    """Writes them."""
+    """Writes metrics."""
 
     def __init__(self) -> None:
         self._began = time.time()
@@ -47,10 +47,10 @@ class Exposition:
         """The text, and its content type.
 
         Args:
-            figures: of all processes together.
+            figures: the sum over all processes.
             processes: how many there are.
             is_ready: whether a login to the server is possible.
-            accept: which formats the reader takes, as HTTP says it.
+            accept: the Accept header of the request.
         """
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Collected(self._families(figures, processes, is_ready)))
@@ -96,7 +96,8 @@ class Exposition:
             yield family
 
     def _by_login(self, running: Mapping[str, Mapping[str, int]]) -> dict[tuple[str, str], int]:
-        """Those that ran once stay, with 0: else a series would end at its last value."""
+        """Logins that once had jobs stay, with 0: otherwise a series would end at its last
+        value."""
         found = dict.fromkeys(sorted(self._logins), 0)
         for role, databases in running.items():
             for database, count in databases.items():

@@ -1,7 +1,7 @@
-"""The jobs of one process, as the page shows them.
+"""The jobs of one process, as shown on the page.
 
-Invariant: what is shown is bounded: the jobs that have run longest, those that ended last, and of
-each text its beginning. All text is plain; who shows it escapes it.
+Invariant: output is bounded: the jobs that have run longest, those that ended last, and the
+beginning of each text. Text is plain; whoever displays it must escape it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from proxy.sql.recoding import beginning, readable
 
 MOST_RUNNING: Final = 200
 MOST_ENDED: Final = 50
-"""Jobs that are shown."""
+"""Ended jobs that are shown."""
 
 _SQL_SIZE: Final = 600
 _LABEL_SIZE: Final = 200
 _MESSAGE_SIZE: Final = 500
-"""Characters that are shown."""
+"""Characters of a message that are shown."""
 
 _MOST_LOGINS: Final = 5
-"""Roles and databases whose jobs' wait events are asked for; each takes a connection, a channel."""
+"""Logins for whose jobs wait events are requested; each takes a connection, a channel."""
 
 _MEMORY: Final = 1.5
 _PATIENCE: Final = 1.0
-"""Seconds that wait events count, and that the server has to tell them."""
+"""Seconds for which wait events are remembered, and for the server to report them."""
 
 _WAITS: Final = (
     b"SELECT pid, pg_catalog.concat_ws(': ', wait_event_type, wait_event)"
@@ -42,7 +42,7 @@ _WAITS: Final = (
 
 
 class Overview:
-    """Of the jobs of this process."""
+    """The jobs of this process, for the page."""
 
     def __init__(self, jobs: JobService) -> None:
         self._jobs = jobs
@@ -50,8 +50,8 @@ class Overview:
         self._until = 0.0
 
     async def show(self) -> dict[str, Any]:
-        """JSON: ``running``, ``waiting`` and ``ended``, lists of jobs (`_shown`), and how many
-        there are that run, ``count``."""
+        """JSON: ``running``, ``waiting`` and ``ended``, lists of jobs (`_shown`), and ``count``,
+        the number of running ones."""
         registry = self._jobs.registry
         running = heapq.nsmallest(MOST_RUNNING, registry.running, key=lambda job: job.launched_at)
         await self._ask_waits(running)
@@ -65,7 +65,7 @@ class Overview:
         }
 
     async def _ask_waits(self, jobs: list[Job]) -> None:
-        """What the jobs wait for, as their own roles may see it."""
+        """Ask for the jobs' wait events, as their own roles."""
         now = asyncio.get_running_loop().time()
         if now < self._until:
             return

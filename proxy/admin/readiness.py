@@ -1,7 +1,7 @@
 """The answer to ``/readyz``: whether a client could log in now.
 
-Invariant: however often it is asked for, one look at the server is under way at a time, and what it
-found is remembered for a moment.
+Invariant: however often it is requested, one probe of the server runs at a time, and its result is
+remembered for a moment.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from proxy.reasons import explain
 
 _MEMORY: Final = 2.0
 _MEMORY_OF_FAILURE: Final = 0.5
-"""Seconds that a look counts."""
+"""Seconds for which the result of a probe is remembered."""
 
 _PATIENCE: Final = 2.0
-"""Seconds that a server has to answer: those who probe do not wait long either."""
+"""Seconds for a server to answer; load balancers do not wait long either."""
 
 
 class Readiness:
-    """Of the proxy that a source tells of."""
+    """The readiness of a source's proxy."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -67,6 +67,6 @@ class Readiness:
         self._until = asyncio.get_running_loop().time() + memory
 
     def close(self) -> None:
-        """No answer is wanted any more."""
+        """Stop probing."""
         if self._looking is not None:
             self._looking.cancel()

@@ -1,10 +1,10 @@
-"""The HTTP server: which request is answered, and with what.
+"""The HTTP server: routes, and who may use them.
 
-Invariant: `/healthz`, `/readyz` and `/metrics` tell nobody's secrets and are for everybody who
-reaches the address. All else asks for a password, and so is answered only where nobody reads along:
-over TLS, or from this machine. A page of another site can neither read an answer, since no header
-allows it to, nor cancel a job: that takes a POST of JSON with the page's own token, from the page's
-own origin. Connections are few, and none may keep its place without asking for something.
+Invariant: `/healthz`, `/readyz` and `/metrics` reveal no secrets, and are for everybody who reaches
+the address. All else needs a password, and is served only where nobody can listen in: over TLS, or
+from this machine. A page of another site can neither read an answer, since no header allows that,
+nor cancel a job: that takes a POST of JSON with the page's own token, from its own origin.
+Connections are few, and none may stay without making requests.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MOST_CONNECTIONS: Final = 100
 
 _FIRST_REQUEST: Final = 10.0
 _NEXT_REQUEST: Final = 30.0
-"""Seconds in which a connection has to ask for something, and that it is kept after that."""
+"""Seconds for a connection to make its first request, and each further one."""
 
 _LONGEST_BODY: Final = 4096
 
@@ -64,13 +64,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Site:
-    """Serves.
+    """Serves HTTP.
 
     Args:
-        source: tells of the proxy.
+        source: provides figures and jobs.
 
     Raises:
-        ConfigError: from the constructor, for a certificate that cannot be used.
+        ConfigError: from the constructor, for an unusable certificate.
     """
 
     def __init__(self, source: Source) -> None:
@@ -80,7 +80,7 @@ class Site:
         self._readiness = Readiness(source)
         self._tls = tls.http_context(source.runtime.config)
         self._tls_of: Runtime = source.runtime
-        # Connections that have not asked for anything yet, for a while.
+        # Connections that have made no request yet.
         self._fresh: set[web.RequestHandler] = set()
         self._servers: list[asyncio.Server] = []
         app = web.Application(middlewares=[self._guard], client_max_size=_LONGEST_BODY)
@@ -97,11 +97,11 @@ class Site:
         )
 
     async def serve(self, sockets: Iterable[socket.socket]) -> None:
-        """Begin, on sockets that are bound; they are closed with the servers."""
+        """Serve on bound sockets, which are closed with the servers."""
         await self._runner.setup()
         context = self._tls
         if context is not None:
-            # So that a reload takes effect.
+            # Chosen anew for each connection, so that a reload takes effect.
             context.sni_callback = self._choose_context
         scheme = "http" if context is None else "https"
         for listening in sockets:
@@ -150,18 +150,18 @@ class Site:
         if self._tls is not None:
             connection.context = self._tls
 
-    # Every request
+    # For every request
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         self._fresh.discard(request.protocol)
         if not request.secure and _is_here(request) and not _is_own_name(request.host):
-            # A name that anybody's DNS may have sent here, for a page of theirs to read.
+            # A name from anybody's DNS may lead here, for a page of theirs to read.
             raise web.HTTPMisdirectedRequest(text="ask for 127.0.0.1, ::1 or localhost\n")
         return await handler(request)
 
     async def _account(self, request: web.Request) -> Account:
-        """Who asks. Raises the answer to those who may not."""
+        """The account of a request. Raises the response for those who have none."""
         if not (request.secure or _is_here(request)):
             raise web.HTTPForbidden(
                 text="passwords are taken over TLS (client_tls_sslmode) or from this machine only\n"
@@ -183,7 +183,7 @@ class Site:
             )
         return account
 
-    # What there is
+    # Routes
 
     async def _healthz(self, request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -254,7 +254,7 @@ class Site:
 
 
 class _TurnedAway(asyncio.Protocol):
-    """A connection too many."""
+    """A connection beyond the limit."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
@@ -279,7 +279,7 @@ def _is_here(request: web.Request) -> bool:
 
 
 def _is_own_name(host: str) -> bool:
-    """Whether that is an address, or the one name that means this machine everywhere."""
+    """Whether this is an address, or the one name that means this machine everywhere."""
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
     if name.lower() == "localhost":
         return True
@@ -291,8 +291,8 @@ def _is_own_name(host: str) -> bool:
 
 
 def _refuse_other_sites(request: web.Request, *, changes: bool = False) -> None:
-    """A browser says where a request comes from. Nobody else need say so, unless it `changes`
-    something."""
+    """Check what a browser says about a request's origin, which others may omit unless the request
+    `changes` something."""
     site = request.headers.get("Sec-Fetch-Site", "same-origin")
     origin = request.headers.get("Origin", "" if changes else None)
     own = f"{request.scheme}://{request.host}"
@@ -301,7 +301,7 @@ def _refuse_other_sites(request: web.Request, *, changes: bool = False) -> None:
 
 
 def _id(job: dict[str, Any]) -> str:
-    """What tells a job from others of its pid, without its cookie, by which its role knows it."""
+    """Identifies a job without its cookie, which would give access to it."""
     return f"{job['pid']}-{job['launched']:.6f}"
 
 

@@ -1,7 +1,7 @@
-"""Where the figures and the jobs come from, be it one process or several.
+"""Provides the figures and jobs of the proxy, whether it is one process or several.
 
-Invariant: nothing above a `Source` knows which. `OneProcess` is the one of a process that serves
-alone; `workers.overview` has the one of a supervisor.
+Invariant: users of a `Source` cannot tell the difference. `OneProcess` is that of a single process,
+`workers.overview` has that of a supervisor.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from proxy.stats import Figures
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """How many serve clients.
+    """The processes that serve clients.
 
     Attributes:
-        alive: those that are there.
-        configured: how many there should be.
-        silent: those that have not answered the last question.
-        restarts: how often one has ended and was started again.
+        alive: number that exist.
+        configured: number that should exist.
+        silent: number that have not answered the last question.
+        restarts: number of replacements so far.
     """
 
     alive: int
@@ -35,36 +35,36 @@ class Processes:
 
 
 class Source(Protocol):
-    """The proxy, seen from outside."""
+    """The proxy, as seen by monitoring."""
 
     @property
     def runtime(self) -> Runtime:
-        """What the configuration has been made into; another one after a reload."""
+        """The live objects made of the configuration; a reload replaces it."""
 
     @property
     def unready(self) -> str:
-        """Why no client would be taken, whatever the server says; "" if one would."""
+        """Why clients would be refused, whatever the server says; "" if they would not."""
 
     async def figures(self) -> Figures:
-        """As `figures.collect` has them, summed."""
+        """The sum of `figures.collect`."""
 
     def processes(self) -> Processes:
-        """How many there are."""
+        """The processes that serve clients."""
 
     async def jobs(self) -> list[dict[str, Any]]:
-        """As `overview.Overview.show` has them, one for each process that has answered."""
+        """`overview.Overview.show` of each process that has answered."""
 
     async def cancel(self, pid: int, cookie: int) -> bool:
-        """Have the server stop a job; whether it was told."""
+        """Have the server stop a job. Returns whether it was told."""
 
 
 class OneProcess:
-    """A process that serves alone.
+    """A single process.
 
     Args:
         jobs: its jobs.
-        sessions: tells how many it has.
-        stopping: tells whether it takes no more clients.
+        sessions: returns the number of its sessions.
+        stopping: returns whether it accepts no more clients.
     """
 
     def __init__(

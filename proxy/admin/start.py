@@ -1,6 +1,6 @@
-"""Starting what ``admin_listen`` asks for, if it does.
+"""Starts the HTTP server, if ``admin_listen`` is set.
 
-Invariant: nothing of the extra ``admin`` is imported unless it does.
+Invariant: nothing of the extra ``admin`` is imported otherwise.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ class Admin:
     """Serves HTTP from `start` to `close`, if admin_listen is set.
 
     Args:
-        source: tells of the proxy.
+        source: provides figures and jobs.
 
     Raises:
-        ConfigError: from the constructor: the extra is missing, or the certificate is not what it
-            should be.
+        ConfigError: from the constructor: the extra is missing, or the certificate is unusable.
     """
 
     def __init__(self, source: Source) -> None:
@@ -46,7 +45,7 @@ class Admin:
         self._site = Site(source)
 
     async def start(self, sockets: Iterable[socket.socket]) -> None:
-        """Serve who comes by these."""
+        """Serve on these sockets."""
         if self._site is None:
             return
         self._lag = asyncio.get_running_loop().create_task(measure_lag())
@@ -55,7 +54,7 @@ class Admin:
             logger.info("nobody may see the jobs page: admin_users and stats_users are empty")
 
     async def close(self) -> None:
-        """Serve nobody any more."""
+        """Stop serving."""
         if self._lag is not None:
             self._lag.cancel()
         if self._site is not None:

@@ -1,4 +1,4 @@
-"""What each function does when it is called: one coroutine a function.
+"""What the functions do: one coroutine for each.
 
 Invariant: a coroutine gets its caller and the arguments as Python values (text as bytes in the
 client's encoding), and returns Python values: a tuple for a composite type, a list of tuples for a
@@ -47,7 +47,7 @@ _VOID: Final = b""
 
 
 class Caller(ABC):
-    """Who calls, as the functions see it: a session, or what runs inside the database for one.
+    """The caller of a function: a session, or code inside the database for one.
 
     Attributes:
         jobs: those of its session.
@@ -57,8 +57,8 @@ class Caller(ABC):
     def __init__(self, owner: Owner, interrupts: Interrupts) -> None:
         """
         Args:
-            owner: whose session it is.
-            interrupts: what ends its waits.
+            owner: the owner of its jobs.
+            interrupts: what may end its waits.
         """
         self._owner = owner
         self._interrupts = interrupts
@@ -71,20 +71,20 @@ class Caller(ABC):
     @property
     @abstractmethod
     def codec(self) -> str:
-        """Python's name of the encoding of the functions' arguments."""
+        """Python's name of the encoding of the arguments."""
 
     @property
     @abstractmethod
     def encodings(self) -> Sequence[bytes]:
-        """Of what the functions return; before that, those whose characters alone it may have."""
+        """The encodings that limit what the functions return; the last is that of the result."""
 
     def text(self, job: JobRecord, text: bytes | None) -> bytes | None:
-        """A text of a job, as the functions return it."""
+        """A text of a job, in the encoding of the results."""
         return None if text is None else recoded(text, job.encoding, *self.encodings)
 
     @property
     def cluster(self) -> bytes:
-        """The database cluster of the session. In another cluster the same OID is another role."""
+        """Identifies the session's database cluster; in another, the same OID is another role."""
         return self._owner.cluster
 
     @property
@@ -93,14 +93,14 @@ class Caller(ABC):
         return self._owner.launcher.setting(MAX_WORKERS, self.context)
 
     async def known_jobs(self) -> Sequence[JobRecord]:
-        """Jobs of all sessions, at least those that the current role may touch, also ended ones."""
+        """Jobs of all sessions, at least those that the current role may see; also ended ones."""
         jobs, unanswered = await self._owner.service.jobs_of(self.context.roles)
         if unanswered:
             await self._say_incomplete("the list of background workers is incomplete", unanswered)
         return jobs
 
     async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
-        """The jobs with these handles, as they are now: of this session or of `known_jobs`."""
+        """The present state of jobs by handle, among this session's and `known_jobs`."""
         jobs, unanswered = await self._owner.service.find(self.jobs, handles)
         if unanswered:
             [pid, *_] = [pid for (pid, _), job in zip(handles, jobs, strict=True) if job is None]
@@ -111,8 +111,8 @@ class Caller(ABC):
         return jobs
 
     async def past(self, handles: Sequence[Handle] | None = None) -> list[PastJob]:
-        """What the history has of these jobs, or of all, the newest; nothing where there is none.
-        The server decides what the current role sees of it."""
+        """The history of these jobs, or of the newest ones; empty if there is none. The server
+        decides what the current role sees."""
         history = self._owner.service.history
         if not history.is_on or handles == []:
             return []
@@ -123,10 +123,10 @@ class Caller(ABC):
     @property
     @abstractmethod
     def _launching(self) -> tuple[Launcher, bytes]:
-        """What opens its backends, and client_encoding, as PostgreSQL names it."""
+        """The launcher for its jobs, and client_encoding by PostgreSQL's name."""
 
     async def _say_incomplete(self, message: str, unanswered: int) -> None:
-        """Say that some of the other processes have not answered."""
+        """Tell the client that some of the other processes have not answered."""
         warning = SQLError(
             WARNING,
             message,
@@ -138,12 +138,12 @@ class Caller(ABC):
 
     @abstractmethod
     async def launch(self, request: LaunchRequest) -> Job:
-        """Start a job with the context's role and settings, when there is room for it."""
+        """Start a job with the context's role and settings, once there is room."""
 
     async def _launched(self, launch: Coroutine[Any, Any, Job]) -> Job:
-        """The job of a launch, which is cancelled if the wait for it is interrupted."""
+        """The job of a launch; if the wait for it is interrupted, the launch is cancelled."""
         launching = asyncio.ensure_future(launch)
-        running = self._owner.service.registry.running  # who waits for room waits for them
+        running = self._owner.service.registry.running  # to wait for room is to wait for these
         try:
             return await self._interrupts.for_future(launching, running)
         except BaseException:
@@ -152,28 +152,28 @@ class Caller(ABC):
             raise
 
     def _drop(self, launching: asyncio.Future[Job]) -> None:
-        """Stop a job whose launch was interrupted, if it came to its end before that took effect:
-        the session may be gone, and the job would wait for a reader."""
+        """Stop the job of an interrupted launch, if the launch has succeeded meanwhile: the session
+        may be gone, and the job would wait for a reader."""
         if not launching.cancelled() and launching.exception() is None:
             self._owner.drop(launching.result())
 
     @abstractmethod
     async def launch_at_commit(self, request: LaunchRequest) -> Job:
-        """The same, but it waits for the commit of the calling transaction."""
+        """Launch a job that waits for the commit of the calling transaction."""
 
     @property
     def launches_at_commit(self) -> bool:
-        """The setting pg_background.launch_at_commit; off for functions that do not know of it."""
+        """The setting pg_background.launch_at_commit; off if the function has no such setting."""
         if LAUNCH_AT_COMMIT.name not in self.context.own_settings:
             return False
         return bool(self._owner.launcher.setting(LAUNCH_AT_COMMIT, self.context))
 
     async def check_may_wait(self, jobs: Iterable[JobRecord]) -> None:
-        """Raises SQLError 55000 if one of them waits for the calling transaction to commit."""
+        """Raises SQLError 55000 if a job waits for the calling transaction to commit."""
         await self._owner.check_may_wait(jobs)
 
     async def cancel_job(self, job: JobRecord) -> None:
-        """Tell the server to stop it. Raises SQLError if the process that runs it hangs."""
+        """Have the server stop a job. Raises SQLError if the process that runs it hangs."""
         if not (job.finished or await self._cancel(job)):
             raise SQLError(
                 CONNECTION_FAILURE,
@@ -184,24 +184,24 @@ class Caller(ABC):
             )
 
     async def _cancel(self, job: JobRecord) -> bool:
-        """The same; whether the server was told."""
+        """Have the server stop a job. Returns whether it was told."""
         return await self._owner.service.cancel(job)
 
     def limit(self, job: Job, timeout_ms: int) -> None:
-        """Cancel the job when it has run that long."""
+        """Cancel the job if it runs this long."""
         self._owner.service.limit(job, timeout_ms)
 
     async def wait(self, jobs: Sequence[JobRecord], until: float | None = None) -> None:
-        """Wait until something happens to one of them, or until that time of the loop."""
+        """Wait until a job changes, or until this time of the loop's clock."""
         await self._interrupts.for_jobs(jobs, until)
 
     async def wait_for(self, job: Job) -> None:
-        """Wait until something happens to it."""
+        """Wait until the job changes."""
         await self.wait([job])
 
     @abstractmethod
     async def activity(self, jobs: Sequence[Job]) -> dict[int, Row]:
-        """What pg_stat_activity has on their backends, by pid; the columns of the view."""
+        """The columns of pg_stat_activity that the view shows, by backend pid."""
 
     @abstractmethod
     async def change_privileges(self, verb: str, role: bytes, *, print_commands: bool) -> bool:
@@ -209,7 +209,7 @@ class Caller(ABC):
 
     @abstractmethod
     async def drop_executor_role(self) -> bool:
-        """DROP ROLE there."""
+        """DROP ROLE in the primary backend, in the caller's transaction."""
 
 
 def check_privilege(caller: Caller, name: str) -> None:
@@ -219,7 +219,7 @@ def check_privilege(caller: Caller, name: str) -> None:
 
 
 def permission_denied(name: str) -> SQLError:
-    """The error of a call that the current role may not make."""
+    """The error for a call that the current role may not make."""
     return SQLError(
         INSUFFICIENT_PRIVILEGE,
         f"permission denied for function {name}",
@@ -232,8 +232,8 @@ def permission_denied(name: str) -> SQLError:
 
 
 def attached(caller: Caller, pid: int, cookie: int | None = None) -> Job:
-    """The session's job of this pid, or without one of this cookie, if the current role may touch
-    it; of several the latest, unless one has this cookie. Raises SQLError."""
+    """The session's job with this pid and cookie, else the latest with this pid, or, without a pid,
+    with this cookie; if the current role may touch it. Raises SQLError."""
     job = caller.jobs.get(pid, cookie)
     _check_role(caller, job)
     return job
@@ -258,13 +258,13 @@ async def result(caller: Caller, pid: int, cookie: int | None = None) -> Job:
 
 
 async def _with_cookie(caller: Caller, pid: int, cookie: int) -> JobRecord:
-    """A job of this session, or of another one of the same role. Raises SQLError."""
+    """A job of this session, or of another session of the same role. Raises SQLError."""
     [job] = await _with_cookies(caller, [(pid, cookie)])
     return job
 
 
 async def _with_cookies(caller: Caller, handles: Sequence[Handle]) -> list[JobRecord]:
-    """Several of them. Raises SQLError."""
+    """Several such jobs. Raises SQLError."""
     jobs: list[JobRecord] = []
     for handle, job in zip(handles, await caller.find(handles), strict=True):
         if job is None:
@@ -289,7 +289,7 @@ def _own_with_cookie(caller: Caller, pid: int, cookie: int) -> Job:
 
 def _may_touch(caller: Caller, job: JobRecord) -> bool:
     if isinstance(job, PastJob):
-        return True  # else the server would not have shown it
+        return True  # otherwise the server would not have shown it
     return job.cluster == caller.cluster and job.role_id in caller.context.roles
 
 
@@ -311,14 +311,14 @@ def _own(caller: Caller) -> list[Job]:
 
 
 def given(sql: bytes | None) -> bytes:
-    """What a job is to run. Raises SQLError for NULL."""
+    """The SQL of a job. Raises SQLError for NULL."""
     if sql is None:
         raise SQLError(NULL_VALUE_NOT_ALLOWED, "sql must not be null")
     return sql
 
 
 def handle_of(job: JobRecord) -> Row:
-    """Its pid, None as long as it has none, and its cookie."""
+    """The pid, None if the job has none yet, and the cookie."""
     return job.pid or None, job.cookie
 
 
@@ -358,7 +358,7 @@ async def cancel_all(caller: Caller) -> int:
 
 
 async def _cancel(caller: Caller, jobs: list[Job]) -> None:
-    """Those that wait first: else they would start in the room that the others leave."""
+    """Cancel waiting jobs first: they would start in the room that others leave."""
     for job in sorted(jobs, key=lambda job: not job.is_waiting):
         await caller.cancel_job(job)
 
@@ -381,7 +381,7 @@ def _detach(caller: Caller, jobs: Sequence[JobRecord]) -> int:
 
 
 async def wait_for(jobs: Sequence[JobRecord], caller: Caller, timeout_ms: int | None) -> bool:
-    """Wait until all have ended, at most that long (None: for ever); whether they have."""
+    """Wait until all have ended, within a limit (None: no limit). Returns whether they have."""
     loop = asyncio.get_running_loop()
     until = None if timeout_ms is None else loop.time() + timeout_ms / 1000
     if timeout_ms != 0:
@@ -390,7 +390,7 @@ async def wait_for(jobs: Sequence[JobRecord], caller: Caller, timeout_ms: int | 
 
 
 async def wait_until(jobs: Sequence[JobRecord], caller: Caller, until: float | None) -> bool:
-    """The same, until that time of the loop."""
+    """The same, until this time of the loop's clock."""
     loop = asyncio.get_running_loop()
     while running := [job for job in jobs if not job.finished]:
         if until is not None and loop.time() >= until:
@@ -440,7 +440,7 @@ async def drain(caller: Caller, handles: list[Handle], timeout_ms: int = 0) -> l
     for job in set(caller.jobs).intersection(jobs):
         job.forget_output()
     if not await wait_for(jobs, caller, time_limit(timeout_ms)):
-        await caller.find(handles)  # updates the jobs of other processes
+        await caller.find(handles)  # updates jobs of other processes
     rows = [_outcome(caller, handle, job) for handle, job in zip(handles, found, strict=True)]
     _detach(caller, jobs)
     return rows
@@ -480,7 +480,7 @@ async def activity(caller: Caller) -> list[Row]:
     jobs = _own(caller)
     running = [job for job in jobs if not job.finished]
     backends = await caller.activity(running)
-    # The backend of one that has ended may wait for another, or run it already.
+    # The backend of an ended job may wait for another, or already run it.
     found = {job.handle: backends.get(job.backend_pid) for job in running}
     return [(*_list_row(caller, job), *(found.get(job.handle) or (None,) * 7)) for job in jobs]
 

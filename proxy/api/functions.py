@@ -1,12 +1,12 @@
 """The pg_background functions, each declared once.
 
-Invariant: a function's names, parameters, result and coroutine stand here and nowhere else. The
-calls that the proxy serves, the SQL objects for calls from inside the database, and the reference
-in docs/functions.md are all made from this table.
+Invariant: a function's names, parameters, result and coroutine are only here. The calls that the
+proxy serves, the SQL objects for calls from inside the database, and the reference in
+docs/functions.md are all made from this table.
 
-The extension had three generations. Version 1 names a job by its pid. Versions 1.6 to 1.10 added
-functions that end in _v2, which take a cookie beside the pid; 2.0 gave these the plain names. All
-are served at once. A declaration with two names, as of `cancel`, is pg_background_cancel_v2 and
+The extension has had three generations. Version 1 identifies a job by pid. Versions 1.6 to 1.10
+added functions that end in _v2 and take a cookie too; 2.0 gave these the plain names. All are
+served at once. A declaration with two names, such as `cancel`, is pg_background_cancel_v2 and
 pg_background_cancel; where 2.0 returns more columns, the plain name does.
 """
 
@@ -34,9 +34,9 @@ class Column:
 class Type:
     """A PostgreSQL type.
 
-    ``name`` is as format_type() prints it, ``oid`` as in pg_type, ``size`` as pg_type.typlen: in
-    bytes, -1 if it varies. A composite type has ``columns``. The server need not know it, so its
-    values go out as anonymous records.
+    ``name`` is as printed by format_type(), ``oid`` as in pg_type, ``size`` is pg_type.typlen: in
+    bytes, or -1. A composite type has ``columns``; since the server need not know it, its values
+    are sent as anonymous records.
     """
 
     name: str
@@ -134,8 +134,8 @@ REQUIRED: Final = _Required.REQUIRED
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """An input parameter; ``aliases`` are further names for it in named notation. ``null``: what a
-    strict function gets for a NULL; None if it is not called then."""
+    """An input parameter. ``aliases`` are other names for it in named notation. ``null`` is what a
+    strict function gets for a NULL; None if it is then not called."""
 
     name: str
     type: Type
@@ -149,34 +149,34 @@ class Parameter:
         return self.default is REQUIRED
 
     def is_called(self, name: str) -> bool:
-        """Whether named notation may call it ``name``."""
+        """Whether ``name`` denotes it in named notation."""
         return name == self.name or name in self.aliases
 
 
 class Needs(enum.Flag):
-    """What a call needs of the session beside its arguments."""
+    """What a call needs of the session besides its arguments."""
 
     NOTHING = 0
     SETTINGS = enum.auto()
-    """The session's settings, for the job that it launches."""
+    """The session's settings, for a job that it launches."""
     TIME = enum.auto()
-    """It may wait for a job, until a cancel request or statement_timeout interrupts it."""
+    """It may wait for a job, until a cancel request or statement_timeout."""
     PRIMARY = enum.auto()
     """The primary backend, so the rows of the statement are read first."""
     COMMIT = enum.auto()
-    """The end of its transaction. So it has to be in that, and the rows are read first, too."""
+    """The end of its transaction, in which it must take part; rows are read first, too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
     """One overload of a function.
 
-    ``strict``: with a NULL argument it is not called; the result is NULL, or no rows. A parameter
-    may make an exception (`Parameter.null`).
-    ``run``: its coroutine; gets the caller, and the given arguments by name. For a function that
-    returns records it returns the job whose rows these are.
-    ``api``: the one ``api_version`` that has it; 0: each has it.
-    ``summary`` is one line of Markdown for the reference.
+    ``strict``: with a NULL argument it is not called, and returns NULL or no rows, except as in
+    `Parameter.null`.
+    ``run``: its coroutine, called with the caller and the given arguments by name. For a function
+    that returns records it returns the job whose rows these are.
+    ``api``: the only ``api_version`` that has it; 0: both have it.
+    ``summary``: a line of Markdown for the reference.
     """
 
     name: str
@@ -196,7 +196,7 @@ class Function:
 
     @property
     def is_never_called_with_null(self) -> bool:
-        """Whether it is strict without exception, as the server has it."""
+        """Whether it is strict without exception, as the server understands it."""
         return self.strict and all(parameter.null is None for parameter in self.parameters)
 
 
@@ -227,7 +227,7 @@ def _declare(
     needs: Needs = Needs.NOTHING,
     api: int = 0,
 ) -> Callable[[str], None]:
-    """A function, to be called with its summary: that adds it under each of its names."""
+    """Declares a function; to be called with its summary, which adds it under each of its names."""
 
     def add(summary: str) -> None:
         for name in names.split():
@@ -439,7 +439,7 @@ _declare("drop_executor_role", (), BOOL, calls.drop_executor_role, needs=Needs.P
 )
 
 DECLARED: Final = tuple(_functions)
-"""All functions under all their names, in the order of the reference."""
+"""All functions under all names, in the order of the reference."""
 
 
 def catalog(api_version: int) -> dict[str, tuple[Function, ...]]:
@@ -452,10 +452,10 @@ def catalog(api_version: int) -> dict[str, tuple[Function, ...]]:
 
 
 CATALOGS: Final = {version: catalog(version) for version in (1, 2)}
-"""The overloads of each name, by the version of the API."""
+"""The overloads of each name, by version of the API."""
 
 FUNCTIONS: Final = CATALOGS[1]
-"""The overloads of each name with `api_version` 1."""
+"""The overloads of each name in API 1."""
 
 VIEWS: Final[dict[str, Function]] = {
     name: Function(name, (), type, True, True, run, needs, 0, summary)
@@ -470,4 +470,4 @@ VIEWS: Final[dict[str, Function]] = {
         ),
     )
 }
-"""The views, each as the function that makes its rows."""
+"""The views, each as a function that returns its rows."""

@@ -1,7 +1,7 @@
-"""The functions that launch jobs and return at once, as `calls` has the others.
+"""The functions that launch jobs and return at once; `calls` has the others.
 
-Invariant: whether a job starts at once or at commit is the function's to say, or the setting's; all
-else is the same.
+Invariant: the function or the setting decides whether a job starts at once or at commit; all else
+is the same.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """SQL's LIKE, as the server matches it.
 
-Invariant: the time is linear in the text for each stretch between two ``%``. A stretch is searched
-from left to right and taken where it is found first, since the ``%`` before it matches whatever the
-search has skipped.
+Invariant: for each stretch between two ``%``, time is linear in the text. A stretch is taken at the
+first place where it matches, since the ``%`` before it matches what was skipped.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Final
 from protocol.errors import INVALID_ESCAPE_SEQUENCE, SQLError
 
 _ONE: Final = ""
-"""Any character, in a stretch of characters."""
+"""Any character, as an element of a stretch."""
 
 _Stretch = list[str]
 
@@ -21,15 +20,15 @@ def like(text: bytes, pattern: bytes, codec: str = "utf-8") -> bool:
     r"""Whether LIKE matches: ``%``, ``_``, and ``\`` before a literal character.
 
     Args:
-        text: matched as a whole.
+        text: must match as a whole.
         pattern: the pattern.
-        codec: Python's name of the encoding of both; ``_`` is one character of it.
+        codec: Python's name of their encoding; ``_`` is one character of it.
 
-    Raises SQLError 22025 if matching reaches an escape character that ends the pattern.
+    Raises SQLError 22025 if matching reaches an escape character at the end of the pattern.
     """
     subject = text.decode(codec, "surrogateescape")
     stretches, is_cut = _stretches(pattern.decode(codec, "surrogateescape"))
-    # Where the run of % and _ before `at` begins.
+    # Where the run of % and _ before `at` begins
     wild = at = 0
     for number, stretch in enumerate(stretches):
         if number == 0:
@@ -45,7 +44,7 @@ def like(text: bytes, pattern: bytes, codec: str = "utf-8") -> bool:
         if number == 0 or any(stretch):
             wild = at
     if is_cut:
-        # After a % the server looks past all _ for the next literal character.
+        # After a % the server looks beyond all _ for the next literal character.
         ahead = len(stretches) > 1 and not any(stretches[-1]) and wild < len(subject)
         if at < len(subject) or ahead:
             raise SQLError(
@@ -81,12 +80,12 @@ def _stands_at(text: str, stretch: _Stretch, start: int) -> bool:
 
 
 def _find(text: str, stretch: _Stretch, start: int) -> int:
-    """Where the stretch matches first, from ``start`` on; -1 if nowhere."""
+    """The first match of the stretch from ``start`` on; -1 if there is none."""
     if len(stretch) > len(text) - start:
         return -1
     if _ONE not in stretch:
         return text.find("".join(stretch), start)
-    # Bit i of the state: the text read so far ends with the first i + 1 characters of the stretch.
+    # Bit i of the state: the text so far ends with the first i + 1 characters of the stretch.
     anything = sum(1 << at for at, wanted in enumerate(stretch) if wanted == _ONE)
     fits: dict[str, int] = {}
     for at, wanted in enumerate(stretch):

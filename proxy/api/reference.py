@@ -1,9 +1,9 @@
-"""The reference pages, ``docs/functions.md`` and ``docs/configuration.md``, and the example of a
-configuration file, ``deploy/pg-background-proxy.toml``, made from the code.
+"""Makes the reference pages, ``docs/functions.md`` and ``docs/configuration.md``, and the example
+of a configuration file, ``deploy/pg-background-proxy.toml``, from the code.
 
-Invariant: everything about a function or a setting comes from `functions` and `config`. The
-generated part of a page stands between two markers. ``python -m proxy.api.reference`` in a checkout
-rewrites all three.
+Invariant: everything about a function or setting comes from `functions` and `config`. The generated
+part of a page is between two markers. ``python -m proxy.api.reference`` in a checkout rewrites all
+three.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _HEADINGS: Final[Mapping[str, str]] = {
     "outcome_retention": "Memory and log",
     "admin_listen": "Monitoring",
 }
-"""The headings of docs/configuration.md, each by the first setting below it."""
+"""The headings of docs/configuration.md, by the first setting below each."""
 
-# Names of settings in help texts, except those that are plain words.
+# Names of settings in help texts, except plain words
 _NAMES: Final = re.compile(
     "|".join(
         re.escape(name)
@@ -67,7 +67,7 @@ def functions() -> str:
 
 
 def _by_declaration() -> Iterator[Iterator[Function]]:
-    """Functions that differ in their names only come from one declaration."""
+    """Groups of functions of one declaration, which differ only in their names."""
     for _, names in groupby(DECLARED, key=lambda function: replace(function, name="")):
         yield names
 
@@ -92,7 +92,7 @@ def _result(function: Function) -> str:
 
 
 def configuration() -> str:
-    """The settings of docs/configuration.md: those of ``serve``, and those of a session."""
+    """The tables of docs/configuration.md: settings of ``serve``, and of a session."""
     lines: list[str] = []
     for field in config.SETTINGS:
         if field.name in _HEADINGS:
@@ -127,8 +127,8 @@ def _measure(setting: Guc, value: int) -> str:
 
 
 def example() -> str:
-    """A configuration file with every setting, its default behind a comment sign; where there is
-    no default, what is to be put there, in capitals."""
+    """A configuration file with every setting: its default, commented out, or a placeholder in
+    capitals."""
     lines = [
         "# All settings of pg-background-proxy, and their defaults. See docs/configuration.md.",
         "# Read by `pg-background-proxy serve --config FILE`; `pg-background-proxy check --config",
@@ -157,7 +157,7 @@ EXAMPLE: Final = Path("deploy") / "pg-background-proxy.toml"
 
 
 def with_reference(page: str, made: str) -> str:
-    """A page with `made` between its markers. Raises ValueError if it has no markers."""
+    """The page with `made` between its markers. Raises ValueError if it has none."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

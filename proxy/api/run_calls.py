@@ -1,7 +1,6 @@
 """The functions that launch a job and wait for it in one call.
 
-Invariant: nobody but the call knows the job of `run`, so it never runs on when the call has ended,
-for whatever reason.
+Invariant: only the call knows the job of `run`, so the job never outlives it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from proxy.jobs.job import Job
 from proxy.jobs.request import LaunchRequest
 
 RUN_GRACE_MS: Final = 1000
-"""How long `run` waits for a job to stop after it has run out of time."""
+"""Milliseconds that `run` gives a job to stop when its time is over."""
 
 
 async def run(
@@ -52,8 +51,8 @@ async def _run(
     *,
     retries: int,
 ) -> tuple[Job, bool]:
-    """A job that has ended, and whether it was cancelled because time was up. All attempts have
-    that time together."""
+    """A job that has ended, and whether it was cancelled because time was up, which all attempts
+    share."""
     loop = asyncio.get_running_loop()
     limit = time_limit(timeout_ms or 0)
     until = None if limit is None else loop.time() + limit / 1000
@@ -86,7 +85,7 @@ async def _run(
             await caller.cancel_job(job)
             await wait_for([job], caller, RUN_GRACE_MS)
     except BaseException:
-        # The caller is interrupted. Its job must not run on: nothing else could stop it.
+        # The caller is interrupted. Nobody else could stop the job.
         await caller.cancel_job(job)
         raise
     finally:

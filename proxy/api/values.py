@@ -1,4 +1,4 @@
-"""Arguments and results of the functions, between the server's text and Python.
+"""Converts the functions' arguments and results between the server's text and Python values.
 
 Invariant: text is in the encoding of its session, and stays bytes.
 """
@@ -20,11 +20,11 @@ from proxy.api.functions import BOOL, HANDLES, TEXT, Type
 from proxy.jobs.registry import NO_PID
 
 _MAX_HANDLES_SIZE: Final = 256 * 1024
-"""Of an array of handles as text; each has some thirty characters."""
+"""Bytes of an array of handles as text; each handle has about thirty characters."""
 
 
 def decode_argument(type: Type, text: bytes | None) -> Any:
-    """An argument as its function gets it. Raises SQLError 22P02."""
+    """The Python value of an argument. Raises SQLError 22P02."""
     if text is None or type == TEXT:
         return text
     if type == BOOL:
@@ -52,7 +52,7 @@ def decode_argument(type: Type, text: bytes | None) -> Any:
 
 
 def text_form(value: Any, type: Type, zone: tzinfo) -> bytes | None:
-    """As PostgreSQL prints it, timestamps in this time zone. Text stays as it is."""
+    """A value as PostgreSQL prints it, timestamps in this time zone. Text is unchanged."""
     if value is None or isinstance(value, bytes):
         return value
     if type.columns:

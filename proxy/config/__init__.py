@@ -1,13 +1,13 @@
-"""What the proxy was told: the settings of ``serve``, and the values that they are made of.
+"""The configuration: the settings of ``serve``, and the types of their values.
 
 =================  =============================================================================
 `settings`         `Config`: every setting, with its reader and its help
-`loading`          puts a `Config` together from flags, a TOML file and the environment
+`loading`          makes a `Config` from flags, a TOML file and the environment
 `addresses`        where clients connect, and the servers' hosts
 `upstream`         the server: libpq's keywords, read by `conninfo`
 `require_auth`     what the server may ask for in a login
 `keepalive`        TCP keepalive
-`readers`          from a text to a value
+`readers`          from texts to values
 `gucs`             the settings ``pg_background.*`` of a session; sizes and times
 =================  =============================================================================
 

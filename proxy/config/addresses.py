@@ -1,4 +1,4 @@
-"""Where clients connect, and where the server is: addresses as libpq and PostgreSQL write them.
+"""Addresses of clients' connections and of servers, as libpq and PostgreSQL write them.
 
 Invariant: a host that begins with a slash is the directory of a Unix socket.
 """
@@ -15,25 +15,25 @@ DEFAULT_PORT: Final = 6543
 DEFAULT_ADMIN_PORT: Final = 6544
 
 PROXY_PROTOCOL: Final = "proxy_protocol"
-"""What asks for that, behind an address and in a socket unit."""
+"""Requests that protocol, in an address and in a socket unit."""
 
 _LISTEN: Final = re.compile(r"(?P<host>/.*?|\[[^\]]+\]|[^:\[\]/]*)(?::(?P<port>[0-9]*))?")
 
 
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
-    """Where clients connect: a TCP address, or a Unix socket in a directory."""
+    """Where clients connect: a TCP address, or a directory for a Unix socket."""
 
     host: str
     """A name, an address, a directory, or ``*`` for all interfaces."""
     port: int
     """0: any free port."""
     proxy_protocol: bool = False
-    """Whether each connection begins with a header of the PROXY protocol."""
+    """Whether each connection begins with a PROXY protocol header."""
 
     @property
     def socket_path(self) -> Path | None:
-        """The Unix socket's file, named as PostgreSQL names it; None for TCP."""
+        """The Unix socket's file, with PostgreSQL's name for it; None for TCP."""
         return Path(self.host, f".s.PGSQL.{self.port}") if self.host.startswith("/") else None
 
     def __str__(self) -> str:
@@ -43,13 +43,13 @@ class ListenAddress:
 
 
 class Host(NamedTuple):
-    """One server, under the name that a passfile and its certificate have for it."""
+    """A server, by the name in its certificate and in a passfile."""
 
     name: str
     """A name, an address, or a directory."""
     port: int
     hostaddr: str = ""
-    """The address to connect to, in place of looking up the name."""
+    """The address to connect to, instead of looking up the name."""
 
     @property
     def is_local(self) -> bool:
@@ -58,7 +58,7 @@ class Host(NamedTuple):
 
     @property
     def is_on_this_machine(self) -> bool:
-        """Whether its address rules out that a machine on the network answers in its place."""
+        """Whether its address ensures that no machine on the network answers in its place."""
         address = self.hostaddr or self.name
         if self.is_local or address == "localhost":
             return True
@@ -72,8 +72,8 @@ class Host(NamedTuple):
 
 
 def parse_listen(text: str) -> ListenAddress:
-    """Reads ``host:port``, ``[ipv6]:port``, ``*:port``, ``/directory:port``; without a port, 6543.
-    Behind it may stand ``?proxy_protocol=on``.
+    """Reads ``host:port``, ``[ipv6]:port``, ``*:port``, ``/directory:port``, with an optional
+    ``?proxy_protocol=on``; the default port is 6543.
 
     Raises:
         ValueError: it is malformed.
@@ -94,7 +94,7 @@ def parse_listen(text: str) -> ListenAddress:
 
 
 def parse_admin_listen(text: str) -> ListenAddress:
-    """Reads an address for HTTP: as `parse_listen`, but no Unix socket; without a port, 6544.
+    """Reads an address for HTTP: like `parse_listen`, without Unix sockets; default port 6544.
 
     Raises:
         ValueError: it is malformed.

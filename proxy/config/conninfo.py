@@ -1,7 +1,7 @@
-"""libpq's connection strings, read without libpq: ``key=value`` pairs and ``postgresql://`` URIs.
+"""Reads libpq's connection strings: ``key=value`` pairs and ``postgresql://`` URIs.
 
-Invariant: only the syntax is here (manual, "Connection Strings"). What the keywords mean, and which
-values are valid, is in `upstream`.
+Invariant: only the syntax is here (manual, "Connection Strings"); `upstream` has the meaning and
+the valid values of keywords.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PERCENT: Final = re.compile(r"%(?![0-9a-fA-F]{2})")
 def parse_conninfo(text: str) -> dict[str, str]:
     """Reads a connection string into keywords and values; the last of a repeated keyword counts.
 
-    Several hosts and ports are separated by commas in ``host`` and ``port``, as in libpq.
+    Commas separate several hosts and ports in ``host`` and ``port``, as in libpq.
 
     Raises:
         ValueError: it is malformed; the message says where. It never quotes a password.
@@ -52,7 +52,7 @@ def _parse_pairs(text: str) -> dict[str, str]:
 def _parse_uri(rest: str) -> dict[str, str]:
     """Reads [user[:password]@][host[:port],...][/dbname][?key=value&...], after the scheme."""
     rest, _, query = rest.partition("?")
-    # The separating @ comes before the first slash; within names it is written %40.
+    # The separating @ precedes the first slash; in names it is written %40.
     authority, slash, database = rest.partition("/")
     userinfo, at, hosts = authority.rpartition("@")
     found: dict[str, str] = {}
@@ -74,7 +74,7 @@ def _parse_uri(rest: str) -> dict[str, str]:
         if not equals or not key:
             raise ValueError(f'missing "=" after "{key}" in the URI\'s parameters')
         key, value = _decode(key, "parameter"), _decode(value, key)
-        if (key, value) == ("ssl", "true"):  # JDBC's spelling, which libpq takes too
+        if (key, value) == ("ssl", "true"):  # JDBC's spelling, which libpq accepts
             key, value = "sslmode", "require"
         found[key] = value
     return found

@@ -1,7 +1,7 @@
-"""The settings ``pg_background.*`` of a session, and PostgreSQL's way to write sizes and times.
+"""The settings ``pg_background.*`` of a session, and PostgreSQL's notation for sizes and times.
 
-Invariant: values are read and shown as guc.c does: ``64kB``, ``5min``, ``1.5MB``, a bare number in
-the setting's own unit, units case-sensitive. ValueError has a message for the user.
+Invariant: values are read and shown as by guc.c: ``64kB``, ``5min``, ``1.5MB``, a bare number in
+the setting's own unit, units case-sensitive. A ValueError has a message for the user.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TIME_UNITS: Final[Mapping[str, float]] = {
     "h": 3_600_000,
     "d": 86_400_000,
 }
-# By `Guc.unit`. A plain number has the one unit "".
+# By `Guc.unit`. A plain number has the single unit "".
 _UNITS: Final[Mapping[str, Mapping[str, float]]] = {
     "": {"": 1},
     "B": _MEMORY_UNITS,
@@ -38,7 +38,7 @@ _VALUE: Final = re.compile(
     r"\s*(?P<unit>[A-Za-z]*)\s*",
     re.ASCII,
 )
-# A setting's own limits are tighter; this one only keeps numbers printable.
+# The settings' own limits are tighter; this only keeps numbers printable.
 _LARGEST: Final = 2**63
 
 
@@ -79,7 +79,7 @@ def _number(digits: str) -> float:
     if re.match("0[0-7]*[89]", body):
         raise ValueError("strtol() with base 0 stops there")
     if body.isdigit() and body[0] == "0" and set(body) <= set("01234567"):
-        return sign * int(body, 8)  # strtol() with base 0
+        return sign * int(body, 8)  # as strtol() with base 0
     return sign * (int(body) if body.isdigit() and len(body) < 20 else float(body))
 
 
@@ -109,7 +109,7 @@ class Guc:
         """
         try:
             value = _parse(text, _UNITS[self.unit], self.unit)
-            if self.maximum < 2**31 <= abs(value):  # an int to the server
+            if self.maximum < 2**31 <= abs(value):  # not an int in the server
                 raise ValueError("; value exceeds integer range")
         except ValueError as error:
             detail = str(error).partition("; ")[2]
@@ -134,7 +134,7 @@ class Switch(Guc):
     __slots__ = ()
 
     def parse(self, text: str) -> int:
-        """Reads what PostgreSQL takes for a Boolean value, which may be the beginning of a word."""
+        """Reads PostgreSQL's Boolean values, which may be abbreviated."""
         word = text.strip().lower()
         found = {
             value
@@ -158,7 +158,7 @@ LAUNCH_TIMEOUT: Final = Guc("pg_background.launch_timeout", "0", 0, 2_147_483_64
 LAUNCH_AT_COMMIT: Final = Switch("pg_background.launch_at_commit", "off", 0, 1)
 QUEUE: Final = Switch("pg_background.queue", "off", 0, 1)
 
-# Objects in databases know the first of these, so others go behind them.
+# Objects in databases know the first ones, so new ones go to the end.
 GUCS: Final[Mapping[str, Guc]] = {
     guc.name: guc
     for guc in (
@@ -171,8 +171,8 @@ GUCS: Final[Mapping[str, Guc]] = {
     )
 }
 SESSION_SETTING: Final = b"pg_background_proxy.session"
-"""The setting that the proxy gives a session in its startup packet: 32 hexadecimal digits that its
-messages begin with, and 32 that are secret."""
+"""The setting that the proxy puts into a session's startup packet: 32 hexadecimal digits that begin
+the session's messages, and 32 secret ones."""
 
 
 def session_secret() -> bytes:
@@ -181,4 +181,4 @@ def session_secret() -> bytes:
 
 
 JOB_SETTING: Final = b"pg_background_proxy.job"
-"""The setting of a job's backend: the word that its reports of progress begin with."""
+"""The setting of a job's backend: the word that begins its progress reports."""

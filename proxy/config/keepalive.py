@@ -1,7 +1,7 @@
-"""TCP keepalive: how a connection finds out that its peer has gone without closing it.
+"""TCP keepalive: notices peers that have gone without closing the connection.
 
-Invariant: 0 leaves a value to the operating system; an option that the platform or a Unix socket
-does not have is left out.
+Invariant: 0 leaves a value to the operating system; options that the platform or a Unix socket
+lacks are omitted.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Keepalive:
     user_timeout: int = 0
 
     def apply(self, sock: socket.socket) -> None:
-        """Set it on a socket. Connections accepted from a listening socket inherit it."""
+        """Set it on a socket; connections accepted from a listening socket inherit it."""
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
             return
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(self.enabled))
         options = {"TCP_USER_TIMEOUT": self.user_timeout}
         if self.enabled:
             options |= {
-                # macOS has another name for this option.
+                # macOS's name for this option differs.
                 "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE": self.idle,
                 "TCP_KEEPINTVL": self.interval,
                 "TCP_KEEPCNT": self.count,
@@ -37,6 +37,6 @@ class Keepalive:
         for name, value in options.items():
             option: int | None = getattr(socket, name, None)
             if value and option is not None:
-                # A value that is too large for the system must not cost the connection.
+                # A value too large for the system must not cost the connection.
                 with contextlib.suppress(OSError):
                     sock.setsockopt(socket.IPPROTO_TCP, option, value)

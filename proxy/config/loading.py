@@ -1,4 +1,4 @@
-"""A `Config` from the three places that settings come from: flags, a TOML file, the environment.
+"""Makes a `Config` from flags, a TOML file and the environment.
 
 Invariant: nothing is ignored. A value that cannot be read is an error of one line, and so is an
 unknown key.
@@ -18,14 +18,14 @@ from proxy.reasons import explain
 
 
 class ConfigError(Exception):
-    """A setting that cannot be used; the message is one line for the user and says where it is."""
+    """A setting that cannot be used; the message is one line for the user and locates it."""
 
 
 Flags: TypeAlias = Mapping[str, "str | list[str] | None"]
 """By field name, as typed; None for a flag that was not given."""
 
 Given: TypeAlias = "dict[str, tuple[str, list[str]]]"
-"""The settings given, by field name: where, for the user to read, and the values as typed."""
+"""The given settings, by field name: the source, for the user to read, and the values as typed."""
 
 
 def load(
@@ -38,7 +38,7 @@ def load(
 
     Args:
         flags: of the command line.
-        file: a TOML file whose keys are the field names.
+        file: a TOML file whose keys are field names.
         environ: has PGHOST, PGPORT, PGPASSFILE and the like.
 
     Raises:
@@ -53,7 +53,7 @@ def collect(
     file: Path | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Given:
-    """The first half of `load`: for each setting, the place that wins and its texts.
+    """The first half of `load`: for each setting, the source that wins and its texts.
 
     Raises:
         ConfigError: the file cannot be read, or has an unknown key.
@@ -76,7 +76,7 @@ def build(given: Given, environ: Mapping[str, str] | None = None) -> Config:
     """The second half of `load`: read the texts.
 
     Raises:
-        ConfigError: a value cannot be used, or lacks another one that it needs.
+        ConfigError: a value cannot be used, or requires another setting.
     """
     values = read(given, environ)
     timeout = values["upstream"].connect_timeout
@@ -110,7 +110,7 @@ def read(given: Given, environ: Mapping[str, str] | None = None) -> dict[str, An
 
 
 def check_together(config: Config) -> None:
-    """Raises ConfigError if a setting lacks another one that it needs."""
+    """Raises ConfigError if a setting requires another one."""
     mode = config.client_tls_sslmode
     needed = {
         "client_tls_cert_file": mode != "disable" and config.client_tls_cert_file is None,
@@ -147,7 +147,7 @@ def check_together(config: Config) -> None:
 
 
 def _read_file(file: Path) -> dict[str, list[str]]:
-    """The file's keys, with their values as one would type them as flags."""
+    """The file's keys, with values as for flags."""
     try:
         with file.open("rb") as stream:
             content = tomllib.load(stream)
@@ -166,7 +166,7 @@ def _read_file(file: Path) -> dict[str, list[str]]:
             wanted = "a string or a list of strings" if many else "a string or a number"
             raise ConfigError(f"{file}: {key}: must be {wanted}")
         if known[key].metadata["read"] in (parse_file, parse_path):
-            # Relative paths in the file start from its folder.
+            # Relative paths start from the file's folder.
             values = [str(file.parent / Path(str(value)).expanduser()) for value in values]
         found[key] = [str(value) for value in values]
     return found

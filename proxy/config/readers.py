@@ -1,6 +1,6 @@
-"""Readers of values: each makes the value of a setting from its text, or raises ValueError.
+"""Readers of values: each converts a setting's text, or raises ValueError.
 
-Invariant: the message is one line and names the text, not the setting; the caller knows that.
+Invariant: the message is one line and names the text, not the setting, which the caller knows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_PROCESSES: Final = 256
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 Sender: TypeAlias = Network | Literal["unix"]
-"""Who may send headers of the PROXY protocol: those of a network, or by a Unix socket."""
+"""Who may send PROXY protocol headers: a network, or clients of a Unix socket."""
 
 
 def parse_seconds(text: str) -> float:
@@ -52,12 +52,12 @@ def parse_network(text: str) -> Network:
 
 
 def parse_timeout(text: str) -> float:
-    """Reads a time as `parse_seconds` does, or ``unlimited``, which is infinite."""
+    """Reads a time like `parse_seconds`, or ``unlimited``, which is infinite."""
     return math.inf if text.strip().lower() == "unlimited" else parse_seconds(text)
 
 
 def parse_path(text: str) -> Path:
-    """Takes the path of a file that need not be there."""
+    """Reads the path of a file that need not exist."""
     if not text.strip():
         raise ValueError("invalid path: it is empty")
     return Path(text).expanduser().absolute()
@@ -69,7 +69,7 @@ def parse_sender(text: str) -> Sender:
 
 
 def parse_min_duration(text: str) -> int:
-    """Reads a time in milliseconds from which on something is done; -1: never."""
+    """Reads a minimum duration in milliseconds; -1 means never."""
     milliseconds = parse_time_ms(text)
     if milliseconds < -1:
         raise ValueError(f'invalid value: "{text}" (-1 or more)')
@@ -77,7 +77,7 @@ def parse_min_duration(text: str) -> int:
 
 
 def parse_file(text: str) -> Path:
-    """Takes the path of a file that can be read."""
+    """Reads the path of a readable file."""
     path = Path(text).expanduser()
     try:
         with path.open("rb"):
@@ -87,19 +87,19 @@ def parse_file(text: str) -> Path:
 
 
 def parse_api_version(text: str) -> int:
-    """Takes 1 or 2, also as 1.0 or 2.0."""
+    """Reads 1 or 2, also as 1.0 or 2.0."""
     if text.removesuffix(".0") not in ("1", "2"):
         raise ValueError(f'invalid API version: "{text}" (1 or 2)')
     return int(text[0])
 
 
 def parse_switch(text: str) -> bool:
-    """Takes on or off."""
+    """Reads on or off."""
     return one_of("on", "off")(text) == "on"
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
-    """A reader that takes one of these words, in any case."""
+    """A reader of one of these words, in any case."""
 
     def read(text: str) -> str:
         if text.lower() not in choices:
@@ -110,7 +110,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def parse_workers(text: str) -> int:
-    """Reads a number of processes; ``auto`` is one for each core that we may use."""
+    """Reads a number of processes; ``auto`` means one for each available core."""
     if text.strip().lower() == "auto":
         affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
         return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -14,10 +14,10 @@ METHODS: Final = ("password", "md5", "gss", "sspi", SCRAM, "oauth", NONE)
 
 
 def parse_require_auth(text: str) -> frozenset[str]:
-    """Reads a list of methods, or of methods with ``!`` before them, which are then not allowed.
+    """Reads a list of allowed methods, or of forbidden ones, each with ``!``.
 
-    Returns the allowed ones. Raises ValueError, as libpq does, for an unknown method, for one given
-    twice, and for a list of both kinds.
+    Returns the allowed ones. Raises ValueError, like libpq, for unknown or repeated methods, and
+    for a mixed list.
     """
     names = text.split(",")
     negative = [name.startswith("!") for name in names]
@@ -40,8 +40,8 @@ class Policy:
 
     Attributes:
         required: the methods that require_auth allows; None for all.
-        is_proven: the server's identity is proven: its certificate is verified, or it is on this
-            machine.
+        is_proven: whether the server's identity is proven: its certificate is verified, or it is on
+            this machine.
         sslmode: for errors.
     """
 
@@ -51,18 +51,18 @@ class Policy:
 
     @property
     def min_iterations(self) -> int:
-        """Of SCRAM with a password. The server chooses the number, and a small one makes the
-        password cheap to guess from our answer. So only a proven server may choose one."""
+        """The minimum iteration count of SCRAM with a password. The server chooses the count, and a
+        small one makes the password cheap to guess from our answer; so only a proven server may."""
         return 1 if self.is_proven else MIN_ITERATIONS
 
     def allows_cleartext(self, *, ours: bool) -> bool:
-        """Whether a password may be sent in clear text: one of the proxy's own files (`ours`) only
+        """Whether a password may be sent in clear text. One of the proxy's own (`ours`) goes only
         to a proven server, unless require_auth is given."""
         return not ours or self.is_proven or self.required is not None
 
     @property
     def unproven(self) -> str:
-        """Why its identity is not proven, for an error's DETAIL."""
+        """Why the server's identity is not proven, for DETAIL."""
         return f"Nothing proves that it is the server: sslmode={self.sslmode} verifies nothing."
 
 

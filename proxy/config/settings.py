@@ -1,4 +1,4 @@
-"""All settings of ``serve``: each is declared once, as a field of `Config`.
+"""All settings of ``serve``, each declared once as a field of `Config`.
 
 The command line, the file's keys and docs/configuration.md are made from these declarations.
 """
@@ -65,11 +65,11 @@ def _setting(
 
     Args:
         default: as a user would write it; "" for none.
-        read: makes the value from a text; raises ValueError.
+        read: converts a text; raises ValueError.
         metavar: stands for the value in ``--help``.
         help: a clause for ``--help`` and docs/configuration.md.
         more: further sentences for docs/configuration.md, in Markdown.
-        many: whether it may be given more than once.
+        many: whether it may be repeated.
     """
     value = read(default) if default or read is str else None
     values = (value,) if default else ()
@@ -591,7 +591,7 @@ class Config:
 
     @property
     def watchers(self) -> frozenset[str]:
-        """Those in admin_users and stats_users."""
+        """The names in admin_users and stats_users."""
         return self.admins | frozenset(filter(None, self.stats_users))
 
     @property
@@ -601,7 +601,7 @@ class Config:
 
     @property
     def session_defaults(self) -> Mapping[str, str]:
-        """What the settings of a session are, by name, that nothing on the server has set; as SHOW
+        """By name, the values of session settings that nothing on the server has set, as SHOW
         prints them."""
         return _shown(
             self.max_workers,

@@ -1,6 +1,6 @@
-"""The server behind the proxy, read from a libpq connection string.
+"""The server behind the proxy, from a libpq connection string.
 
-Invariant: a keyword means what it means in libpq, or it is refused; none is ignored.
+Invariant: a keyword means what it means in libpq, or is refused; none is ignored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from proxy.config.keepalive import Keepalive
 from proxy.config.readers import parse_count, parse_seconds
 from proxy.config.require_auth import Policy, parse_require_auth
 
-# Keywords that the proxy cannot use, and why.
+# Keywords that the proxy cannot use, and why
 _CLIENTS_OWN: Final = "comes from each client's own connection; leave it out of the upstream"
 _REFUSED: Final[Mapping[str, str]] = {
     **dict.fromkeys(
@@ -35,7 +35,7 @@ _CONNECTING: Final = (
     *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
     "tcp_user_timeout",
 )
-# Keywords of which the proxy supports some values only.
+# Keywords of which only some values are supported
 _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "sslmode": SSL_MODES,
     "sslnegotiation": ("postgres", "direct"),
@@ -44,7 +44,7 @@ _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "channel_binding": ("disable", "prefer"),
     "load_balance_hosts": ("disable",),
 }
-# The environment variables by which libpq sets a keyword.
+# The environment variables for keywords, as in libpq
 _ENVIRONMENT: Final[Mapping[str, str]] = {
     "host": "PGHOST",
     "hostaddr": "PGHOSTADDR",
@@ -62,16 +62,16 @@ _ENVIRONMENT: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """The server, or several; the names are libpq's."""
+    """The server, or several; names are libpq's."""
 
     hosts: tuple[Host, ...] = (Host("localhost", 5432),)
     """Tried in this order."""
     connect_timeout: float | None = None
-    """Seconds, if the connection string has it: the default of Config.connect_timeout."""
+    """In seconds, if in the connection string: the default of Config.connect_timeout."""
     sslmode: str = "prefer"
     sslnegotiation: str = "postgres"
     sslrootcert: str = ""
-    """A file; ``system`` for the certificates that the operating system trusts; empty for none."""
+    """A file; ``system`` for the operating system's authorities; empty for none."""
     sslcert: str = ""
     sslkey: str = ""
     target_session_attrs: str = "any"
@@ -81,7 +81,7 @@ class Upstream:
 
     @property
     def verifies(self) -> bool:
-        """Whether the certificate of each TCP connection is verified."""
+        """Whether the certificate of every TCP connection is verified."""
         return self.sslmode in ("verify-ca", "verify-full") or (
             self.sslmode == "require" and bool(self.sslrootcert)
         )
@@ -91,7 +91,7 @@ class Upstream:
         return self.verifies or host.is_on_this_machine
 
     def policy(self, host: Host) -> Policy:
-        """What that host may ask for in a login."""
+        """What this host may ask for in a login."""
         return Policy(self.require_auth, self.proves(host), self.sslmode)
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ def parse_upstream(text: str, environ: Mapping[str, str] | None = None) -> Upstr
     given = parse_conninfo(text)
     for keyword, variable in _ENVIRONMENT.items():
         value = (environ or {}).get(variable, "")
-        # PGHOSTADDR is not the address of a host that the string names.
+        # PGHOSTADDR does not apply to a host named in the string.
         if value and keyword not in given and not (keyword == "hostaddr" and "host" in given):
             given[keyword] = value
     for keyword, value in given.items():
@@ -121,7 +121,7 @@ def parse_upstream(text: str, environ: Mapping[str, str] | None = None) -> Upstr
         sslrootcert=given.get("sslrootcert", ""),
         sslcert=given.get("sslcert", ""),
         sslkey=given.get("sslkey", ""),
-        # As libpq: with the system's authorities, the name in the certificate must match.
+        # As in libpq: with the system's authorities, the certificate's name must match.
         sslmode=given.get("sslmode")
         or ("verify-full" if given.get("sslrootcert") == "system" else "prefer"),
         target_session_attrs=given.get("target_session_attrs") or "any",

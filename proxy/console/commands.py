@@ -1,7 +1,7 @@
-"""What can be said in the console: PgBouncer's words, and the commands of the proxy's own.
+"""The commands of the console: PgBouncer's, and the proxy's own.
 
-Invariant: a text that is no command is an error that lists what is. Commands are few, so nothing is
-guessed: a word too many is an error too.
+Invariant: a text that is no command is an error that lists the commands. Nothing is guessed: an
+extra word is an error too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ USAGE: Final = (
     "RELOAD",
     "SHUTDOWN",
 )
-"""What SHOW HELP says."""
+"""The output of SHOW HELP."""
 
 _HINT: Final = f"The commands are: {'; '.join(USAGE)}."
 
@@ -36,9 +36,9 @@ _ARGUMENTS: Final = {
     "KILL": ("the id of a session", "sessions"),
     "DRAIN": ("the number of a worker", "workers"),
 }
-"""What each command needs, and the table that has it."""
+"""What each command requires, and the table that has it."""
 
-# Transactions, by their first word: drivers begin and end them, as if there were something to do.
+# Transaction commands by first word: drivers send them, so they seem to work.
 _TRANSACTION: Final = {
     "begin": ("BEGIN", TransactionStatus.IN_BLOCK),
     "start": ("START TRANSACTION", TransactionStatus.IN_BLOCK),
@@ -48,7 +48,7 @@ _TRANSACTION: Final = {
     "abort": ("ROLLBACK", TransactionStatus.IDLE),
 }
 
-# Settings and the like of a session, which has none here: accepted, and without any effect.
+# Commands about session settings and the like: accepted, without effect.
 _IGNORED: Final = {
     "set": "SET",
     "reset": "RESET",
@@ -64,9 +64,9 @@ class Command:
     """One command.
 
     Attributes:
-        tag: what CommandComplete says of it; its name, too.
-        argument: of SHOW the table in lower case; of the others what they are about; or empty.
-        status: of the transaction afterwards; None if that stays.
+        tag: its command tag, which is also its name.
+        argument: for SHOW the table in lower case; for others their object; or empty.
+        status: of the transaction afterwards; None if unchanged.
     """
 
     tag: str
@@ -75,12 +75,12 @@ class Command:
 
     @property
     def columns(self) -> Columns | None:
-        """Of its rows; None if it has none."""
+        """The columns of its rows; None if it has none."""
         return TABLES.get(self.argument) if self.tag == "SHOW" else None
 
     @property
     def is_harmless(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether the command changes nothing."""
         return self.tag == "SHOW" or self.status is not None or self.tag in _IGNORED.values()
 
 

@@ -1,9 +1,9 @@
-"""One client of the console: the protocol, simple and extended.
+"""The protocol, simple and extended, with one client of the console.
 
-Invariant: a client costs what is bounded. Its commands come at most `LONGEST` bytes long and are
-served one by one, each role's at `_RATE` a second at the most; rows are written as fast as they are
-read, and a client that reads nothing for a minute is hung up on. The transaction that drivers begin
-has a status and no other effect.
+Invariant: a client's cost is bounded. Its messages have at most `LONGEST` bytes and are served one
+by one, at most `_RATE` commands a second for each role; rows are written as fast as they are read,
+and a client that reads nothing for a minute is disconnected. The transactions of drivers have a
+status, but no effect.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ LONGEST: Final = 16 * 1024
 
 _MOST_STATEMENTS: Final = 256
 _MOST_PORTALS: Final = 4
-"""Prepared statements, and portals, that a client may have; a portal may hold all jobs' rows."""
+"""Limits of a client's prepared statements, and of its portals, which may hold all jobs' rows."""
 
 _PATIENCE: Final = 60.0
-"""Seconds that a client has to read something."""
+"""Seconds for a client to read something."""
 
 _BURST: Final = 50
 _RATE: Final = 10.0
-"""Commands of one role in a process: so many at once, and so many a second after that."""
+"""Commands of one role in a process: at once, and per second."""
 
 _PIECE: Final = 64 * 1024
-"""Bytes of rows that are written at once."""
+"""Bytes of rows in one write."""
 
 _TURN: Final = 50
-"""Messages, or rows, between which others have their turn."""
+"""Messages or rows before others get a turn."""
 
 _NO_TRANSACTION: Final = "25P02"
 _UNDEFINED_STATEMENT: Final = "26000"
@@ -83,26 +83,26 @@ _pace: Final = Pace(_BURST, _RATE, patience=float("inf"))
 
 
 class Role(Protocol):
-    """Who talks, and what that one may do now (`door.Role`)."""
+    """Who the client is, and what it may do now (`door.Role`)."""
 
     name: str
 
     @property
     def is_admin(self) -> bool:
-        """Whether it may change something."""
+        """Whether it may change things."""
 
     @property
     def may_look(self) -> bool:
-        """Whether it may do anything at all."""
+        """Whether it may do anything."""
 
 
 @dataclass(slots=True)
 class _Portal:
-    """A command that is bound.
+    """A bound command.
 
     Attributes:
         formats: of the columns.
-        rows: those not sent yet, once it has been executed.
+        rows: not sent yet, once executed.
     """
 
     command: Command | None
@@ -111,12 +111,13 @@ class _Portal:
 
 
 class Conversation:
-    """
+    """The exchange with one client.
+
     Args:
         client: its connection.
         inbox: its messages.
         role: who it is.
-        process: does what it says.
+        process: carries out its commands.
     """
 
     def __init__(self, client: Connection, inbox: Inbox, role: Role, process: Process) -> None:
@@ -129,9 +130,9 @@ class Conversation:
         self._portals: dict[bytes, _Portal] = {}
 
     async def run(self) -> None:
-        """Serve it until it leaves.
+        """Serve the client until it leaves.
 
-        Raises ProtocolViolation, ConnectionError; SQLError: it is not welcome any more.
+        Raises ProtocolViolation, ConnectionError; SQLError: it is no longer allowed in.
         """
         self._ready()
         skips = False
@@ -304,10 +305,10 @@ class Conversation:
             return self._portals[name]
         raise SQLError(_UNDEFINED_CURSOR, f'portal "{_text(name)}" does not exist')
 
-    # What is done
+    # Carrying out commands
 
     async def _carry_out(self, command: Command) -> list[Row]:
-        """Do it; the rows, if it has any. Raises SQLError."""
+        """Carry out a command. Returns its rows, if any. Raises SQLError."""
         self._check(command)
         if command.status is not None:
             self._status = command.status
@@ -336,7 +337,7 @@ class Conversation:
         return []
 
     def _check(self, command: Command) -> None:
-        """Raises SQLError if the role may not do that now."""
+        """Raises SQLError unless the role may carry out the command now."""
         ends = command.status == TransactionStatus.IDLE
         if self._status == TransactionStatus.FAILED and not ends:
             raise SQLError(
@@ -386,7 +387,7 @@ def _number(command: Command) -> int:
 
 
 def _formats(given: Sequence[int], count: int) -> list[int]:
-    """One for each column. Raises SQLError."""
+    """A format for each column. Raises SQLError."""
     if any(code not in (0, 1) for code in given):
         raise SQLError(INVALID_PARAMETER_VALUE, f"unsupported format code: {max(given)}")
     if len(given) <= 1:

@@ -1,10 +1,10 @@
 """Who gets into the console.
 
-Invariant: nobody, unless admin_users or stats_users name somebody; without them there is no
-console, and a database of its name is the server's. A client proves who it is by SCRAM-SHA-256,
-with what the auth_file has for its name, or by being the operating system's user that the proxy
-runs as, over a Unix socket: that user could do everything to the proxy without the console. A
-client that does not know the password cannot tell which names are in the lists or in the file.
+Invariant: nobody, unless admin_users or stats_users name somebody; otherwise there is no console,
+and a database of its name is the server's. A client proves its identity by SCRAM-SHA-256 with the
+auth_file's secret, or by being, over a Unix socket, the operating system's user that the proxy runs
+as, who could do anything to the proxy anyway. Without the password, a client cannot find out which
+names are in the lists or in the file.
 """
 
 from __future__ import annotations
@@ -51,17 +51,16 @@ from proxy.net.inbox import Inbox
 from proxy.runtime import Runtime
 
 DATABASE: Final = b"pg_background_proxy"
-"""The name that a client asks for."""
+"""The database name that a client asks for."""
 
 _BURST: Final = 10
 _RATE: Final = 1.0
 _PATIENCE: Final = 10
-"""Logins by password for one address: so many at once, so many a second after that, and so many
-that may wait for their turn."""
+"""Logins by password from one address: at once, per second, and waiting."""
 
 MOST: Final = 20
 _KEPT_FREE: Final = 4
-"""Clients of one process, and how many of these places are not for stats_users."""
+"""Clients of one process, and how many of these places stats_users cannot take."""
 
 _PARAMETERS: Final = {
     "server_version": f"{__version__}/pg_background_proxy",
@@ -76,15 +75,15 @@ _PARAMETERS: Final = {
     "in_hot_standby": "off",
     "is_superuser": "off",
 }
-"""What drivers want to know of a server."""
+"""Parameters that drivers expect from a server."""
 
 
 class Door:
-    """The way into the console of one process.
+    """The entrance to the console of one process.
 
     Args:
-        runtime: has the lists and the secrets; another one after a reload.
-        process: what the commands do.
+        runtime: has the lists and the secrets; a reload replaces it.
+        process: carries out the commands.
     """
 
     def __init__(self, runtime: Callable[[], Runtime], process: Process) -> None:
@@ -107,7 +106,7 @@ class Door:
     async def serve(
         self, client: Connection, startup: StartupMessage, rest: bytes, let_in: Callable[[], None]
     ) -> None:
-        """Have a client log in, and serve it until it leaves; see `session.services.Services`.
+        """Log a client in, and serve it until it leaves; see `session.services.Services`.
 
         Raises SQLError, ProtocolViolation, ConnectionError.
         """
@@ -135,13 +134,13 @@ class Door:
                 ParameterStatus(name.encode(), value.encode()).serialize()
                 for name, value in parameters.items()
             ]
-            # A cancel request with it is for nobody: no command runs for long.
+            # A cancel request with this key has no effect: no command runs for long.
             greeting.append(BackendKeyData(os.getpid(), secrets.token_bytes(4)).serialize())
             client.write(b"".join(greeting))
             await Conversation(client, inbox, role, self.process).run()
 
     async def _authenticate(self, client: Connection, inbox: Inbox, user: bytes) -> None:
-        """Raises SQLError, FATAL: it has not proved who it is."""
+        """Raises SQLError, FATAL, unless the client proves its identity."""
         await self._await_turn(client, user)
         name = user.decode("utf-8", "replace")
         is_known = name in (*self._config.admin_users, *self._config.stats_users)
@@ -165,7 +164,7 @@ class Door:
         client.write(AuthenticationSASLFinal(conversation.final_message()).serialize())
 
     async def _await_turn(self, client: Connection, user: bytes) -> None:
-        """Raises SQLError, FATAL: too many others from there wait."""
+        """Raises SQLError, FATAL, if too many clients of the address are waiting."""
         address = who(client.peer.name)
         delay = self._pace.take(address, asyncio.get_running_loop().time())
         if delay is None:
@@ -190,7 +189,7 @@ class Door:
 
     @contextlib.contextmanager
     def _place(self, role: Role) -> Iterator[None]:
-        """Raises SQLError, FATAL: too many are inside."""
+        """Raises SQLError, FATAL, if too many clients are in the console."""
         most = MOST if role.is_admin else MOST - _KEPT_FREE
         if self._inside >= most:
             raise SQLError(
@@ -207,11 +206,11 @@ class Door:
 
 
 class Role:
-    """Who talks to the proxy.
+    """A client's identity in the console.
 
     Args:
-        name: what it has logged in as.
-        runtime: has the lists; another one after a reload.
+        name: as which it has logged in.
+        runtime: has the lists; a reload replaces it.
         is_own: whether it is the operating system's user that the proxy runs as.
     """
 
@@ -222,7 +221,7 @@ class Role:
 
     @property
     def is_admin(self) -> bool:
-        """Whether it may change something."""
+        """Whether it may change things."""
         config = self._runtime().config
         if self.name in config.admin_users:
             return True
@@ -230,13 +229,13 @@ class Role:
 
     @property
     def may_look(self) -> bool:
-        """Whether it may do anything at all."""
+        """Whether it may do anything."""
         return self.is_admin or self.name in self._runtime().config.stats_users
 
 
 def is_own_user(client: Connection) -> bool:
-    """Whether a client is the operating system's user that we run as, which only a Unix socket can
-    tell (SO_PEERCRED); behind a load balancer it would tell the load balancer's."""
+    """Whether a client is the operating system's user that we run as. Only a direct Unix socket
+    tells (SO_PEERCRED); behind a load balancer it would be the load balancer's user."""
     if client.peer.sender is not None:
         return False
     sock = client.transport.get_extra_info("socket")
@@ -253,14 +252,14 @@ _UCRED: Final = struct.Struct("=iII")
 
 
 def _negotiate(client: Connection, startup: StartupMessage) -> None:
-    """Tell a client that knows a newer protocol, or options of it, which one it gets."""
+    """Tell a client that asks for a newer protocol, or options, what it gets."""
     options = tuple(name for name in startup.parameters if name.startswith(b"_pq_."))
     if startup.version > (3, 0) or options:
         client.write(NegotiateProtocolVersion((3, 0), options).serialize())
 
 
 async def _answer(inbox: Inbox) -> bytes:
-    """The body of what the client says when it is asked. Raises ProtocolViolation."""
+    """The body of the client's answer. Raises ProtocolViolation."""
     kind, body = await inbox.next()
     if kind != F.PASSWORD_MESSAGE:
         raise ProtocolViolation(f"expected password response, got message type {kind}")

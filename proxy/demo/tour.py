@@ -1,9 +1,9 @@
 """``pg-background-proxy demo``: a temporary PostgreSQL, the proxy in front of it, a guided tour.
 
-Each step shows its SQL and the result, and checks the result: the tour is also the shortest test of
+Each step shows its SQL and the result, and checks the result, so the tour is also a short test of
 the whole program.
 
-Invariant: only the user who runs the demo (and root) can connect to it. Every connection is a
+Invariant: only the user who runs the demo (and root) can connect. Every connection is a
 superuser's, so server and proxy listen on Unix sockets only, in a folder that is closed to others.
 """
 
@@ -95,7 +95,7 @@ async def _serve_and_show(cluster: Cluster, programs: Path, *, once: bool) -> in
         )
     )
     tour = asyncio.create_task(_show(f"host={folder} port={port}"))
-    # The proxy ends first if it could not start, or at Ctrl-C.
+    # The proxy is done first if it could not start, or on Ctrl-C.
     await asyncio.wait({proxy, tour}, return_when=asyncio.FIRST_COMPLETED)
     if proxy.done():
         tour.cancel()
@@ -241,7 +241,7 @@ class Tour:
         await self.until("SELECT what FROM audit_log OFFSET 1", [("DELETE bg_test",)])
 
     async def launch(self, sql: str) -> int:
-        """Launches a job, showing the call; returns its pid."""
+        """Launches a job, showing the call. Returns its pid."""
         quoted = sql.replace("'", "''")
         rows = await self.sql(f"SELECT pg_background_launch('{quoted}') AS pid")
         if len(rows) != 1 or not isinstance(rows[0][0], int):
@@ -262,7 +262,7 @@ class Tour:
         return rows
 
     async def until(self, sql: str, expected: Rows) -> None:
-        """Repeats a query until it has this result (a job is under way), then shows it."""
+        """Repeats a query until it has this result (a job is running), then shows it."""
         while (await self._execute(sql))[1] != expected:  # noqa: ASYNC110 - nothing to wait on
             await asyncio.sleep(0.02)
         _expect(await self.sql(sql), expected)
