@@ -28,8 +28,7 @@ _AUTHENTICATION = ord("R")
 
 
 def limit_before_login(kind: int) -> int:
-    """The longest length word allowed from a server during the login, as in libpq: it has not
-    proved its identity yet."""
+    """The longest length word allowed before a server has proved its identity, as in libpq."""
     return 2000 if kind == _AUTHENTICATION else 30_000
 
 

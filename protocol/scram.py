@@ -142,8 +142,7 @@ class ScramClient:
 
     Args:
         password: as bytes; `saslprep` is applied.
-        min_iterations: fewer are refused, since they make the password easier to guess from our
-            answer.
+        min_iterations: fewer are refused: they make the password easier to guess from our answer.
         user: ignored by PostgreSQL (the StartupMessage has the role), hence empty by default.
         nonce: for tests; random otherwise.
     """
@@ -181,8 +180,7 @@ class ScramClient:
         From a password, this takes about a millisecond per 4000 iterations.
 
         Raises:
-            ProtocolViolation: malformed, a nonce that does not extend ours, or an iteration count
-                out of bounds.
+            ProtocolViolation: malformed, a foreign nonce, or an iteration count out of bounds.
         """
         nonce, salt, iterations = _match(_SERVER_FIRST, server_first, "server-first-message")
         if not nonce.startswith(self._nonce) or nonce == self._nonce:

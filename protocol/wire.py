@@ -1,8 +1,7 @@
 """Reads and writes the primitive types of the manual's "Message Data Types".
 
 Invariant: message bytes are taken apart only here. Every read first checks that the body is long
-enough, and raises only `ProtocolViolation`; nothing is allocated for a count or length before its
-bytes are there.
+enough, before anything is allocated, and raises only `ProtocolViolation`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The sockets for clients and HTTP: opened by us, taken over from a predecessor, handed on to a
-successor.
+"""The sockets for clients and HTTP: opened, taken over from a predecessor, handed to a successor.
 
 Invariant: everything that can fail is done before anything is taken from a predecessor: an error in
 a configuration or in a new version ends the new process, and the old one goes on.
@@ -170,8 +169,7 @@ class Entrance:
         self._sockets.close(but=ADMIN)
 
     async def predecessor_has_ended(self) -> None:
-        """Wait for the predecessor, since whoever ends us may end it with us; but not longer than
-        for our own sessions."""
+        """Wait for it, no longer than for our sessions: whoever ends us may end it with us."""
         if self._predecessor is None or not self._predecessor.is_replaced:
             return
         if self._predecessor.gone.done():

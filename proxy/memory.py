@@ -2,8 +2,7 @@
 
 Invariant: this changes nothing else, and does nothing with another C library. Buffers of many sizes
 come and go, those of TLS above all, and glibc keeps the gaps between them: an idle proxy was seen
-with 145 MB, of which 68 MB were in use. The call takes some milliseconds, so it is made only when
-the process has grown.
+with 145 MB, of which 68 MB were in use. The call takes milliseconds, so it follows growth only.
 """
 
 from __future__ import annotations

@@ -163,8 +163,7 @@ def _replica_secret(path: Path | None) -> bytes | None:
 async def find_server(
     runtime: Callable[[], Runtime], manager: ServiceManager
 ) -> asyncio.Task[None] | None:
-    """Check that there is a server. If there is none, and none is required yet, keep looking in a
-    task, which is returned.
+    """Check that there is a server. If none is required yet, keep looking in the task returned.
 
     Args:
         runtime: has its address; a reload replaces it.

@@ -121,8 +121,7 @@ class Server:
     async def shut_down(
         self, now: asyncio.Event, others_done: Callable[[], Awaitable[None]] | None = None
     ) -> None:
-        """Let sessions and jobs end; `now`: end them. `others_done` waits until others no longer
-        need this process."""
+        """Let sessions and jobs end; `now`: end them. `others_done`: others no longer need us."""
         logger.info("shutting down: %s", self._what_runs())
         ways_out = [
             asyncio.ensure_future(self._all_done(others_done)),
@@ -196,8 +195,7 @@ async def serve(
     read_again: Callable[[], Config] | None = None,
     others: Callable[[Server], contextlib.AbstractAsyncContextManager[None]] = _alone,
 ) -> int:
-    """Run the proxy in this process until SIGINT or SIGTERM, or until another has taken over; then
-    let sessions and jobs end.
+    """Run the proxy until SIGINT or SIGTERM, or a takeover; then let sessions and jobs end.
 
     Args:
         config: its settings.

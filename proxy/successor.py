@@ -2,8 +2,7 @@
 
 Invariant: once it has taken over, its parent is init (the service manager), not this process.
 systemd waits for its own children only: it would not notice a crash of another's child, and
-`systemctl stop` would kill it, and us, at once. So a process in between starts it, and is killed
-when the successor takes over.
+`systemctl stop` would kill all at once. So a process in between starts it, and dies on takeover.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ class Successor:
             raise
         finally:
             os.close(writer)
-        # In a thread that nobody waits for, since that process may outlive us; and not every kernel
-        # and container has pidfd_open.
+        # A thread, as nobody may wait for a process that outlives us; pidfd_open may be missing.
         threading.Thread(target=self._watch, args=[reader], daemon=True).start()
 
     def let_go(self) -> None:
@@ -85,8 +83,7 @@ class Successor:
 
 
 def _command() -> list[str]:
-    """Our command line: the program, whose version and interpreter may have changed since; or an
-    interpreter with a module."""
+    """Our command line: the program, which may have another interpreter now; or ``-m module``."""
     if os.access(sys.argv[0], os.X_OK):
         return sys.argv
     return [sys.executable, *sys.orig_argv[1:]]

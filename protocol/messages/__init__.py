@@ -1,7 +1,6 @@
 """Every typed message of the protocol: a frozen dataclass each, with `parse` and `serialize`.
 
-Invariant: a message is a value that holds what its bytes say. The files follow the sections of the
-manual's "Message Flow":
+Invariant: a message is a value that holds what its bytes say. The manual's "Message Flow" by file:
 
 - `authentication`: start-up, up to the first ReadyForQuery
 - `query`: the simple protocol, and result rows

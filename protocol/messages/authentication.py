@@ -277,9 +277,8 @@ class BackendKeyData(Message):
 class NegotiateProtocolVersion(Message):
     """The server does not support the protocol version that the StartupMessage requested.
 
-    `version` is the newest that it supports, as (major, minor); `options` are the ``_pq_.``
-    parameters that it did not recognise. (The manual speaks of a minor version, but the server
-    sends both halves.)
+    `version` is the newest that it supports, (major, minor); the manual has the minor only.
+    `options` are the ``_pq_.`` parameters that it did not recognise.
     """
 
     type: ClassVar[int] = ord("v")

@@ -92,8 +92,7 @@ class Accounts:
         return Account(name, name in runtime.config.admins)
 
     def token(self, account: Account) -> str:
-        """The token that a request to change something must carry; pages of other sites cannot read
-        it."""
+        """The token that a request for changes must carry; pages of other sites cannot read it."""
         return hmac.digest(self._key, b"token\0" + account.user.encode(), "sha256").hex()
 
     def has_token(self, account: Account, token: str) -> bool:

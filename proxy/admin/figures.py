@@ -1,7 +1,6 @@
 """The figures of one process: its counters, and its gauges.
 
-Invariant: whatever clients make up is a key in a dict, so that figures of several processes can be
-added up (`stats.total`).
+Invariant: what clients make up is a key in a dict, so that `stats.total` can add figures up.
 """
 
 from __future__ import annotations

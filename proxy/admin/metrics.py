@@ -96,8 +96,7 @@ class Exposition:
             yield family
 
     def _by_login(self, running: Mapping[str, Mapping[str, int]]) -> dict[tuple[str, str], int]:
-        """Logins that once had jobs stay, with 0: otherwise a series would end at its last
-        value."""
+        """Logins that once had jobs stay, with 0, so that no series ends at another value."""
         found = dict.fromkeys(sorted(self._logins), 0)
         for role, databases in running.items():
             for database, count in databases.items():

@@ -50,8 +50,7 @@ class Overview:
         self._until = 0.0
 
     async def show(self) -> dict[str, Any]:
-        """JSON: ``running``, ``waiting`` and ``ended``, lists of jobs (`_shown`), and ``count``,
-        the number of running ones."""
+        """JSON: ``running``, ``waiting``, ``ended``, lists of `_shown`; ``count``: running jobs."""
         registry = self._jobs.registry
         running = heapq.nsmallest(MOST_RUNNING, registry.running, key=lambda job: job.launched_at)
         await self._ask_waits(running)

@@ -1,7 +1,6 @@
 """The answer to ``/readyz``: whether a client could log in now.
 
-Invariant: however often it is requested, one probe of the server runs at a time, and its result is
-remembered for a moment.
+Invariant: one probe of the server runs at a time, and its result is remembered for a moment.
 """
 
 from __future__ import annotations

@@ -35,8 +35,7 @@ class Type:
     """A PostgreSQL type.
 
     ``name`` is as printed by format_type(), ``oid`` as in pg_type, ``size`` is pg_type.typlen: in
-    bytes, or -1. A composite type has ``columns``; since the server need not know it, its values
-    are sent as anonymous records.
+    bytes, or -1. Values of a type with ``columns`` are sent as records if the server lacks it.
     """
 
     name: str

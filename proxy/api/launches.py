@@ -1,7 +1,6 @@
 """The functions that launch jobs and return at once; `calls` has the others.
 
-Invariant: the function or the setting decides whether a job starts at once or at commit; all else
-is the same.
+Invariant: the function or the setting decides when a job starts; all else is the same.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Makes the reference pages, ``docs/functions.md`` and ``docs/configuration.md``, and the example
 of a configuration file, ``deploy/pg-background-proxy.toml``, from the code.
 
-Invariant: everything about a function or setting comes from `functions` and `config`. The generated
-part of a page is between two markers. ``python -m proxy.api.reference`` in a checkout rewrites all
-three.
+Invariant: everything about a function or setting comes from `functions` and `config`, and is put
+between two markers. ``python -m proxy.api.reference`` in a checkout rewrites all three.
 """
 
 from __future__ import annotations
@@ -127,8 +126,7 @@ def _measure(setting: Guc, value: int) -> str:
 
 
 def example() -> str:
-    """A configuration file with every setting: its default, commented out, or a placeholder in
-    capitals."""
+    """A configuration file with every setting: the default, commented out, or a placeholder."""
     lines = [
         "# All settings of pg-background-proxy, and their defaults. See docs/configuration.md.",
         "# Read by `pg-background-proxy serve --config FILE`; `pg-background-proxy check --config",

@@ -51,8 +51,7 @@ async def _run(
     *,
     retries: int,
 ) -> tuple[Job, bool]:
-    """A job that has ended, and whether it was cancelled because time was up, which all attempts
-    share."""
+    """A job that has ended, and whether because the time, shared by all attempts, was up."""
     loop = asyncio.get_running_loop()
     limit = time_limit(timeout_ms or 0)
     until = None if limit is None else loop.time() + limit / 1000

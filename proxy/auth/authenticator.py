@@ -52,9 +52,8 @@ class Authenticator:
         """The message to send; None if the request needs no answer.
 
         Raises:
-            SQLError: 28000. There is nothing to log in with; the server asks for something that the
-                proxy cannot do or must not send; or the server does not prove that it knows the
-                role's SCRAM secret.
+            SQLError: 28000. There is nothing to log in with; the server asks for what the proxy
+                cannot do or must not send; or it does not prove that it knows the SCRAM secret.
         """
         if self._expected is not None and not isinstance(request, self._expected):
             raise self._failed("The server broke off its SCRAM-SHA-256 conversation.")

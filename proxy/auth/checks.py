@@ -28,8 +28,7 @@ class Check:
 
     Attributes:
         secret: for the SCRAM exchange.
-        known: the secret that it was made from; None if the role is unknown, and the check must
-            fail.
+        known: the secret that it was made from; None for an unknown role, which must fail.
     """
 
     secret: ScramSecret = field(repr=False)

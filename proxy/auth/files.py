@@ -1,8 +1,7 @@
 """The files with passwords and secrets: passfile and auth_file.
 
-Invariant: a file is read again when it has changed, but a bad change removes nothing: if an
-auth_file becomes malformed, its previous content stays in use. Names, passwords and secrets are
-bytes, as in the files.
+Invariant: a file is read again when it has changed; if an auth_file becomes malformed, its previous
+content stays in use. Names, passwords and secrets are bytes, as in the files.
 """
 
 from __future__ import annotations

@@ -134,8 +134,7 @@ class Login:
         client, server: their connections, whose input the login gets while it runs.
         user: the role in the startup packet.
         observer: sees the client's side.
-        find_check: returns how to check the client, if SCRAM cannot pass through; None if the proxy
-            knows no secrets at all.
+        find_check: returns how to check the client, if SCRAM cannot pass; None without secrets.
         asks_password: None unless auth_type is plain; then whether this client's connection may
             carry a password in clear text.
         policy: what the server may ask for.

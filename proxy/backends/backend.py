@@ -54,8 +54,7 @@ _read_buffer = memoryview(bytearray(READ_SIZE))
 
 
 class NoRoomError(SQLError):
-    """No connection can be had just now: the server said so (class 53), or this process has no file
-    descriptor left."""
+    """No connection can be had now: the server said so (class 53), or we lack a file descriptor."""
 
 
 class Connect(Protocol):
@@ -205,9 +204,8 @@ class Backend(asyncio.BufferedProtocol):
         """Have the backend check what its login was based on, now and before it takes over. No
         other query may come in between: the check is the unnamed prepared statement.
 
-        `identity`: the identity right after the login. `greeting`: a query that precedes the check
-        in the same round trip, and whose row is returned. `discard`: discard the session state
-        first.
+        `identity`: that right after the login. `greeting`: a query before the check, in the same
+        round trip, whose row is returned. `discard`: discard the session state first.
 
         Raises StaleLoginError if a new login would already differ; otherwise as `row` does.
         """

@@ -49,8 +49,7 @@ _LARGEST: Final = 16 * 1024
 """Limit of what is shown at once, since each look copies that much of every backend."""
 
 _REST_AFTER: Final = 0.02
-"""Seconds after which an unused channel rests: a session that makes many calls must not wait for
-that each time."""
+"""Seconds before an unused channel rests, which takes time: a session may call again at once."""
 
 _FULL_TIMEOUT: Final = 15.0
 """Seconds to wait for another session's channel if the server accepts no more connections."""
@@ -154,8 +153,7 @@ class Channel:
         self.identity = self._identity or b""
 
     def rest(self) -> asyncio.Task[Rows]:
-        """Show only the word for the next question, and release locks. It is sent at once, before
-        the next user's queries."""
+        """Show only the word for the next question, and release locks, before the next lease."""
         self.is_locked = False
         return self.say(_REST % self.comment)
 
@@ -309,8 +307,7 @@ class Channels:
             self._idle.pop(channel.login, None)
 
     def overview(self) -> Iterator[tuple[Login, int, int, int]]:
-        """For each login: the number of idle channels, of lent ones, and of sessions that wait for
-        one."""
+        """For each login: the number of idle channels, of lent ones, and of waiting sessions."""
         lent = Counter(channel.login for channel in self._lent if channel.is_alive)
         for login in {*self._idle, *lent, *self._waiting}:
             idle = sum(channel.is_alive for channel in self._idle.get(login, ()))

@@ -63,13 +63,11 @@ IDENTITY: Final = b"""
 """An SQL expression, text: the identity of session_user. NULL if the role has changed since login,
 or if the server would visibly refuse a new login.
 
-Planning takes about 0.3 ms, a prepared statement 0.02 ms. Each backend must evaluate it before its
-role is changed."""
+Planning takes about 0.3 ms, a prepared statement 0.02 ms. Evaluate it before any change of role."""
 
 
 def check_query(at_login: bytes) -> bytes:
-    """A query that fails if a new login would not give this identity. Its row has the login's
-    names."""
+    """A query for the login's names that fails if a new login would have another identity."""
     return (
         b"SELECT session_user, pg_catalog.current_database(), CAST(CASE WHEN %b"
         b" OPERATOR(pg_catalog.=) %b THEN '0' ELSE 'the role or the database was changed' END"

@@ -39,8 +39,7 @@ STYLES: Final = (b"DateStyle", b"IntervalStyle")
 """Settings that affect how rows of a job from inside the database are read."""
 
 _KNOWN: Final = (*READING, *STYLES)
-"""Settings whose values the proxy must know. Reports during a job are ignored: its text is read
-with the values at its start."""
+"""Settings that the proxy must know; a job's text is read by their values at its start."""
 
 _RESET: Final = (
     GREETING
@@ -65,8 +64,7 @@ _RESET: Final = (
     )
     + b"".join(b", pg_catalog.current_setting('%b')" % name for name in _KNOWN)
 )
-"""Asks what a new spare is asked, whether the session has state that survives DISCARD ALL, and for
-the values of `_KNOWN`."""
+"""Asks what a new spare is asked, for state that survives DISCARD ALL, and for `_KNOWN`."""
 
 _LONGEST_READ: Final = 64 * 1024
 """Bytes of a job's SQL that are searched."""
@@ -82,8 +80,8 @@ Keep: TypeAlias = "Callable[[Backend], Free | None]"
 
 
 def is_remembered(sql: bytes) -> bool:
-    """Whether a job's SQL may leave state that no query can find: a base backup goes on until its
-    session ends."""
+    """Whether a job may leave state that no query finds: a base backup lasts as long as a
+    session."""
     return len(sql) > _LONGEST_READ or b"backup" in sql.lower()
 
 

@@ -50,8 +50,7 @@ Key = tuple[Login, tuple[tuple[bytes, bytes], ...]]
 
 _REPLACE_AFTER: Final = 0.01
 _REPLACE_LAST: Final = 0.002
-"""Seconds before a used spare is replaced, and the last one: the launch comes first, and often the
-result of its job."""
+"""Seconds before a used spare is replaced, and the last one: launch and result come first."""
 
 _LASTS: Final = 0.5
 """Seconds for which the server is assumed to have many free slots, once it had."""
@@ -128,8 +127,7 @@ class _Pool:
 
 
 def is_named(login: Login, sql: bytes) -> bool:
-    """Whether a lower-case statement that is about to drop, rename or copy databases seems to name
-    the login's."""
+    """Whether a lower-case statement about databases seems to name the login's."""
     sql = sql.replace(b'""', b'"')
     names = sql + b" template1" if b"create" in sql else sql
     return login.database.lower() in names
@@ -203,8 +201,7 @@ class Spares:
         return None
 
     async def _opening(self, pool: _Pool) -> Backend | None:
-        """A spare that is being opened and has no taker yet, since it will be ready sooner than a
-        new one. None if that fails."""
+        """A spare that is being opened, without a taker yet; None if that fails."""
         if len(pool.opening) <= len(pool.waiting):
             return None
         waiter: asyncio.Future[Backend | None] = asyncio.get_running_loop().create_future()
@@ -246,8 +243,8 @@ class Spares:
         return await open_one()
 
     def give_way(self) -> bool:
-        """Close all spares, including those being opened, and unused channels. Returns whether
-        there were any."""
+        """Close all spares, even those being opened, and unused channels; whether there were
+        any."""
         channels = self._channels.give_way()
         now = asyncio.get_running_loop().time()
         tasks = list(self._tasks)
@@ -332,8 +329,7 @@ class Spares:
             pool.not_before = loop.time() + _RETRY
 
     async def _greet(self, login: Login, pool: _Pool, backend: Backend) -> _Server:
-        """Have a new spare remember its login and fill its caches. Returns what is known about its
-        server.
+        """Have a new spare remember its login and fill its caches. Returns its server's data.
 
         Mostly both are those of the last spare: then this takes one round trip.
 
@@ -373,8 +369,8 @@ class Spares:
             del self._pools[key]
 
     def overview(self) -> Iterator[tuple[Login, int, int, int]]:
-        """For each login: the number of spares ready, of those being opened, and of launches that
-        wait."""
+        """For each login: the number of spares ready, of those being opened, and of waiting
+        launches."""
         for (login, _), pool in list(self._pools.items()):
             yield login, len(pool.ready), len(pool.opening), len(pool.waiting)
 

@@ -68,8 +68,7 @@ def in_front_of_query(takeover: Takeover | None) -> bytes:
     The server answers with ParseComplete when it takes the query up: from then on pg_stat_activity
     shows it, and it can be cancelled.
 
-    `takeover`: to be done first. The check of the login is by now the unnamed prepared statement
-    (`Backend.remember_identity`).
+    `takeover`: precedes the Query. The check of the login is the unnamed statement by now.
     """
     return _first(takeover) + _TAKE_UP
 

@@ -3,9 +3,8 @@
 Invariant: every connection to the server is opened here, so all go the same way: a session's own,
 side backends, cancel requests, checks of hosts. A `Route` records it for those that must follow.
 Terms and semantics are libpq's (manual, "Parameter Key Words"). Two things differ because the login
-is the client's: target_session_attrs is checked as ``auth_user`` and remembered for
-`STATE_LIFETIME`; and a second attempt by ``sslmode`` is left to the session, which alone sees the
-server refuse.
+is the client's: target_session_attrs is checked as ``auth_user``, and remembered for a while; and a
+second attempt by ``sslmode`` is left to the session, which alone sees the server refuse.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Reads libpq's connection strings: ``key=value`` pairs and ``postgresql://`` URIs.
 
-Invariant: only the syntax is here (manual, "Connection Strings"); `upstream` has the meaning and
-the valid values of keywords.
+Invariant: only the syntax is here (manual, "Connection Strings"); `upstream` has the keywords.
 """
 
 from __future__ import annotations

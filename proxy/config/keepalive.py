@@ -1,7 +1,6 @@
 """TCP keepalive: notices peers that have gone without closing the connection.
 
-Invariant: 0 leaves a value to the operating system; options that the platform or a Unix socket
-lacks are omitted.
+Invariant: 0 leaves a value to the operating system; options that a socket lacks are omitted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Makes a `Config` from flags, a TOML file and the environment.
 
-Invariant: nothing is ignored. A value that cannot be read is an error of one line, and so is an
-unknown key.
+Invariant: nothing is ignored. An unreadable value or unknown key is an error of one line.
 """
 
 from __future__ import annotations

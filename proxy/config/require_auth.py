@@ -16,8 +16,7 @@ METHODS: Final = ("password", "md5", "gss", "sspi", SCRAM, "oauth", NONE)
 def parse_require_auth(text: str) -> frozenset[str]:
     """Reads a list of allowed methods, or of forbidden ones, each with ``!``.
 
-    Returns the allowed ones. Raises ValueError, like libpq, for unknown or repeated methods, and
-    for a mixed list.
+    Returns the allowed ones. Raises ValueError, like libpq, for unknown, repeated or mixed ones.
     """
     names = text.split(",")
     negative = [name.startswith("!") for name in names]
@@ -40,8 +39,7 @@ class Policy:
 
     Attributes:
         required: the methods that require_auth allows; None for all.
-        is_proven: whether the server's identity is proven: its certificate is verified, or it is on
-            this machine.
+        is_proven: whether the server's certificate is verified, or it is on this machine.
         sslmode: for errors.
     """
 

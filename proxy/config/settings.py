@@ -601,8 +601,7 @@ class Config:
 
     @property
     def session_defaults(self) -> Mapping[str, str]:
-        """By name, the values of session settings that nothing on the server has set, as SHOW
-        prints them."""
+        """By name, what SHOW prints of session settings that nothing on the server has set."""
         return _shown(
             self.max_workers,
             self.default_queue_size,

@@ -1,7 +1,6 @@
 """The commands of the console: PgBouncer's, and the proxy's own.
 
-Invariant: a text that is no command is an error that lists the commands. Nothing is guessed: an
-extra word is an error too.
+Invariant: nothing is guessed. Unknown commands and extra words are errors.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The protocol, simple and extended, with one client of the console.
 
 Invariant: a client's cost is bounded. Its messages have at most `LONGEST` bytes and are served one
-by one, at most `_RATE` commands a second for each role; rows are written as fast as they are read,
-and a client that reads nothing for a minute is disconnected. The transactions of drivers have a
-status, but no effect.
+by one, `_RATE` commands a second for each role; rows are written as fast as they are read, and a
+client that reads nothing for a minute is disconnected. Transactions of drivers have no effect.
 """
 
 from __future__ import annotations

@@ -118,8 +118,7 @@ class Process:
             )
 
     async def reload(self) -> list[str]:
-        """Reload the configuration. Returns the settings that need a restart. Raises SQLError: the
-        configuration stays as it was."""
+        """Reload the configuration. Returns settings that need a restart. Raises SQLError."""
         result = await self._reload()
         if result.error is not None:
             raise SQLError(

@@ -251,8 +251,7 @@ def _config(here: Here) -> Iterator[Row]:
 
 
 def _setting(config: Config, name: str) -> str:
-    """A setting as it could be in the file, except for lists, and for the upstream, of which only
-    the hosts are shown."""
+    """A setting as in the file, except for lists and the upstream, which is its hosts."""
     return _shown(getattr(config, name))
 
 

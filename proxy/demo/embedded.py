@@ -222,8 +222,7 @@ class Cluster:
 
     def _init_db(self) -> None:
         if self._user is not None and not self._runs(self.bin / "postgres"):
-            # In a virtual environment in a closed home directory, which PostgreSQL's user cannot
-            # read and we must not open.
+            # A closed home directory, which PostgreSQL's user cannot read and we must not open.
             self.bin = _copy_programs(self.bin, self.directory / "install")
         done = subprocess.run(
             [

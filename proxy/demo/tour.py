@@ -1,7 +1,6 @@
 """``pg-background-proxy demo``: a temporary PostgreSQL, the proxy in front of it, a guided tour.
 
-Each step shows its SQL and the result, and checks the result, so the tour is also a short test of
-the whole program.
+Each step shows its SQL and checks the result, so the tour is also a test of the whole program.
 
 Invariant: only the user who runs the demo (and root) can connect. Every connection is a
 superuser's, so server and proxy listen on Unix sockets only, in a folder that is closed to others.

@@ -46,10 +46,9 @@ class Blocks:
     async def next(self) -> Answer:
         """The next block; the last one may have no rows.
 
-        ``r`` for rows: whether there is more (``t`` or ``f``), the DateStyle and IntervalStyle by
-        which the values must be read, the columns' type OIDs and type modifiers (both int4[]), and
-        the values as text[][], a row of it for each column. Or ``t`` for a job without rows, and
-        its command tags (text[]).
+        ``r`` for rows: whether there is more (``t`` or ``f``), the DateStyle and IntervalStyle to
+        read them by, the columns' type OIDs and type modifiers (both int4[]), and the values as
+        text[][], one row for each column. Or ``t`` for no rows, and the command tags (text[]).
 
         Raises SQLError: the job's own; 22P05 for a character that the encoding lacks; 57014 if it
         was cancelled meanwhile. Raises OSError.

@@ -163,8 +163,7 @@ def quoted(name: str) -> str:
 
 
 def _raise_error() -> str:
-    """RAISE statements for the fields of an error, one for each combination: no option may be
-    NULL."""
+    """RAISE for an error's fields: a statement for each combination, as no option may be NULL."""
     objects = ("SCHEMA", "TABLE", "COLUMN", "DATATYPE", "CONSTRAINT")
     branches: list[str] = []
     for detail, hint, about in itertools.product((True, False), repeat=3):

@@ -119,8 +119,8 @@ class Query(Tokens):
         return self.with_sources(sources, references)
 
     def extension_sources(self, major: int) -> dict[bytes, bytes] | None:
-        """Replacements for pg_extension and for related catalogs, if it is mentioned; None if the
-        result would differ."""
+        """Replacements for pg_extension and related catalogs, if it is mentioned and they will
+        do."""
         if PG_EXTENSION not in self.sql.lower():  # psql's \\dx+ has it in a constant only
             return {}
         with_oid = major < 12 and b"oid" in self.names
@@ -295,8 +295,7 @@ class Query(Tokens):
         return self.keyword(self.openings[index] - 1) not in _FROM_IN
 
     def surroundings(self) -> tuple[list[int], list[int]]:
-        """For each token the bracket around it, and the word that begins its clause within the same
-        brackets; -1 for none."""
+        """For each token its bracket, and the word that begins its clause in that; -1 for none."""
         openings: list[int] = []
         clauses: list[int] = []
         around = [(-1, -1)]

@@ -40,9 +40,8 @@ _IS_EXECUTOR: Final = (
 )
 """Whether the role ``r`` may call the functions in a database without the extension's objects."""
 
-# The same for the current role, without reading a table: that alone would take five times as long
-# as the whole context. A superuser has the rights of every role; nobody else those of a role that
-# cannot exist.
+# The same for the current role, without a table, which would take five times as long as the whole
+# context. Only a superuser has the rights of a role that cannot exist.
 _I_AM_EXECUTOR: Final = (
     b"(pg_catalog.pg_has_role(CAST(0 AS pg_catalog.oid), 'USAGE') OR COALESCE("
     b"pg_catalog.pg_has_role(CAST(pg_catalog.to_regrole(%b) AS pg_catalog.oid), 'MEMBER'), false))"
@@ -91,8 +90,7 @@ def context_query(
             our names. Then the query only checks that, at a fifth of the cost.
         roles: OIDs of roles, to learn which of their rights the current role has.
         settings: whether to read the session's settings, the expensive part (about 0.5 ms).
-        custom_settings: names with a dot that the session may have set; pg_settings does not list
-            them.
+        custom_settings: names with a dot that may be set, which pg_settings does not list.
     """
     ours = b", ".join(
         b"pg_catalog.current_setting(%b, true)" % literal(name.encode()) for name in GUCS

@@ -39,9 +39,8 @@ asked, since the function may be trying the first.
    AUTHORIZATION too. If the channel's login role is among them, the question counts, with the
    rights of that role and no others. A word serves for one question.
 2. ``settings``, for a function that launches: the session's, with a proof by the same word,
-   gathered while the question is on its way. If the session may have custom settings that are not
-   included, the answer is ``c`` and their names; those follow in another ``settings``, and from
-   then on with the others.
+   gathered while the question is on its way. If the session may have other custom settings, the
+   answer is ``c`` and their names; another ``settings`` has those, and later ones include them.
 3. The answer, in pieces: ``next`` asks for the next one.
 
 A function that waits, unheard as far as it can see, sends ``still`` at times, by which its server

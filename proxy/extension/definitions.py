@@ -56,8 +56,8 @@ VIEW_QUERY: Final = (
     " AND pg_catalog.has_table_privilege(c.oid, 'SELECT')) v ON true"
 ).encode()
 """Decides how a definition is served: the quoted schema of the extension's view, NULL if the
-session has none; client_min_messages; and whether the server has the C extension, whose jobs have
-the backend_type."""
+session has none; client_min_messages; whether the server has the C extension (with the
+backend_type)."""
 
 # The search in code in another language, and in very long code.
 _SEEMS_TO_COMPARE: Final = re.compile(
@@ -77,8 +77,7 @@ class Definition:
 
     Attributes:
         sql: the statement.
-        relations: where it names pg_stat_activity to be replaced, and whether with an alias; None
-            if that is not certain.
+        relations: where it names pg_stat_activity to be replaced, and if by alias; None: uncertain.
     """
 
     sql: bytes
@@ -183,8 +182,7 @@ def _may_compare(sql: bytes) -> bool:
 
 
 class _Finder:
-    """Finds the parts of a definition's code with a comparison; None stands for one that may not be
-    executed as written."""
+    """Finds the parts of a definition with a comparison; None for one that may not be executed."""
 
     def __init__(self, *, conforming: bool) -> None:
         """`conforming`: standard_conforming_strings."""

@@ -1,9 +1,8 @@
 """Serves calls from inside the database: from functions, triggers, views, DO blocks.
 
 Invariant: a call is served with the rights of a role only if the calling code has proven that the
-server grants it these rights. Code of other owners runs in a session all the time (index functions
-under REINDEX or ANALYZE, SECURITY DEFINER functions, triggers), and can send any message that the
-extension's functions send.
+server grants it these rights. Code of others runs in a session all the time (index functions under
+REINDEX or ANALYZE, SECURITY DEFINER functions, triggers), and can send any message.
 
 This is the proxy's half of the `conversation`: it hears the functions' messages, has a channel show
 what they must read, makes the calls, and hands over the answers.
@@ -92,8 +91,7 @@ class Inside:
         self.has_called = False
         self._interrupts = Interrupts()
         # Leased from the first call in a statement to its end; its login role, None for the
-        # session's; whether code has proven that role; whether it holds the lock for which the
-        # function waits next.
+        # session's; whether code has proven it; whether it holds the function's next lock.
         self._channel: Channel | None = None
         self._login: bytes | None = None
         self._is_proven = False
@@ -106,12 +104,10 @@ class Inside:
         self._next_task: asyncio.Task[None] | None = None
         self._challenge: Challenge | None = None
         self._shown: Handover | None = None
-        # The settings that followed the last question, and the question that still lacks custom
-        # ones.
+        # The settings after the last question, and the question that still lacks custom ones.
         self._settings: asyncio.Future[Message] | None = None
         self._incomplete: Challenge | None = None
-        # A call that continues with the next question: it needs custom settings, or not all of its
-        # rows are handed over.
+        # A call that continues with the next question: for custom settings, or for more rows.
         self._call: Call | None = None
         self._blocks: Blocks | None = None
         self._coming: asyncio.Task[Answer] | None = None
@@ -240,8 +236,7 @@ class Inside:
     # Serving
 
     async def _guard(self, message: Message, after: asyncio.Task[None] | None) -> None:
-        """Handle a message. `after`: the task for the one before, whose answer the function may
-        have seen already."""
+        """Handle a message. `after`: the task for the one before, which may seem answered."""
         try:
             if after is not None:
                 await asyncio.wait([after])
@@ -255,9 +250,8 @@ class Inside:
             self._give_up(message, error)
 
     def _give_up(self, message: Message, error: Exception) -> None:
-        """The answer cannot be shown. A function that has seen its channel finds it gone. One that
-        has not would search on, so its statement is cancelled, and the client gets `error` as the
-        reason."""
+        """The answer cannot be shown. A function that has seen its channel finds it gone. Another
+        would search on: its statement is cancelled, and the client gets `error` as the reason."""
         logger.info("no answer to a call from inside the database: %s", explain(error))
         self._hang_up()
         if message.verb in (b"call", b"ask", b"custom"):
@@ -455,9 +449,7 @@ class Inside:
     # The channel
 
     async def _proven_in_advance(self, question: Message, call: Call) -> Challenge | None:
-        """Check a question with a proof made from a word shown in advance. None if the proof fails
-        and another must be asked for.
-        """
+        """Check a proof by a word shown in advance; None if it fails."""
         if not (question.channel.isdigit() and call.is_known):
             return None
         channel = self._offering(decoded(question.words[0]), int(question.channel[:10]))
@@ -618,8 +610,7 @@ class Inside:
             # Made while the function handles this one.
             coming = self._or_error(call, self._block, self._blocks)
             self._coming = asyncio.get_running_loop().create_task(coming)
-        # The function may continue before this is answered. Nobody else can have taken a lock whose
-        # key nobody knew.
+        # The function may continue before this is answered; nobody else knew the lock's key.
         channel.is_locked = word is not None
         showing = channel.say(b"%bSELECT %b" % (comment, b", ".join(columns)))
         if not is_last:

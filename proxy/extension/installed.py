@@ -55,8 +55,7 @@ IS_HELPER: Final = (
     f"(pg_catalog.left(CAST(p.proname AS pg_catalog.text), {len(HELPER)})"
     f" OPERATOR(pg_catalog.=) '{HELPER}')"
 )
-"""Whether ``p`` is such a function. PUBLIC may execute them: they grant nothing, and all callers of
-the API need them."""
+"""Whether ``p`` is such a function. PUBLIC may execute them; they grant nothing."""
 
 VERSIONS: Final = (*(f"1.{minor}" for minor in range(11)), "2.0")
 """In order. All have all functions; 2.0 has the second version of the API."""

@@ -83,8 +83,7 @@ ALIKE: Final = "CAST(ARRAY({}) AS pg_catalog.text)".format(
         relation_is_member=_IS_MEMBER[1259],
     )
 )
-"""An SQL expression, a text[] as text: names for which a statement needs `meant_query` before it is
-served."""
+"""An SQL expression, a text[] as text: the names that need `meant_query` first."""
 
 # Made once, except for the names: each call has this query.
 _FUNCTION: Final = sql(
@@ -114,8 +113,7 @@ _IS_MEANT: Final = {False: _is_meant("pro"), True: _is_meant("rel")}
 
 
 def is_there(functions: Iterable[Function]) -> bytes:
-    """An SQL expression: whether the database has anything under these names, or may have the
-    extension."""
+    """An SQL expression: whether the database may have the extension or anything of these names."""
     names, views = {MARKER}, set[str]()
     for function in functions:
         (views if VIEWS.get(function.name) is function else names).add(function.name)

@@ -38,8 +38,7 @@ def body(function: Function) -> str:
 
 
 def privileges_block(verb: str, role: bytes, marker: str, *, print_commands: bool) -> bytes:
-    """What a helper does, as a statement for the caller's session; on success it raises the marker
-    as INFO.
+    """What a helper does, as a statement for the caller's session; on success it raises `marker`.
 
     Args:
         verb: GRANT or REVOKE.

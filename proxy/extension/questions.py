@@ -272,8 +272,7 @@ def malformed() -> SQLError:
 
 
 def no_login(role: bytes, server_encoding: bytes, error: SQLError) -> SQLError:
-    """The error if there is no channel for the role of the calling code. `server_encoding`: that of
-    its name."""
+    """The error for calling code whose role has no channel. `server_encoding`: of its name."""
     if not error.sqlstate.startswith("28"):
         return error
     name = readable(role, server_encoding)

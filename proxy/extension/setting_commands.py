@@ -4,8 +4,7 @@ To the server these are custom settings, whose values it can neither check nor f
 is checked and put into the form of SHOW before the server gets it.
 
 Invariant: a statement that is not recognised for certain, to its last token, gives None and goes to
-the server unchanged. An invalid value is refused in the server, by a block that raises the error,
-so its transaction fails too.
+the server unchanged. An invalid value is refused there, so that the transaction fails too.
 """
 
 from __future__ import annotations
@@ -140,8 +139,7 @@ def _name(statement: Tokens, at: int) -> tuple[str, int]:
 
 
 def _value(statement: Tokens, at: int, server_version: int) -> str | None:
-    """The single constant or word that ends the statement, as the server stores it; None if there
-    is anything else."""
+    """The single constant or word that ends the statement, as the server stores it, else None."""
     text = statement.text(at)
     sign = b""
     if text in (b"+", b"-"):

@@ -39,8 +39,7 @@ _SETTLE_AFTER: Final = 0.05
 
 _LOOK_AGAIN: Final = 0.1
 _LOOK_SELDOM: Final = 2.0
-"""Seconds before checking again whether a backend has ended, or trying again to listen: at first,
-and at most."""
+"""Seconds between checks of a backend's end, and between attempts to listen: at first, at most."""
 
 _TRIES: Final = 5
 """Failed attempts to listen again, after which jobs of finished transactions fail."""
@@ -199,8 +198,7 @@ class PendingJobs:
     # Called by owners
 
     def transaction_ended(self, mine: Collection[Pending]) -> None:
-        """The transaction of these jobs has ended: those whose word does not come were rolled
-        back."""
+        """The transaction of these jobs has ended; those whose word does not come are forgotten."""
         for pending in mine:
             pending.is_over = True
         for follower in self._of(mine):

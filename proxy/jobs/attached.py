@@ -77,8 +77,8 @@ class Jobs:
     """The jobs that one session has launched and not yet fetched or detached."""
 
     MOST: Final = 2_000
-    """Limit while some of them have ended: the oldest of those is then detached, since nobody seems
-    to fetch it."""
+    """Limit while some of them have ended: the oldest of those, which nobody fetches, is
+    detached."""
 
     def __init__(self) -> None:
         # By cookie.
@@ -89,8 +89,7 @@ class Jobs:
         # All that have not ended, attached or not.
         self._all: set[Job] = set()
         self._starts: list[Start] = []
-        # Launches that wait for room; and queued ones, which count all jobs. Neither line holds the
-        # other up.
+        # Launches that wait for room, and queued ones, which count all jobs: independent lines.
         self._waiting = Line()
         self._queued = Line()
 
@@ -104,8 +103,7 @@ class Jobs:
     async def room(
         self, max_workers: int, most: int, patience: Patience, *, count_all: bool = False
     ) -> AsyncIterator[Start]:
-        """Room for one more job, once fewer run than the session's setting and the proxy's
-        configuration allow.
+        """Room for one more job, as soon as the session's setting and the configuration allow.
 
         Args:
             max_workers: the setting.
@@ -220,8 +218,7 @@ class Jobs:
         return latest if cookie is None else self._of_pid[pid].get(cookie, latest)
 
     def remove(self, job: JobRecord) -> None:
-        """The session is done with a job, which may run on to its end. Jobs of other sessions are
-        ignored."""
+        """The session is done with a job, which may run on. Jobs of other sessions are ignored."""
         if job in self:
             self._forget(job).leave()
             self._changed()

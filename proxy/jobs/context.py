@@ -34,11 +34,9 @@ class Context:
         role_id, role, session_role: OID and name of the current role, name of the session's.
         set_role: the setting ``role``: ``none``, or what SET ROLE has set.
         statement_timeout: as SHOW prints it.
-        own_settings: the ``pg_background.`` settings as SHOW prints them, by name; without those
-            that the server has lost.
+        own_settings: ``pg_background.`` settings that the server has, as SHOW prints them, by name.
         usable_roles: of the role OIDs asked about, those whose rights the current role has.
-        settings: names and values of all that was set in the session, ready for set_config(); empty
-            if not asked for.
+        settings: names and values of all set in the session, for set_config(); empty if not wanted.
         client_encoding, time_zone: by PostgreSQL's names.
         extension: what CREATE EXTENSION has made in this database; None if it is not installed or
             does not matter. If it is installed, privileges on its functions replace `may_call`.
@@ -112,8 +110,7 @@ _PROXYS_OWN: Final = b"pg_background_proxy."
 def _set_all(
     context: Context, login_role: bytes, overrides: dict[bytes, bytes], *, local: bool
 ) -> bytes:
-    """An expression that sets all that a job takes over; the role last, since its rights may not
-    suffice for the settings."""
+    """An expression that sets all that a job takes over; the role last, as it may lack rights."""
     settings = [
         (name, value)
         for name, value in context.settings
@@ -132,8 +129,7 @@ def _set_all(
 
 
 def activity_query(pids: Sequence[int]) -> bytes:
-    """The query for the pids of these backends, and for what the view pg_background_activity takes
-    from pg_stat_activity."""
+    """The query for the columns of pg_background_activity from pg_stat_activity, pids first."""
     return (
         b"SELECT pid, state, wait_event_type, wait_event, xact_start, query_start, backend_start,"
         b" query FROM pg_catalog.pg_stat_activity WHERE pid OPERATOR(pg_catalog.=)"

@@ -411,8 +411,7 @@ class History:
     async def read(
         self, role: Role, lease: Lease, cluster: bytes, handles: Sequence[Handle] | None
     ) -> list[PastJob]:
-        """The history of these jobs, or of the newest ones, as far as this role may see it. Empty
-        if it cannot be read."""
+        """The history of these jobs, or the newest, as this role may see it; empty on failure."""
         try:
             async with asyncio.timeout(_READ_PATIENCE):
                 channel = await lease()

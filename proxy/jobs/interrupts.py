@@ -189,8 +189,7 @@ class Interrupts:
             self.fail(_client_gone())
 
     def client_hung_up(self) -> None:
-        """The client has left, with messages not read yet. They may still be served, but no job is
-        awaited."""
+        """The client has left behind unread messages, to be served without awaiting jobs."""
         if self._waits_for_jobs:
             self.fail(_client_gone())
 

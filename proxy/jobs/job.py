@@ -3,11 +3,10 @@
 Invariant: a job is one Query message in a backend of its own. PostgreSQL runs such a message as one
 transaction, so the string commits or fails as a whole; a single statement may be one that refuses
 transaction blocks. (Not behind a connection pooler: there a transaction is already open, and is
-committed after the message.) Only the last statement's rows are results; earlier ones are dropped
-as they arrive, and output that is not fetched stays in the server (`rows`). A message longer than
-the queue (or `LONGEST`) is cut as it arrives. When the session is done with a job, only metadata is
-kept (`registry`). Our own statements follow a string that may change output settings
-(`output_settings`).
+committed after the message.) Only the last statement's rows are results; others are dropped as they
+arrive, and output that is not fetched stays in the server (`rows`). A message longer than the queue
+(or `LONGEST`) is cut as it arrives. Once the session is done with a job, only its metadata stays
+(`registry`). Our own statements follow a string that may change `output_settings`.
 """
 
 from __future__ import annotations
@@ -102,8 +101,7 @@ class Job(JobRecord):
         has_handle: whether anybody knows its handle; if not, only its reader can stop it.
         lease: lends a channel that may terminate its backend, while it runs.
         termination: of its backend, once tried.
-        is_abandoned: whether the proxy closed its connection while it ran; only the server knows
-            the outcome.
+        is_abandoned: whether the proxy hung up while it ran; only the server knows the outcome.
         is_lost: whether the server did not say why the connection ended.
         cut_off: the error of a job whose terminated backend ended without one, if it turns out that
             the job may have committed before.
@@ -224,8 +222,7 @@ class Job(JobRecord):
     async def start(self) -> None:
         """Run the string, unless it holds a statement that a job may not run.
 
-        Returns when the backend has begun to run it. Raises what `Backend.start` raises: nothing of
-        it has run.
+        Returns when the backend has begun to run it. Raises what `Backend.start` raises.
         """
         backend = self._backend
         assert backend is not None
@@ -278,8 +275,7 @@ class Job(JobRecord):
         others, since there may be many.
 
         What cannot be tokenized is left to the server to reject. Raises SQLError for a statement
-        that would break the job's transaction or the protocol; otherwise what `Backend.take_over`
-        raises.
+        that would break the job's transaction or the protocol, and what `Backend.take_over` raises.
         """
         parameters = backend.parameters
         conforming = parameters.get(b"standard_conforming_strings") != b"off"
@@ -552,7 +548,7 @@ class Job(JobRecord):
             self._ready(body)
 
     def _ready(self, status: bytes) -> None:
-        """The string has run: end the transaction that was opened for it, by COMMIT even if it has
+        """The string has run: end the transaction opened for it, by COMMIT even if it has
         failed."""
         assert self._backend is not None
         settings = self._output_settings

@@ -248,8 +248,7 @@ class Launcher:
         return Launcher(self._service, startup, self.route, observer, self.pid, self.reuse)
 
     async def _open_side_backend(self, login: StartupMessage) -> Backend:
-        """A backend that gets its words in the startup packet: in SQL, monitoring and the server's
-        log would show them."""
+        """A backend that gets its words in the startup packet, which no log or monitor shows."""
         own_settings = {
             JOB_SETTING: secrets.token_hex(16).encode(),
             SESSION_SETTING: session_secret(),

@@ -76,9 +76,8 @@ _UNAFFECTED: Final = frozenset(
 
 _CURSOR: Final = b'"pg_background result"'
 _DECLARE: Final = b"DECLARE %b SCROLL CURSOR FOR WITH %b AS %%b(" % (_CURSOR, _CURSOR)
-# The first MOVE runs the query; the second only returns to the first row, since the rows are kept
-# (MATERIALIZED). A cursor WITH HOLD would run it at the commit, after the job's last chance to fail
-# by statement_timeout.
+# The first MOVE runs the query; the second only returns to the first row, since rows are kept
+# (MATERIALIZED). WITH HOLD would run it at the commit, too late to fail by statement_timeout.
 _FETCH: Final = (
     b") TABLE %b; MOVE ALL IN %b; SELECT %%b; MOVE ABSOLUTE 0 IN %b; FETCH ALL IN %b"
     % ((_CURSOR,) * 4)

@@ -1,7 +1,6 @@
 """Owners of jobs: a session, or a job whose SQL launches others.
 
-Invariant: the functions treat both alike. They differ in where messages go and in how settings are
-known.
+Invariant: the functions treat both alike. They differ in where messages go and settings come from.
 """
 
 from __future__ import annotations

@@ -24,8 +24,7 @@ class Peers:
         return frozenset()
 
     async def find(self, handles: Sequence[Handle]) -> tuple[dict[int, JobRecord], int]:
-        """The jobs that other processes know, by cookie; and the number of processes that may know
-        more but did not answer."""
+        """The jobs among these that others know, by cookie, and how many others did not answer."""
         return {}, 0
 
     async def jobs_of(self, roles: Collection[int]) -> tuple[list[JobRecord], int]:

@@ -81,10 +81,9 @@ def _begins_as_report(sql: bytes, statement: Statement, encoding: str | None) ->
 
 
 def parse_progress(message: bytes, marker: bytes) -> tuple[int | None, bytes | None]:
-    """The report in a message that begins with the marker: pct, not clamped, and msg; None for
-    NULL.
+    """The pct, not clamped, and the msg in a message that begins with the marker; None for NULL.
 
-    The message is the marker, a blank, pct in digits or nothing, a blank, and ``=`` with msg, or
+    The message: the marker, a blank, pct in digits or nothing, a blank, and ``=`` and msg or
     nothing.
     """
     pct, _, text = message[len(marker) + 1 :].partition(b" ")

@@ -31,8 +31,7 @@ class JobQueue:
         self._tasks: set[asyncio.Future[None]] = set()
 
     def check(self, role: bytes, size: int) -> None:
-        """Raises SQLError 53400 if a login role cannot queue another job with this many bytes of
-        SQL."""
+        """Raises SQLError 53400 if a login role may not queue another job with this much SQL."""
         config, size = self.config, size + _KEPT_BESIDE
         name = f'role "{role.decode("utf-8", "replace")}"'
         if self._numbers[role] >= config.max_queued_jobs:

@@ -65,14 +65,12 @@ class JobRecord:
         pid: of its backend; `NO_PID` while it waits for one.
         cookie: a random number that identifies it.
         unfinished_state: its state until it ends: `RUNNING`, or what it waits for.
-        encoding: of its SQL, its label and its backend's messages, by PostgreSQL's name; SQL_ASCII
-            if unknown.
+        encoding: of its SQL, label and messages, by PostgreSQL's name; SQL_ASCII if unknown.
         label: given by its launcher.
         role_id: OID of the current role at launch.
         cluster: identifies the database cluster of that role.
         queue_size: limit of unfetched output in bytes.
-        launched_at, finished_at: in UTC; while it waits for a backend, the first is the time of the
-            call.
+        launched_at, finished_at: in UTC; a waiting job was launched at the time of the call.
         tags: the command tags of the statements that have ended.
         progress: the last report: percentage and message.
         finished: whether the backend is done, one way or the other.
@@ -328,8 +326,7 @@ def cut_fields(body: bytes, encoding: bytes) -> bytes:
 class JobRegistry(Generic[JobT]):
     """The jobs of all sessions of this process, including, for a while, those that have ended.
 
-    Through it other sessions of the same role can follow and stop a job. Of an ended job it keeps
-    the outcome, never rows.
+    Through it other sessions of the same role can follow and stop a job. It keeps no rows.
 
     Attributes:
         retention: seconds for which an ended job is known.

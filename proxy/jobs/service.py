@@ -167,8 +167,7 @@ class JobService:
         return [found[handle] for handle in handles], unanswered
 
     async def jobs_of(self, roles: Collection[int]) -> tuple[list[JobRecord], int]:
-        """The known jobs of these roles, and all others of this process; and how many processes did
-        not answer."""
+        """All jobs here, jobs of these roles in other processes, and how many did not answer."""
         theirs, unanswered = await self.peers.jobs_of(roles)
         return [*self.registry, *theirs], unanswered
 
@@ -222,8 +221,7 @@ class JobService:
         return sent.done() and sent.result()
 
     async def _terminate(self, job: Job, termination: Termination) -> None:
-        """Terminate a job's backend, and find out whether it committed before, if the server does
-        not say."""
+        """Terminate a job's backend, and find out whether it committed before, if need be."""
         sent = termination.sent
         try:
             async with self._terminating, self._channel(job) as channel:

@@ -1,9 +1,8 @@
 """Slots: the places that the proxy has for jobs, over all sessions and processes.
 
 Invariant: a job has a slot from before its login to its end, and gives it back once. `Slots` counts
-them in one place: in the single process, or in the supervisor (`workers.slots`). There alone,
-launches wait for a slot, in order of arrival. One that waits because of its role or database does
-not hold up others.
+them in one place: in the single process, or in the supervisor (`workers.slots`), where launches
+wait in order of arrival. One that waits because of its role or database does not hold up others.
 """
 
 from __future__ import annotations

@@ -1,2 +1,1 @@
-"""Connections to clients and to the server: TLS, listening sockets, and how they are handed
-over."""
+"""Connections to clients and to the server: TLS, listening sockets, and their takeover."""

@@ -148,8 +148,7 @@ class Connection(asyncio.Protocol):
             self.transport.set_protocol(self)  # uvloop looks the method up only then
 
     def gather(self) -> None:
-        """From now on, send together what is written in one turn of the event loop, since each send
-        wakes the peer."""
+        """From now on, send once per turn of the event loop, since each send wakes the peer."""
         self._gathers = True
         if self.is_open:
             self.write = self._gather
@@ -258,8 +257,7 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
     def reset(self) -> None:
-        """Close at once, so that already the first byte from the peer fails. After a plain close
-        the second would."""
+        """Close at once, so that the first byte from the peer fails; else only the second would."""
         if self.is_open:
             sock = self.transport.get_extra_info("socket")
             if sock is not None and sock.fileno() >= 0 and sock.family != socket.AF_UNIX:

@@ -97,8 +97,7 @@ class Listeners:
                 return
 
     def _turn_away(self, listening: Listening) -> bool:
-        """Use the reserve to refuse the next client for lack of a descriptor. Returns whether that
-        worked."""
+        """Use the reserve to refuse a client for lack of a descriptor; whether that worked."""
         if not self._reserve.keep():
             return False
         self._reserve.release()

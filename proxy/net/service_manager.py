@@ -1,8 +1,7 @@
 """systemd's protocols for services: sd_notify(3) and sd_listen_fds(3).
 
-Invariant: without their environment variables, nothing happens here. These are removed, so that no
-process of ours speaks in our place or claims the sockets. The manager makes nobody wait: what it
-does not read is lost.
+Invariant: without their environment variables, nothing happens here. These are removed, lest other
+processes of ours use them. The manager makes nobody wait: what it does not read is lost.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Listening sockets: opened for an address, or handed to us by the service manager or by a
-predecessor (`takeover`).
+"""Listening sockets: opened, or handed to us by the service manager or a predecessor (`takeover`).
 
 Invariant: the file of a Unix socket is removed by the last process that listens there: not by one
 that has handed the socket on, nor by one that has not taken it over yet.
@@ -36,8 +35,7 @@ class Listening:
         socket: non-blocking.
         use: who connects: CLIENTS; MANAGER, clients on a socket of the service manager; ADMIN, for
             admin_listen; TAKEOVER, a successor.
-        asked: the address as configured: port 0 for any port, or the path of a Unix socket; empty
-            if somebody else has bound it.
+        asked: the address as configured: port 0 for any, or a Unix socket's path; empty if unknown.
         has_header: whether connections begin with a PROXY protocol header.
     """
 

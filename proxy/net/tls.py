@@ -54,8 +54,7 @@ def client_context(config: Config) -> ssl.SSLContext | None:
 
 
 def http_context(config: Config) -> ssl.SSLContext | None:
-    """The context for HTTPS, with the certificate for clients; None if TLS is disabled. It asks for
-    no client certificate.
+    """The context for HTTPS, without client certificates; None if TLS is disabled.
 
     Raises:
         ConfigError: as for `client_context`.

@@ -1,5 +1,4 @@
-"""Decides who may try to log in, before the server is asked: allow_from, allow_roles,
-allow_databases.
+"""Decides who may try to log in, before the server is: allow_from, allow_roles, allow_databases.
 
 Invariant: what these do not allow never reaches the server. For the rest, the server decides.
 """

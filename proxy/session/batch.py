@@ -134,9 +134,8 @@ class Batch:
         self.settings_known = True
 
     async def know_names(self, statement: Statement, *, apart: bool = False) -> None:
-        """Ask the server, unless it is known, what the calls in a statement mean: which version of
-        the API it has, and which of these names belong to other objects. `apart`: the batch has not
-        begun."""
+        """Ask the server, unless it is known, which version of the API it has, and which names of
+        ours in a statement belong to other objects. `apart`: the batch has not begun."""
         session, reader = self.session, self.session.reader
         if self.relay.status == TransactionStatus.FAILED or not reader.may_call(statement):
             return
@@ -147,8 +146,7 @@ class Batch:
             statement.is_others = await self.caller.means_others(plan, apart=apart)
 
     async def know_view(self, statements: Sequence[Statement], *, apart: bool = False) -> None:
-        """Ask the server how to serve definitions that look for jobs, if there are any. `apart`:
-        the batch has not begun."""
+        """Ask how to serve definitions that look for jobs. `apart`: the batch has not begun."""
         reader = self.session.reader
         undecided = [
             statement

@@ -141,8 +141,7 @@ class Exchange:
             handler: called with each message of the answer.
             plan: of the statement, for errors.
             offset: where the statement begins in the client's text, in characters.
-            undo: called if the server fails before it has answered, with whether it has read the
-                message at all.
+            undo: called if the server fails before it has answered, with whether it got this far.
             is_block: a block of ours is executed in place of a command; errors and notices do not
                 tell the client where in the block they arose.
         """
@@ -196,8 +195,8 @@ class Exchange:
         *,
         apart: bool = False,
     ) -> list[tuple[bytes | None, ...]]:
-        """The rows of a query of ours, within the client's batch; if `apart`, before that begins,
-        as a batch of its own."""
+        """The rows of a query of ours, within the client's batch; if `apart`, in one before
+        that."""
         rows: list[tuple[bytes | None, ...]] = []
 
         async def handler(kind: int, body: bytes) -> None:
@@ -343,8 +342,7 @@ class Exchange:
                 reply.undo(not self._replies)
 
     async def fail(self, error: SQLError) -> None:
-        """Report an error of ours: first the server's transaction must fail, then the client is
-        told.
+        """Report an error of ours: first make the server's transaction fail, then tell the client.
 
         Raises ConnectionError if the client cannot be told, since the rest of a row is lost.
         """

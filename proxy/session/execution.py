@@ -156,8 +156,7 @@ class Execution:
         kept.clear()
 
     async def _check_encoding(self) -> None:
-        """Raises SQLError if a stand-in has changed the encoding of its own rows, perhaps between
-        two rows."""
+        """Raises SQLError if a stand-in has changed the encoding, perhaps between its rows."""
         before = self._batch.caller.context.client_encoding
         await self._primary.ask_settings(b"client_encoding")
         if self._batch.session.client_encoding != before:

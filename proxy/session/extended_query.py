@@ -200,8 +200,7 @@ class ExtendedQuery:
             await self._look_again(max(self._relay.statements))
 
     def _is_text(self, key: bytes) -> bool:
-        """Whether a name, as the server has it, is valid text: it may be cut off inside a
-        character."""
+        """Whether a name, as the server has truncated it, is valid text."""
         client, server = map(self._relay.setting, (b"client_encoding", b"server_encoding"))
         valid = client == server and encodings.is_valid(key, encodings.codec(client))
         return key.isascii() or valid

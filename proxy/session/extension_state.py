@@ -142,8 +142,7 @@ class ExtensionState:
 
     @property
     def is_split(self) -> bool:
-        """Whether calls from the client are ours while those from inside the database go to the C
-        extension."""
+        """Whether the client's calls are ours, but those inside the database the C extension's."""
         return self._has_real and self._services.runtime.config.extension == "proxy"
 
     def forget(self) -> None:

@@ -208,8 +208,7 @@ class Fetch:
     async def send(self, max_rows: int = 0) -> int:
         """Send rows, all or at most `max_rows`, and the notices among them.
 
-        Returns the number of rows sent. Raises SQLError: the job's own; 0A000 for a value without a
-        binary format here.
+        Returns the number of rows sent. Raises SQLError: the job's own; 0A000: no binary form.
         """
         if self.finished:
             return 0
@@ -248,8 +247,7 @@ class Fetch:
                 return sent
 
     async def _pause(self, size: int) -> None:
-        """Every `_TURN` bytes, give others a turn: a client that reads as fast as we write never
-        makes us wait."""
+        """Give others a turn every `_TURN` bytes: a fast client never makes us wait."""
         self._since_pause += size
         if self._since_pause >= _TURN:
             self._since_pause = 0

@@ -94,8 +94,7 @@ class Interception:
             self._relay.from_client(rest)
 
     def end_client(self) -> None:
-        """The client will send no more. It gets the answers to what it has sent, but no job is
-        awaited."""
+        """The client will send no more. What it has sent is answered, but no job is awaited."""
         self._messages.close(ConnectionError("the client has closed the connection"))
         self.interrupts.end_client(reads=self._client.full is None)
 

@@ -119,8 +119,7 @@ class FunctionResult:
     Attributes:
         columns: the function's, with types as the database has them; none if only its job knows.
         marker, fields, server_name, native: as in `RowCalls`.
-        told: a job's columns as told to the client by Describe; later executions must have the
-            same.
+        told: a job's columns as told by Describe, which later executions must match.
     """
 
     plan: ResultPlan
@@ -176,8 +175,7 @@ Prepared = Command | WithCalls
 
 
 def prepare(plan: Plan, composites: Composites) -> WithCalls:
-    """A statement with calls to be prepared, without a name yet, in a database with these composite
-    types."""
+    """A statement with calls to be prepared, still nameless, in a database with these types."""
     types = [composites.resolved(call.function.result_type) for call in plan.calls]
     shown = types if isinstance(plan, ScalarPlan) else [c.type for c in types[0].columns]
     marker = composites.marker if any(type.columns for type in shown) else None

@@ -163,8 +163,7 @@ class SqlReader:
         return statements if self.has_call(statements) else None
 
     def has_call(self, statements: Iterable[Statement]) -> bool:
-        """Whether one of these is to be served or changed, in some API version that the database
-        may have."""
+        """Whether one of these is served or changed, in an API version the database may have."""
         possible = self._extension.possible
         return any(
             self._plan(statement, api) is not None for statement in statements for api in possible
@@ -240,8 +239,7 @@ class SqlReader:
         )
 
     def _by_name(self, tokens: Tokens) -> Substitute | None:
-        """The substitute for a statement that uses one with a call by name: refused unless the
-        server can make the call."""
+        """The refusal of SQL that uses a statement with a call by name, unless the server can."""
         use = by_name.used(tokens)
         if use is None:
             return None

@@ -42,13 +42,11 @@ _LONGEST: Final = 1 << 30
 """The server closes the connection at a longer message of the frontend."""
 
 NAMES_SIZE: Final = 4096
-"""Bytes held of a message to see which statement or portal it names; all of it if the names are
-longer."""
+"""Bytes held of a message to see the statement or portal in it; all, if the names are longer."""
 
 TURN: Final = 64 * 1024
 TEXT_COST: Final = 2048
-"""TURN: bytes of SQL that are read for calls in one turn of the event loop. Each text counts for
-TEXT_COST more."""
+"""TURN: bytes of SQL read for calls in a turn of the event loop; each text adds TEXT_COST."""
 
 _NOTICE_SIZE: Final = 512
 """The watchword of a notice for us is within this many first bytes."""
@@ -380,8 +378,7 @@ class Relay:
         return bool(self.outstanding) or F.BIND in self.batch or F.EXECUTE in self.batch
 
     def _concerns_call(self, kind: int, body: bytes) -> bool:
-        """Whether this message is about a statement or portal with a call; a Parse, whether it
-        would replace one."""
+        """Whether this message concerns, or (Parse) would replace, a statement with a call."""
         if kind == F.PARSE:
             return self.key(body.partition(b"\0")[0]) in self.statements
         if kind == F.BIND:
@@ -496,8 +493,7 @@ class Relay:
         )
 
     def _passes(self, data: bytes, position: int, end: int) -> bool:
-        """Whether the beginning of this notice shows that it is not for us; otherwise it is held
-        until complete."""
+        """Whether the beginning of this notice shows that it is not for us; if not, hold it."""
         known = min(end, position + _NOTICE_SIZE)
         if len(data) < known:
             return False

@@ -72,8 +72,7 @@ class Write(Protocol):
 
 
 class Means(NamedTuple):
-    """What is needed to send a result. Means belong to a batch, like what may interrupt it; a
-    portal may live longer.
+    """What is needed to send a result, in one batch; a portal may live longer.
 
     Attributes:
         write: sends to the client.
@@ -183,8 +182,7 @@ class Table:
 def choose(
     outputs: Sequence[Output], source: Sequence[Field], encoding: bytes = b"UTF8"
 ) -> tuple[tuple[int, ...], tuple[Field, ...]]:
-    """What the client wants of a table in FROM: positions of columns, and their fields. `encoding`:
-    of the names.
+    """What the client wants of a table in FROM: positions and fields. `encoding`: of the names.
 
     Raises SQLError 42703 for a name that does not exist.
     """

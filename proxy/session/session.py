@@ -1,8 +1,7 @@
 """One client: its connection, its primary backend, its jobs.
 
-Invariant: the session decides who handles the two connections: first itself, during startup; then
-the relay; and, during a batch with a call, an interception. The end of one connection ends the
-other; the jobs run on.
+Invariant: the session decides who handles the two connections: itself during startup; then the
+relay; an interception during a batch with a call. The end of one ends the other; jobs run on.
 """
 
 from __future__ import annotations
@@ -182,8 +181,7 @@ class Session(ClientSession):
                 self._spawn(self._connect(packet, raw))
 
     def _login_expired(self) -> None:
-        """Time is up: end the login, with an error only if the client has said who it is, as a
-        server does."""
+        """Time is up: end the login; as in a server, without an error if it has not begun."""
         if self._startup is None:
             self.client.abort()
             self.close()
@@ -630,8 +628,7 @@ class Session(ClientSession):
 
     @property
     def _may_be_asked(self) -> bool:
-        """Whether a function may be waiting for an answer, or about to: its question may be on its
-        way."""
+        """Whether a function may be waiting for an answer, or its question be on its way."""
         if self._inside.is_asked:
             return True
         is_busy = self._relays and (self.relay.is_busy or self.interception is not None)

@@ -68,8 +68,7 @@ class SessionLog:
         """It is gone.
 
         Args:
-            sqlstate: of the error that refused it; None if it left by itself, as psql does to ask
-                for a password.
+            sqlstate: of the error that refused it; None if it left, as psql does to ask a password.
             config: says what is logged.
         """
         if self._authorized:

@@ -1,8 +1,7 @@
 """Serves a Query with a call, statement by statement.
 
 Invariant: its statements are one implicit transaction, as in the server. Each goes by Parse, Bind,
-Describe and Execute, so that a call can be made before the next is executed; one Sync ends them
-all.
+Describe and Execute, so that a call can precede the next statement; one Sync ends all.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What a client sends before and with its StartupMessage: requests for encryption, or a cancel
-request.
+"""What a client sends up to its StartupMessage: requests for encryption, or a cancel request.
 
 Invariant: each request for encryption is answered once, and nothing that came unencrypted is read
 as if it had been encrypted.
@@ -50,9 +49,8 @@ class StartupPackets:
         Args:
             services: has the certificate, and says whether TLS is required.
             client: its connection.
-            accept: takes what the client wants, as a packet and as its bytes. If it is to log in,
-                nothing more is read until its connection is told to; if it is to be refused,
-                nothing at all.
+            accept: takes what the client wants, as a packet and as its bytes. Before a login,
+                reading stops until its connection is told to continue; before a refusal, for good.
             spawn: runs the handshake, and ends the session on an error.
         """
         self.rest = bytearray()

@@ -1,5 +1,4 @@
-"""The values of string constants, and where each byte of them is in the text: for SQL within SQL,
-such as a function body.
+"""The values of string constants, and where each byte of them is in the text: for SQL within SQL.
 
 Invariant: a constant is read as the server reads it, or not at all. Only ASCII bytes keep their
 value: bytes of other characters are replaced by one that looks like nothing else.
@@ -81,8 +80,7 @@ def read(
     standard_conforming_strings: bool,
     around: Said | None = None,
 ) -> Said | None:
-    """The value of a token; None if it is no string constant, a U&'…' or bit string, or has too
-    many escapes.
+    """The value of a token; None if it is no string constant, U&'…', bits, or has many escapes.
 
     Args:
         statement: has the token.

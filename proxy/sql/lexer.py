@@ -283,8 +283,7 @@ def split(
 ) -> list[Statement]:
     """The non-empty statements of a Query string.
 
-    A ``;`` within parentheses (CREATE RULE … DO (a; b)) or within a routine's BEGIN ATOMIC … END
-    does not end a statement.
+    No ``;`` in parentheses (CREATE RULE … DO (a; b)) or in BEGIN ATOMIC … END ends a statement.
 
     Raises:
         LexError: as in tokenize().

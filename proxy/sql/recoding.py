@@ -50,8 +50,7 @@ ASCII: Final = b"ASCII"
 
 
 def encoding_of(client_encoding: bytes, server_encoding: bytes) -> bytes:
-    """The encoding of text that a session with these settings sends and gets. SQL_ASCII:
-    unknown."""
+    """The encoding of the texts of a session with these settings. SQL_ASCII: unknown."""
     if client_encoding == b"UNICODE":
         return b"UTF8"
     return server_encoding if client_encoding in NO_CONVERSION else client_encoding

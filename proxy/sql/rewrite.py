@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of the text sent: ``original[start:end]``, or ``inserted`` if given; that stands for
-    the text at ``start``."""
+    """A part of what is sent: ``original[start:end]``, or ``inserted`` for what is at ``start``."""
 
     start: int
     end: int

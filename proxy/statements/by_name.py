@@ -40,8 +40,7 @@ class Use(NamedTuple):
 
 
 def used(statement: Tokens) -> Use | None:
-    """The name used by EXECUTE (also in EXPLAIN or CREATE TABLE AS), FETCH or MOVE, if the
-    statement is one of these."""
+    """The name that EXECUTE (also in EXPLAIN, CREATE TABLE AS), FETCH or MOVE uses, or None."""
     try:
         return _used(statement)
     except NotRecognizedError:

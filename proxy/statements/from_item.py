@@ -49,8 +49,7 @@ _ALL_FIELDS: Final = b""
 
 
 class _Source(NamedTuple):
-    """An item of FROM: the table's name, its alias's token, the columns' names, whether they have
-    types, and their tokens."""
+    """An item of FROM: its name, its alias's token; its columns' names, whether typed, tokens."""
 
     name: bytes
     alias: int | None
@@ -107,8 +106,7 @@ def plain_outputs(outline: Outline) -> tuple[list[OutputItem], int]:
 
 
 def plain_output(outline: Outline, index: int) -> OutputItem:
-    """An item ``*``, ``t.*``, ``c``, ``t.c``, ``(c).f``, ``(t.c).f``, ``(c).*`` or ``(t.c).*``,
-    with an optional label."""
+    """``*``, ``t.*``, ``c``, ``t.c``, ``(c).f``, ``(t.c).f``, ``(c).*`` or ``(t.c).*``; a label."""
     table = field = None
     in_parentheses = outline.text(index) == b"("
     at = index + in_parentheses

@@ -8,8 +8,7 @@ those of another. Thousands of random statements on PostgreSQL 15 and 18 showed 
 need not refuse one call for several rows then (`is_merged` and the like could go). The other
 conditions would remain: next to a function that returns a set, the server evaluates a call once
 more than there are rows, and a volatile WHERE drops rows with their calls. It would also need
-results kept for each statement, and, before gen_random_uuid() in PostgreSQL 13, numbers from the
-session's random sequence.
+results kept per statement, and, before PostgreSQL 13, numbers of the session's random sequence.
 """
 
 from __future__ import annotations
@@ -250,8 +249,7 @@ def _items(outline: Outline, lateral: Lateral, first: int, end: int) -> _Items:
 def call_item(
     outline: Outline, site: Site, first: int, last: int, column: int
 ) -> tuple[list[Piece], list[ItemOutput]]:
-    """A call that is an item of the select list: its stand-in, with the call's name, and the
-    client's columns."""
+    """A call in the select list: its stand-in, with the call's name, and the client's columns."""
     span = item_span(outline, site)
     label, end = outline.label(span.last + 1)
     if span.first != first or end != last + 1:
@@ -299,8 +297,7 @@ def field_of_lateral(
 
 
 def check_rows(outline: Outline, lateral: Lateral) -> None:
-    """Raises NotRecognizedError unless each returned row has a call of its own, as if the server
-    joined the call last."""
+    """Raises NotRecognizedError unless each returned row has a call of its own, joined last."""
     site = lateral.site
     for first, end in ((0, lateral.select), (lateral.from_ + 1, lateral.rest)):
         for at in range(first, end):
@@ -401,8 +398,7 @@ def is_call(outline: Outline, at: int) -> bool:
 
 
 def is_column(outline: Outline, at: int) -> bool:
-    """Whether this is certainly a column: a name, possibly qualified, between tokens that can only
-    delimit an operand."""
+    """Whether this is certainly a column: a name between tokens that can only delimit operands."""
     if not outline.is_name(at) or outline.keyword(at) in _NORMAL_FORMS:
         return False
     before = outline.text(at - 1)

@@ -1,7 +1,6 @@
 """Finds the calls in a statement, and the functions that they call.
 
-Invariant: `Outline` knows tokens, brackets and calls, but no shapes of statements, which have
-readers of their own.
+Invariant: `Outline` knows tokens, brackets and calls; readers of their own know the shapes.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ class Outline(Tokens):
         return decoded if decoded in self.functions else None
 
     def site(self, index: int, outer: list[Leaf] | None = None) -> Site:
-        """The call whose name is at ``index``. ``outer``: the leaves that precede its own, if it is
-        an argument itself."""
+        """The call whose name is at ``index``. ``outer``: leaves before its own, if an argument."""
         name, close = self.name_of_ours(index), self.closing(index + 1)
         items = self.list_items(index + 2, close) if close > index + 2 else []
         given = [self.argument(*item) for item in items if not self.is_void(*item)]

@@ -1,5 +1,4 @@
-"""How a statement is served: its stand-in, the calls made of the stand-in's rows, and the client's
-columns.
+"""How a statement is served: its stand-in, the calls for its rows, and the client's columns.
 
 Invariant: a plan has all that the interception needs to know about a statement, in terms of the
 stand-in's columns; only its `Rewrite` knows positions in the text.
@@ -43,8 +42,7 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call, with its arguments as written; omitted ones take their defaults. ``schema`` qualifies
-    the function's name, if given."""
+    """A call, with its arguments as written (not the defaults), and the function's ``schema``."""
 
     function: Function
     arguments: tuple[Argument, ...]
@@ -71,8 +69,7 @@ class Call:
 class CallColumn:
     """An output column that is a call: in the stand-in it is the arguments, a text.
 
-    ``index`` counts from the first column, or from the last (-1) if a ``*`` before it makes that
-    unknown.
+    ``index`` counts from the first column, or from the last (-1) behind a ``*``.
     """
 
     index: int
@@ -114,15 +111,13 @@ class _Calling:
 
     @property
     def streams(self) -> bool:
-        """Whether the rows are a job's, which the proxy sends as they come; a server would first
-        collect them all."""
+        """Whether the rows are a job's, sent as they come; a server would collect them first."""
         return any(call.function.result_type == RECORD for call in self.calls)
 
     @functools.cached_property
     def is_servers_too(self) -> bool:
-        """Whether a server with the functions accepts the unchanged statement, with the same
-        parameters. Only the proxy serves rows without a column definition list, and takes other
-        values for handles."""
+        """Whether a server with the functions accepts the unchanged statement. Only the proxy
+        serves rows without a column definition list, and takes other values for handles."""
         parameters = (p.type for call in self.all_calls for p in call.function.parameters)
         return HANDLES not in parameters and (
             self.has_definition_list
@@ -226,9 +221,8 @@ class Block:
 class Substitute:
     """A statement without calls that the server gets in other words.
 
-    ``tag``: the command tag for the client. It marks a command that a block of ours carries out;
-    CONTEXT of errors and notices then omits the block. Without a tag, it is the client's own
-    statement, changed in places.
+    ``tag``: the command tag for the client, if a block of ours carries out the command; CONTEXT
+    then omits the block. Otherwise it is the client's own statement, changed in places.
 
     ``notice``: sent to the client after execution.
 
@@ -264,8 +258,7 @@ class Statement:
         is_kept: whether it is a named Parse, which may be executed much later.
         calls: the plans for its calls, by version of the API, as far as they were needed.
         substitutes: its substitutes, once needed.
-        is_others: whether a call in it means another object of the database, so that the server
-            must make it.
+        is_others: whether a call in it means another object, so that the server must make it.
     """
 
     text: bytes

@@ -1,7 +1,6 @@
 """The settings that affect how the server reads SQL.
 
-Invariant: a text is read with the settings that the server will have when it reads it, or these
-make no difference to it.
+Invariant: a text is read with the settings that the server will have, unless they do not matter.
 
 The server reads a whole Query string, or the text of a Parse, when the message arrives. Two
 settings matter: client_encoding decides where characters end, standard_conforming_strings what a
@@ -32,6 +31,5 @@ class Reading(NamedTuple):
 
 
 def depends_on_settings(sql: bytes) -> bool:
-    """Whether some settings give this text another meaning. ASCII is the same in all client
-    encodings."""
+    """Whether settings matter to this text; ASCII is the same in all client encodings."""
     return b"\\" in sql or not sql.isascii()

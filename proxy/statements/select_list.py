@@ -51,8 +51,7 @@ class _SelectList(NamedTuple):
 class Span(NamedTuple):
     """An item of the select list that is a call or fields of it, from its first token to its last.
 
-    ``fields``: the fields; None for the call itself. ``names``: the column names without a label;
-    the stand-in uses the first.
+    ``fields``: None for the call itself. ``names``: the names without label, the stand-in's first.
     """
 
     first: int
@@ -174,8 +173,8 @@ def select_list(outline: Outline) -> _SelectList:
 
 
 def begins_clause(outline: Outline, at: int) -> bool:
-    """Whether a word at the outermost level begins a clause of a SELECT, and is no label, column or
-    part of an expression."""
+    """Whether an outermost word begins a clause, and is no label, column or part of an
+    expression."""
     word = outline.keyword(at)
     if (
         not (word == "from" or word in CLAUSES)

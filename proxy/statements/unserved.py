@@ -1,9 +1,8 @@
 """Rewords the server's errors about calls that the proxy has not served.
 
-Invariant: such a statement goes to the server unchanged. There our functions do not exist, so the
-server stops at the call, wherever it is (a DO block, a view, a function body), with
-undefined_function, or at our views with undefined_table. Only these errors are replaced; all others
-are passed on.
+Invariant: such a statement goes to the server unchanged. There our functions do not exist, so it
+stops at the call, wherever that is (a DO block, a view, a function body), with undefined_function,
+or at our views with undefined_table. Only these errors are replaced.
 """
 
 from __future__ import annotations
@@ -84,8 +83,7 @@ def unserved(body: bytes, *, too_long: bool = False) -> bytes | None:
 
 
 def unavailable(body: bytes) -> bytes | None:
-    """The same for CREATE EXTENSION in a block or function, which only the server sees; it lacks
-    the extension's files."""
+    """The same for CREATE EXTENSION in a block or function: the server lacks its files."""
     if b"pg_background" not in body or not (b"C0A000\0" in body or b"C58P01\0" in body):
         return None
     error = ErrorResponse.parse(body)

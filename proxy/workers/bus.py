@@ -3,8 +3,7 @@
 Invariant: a channel is a socket pair that no other process has, so its input is trusted; and
 nothing grows without limit. Users determine the size of an answer, so answers come in pieces, and
 one that the other side is too slow to read is omitted. Messages that must arrive are small: if one
-cannot be sent, the other side reads nothing, and the channel ends. A lost channel means a lost
-process.
+cannot be sent, the channel ends. A lost channel means a lost process.
 """
 
 from __future__ import annotations

@@ -130,8 +130,7 @@ class AllWorkers:
     def answered(self, serial: int, answer: Answer) -> None:
         """A worker has answered, or reported its last figures.
 
-        Figures are added as they come: by the end of the question the worker may be gone, and
-        counted as such.
+        Figures are added as they come, since the worker may be gone by the end of the question.
         """
         question = self._asked.get(answer.number)
         measured = question is not None and isinstance(question.ask, Measure)

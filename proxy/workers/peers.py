@@ -379,9 +379,8 @@ class OtherWorkers(Peers):
         patience: float = _PATIENCE,
         lasting: bool = False,
     ) -> int:
-        """Ask all peers, or one. Returns how many have not answered. `take` is called with each
-        answer, and returns whether no other is wanted; if `lasting`, late ones too. `patience` is
-        in seconds."""
+        """Ask all peers, or one, for `patience` seconds. Returns how many have not answered. `take`
+        gets each answer, and returns whether it is the last wanted; if `lasting`, late ones too."""
         if self._channel.lost.done():
             return 0
         number = next(self._numbers)

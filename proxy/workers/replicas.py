@@ -3,8 +3,7 @@
 Invariant: each serving process asks those of all other replicas itself, as it asks its fellow
 workers, and checks rights itself: only what a proxy with the secret has sealed is believed
 (`replica_link`). Only questions about jobs, and cancel requests, are answered. A lost link is no
-lost process: jobs of others are searched for when a link is back, and lost only if nobody knows
-them after a while.
+lost process: its jobs are searched for when the link is back, and given up after a while.
 """
 
 from __future__ import annotations
@@ -95,8 +94,7 @@ class OtherReplicas(OtherWorkers):
             question.give_up()
 
     def _jobs_lost(self, jobs: Sequence[RemoteJob]) -> None:
-        """The process of these jobs is gone, or has lost its link, and will return under another
-        name."""
+        """Their process is gone, or has lost its link and will return under another name."""
         lost = [job for job in jobs if job.cookie not in self._searching]
         if lost:
             self._searching.update(job.cookie for job in lost)

@@ -2,8 +2,7 @@
 
 Invariant: the supervisor serves no client and knows nothing of PostgreSQL. It listens, gives each
 connection to the worker with the fewest, forwards messages between workers (`peers`), restarts a
-worker that dies, kills one that hangs, and ends when told to, after all of them. Only the
-supervisor handles signals.
+worker that dies, kills one that hangs, handles signals, and is the last to end.
 
 Why it hands over connections, instead of letting workers accept them: sessions are few and long, so
 even distribution matters. Measured with 2 workers and 32 connections at once, the share of the
@@ -133,8 +132,7 @@ class Supervisor:
         self._failure: Exception | None = None
 
     async def run(self) -> int:
-        """Serve until SIGINT or SIGTERM, or until another has taken over, then let all workers end.
-        Returns the exit code.
+        """Serve until SIGINT, SIGTERM or a takeover, then let all workers end; the exit code.
 
         Raises OSError if it cannot start: a required server is unreachable, an address is taken, or
         a worker cannot be started; ConfigError for an invalid file.
