@@ -212,7 +212,8 @@ def installed_query(functions: Iterable[Function]) -> str:
         _ALLOWED[are_views].replace("@{names}", ",".join(named))
         for are_views, named in names.items()
     )
-    return _INSTALLED.replace("@{allowed}", " UNION ALL ".join(allowed))
+    nothing = "SELECT CAST(NULL AS pg_catalog.text) WHERE false"
+    return _INSTALLED.replace("@{allowed}", " UNION ALL ".join(allowed) or nothing)
 
 
 def parse_installed(values: Sequence[bytes | None]) -> Installed:
