@@ -80,8 +80,8 @@ FROM (SELECT current_setting('max_connections')::int AS most,
       FROM pg_database b, pg_stat_database s
       WHERE s.datid = b.oid AND b.datname = current_database()) d
 """
-"""The number of connections left to the role: by the server's limit; by the role's and the
-database's limits, NULL without one."""
+"""Connections: left to the role by the server's limit; max_connections; left by the role's and the
+database's own limits, NULL without one."""
 
 _RUN: Final = b"SELECT state, error_message FROM %bpg_background_run('SELECT 1', 0, 10000)"
 _SCHEMA: Final = b"SELECT quote_ident(%b)"
@@ -467,7 +467,6 @@ class Doctor:
     # A job
 
     async def _log_in_for_job(self, server: Server, session: Session) -> bool:
-        """Log in as a job does."""
         client, route = self._client, session.route
         try:
             credentials = await server.runtime.credentials_of(

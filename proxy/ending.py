@@ -56,7 +56,6 @@ class Ending:
             self._within(self._config().shutdown_timeout)
 
     def at_once(self) -> None:
-        """End at once."""
         self.begun.set()
         self.now.set()
 

@@ -141,7 +141,6 @@ class JsonFormatter(logging.Formatter):
         self._who = who
 
     def format(self, record: logging.LogRecord) -> str:
-        """Formats one event."""
         said: dict[str, Value] = {
             "timestamp": _when(record),
             "pid": record.process,
@@ -291,7 +290,6 @@ def configure(level: str, format: str = "text", *, who: str = "") -> None:
 
 
 def change(level: str, format: str) -> None:
-    """Changes level and format."""
     logger.setLevel(level.upper())
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_FORMATTERS[format](_name))

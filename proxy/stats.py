@@ -92,7 +92,6 @@ class Counters:
         self.lag = Histogram(LAGS)
 
     def job_ended(self, state: str, sqlstate: str | None, seconds: float) -> None:
-        """Count a job's end."""
         self.ended[state][error_class(sqlstate)] += 1
         self.duration.observe(seconds)
 

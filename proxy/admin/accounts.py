@@ -96,7 +96,6 @@ class Accounts:
         return hmac.digest(self._key, b"token\0" + account.user.encode(), "sha256").hex()
 
     def has_token(self, account: Account, token: str) -> bool:
-        """Whether that is it."""
         return hmac.compare_digest(self.token(account).encode(), token.encode())
 
     def _digest(self, user: bytes, password: bytes, secret: Secret | None) -> bytes:

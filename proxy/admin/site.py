@@ -113,7 +113,6 @@ class Site:
             logger.info("serving metrics and the jobs page on %s://%s", scheme, name)
 
     async def close(self) -> None:
-        """End."""
         for server in self._servers:
             server.close()
         self._readiness.close()

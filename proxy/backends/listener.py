@@ -119,7 +119,6 @@ class Listener:
         return not self._reader.done()
 
     def close(self) -> None:
-        """Close the connection."""
         self._reader.cancel()
         self._backend.terminate()
 

@@ -187,7 +187,6 @@ class _Kept:
             self._others.remove(self)
 
     def close(self) -> None:
-        """Close the backend."""
         self.forget()
         self._begin.cancel()
         if self._resetting is not None:

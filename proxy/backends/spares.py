@@ -375,7 +375,6 @@ class Spares:
             yield login, len(pool.ready), len(pool.opening), len(pool.waiting)
 
     def close(self) -> None:
-        """Close them all."""
         for pool in self._pools.values():
             if pool.refill is not None:
                 pool.refill.cancel()

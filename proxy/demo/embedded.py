@@ -151,7 +151,6 @@ class Cluster:
 
     @property
     def data(self) -> Path:
-        """The data directory."""
         return self.directory / "data"
 
     def log(self, start: int = 0) -> str:

@@ -158,7 +158,6 @@ def _hash(text: str, server_version: int) -> str:
 
 
 def quoted(name: str) -> str:
-    """A quoted identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 

@@ -401,7 +401,6 @@ class Handover:
         self._ready = ((number, self._size), self._data(number))
 
     def is_last(self, number: int) -> bool:
-        """Whether a piece is the last one."""
         return len(self._answer) <= (number - self._first + 1) * self._size
 
     @property

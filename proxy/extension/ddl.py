@@ -246,7 +246,6 @@ def _update(command: UpdateExtension, api: int, scripts: dict[int, str]) -> str:
 
 
 def _missing_types(api: int) -> str:
-    """Creates the missing types."""
     return "".join(
         "IF NOT EXISTS(SELECT 1 FROM pg_catalog.pg_type t WHERE t.typnamespace"
         f" OPERATOR(pg_catalog.=) namespace AND t.typname OPERATOR(pg_catalog.=) '{name}')"

@@ -182,7 +182,7 @@ def _may_compare(sql: bytes) -> bool:
 
 
 class _Finder:
-    """Finds the parts of a definition with a comparison; None for one that may not be executed."""
+    """Finds the parts of a definition with a comparison; None for one that may not be code."""
 
     def __init__(self, *, conforming: bool) -> None:
         """`conforming`: standard_conforming_strings."""

@@ -35,7 +35,6 @@ def table(schema: str) -> str:
 
 
 def view(schema: str) -> str:
-    """CREATE VIEW."""
     query = sql("history_view", schema=schema, table=HISTORY_TABLE).rstrip("\n")
     return f"CREATE OR REPLACE VIEW {schema}.{HISTORY} WITH (security_barrier = true) AS\n{query}"
 

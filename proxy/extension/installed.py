@@ -142,7 +142,6 @@ class Installed:
 
     @property
     def api(self) -> int:
-        """The version of its API."""
         return api_version(self.version)
 
     def allows(self, function: Function) -> bool:

@@ -51,7 +51,6 @@ class Counts:
         return self.completed + self.failed + self.canceled
 
     def ended(self, job: Job) -> None:
-        """Count the end of a job."""
         self.total_ms += job.elapsed_ms
         self.timed_out += job.timed_out
         if job.state == b"canceled":

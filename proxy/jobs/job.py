@@ -201,7 +201,7 @@ class Job(JobRecord):
         self._statements_done = 0
         self._taken_up = False
         self._output_settings = OutputSettings(backend.parameters)
-        # The string has run, and: its transaction is being committed; was, and our query runs.
+        # Whether the string has run, and its transaction commits; or has, and our query runs.
         self._commits = False
         self._is_committed = False
         self._text = JobText(self._sql, backend.parameters, marker)

@@ -22,13 +22,11 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 
 
 def started(job: Job, config: Config) -> None:
-    """The job is about to run."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug(Event("job launched", _names(job) | _sql(job, config)))
 
 
 def ended(job: Job, config: Config) -> None:
-    """The job has ended."""
     assert job.finished_at is not None
     took = (job.finished_at - job.launched_at) / _MILLISECOND
     failed = job.error is not None or job.is_abandoned

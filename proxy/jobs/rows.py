@@ -181,7 +181,6 @@ class OutputQueue:
             self._release(len(piece.data))
 
     def end(self) -> None:
-        """The source has ended."""
         self._source = None
         for budget in self._budgets:
             budget.forget(self)

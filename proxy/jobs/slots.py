@@ -124,7 +124,6 @@ class Slots:
         self._dispense()
 
     def free_all(self, process: int) -> None:
-        """Free all slots of a process that is gone."""
         for key in [key for key in (*self._held, *self._group_of) if key[0] == process]:
             self._forget(key)
         self._dispense()
@@ -220,7 +219,6 @@ class Slot:
         self._woken = asyncio.Event()
 
     def grant(self) -> None:
-        """The slot is granted now."""
         self.is_granted = True
         self._woken.set()
 

@@ -123,7 +123,7 @@ class _Link:
             raise TakeoverError(f"takeover: process {self.pid} says {message!r}, not {wanted!r}")
 
     async def hear_out(self) -> None:
-        """It has closed the connection. Raises TakeoverError if its last message refuses."""
+        """The other process has hung up. Raises TakeoverError if its last message refuses."""
         with contextlib.suppress(ConnectionError):
             while True:
                 await self.receive(_ANSWER)
@@ -155,7 +155,6 @@ class Predecessor:
 
     @property
     def pid(self) -> int:
-        """The pid of the process."""
         return self._link.pid
 
     @classmethod

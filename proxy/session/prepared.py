@@ -100,7 +100,6 @@ class RowCalls:
         return tuple(fields)
 
     def stand_in_formats(self, formats: tuple[int, ...]) -> tuple[int, ...]:
-        """As in `Command`."""
         outputs = self.plan.outputs
         if outputs is None or len(formats) != len(outputs):
             return formats
@@ -136,7 +135,6 @@ class FunctionResult:
         return bool(self.plan.defined_columns or self.columns)
 
     def described(self, fields: tuple[Field, ...]) -> None:
-        """As in `RowCalls`."""
         self.fields = fields
         width = 1
         if defined := self.plan.defined_columns:
@@ -164,7 +162,6 @@ class FunctionResult:
         return choose(self.plan.outputs, fields_of(self.columns))[1]
 
     def stand_in_formats(self, formats: tuple[int, ...]) -> tuple[int, ...]:
-        """As in `Command`."""
         if not self.plan.defined_columns:
             return ()
         return (*formats, 0, 0) if len(formats) > 1 else formats

@@ -520,14 +520,12 @@ class Relay:
         return None
 
     def parameter_status(self, body: bytes) -> None:
-        """Note a ParameterStatus."""
         name, _, value = body.rstrip(b"\0").partition(b"\0")
         if name in self.WATCHED:
             self.parameters[name] = value
             self.unreported.pop(name, None)
 
     def ready(self, status: int) -> None:
-        """Note a ReadyForQuery."""
         self.status = status
         self.unreported.clear()
         self._hooks.ready()

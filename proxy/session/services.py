@@ -82,7 +82,7 @@ class Services(Protocol):
         """Number of transactions that have changed the extension, in any database."""
 
     def extension_changed(self) -> None:
-        """Count one more."""
+        """Count one more transaction that has."""
 
     def session_began(self, session: Served) -> None:
         """A client has connected."""

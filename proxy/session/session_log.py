@@ -65,7 +65,7 @@ class SessionLog:
         logger.info(Event(what, named | where, text))
 
     def ended(self, sqlstate: str | None, config: Config) -> None:
-        """It is gone.
+        """The client is gone.
 
         Args:
             sqlstate: of the error that refused it; None if it left, as psql does to ask a password.

@@ -179,7 +179,6 @@ def array_text(values: Sequence[bytes | None], client_encoding: bytes) -> bytes:
 
 
 def array_2_text(rows: Sequence[Sequence[bytes | None]], client_encoding: bytes) -> bytes:
-    """A text[][]."""
     return b"{" + b",".join([array_text(row, client_encoding) for row in rows]) + b"}"
 
 

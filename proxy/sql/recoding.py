@@ -123,7 +123,6 @@ def whole_characters(cut: bytes, encoding: bytes) -> bytes:
 
 
 def first_characters(text: bytes, count: int, encoding: bytes) -> bytes:
-    """The first `count` characters of a text."""
     name = _counting_codec(encoding)
     return text.decode(name, "surrogateescape")[:count].encode(name, "surrogateescape")
 

@@ -22,7 +22,6 @@ class Use(NamedTuple):
     is_portal: bool
 
     def refusal(self) -> SQLError:
-        """The error for this use."""
         name = self.name.decode("utf-8", "replace")
         what, use, other = (
             ("portal", "fetched from", "DECLARE")

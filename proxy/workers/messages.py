@@ -345,7 +345,6 @@ def encode(message: Message) -> bytes:
 
 
 def decode(line: bytes) -> Message:
-    """The message in a line."""
     return cast(Message, json.loads(line, object_hook=_typed))
 
 

@@ -140,7 +140,6 @@ class AllWorkers:
             question.answered(serial, answer.body)
 
     def gone(self, serial: int) -> None:
-        """A worker has ended."""
         if (last := self._last.pop(serial, None)) is not None:
             self._past = total([self._past, last["counters"]])
         for question in self._asked.values():

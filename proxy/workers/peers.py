@@ -198,7 +198,6 @@ class OtherWorkers(Peers):
         return set().union(*self._roles_of.values()) if self._roles_of else set()
 
     async def find(self, handles: Sequence[Handle]) -> tuple[dict[int, JobRecord], int]:
-        """See `Peers`."""
         missing = {cookie for _, cookie in handles}
         found: dict[int, JobRecord] = {}
         unanswered = 0
@@ -215,7 +214,6 @@ class OtherWorkers(Peers):
         return found, unanswered if missing else 0
 
     async def jobs_of(self, roles: Collection[int]) -> tuple[list[JobRecord], int]:
-        """See `Peers`."""
         found: list[JobRecord] = []
 
         def take(peer: int, snapshots: list[dict[str, Any]]) -> bool:
@@ -241,7 +239,6 @@ class OtherWorkers(Peers):
         return self._stand_ins.get(job.cookie) is job
 
     async def cancel_job(self, job: RemoteJob) -> bool:
-        """See `Peers`."""
         ask = CancelJob(*job.handle)
         return not await self._ask(ask, to=job.owner, patience=self._canceling)
 
@@ -271,7 +268,6 @@ class OtherWorkers(Peers):
         return _PATIENCE
 
     async def give_way(self) -> bool:
-        """See `Peers`."""
         had: list[bool] = []
 
         def take(peer: int, had_some: bool) -> bool:
@@ -342,7 +338,6 @@ class OtherWorkers(Peers):
     # News
 
     async def announce(self, role_id: int) -> None:
-        """See `Peers`."""
         if role_id not in self._announced:
             await self._ask(NewRole(role_id), patience=self._announcing)
             self._announced.add(role_id)
@@ -350,22 +345,18 @@ class OtherWorkers(Peers):
                 self.role_gone(role_id)
 
     def role_gone(self, role_id: int) -> None:
-        """See `Peers`."""
         if role_id in self._announced:
             self._announced.discard(role_id)
             self._channel.send(Told(RoleGone(role_id)))
 
     def job_ended(self, job: Job) -> None:
-        """See `Peers`."""
         for peer in self._watchers.pop(job.cookie, ()):
             self._channel.send(Told(JobEnded(job.snapshot(whole=False)), to=peer))
 
     def extension_changed(self) -> None:
-        """See `Peers`."""
         self._channel.send(Told(ExtensionChanged()))
 
     def leave_databases(self, sql: bytes) -> None:
-        """See `Peers`."""
         self._channel.send(Told(LeaveDatabases(sql.decode("latin-1"))))
 
     # Asking

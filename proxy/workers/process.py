@@ -101,7 +101,7 @@ class WorkerProcess:
             self.kill()
 
     def known(self, *, ready: bool) -> None:
-        """It serves now, or never will."""
+        """The worker serves now, or never will."""
         if not self.ready.done():
             self.ready.set_result(ready)
 
@@ -145,11 +145,11 @@ class WorkerProcess:
         return self._full_since > 0.0 and now - self._full_since > _STUCK
 
     def taken(self) -> None:
-        """It has taken the oldest connection given to it."""
+        """The worker has taken the oldest connection given to it."""
         self.untaken.popleft().socket.close()
 
     def refused(self) -> None:
-        """It has no file descriptor for that one."""
+        """The worker has no file descriptor for that one."""
         turn_away(self.untaken.popleft().socket)
         self.sessions -= 1
 
@@ -188,7 +188,7 @@ class WorkerProcess:
         self.channel.send(Ping())
 
     def spoke(self) -> None:
-        """It has answered, so it does not hang."""
+        """The worker has answered, so it does not hang."""
         self.unanswered = 0
         self._is_pinged = False
 

@@ -132,11 +132,9 @@ class All(Peers):
 
     @property
     def roles(self) -> set[int]:
-        """See `Peers`."""
         return {*self._workers.roles, *self._replicas.roles}
 
     async def find(self, handles: Sequence[Handle]) -> tuple[dict[int, JobRecord], int]:
-        """See `Peers`."""
         found, unanswered = await self._workers.find(handles)
         if missing := [handle for handle in handles if handle[1] not in found]:
             theirs, more = await self._replicas.find(missing)
@@ -145,46 +143,37 @@ class All(Peers):
         return found, unanswered
 
     async def jobs_of(self, roles: Collection[int]) -> tuple[list[JobRecord], int]:
-        """See `Peers`."""
         (first, missing), (second, more) = await asyncio.gather(
             self._workers.jobs_of(roles), self._replicas.jobs_of(roles)
         )
         return [*first, *second], missing + more
 
     async def cancel_job(self, job: RemoteJob) -> bool:
-        """See `Peers`."""
         peers = self._replicas if self._replicas.knows(job) else self._workers
         return await peers.cancel_job(job)
 
     async def cancel(self, request: CancelRequest) -> bool:
-        """See `Peers`."""
         return await self._workers.cancel(request) or await self._replicas.cancel(request)
 
     async def give_way(self) -> bool:
-        """See `Peers`."""
         return any(await asyncio.gather(self._workers.give_way(), self._replicas.give_way()))
 
     async def announce(self, role_id: int) -> None:
-        """See `Peers`."""
         await asyncio.gather(self._workers.announce(role_id), self._replicas.announce(role_id))
 
     def role_gone(self, role_id: int) -> None:
-        """See `Peers`."""
         self._workers.role_gone(role_id)
         self._replicas.role_gone(role_id)
 
     def job_ended(self, job: Job) -> None:
-        """See `Peers`."""
         self._workers.job_ended(job)
         self._replicas.job_ended(job)
 
     def extension_changed(self) -> None:
-        """See `Peers`."""
         self._workers.extension_changed()
         self._replicas.extension_changed()
 
     def leave_databases(self, sql: bytes) -> None:
-        """See `Peers`."""
         self._workers.leave_databases(sql)
         self._replicas.leave_databases(sql)
 

@@ -433,7 +433,6 @@ class Supervisor:
         return None
 
     def _others(self, worker: WorkerProcess, serial: int | None) -> list[WorkerProcess]:
-        """All other workers, or one."""
         return [
             other
             for other in self._workers.values()
