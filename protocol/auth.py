@@ -12,7 +12,7 @@ _SECRET = re.compile(rb"md5[0-9a-f]{32}")
 
 
 def md5_password(user: bytes, password: bytes, salt: bytes) -> bytes:
-    """The text of the PasswordMessage that answers an AuthenticationMD5Password with this salt.
+    """The text of the PasswordMessage that answers AuthenticationMD5Password (salt: 4 bytes).
 
     That is ``md5`` and the hexadecimal digits of md5(hex(md5(password + user)) + salt).
     """
@@ -20,7 +20,7 @@ def md5_password(user: bytes, password: bytes, salt: bytes) -> bytes:
 
 
 def md5_secret(user: bytes, password: bytes) -> bytes:
-    """The content of pg_authid.rolpassword: ``md5`` and the digits of md5(password + user)."""
+    """The content of pg_authid.rolpassword: ``md5`` and 32 digits, md5(password + user)."""
     return _md5(password + user)
 
 

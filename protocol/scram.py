@@ -180,7 +180,7 @@ class ScramClient:
         From a password, this takes about a millisecond per 4000 iterations.
 
         Raises:
-            ProtocolViolation: malformed, a foreign nonce, or an iteration count out of bounds.
+            ProtocolViolation: malformed, a foreign nonce, too few or over `MAX_ITERATIONS`.
         """
         nonce, salt, iterations = _match(_SERVER_FIRST, server_first, "server-first-message")
         if not nonce.startswith(self._nonce) or nonce == self._nonce:

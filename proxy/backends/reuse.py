@@ -2,9 +2,9 @@
 
 Invariant: other sessions never meet what a job has left in a backend, and its own session only what
 DISCARD ALL leaves. A backend is reset as soon as its job ends, so it keeps no locks or temporary
-tables. It serves another job only once the session is done with the last one, whose pid it has. It
-is not reused if something noticeable may survive DISCARD ALL (`_RESET`, `is_remembered`), or if its
-job was cancelled: a signal may still arrive.
+tables. It serves another job only once the session is done with the last one, which its pid means
+until then. It is not reused if something noticeable may survive DISCARD ALL (`_RESET`,
+`is_remembered`), or if its job was cancelled: a signal may still arrive.
 
 To the server it is a spare (`spares`): its login still holds and is no older than a spare's may be,
 and it gives way when spares do.
@@ -80,8 +80,7 @@ Keep: TypeAlias = "Callable[[Backend], Free | None]"
 
 
 def is_remembered(sql: bytes) -> bool:
-    """Whether a job may leave state that no query finds: a base backup lasts as long as a
-    session."""
+    """Whether a job may leave state that no query finds: a base backup lasts for a session."""
     return len(sql) > _LONGEST_READ or b"backup" in sql.lower()
 
 

@@ -243,8 +243,7 @@ class Spares:
         return await open_one()
 
     def give_way(self) -> bool:
-        """Close all spares, even those being opened, and unused channels; whether there were
-        any."""
+        """Close all spares, even those being opened, and unused channels; whether any existed."""
         channels = self._channels.give_way()
         now = asyncio.get_running_loop().time()
         tasks = list(self._tasks)
@@ -369,8 +368,8 @@ class Spares:
             del self._pools[key]
 
     def overview(self) -> Iterator[tuple[Login, int, int, int]]:
-        """For each login: the number of spares ready, of those being opened, and of waiting
-        launches."""
+        """For each login: the numbers of spares ready, of spares being opened, and of launches
+        that wait for one."""
         for (login, _), pool in list(self._pools.items()):
             yield login, len(pool.ready), len(pool.opening), len(pool.waiting)
 

@@ -119,8 +119,7 @@ class Query(Tokens):
         return self.with_sources(sources, references)
 
     def extension_sources(self, major: int) -> dict[bytes, bytes] | None:
-        """Replacements for pg_extension and related catalogs, if it is mentioned and they will
-        do."""
+        """Replacements for pg_extension, if mentioned, and related catalogs; None if unfaithful."""
         if PG_EXTENSION not in self.sql.lower():  # psql's \\dx+ has it in a constant only
             return {}
         with_oid = major < 12 and b"oid" in self.names

@@ -56,8 +56,7 @@ VIEW_QUERY: Final = (
     " AND pg_catalog.has_table_privilege(c.oid, 'SELECT')) v ON true"
 ).encode()
 """Decides how a definition is served: the quoted schema of the extension's view, NULL if the
-session has none; client_min_messages; whether the server has the C extension (with the
-backend_type)."""
+session has none; client_min_messages; whether the server has the C extension, which needs none."""
 
 # The search in code in another language, and in very long code.
 _SEEMS_TO_COMPARE: Final = re.compile(

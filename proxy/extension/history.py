@@ -1,4 +1,4 @@
-"""The SQL objects of the job history: the table `pg_background_history` and its helpers.
+"""The job history in CREATE EXTENSION: the table `pg_background_history` and its helpers.
 
 Invariant: only its owner has rights on the table. Roles read their own rows through a view with a
 security barrier. The proxy writes by one SECURITY DEFINER function, which takes the role of a row

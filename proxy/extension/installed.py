@@ -271,7 +271,7 @@ HISTORY_TABLE: Final = "_pg_background_history"
 """The table behind the view, its owner's alone."""
 
 STAT_ACTIVITY: Final = "pg_background_stat_activity"
-"""A view for definitions: the server evaluates it alone, and the proxy leaves it as it is."""
+"""The view that replaces pg_stat_activity in definitions; the proxy leaves it as it is."""
 
 
 def type_name(type: Type, api: int) -> str:

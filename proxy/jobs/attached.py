@@ -76,8 +76,7 @@ class Jobs:
     """The jobs that one session has launched and not yet fetched or detached."""
 
     MOST: Final = 2_000
-    """Limit while some of them have ended: the oldest of those, which nobody fetches, is
-    detached."""
+    """Limit while some have ended: the oldest of those, which nobody fetches, is detached."""
 
     def __init__(self) -> None:
         # By cookie.

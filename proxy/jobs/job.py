@@ -548,8 +548,7 @@ class Job(JobRecord):
             self._ready(body)
 
     def _ready(self, status: bytes) -> None:
-        """The string has run: end the transaction opened for it, by COMMIT even if it has
-        failed."""
+        """The string has run: end the transaction opened for it, by COMMIT even if it failed."""
         assert self._backend is not None
         settings = self._output_settings
         if settings.asks_behind:

@@ -83,8 +83,7 @@ def _begins_as_report(sql: bytes, statement: Statement, encoding: str | None) ->
 def parse_progress(message: bytes, marker: bytes) -> tuple[int | None, bytes | None]:
     """The pct, not clamped, and the msg in a message that begins with the marker; None for NULL.
 
-    The message: the marker, a blank, pct in digits or nothing, a blank, and ``=`` and msg or
-    nothing.
+    The message: the marker, a blank, pct in digits or nothing, a blank, and ``=`` and msg, or none.
     """
     pct, _, text = message[len(marker) + 1 :].partition(b" ")
     return int(pct) if pct else None, text[1:] if text else None

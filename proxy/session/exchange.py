@@ -195,8 +195,7 @@ class Exchange:
         *,
         apart: bool = False,
     ) -> list[tuple[bytes | None, ...]]:
-        """The rows of a query of ours, within the client's batch; if `apart`, in one before
-        that."""
+        """The rows of a query of ours, within the client's batch or, if `apart`, before it."""
         rows: list[tuple[bytes | None, ...]] = []
 
         async def handler(kind: int, body: bytes) -> None:

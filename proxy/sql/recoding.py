@@ -42,7 +42,7 @@ _ABSENT: Final = {
     b"SHIFT_JIS_2004": re.compile("[¥‾]"),
     b"SJIS": re.compile("[\x80\ue000-\uf8ff]"),
 }
-"""Characters that Python has in these encodings, and the server has not."""
+"""Characters, even of ASCII, that Python has in these encodings and the server has not."""
 
 
 ASCII: Final = b"ASCII"

@@ -173,8 +173,7 @@ def select_list(outline: Outline) -> _SelectList:
 
 
 def begins_clause(outline: Outline, at: int) -> bool:
-    """Whether an outermost word begins a clause, and is no label, column or part of an
-    expression."""
+    """Whether an outermost word begins a clause, and is no label, column or part of a value."""
     word = outline.keyword(at)
     if (
         not (word == "from" or word in CLAUSES)

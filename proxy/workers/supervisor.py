@@ -76,7 +76,7 @@ from proxy.workers.slots import AllSlots
 _LONG_LIFE: Final = 10.0
 _FIRST_DELAY: Final = 0.1
 _LONGEST_DELAY: Final = 10.0
-"""Limit of the delay before a worker is restarted: zero if it lived long, then growing."""
+"""Seconds before a worker is restarted, at most: zero if it lived long, then growing."""
 
 _TRIES: Final = 5
 """Consecutive failures to start a worker while there is no other."""
