@@ -24,7 +24,6 @@ from protocol.errors import (
     ServerError,
     SQLError,
 )
-from protocol.framing import HEADER_SIZE, LongMessage, bad_length, skip_run, unpack_length
 from protocol.kinds import B, TransactionStatus
 from protocol.messages import (
     CommandComplete,
@@ -42,6 +41,7 @@ from proxy.backends.backend import READ_SIZE, Backend
 from proxy.backends.reuse import Free, Keep, is_remembered
 from proxy.backends.route import Route
 from proxy.jobs import output_settings
+from proxy.jobs.job_input import JobInput
 from proxy.jobs.job_text import JobText
 from proxy.jobs.output_settings import OutputSettings
 from proxy.jobs.progress import progress_statement, reported
@@ -52,7 +52,6 @@ from proxy.jobs.registry import (
     RUNNING,
     JobRecord,
     ReportT,
-    cut_fields,
     kept_error,
     new_cookie,
 )
@@ -207,12 +206,7 @@ class Job(JobRecord):
         self._text = JobText(self._sql, backend.parameters, marker)
         self._marker = marker
         self._session = session
-        # Input: the rest behind the last whole message, and how many bytes of the next message are
-        # missing; a long message; or bytes to come of a long row, which is passed on in pieces.
-        self._partial = b""
-        self._missing = 0
-        self._long: LongMessage | None = None
-        self._rest_of_row = 0
+        self._input = JobInput(max(self.queue_size, LONGEST), self.encoding)
         # The server's error before it closed the connection.
         self._fatal: ErrorResponse | None = None
         self.cut_off = None
@@ -346,10 +340,9 @@ class Job(JobRecord):
 
     def _let_go(self, *, is_idle: bool) -> None:
         """Release the backend."""
-        self._partial = b""
-        self._long = None
         if self._backend is not None:
             backend, self._backend = self._backend, None
+            self._input.clear()
             backend.forget_receiver()
             if self.termination is not None:
                 self.termination.let_go(backend)
@@ -427,75 +420,24 @@ class Job(JobRecord):
     def room(self) -> int:
         """Bytes that fit into the queue."""
         room = self.output.room
-        return READ_SIZE if room is None else max(room, self._missing)
+        return READ_SIZE if room is None else max(room, self._input.missing)
 
     def feed(self, data: memoryview) -> None:
         """Process input. A malformed stream ends the job."""
         try:
-            if self._long is not None:
-                data = data[self._long.feed(data) :]
-                self._missing = self._long.missing
-                if self._missing:
-                    return
-                long, self._long = self._long, None
-                self._message(long.kind, _whole(long, self.encoding) if long.is_cut else long.body)
-                if self.finished:
-                    return
-            self._read(self._partial + data)
+            for item in self._input.read(data):
+                if not isinstance(item, Rows):
+                    self._message(*item)
+                    if self.finished:
+                        return
+                elif self._is_last_statement:
+                    self.output.put(item)
         except ProtocolViolation as error:
             self.close(error)
             return
         self.output.stop_if_full()
         if self._waiters:
             self._wake()
-
-    def _read(self, data: bytes) -> None:
-        size = len(data)
-        position = min(self._rest_of_row, size)
-        self._rest_of_row -= position
-        self._rows(data[:position], 0, cut=self._rest_of_row > 0)
-        # data[rows:position] holds rows not queued yet; they are queued a run at a time.
-        rows, count = position, 0
-        self._missing = 0
-        while size - position >= HEADER_SIZE:
-            kind = data[position]
-            (length,) = unpack_length(data, position + 1)
-            if length < 4:
-                raise bad_length(kind, length)
-            end = position + 1 + length
-            if kind == B.DATA_ROW and end <= size:
-                position, whole = skip_run(data, position)
-                count += whole
-                continue
-            self._rows(data[rows:position], count)
-            rows = position
-            count = 0
-            if end > size:
-                if kind == B.DATA_ROW and end - position > READ_SIZE:
-                    self._rows(data[position:], 1, cut=True)
-                    self._rest_of_row = end - size
-                    rows = position = size
-                elif end - position > READ_SIZE:
-                    limit = max(self.queue_size, LONGEST)
-                    self._long = LongMessage(kind, length - 4, limit)
-                    self._long.feed(memoryview(data)[position + HEADER_SIZE :])
-                    self._missing = self._long.missing
-                    rows = position = size
-                else:
-                    self._missing = end - size
-                break
-            if kind == B.READY_FOR_QUERY:
-                self._partial = data[end:]
-            self._message(kind, data[position + HEADER_SIZE : end])
-            if self.finished:
-                return
-            rows = position = end
-        self._rows(data[rows:position], count)
-        self._partial = data[position:]
-
-    def _rows(self, data: bytes, count: int, *, cut: bool = False) -> None:
-        if data and self._is_last_statement:
-            self.output.put(Rows(data, count, cut))
 
     @property
     def _is_last_statement(self) -> bool:
@@ -564,7 +506,9 @@ class Job(JobRecord):
                 self._fail(canceled(None))  # its code caught the cancel
             self._send(b"ROLLBACK" if self.canceled else b"COMMIT")
         else:
-            self._finish(is_idle=status == _IDLE and not (self._backend.is_pooled or self._partial))
+            self._finish(
+                is_idle=status == _IDLE and not self._backend.is_pooled and self._input.is_empty
+            )
 
     def _send(self, sql: bytes) -> None:
         """Send a query of ours after the job's."""
@@ -636,10 +580,3 @@ class Job(JobRecord):
         if not self.finished:
             self._fail(error)
             self._finish()
-
-
-def _whole(message: LongMessage, encoding: bytes) -> bytes:
-    """The body of an error or notice that was cut. Raises ProtocolViolation for other messages."""
-    if message.kind not in (B.ERROR_RESPONSE, B.NOTICE_RESPONSE):
-        raise ProtocolViolation(f"message of type {chr(message.kind)!r} is too long")
-    return cut_fields(message.body, encoding)
