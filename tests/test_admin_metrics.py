@@ -27,7 +27,7 @@ from proxy.admin.source import Processes
 from proxy.config import Config
 from proxy.runtime import Runtime
 from proxy.stats import OTHER, Counters, error_class, total
-from proxy.workers.bus import Channel
+from proxy.workers.bus import WorkerPipe
 from proxy.workers.messages import SUPERVISOR, Answer
 from proxy.workers.overview import AllWorkers
 from tests.conftest import StartProxy, upstream_of
@@ -248,7 +248,7 @@ class SomeWorker:
     """What `AllWorkers` sees of one."""
 
     serial: int
-    channel: Channel
+    pipe: WorkerPipe
     hangs: bool = False
     answers: bool = True
     serves: bool = True
@@ -256,8 +256,8 @@ class SomeWorker:
 
 async def test_a_worker_that_ends_while_others_are_asked_is_counted_once() -> None:
     ends = socket.socketpair()
-    channel = await Channel.over(ends[0], lambda _: None)
-    workers = {number: SomeWorker(number, channel) for number in (1, 2)}
+    pipe = await WorkerPipe.over(ends[0], lambda _: None)
+    workers = {number: SomeWorker(number, pipe) for number in (1, 2)}
     everything = AllWorkers(workers.values, 2, lambda: False, Runtime(Config()))
 
     def answer(worker: int, number: int, launched: int) -> None:
@@ -278,7 +278,7 @@ async def test_a_worker_that_ends_while_others_are_asked_is_counted_once() -> No
     everything.gone(2)
     assert (await everything.figures())["counters"]["launched"] == 3
     ends[1].close()
-    await channel.lost
+    await pipe.lost
 
 
 def test_a_worker_that_hangs_is_not_waited_for_and_not_forgotten(

@@ -1,9 +1,9 @@
-"""The channel between the supervisor and a worker process: one line for each of the `messages`.
+"""The pipe between the supervisor and a worker process: one line for each of the `messages`.
 
-Invariant: a channel is a socket pair that no other process has, so its input is trusted; and
+Invariant: a pipe is a socket pair that no other process has, so its input is trusted; and
 nothing grows without limit. Users determine the size of an answer, so answers come in pieces, and
 one that the other side is too slow to read is omitted. Messages that must arrive are small: if one
-cannot be sent, the channel ends. A lost channel means a lost process.
+cannot be sent, the pipe ends. A lost pipe means a lost process.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ PIECE: Final = 256 * 1024
 """Approximate limit of a message in bytes."""
 
 
-class Channel(asyncio.Protocol):
-    """One end of the channel.
+class WorkerPipe(asyncio.Protocol):
+    """One end of the pipe.
 
     Attributes:
         receive: called with each message; the owner may change it.
@@ -45,7 +45,7 @@ class Channel(asyncio.Protocol):
 
     @classmethod
     async def over(cls, end: socket.socket, receive: Callable[[Message], None]) -> Self:
-        """A channel over one end of a socket pair, which it then owns."""
+        """A pipe over one end of a socket pair, which it then owns."""
         end.setblocking(False)
         loop = asyncio.get_running_loop()
         return (await loop.create_unix_connection(lambda: cls(receive), sock=end))[1]

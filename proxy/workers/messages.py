@@ -1,7 +1,7 @@
 """The messages between the supervisor and the worker processes.
 
 Invariant: a message is a dataclass of this file, sent as one line of JSON, which contains no line
-feed. Both ends of a channel are ours (`bus`), so input is well-formed. Questions, answers and news
+feed. Both ends of a pipe are ours (`bus`), so input is well-formed. Questions, answers and news
 are for other workers: the supervisor forwards them and names the sender.
 """
 

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 from proxy.admin.source import Processes
 from proxy.runtime import Runtime
 from proxy.stats import Counters, Figures, total
-from proxy.workers.bus import Channel
+from proxy.workers.bus import WorkerPipe
 from proxy.workers.messages import SUPERVISOR, Answer, Ask, CancelJob, Measure, Question, ShowJobs
 
 _PATIENCE: Final = 2.0
@@ -32,7 +32,7 @@ class AWorker(Protocol):
     """The part of `process.WorkerProcess` that is used here."""
 
     serial: int
-    channel: Channel
+    pipe: WorkerPipe
 
     @property
     def hangs(self) -> bool: ...
@@ -117,7 +117,7 @@ class AllWorkers:
         )
         for worker in asked:
             if not worker.hangs:
-                worker.channel.send(Question(number, ask, sender=SUPERVISOR))
+                worker.pipe.send(Question(number, ask, sender=SUPERVISOR))
         try:
             await asyncio.wait([question.over], timeout=patience)
         finally:

@@ -77,7 +77,7 @@ _CANCELING: Final = 60.0
 
 
 class Bus(Protocol):
-    """Carries messages to the others (`bus.Channel`).
+    """Carries messages to the others (`bus.WorkerPipe`).
 
     Attributes:
         lost: done when no more answers will come.
@@ -150,7 +150,7 @@ class _Question:
 
 
 class OtherWorkers(Peers):
-    """The workers at the other end of the channel."""
+    """The workers at the other end of the pipe."""
 
     _name = "a worker"
     """A peer's name in the log."""
@@ -158,11 +158,11 @@ class OtherWorkers(Peers):
     _answered: type | UnionType = Ask
     """The questions that are answered."""
 
-    def __init__(self, server: Server, channel: Bus) -> None:
+    def __init__(self, server: Server, bus: Bus) -> None:
         self._server = server
         self._jobs = server.jobs
         self._overview = Overview(server.jobs)
-        self._channel = channel
+        self._bus = bus
         self._numbers = itertools.count(1)
         self._questions: dict[int, _Question] = {}
         # Orders that the supervisor has not answered.
@@ -180,7 +180,7 @@ class OtherWorkers(Peers):
     async def join(self) -> None:
         """Become one of several; returns when the peers' roles are known."""
         self._jobs.peers = self
-        self._channel.lost.add_done_callback(lambda _: self._left_alone())
+        self._bus.lost.add_done_callback(lambda _: self._left_alone())
         await self._learn_roles()
 
     async def _learn_roles(self) -> None:
@@ -322,7 +322,7 @@ class OtherWorkers(Peers):
         """
         number = next(self._numbers)
         outcome = self._orders[number] = asyncio.get_running_loop().create_future()
-        self._channel.send(Order(number, what, worker))
+        self._bus.send(Order(number, what, worker))
         try:
             async with asyncio.timeout(_PATIENCE):
                 body, error = await outcome
@@ -347,17 +347,17 @@ class OtherWorkers(Peers):
     def role_gone(self, role_id: int) -> None:
         if role_id in self._announced:
             self._announced.discard(role_id)
-            self._channel.send(Told(RoleGone(role_id)))
+            self._bus.send(Told(RoleGone(role_id)))
 
     def job_ended(self, job: Job) -> None:
         for peer in self._watchers.pop(job.cookie, ()):
-            self._channel.send(Told(JobEnded(job.snapshot(whole=False)), to=peer))
+            self._bus.send(Told(JobEnded(job.snapshot(whole=False)), to=peer))
 
     def extension_changed(self) -> None:
-        self._channel.send(Told(ExtensionChanged()))
+        self._bus.send(Told(ExtensionChanged()))
 
     def leave_databases(self, sql: bytes) -> None:
-        self._channel.send(Told(LeaveDatabases(sql.decode("latin-1"))))
+        self._bus.send(Told(LeaveDatabases(sql.decode("latin-1"))))
 
     # Asking
 
@@ -372,11 +372,11 @@ class OtherWorkers(Peers):
     ) -> int:
         """Ask all peers, or one, for `patience` seconds. Returns how many have not answered. `take`
         gets each answer, and returns whether it is the last wanted; if `lasting`, late ones too."""
-        if self._channel.lost.done():
+        if self._bus.lost.done():
             return 0
         number = next(self._numbers)
         question = self._questions[number] = _Question(take, lasting=lasting)
-        self._channel.send(Question(number, ask, to))
+        self._bus.send(Question(number, ask, to))
         try:
             await asyncio.wait_for(question.over, patience)
         except TimeoutError:
@@ -459,7 +459,7 @@ class OtherWorkers(Peers):
         except Exception:
             logger.exception("internal error; a question of %s has no answer", self._name)
             body = None
-        self._channel.send(replace(answer, body=body))
+        self._bus.send(replace(answer, body=body))
 
     async def _send_pieces(
         self, answer: Answer, parts: Iterator[dict[str, Any]] | Iterator[Row]
@@ -471,11 +471,11 @@ class OtherWorkers(Peers):
             piece.append(part)
             size += _SNAPSHOT_SIZE + _size_of_texts(part)
             if size > PIECE:
-                self._channel.send(replace(answer, body=piece, more=True))
+                self._bus.send(replace(answer, body=piece, more=True))
                 piece, size = [], 0
                 await asyncio.sleep(0)
-                await self._channel.drain()
-        self._channel.send(replace(answer, body=piece))
+                await self._bus.drain()
+        self._bus.send(replace(answer, body=piece))
 
     async def _answer_to(self, peer: int, ask: Ask) -> Any:
         registry = self._jobs.registry

@@ -18,7 +18,7 @@ from typing import Final
 from proxy.log import logger
 from proxy.net.acceptor import Accepted
 from proxy.net.descriptors import turn_away
-from proxy.workers.bus import Channel
+from proxy.workers.bus import WorkerPipe
 from proxy.workers.messages import PLAIN, WITH_HEADER, Message, Ping
 
 _START_TIMEOUT: Final = 30.0
@@ -51,7 +51,7 @@ class WorkerProcess:
     """
 
     process: asyncio.subprocess.Process
-    channel: Channel
+    pipe: WorkerPipe
 
     def __init__(self, number: int, serial: int) -> None:
         self.number = number
@@ -91,8 +91,8 @@ class WorkerProcess:
                 # Out of reach of a terminal's Ctrl-C.
                 start_new_session=True,
             )
-            self.channel = await Channel.over(ours.dup(), receive)
-        self.channel.lost.add_done_callback(lambda _: self.known(ready=False))
+            self.pipe = await WorkerPipe.over(ours.dup(), receive)
+        self.pipe.lost.add_done_callback(lambda _: self.known(ready=False))
         asyncio.get_running_loop().call_later(_START_TIMEOUT, self._too_late)
 
     def _too_late(self) -> None:
@@ -113,7 +113,7 @@ class WorkerProcess:
     @property
     def answers(self) -> bool:
         """Whether it answers questions, if it does not hang."""
-        return self.joined and not self.channel.lost.done()
+        return self.joined and not self.pipe.lost.done()
 
     def take(self, connection: Accepted) -> bool:
         """Give it a connection. Returns whether it could take it."""
@@ -185,7 +185,7 @@ class WorkerProcess:
         """Send it another ping."""
         self.unanswered += self._is_pinged
         self._is_pinged = True
-        self.channel.send(Ping())
+        self.pipe.send(Ping())
 
     def spoke(self) -> None:
         """The worker has answered, so it does not hang."""
@@ -194,7 +194,7 @@ class WorkerProcess:
 
     async def end(self) -> int:
         """Wait for its end. Returns the exit code, or the negative number of a signal."""
-        await self.channel.lost
+        await self.pipe.lost
         self.retire()
         try:
             return await asyncio.wait_for(self.process.wait(), END_TIMEOUT)

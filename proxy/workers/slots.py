@@ -14,7 +14,7 @@ from typing import Final
 from protocol.errors import CONNECTION_FAILURE, SQLError
 from proxy.jobs.room import Patience
 from proxy.jobs.slots import Full, Key, Limits, Slot, Slots, SlotSource
-from proxy.workers.bus import Channel
+from proxy.workers.bus import WorkerPipe
 from proxy.workers.messages import FreeSlot, HasSlot, SlotAnswer, Slotting, TakeSlot
 from proxy.workers.process import WorkerProcess
 
@@ -55,7 +55,7 @@ class AllSlots:
         self._answer(serial, SlotAnswer(number, True))
 
     def _answer(self, serial: int, answer: SlotAnswer) -> None:
-        self._workers[serial].channel.send(answer)
+        self._workers[serial].pipe.send(answer)
 
     def gone(self, serial: int) -> None:
         """A worker has ended; it is still among the present ones."""
@@ -73,10 +73,10 @@ class AllSlots:
 class SupervisorsSlots(SlotSource):
     """The slots of one of several workers."""
 
-    def __init__(self, limits: Limits, channel: Channel) -> None:
+    def __init__(self, limits: Limits, pipe: WorkerPipe) -> None:
         super().__init__()
         self._limits = limits
-        self._channel = channel
+        self._pipe = pipe
         self._answers: dict[int, asyncio.Future[None]] = {}
 
     async def _ask(self, slot: Slot, patience: Patience) -> None:
@@ -85,7 +85,7 @@ class SupervisorsSlots(SlotSource):
             slot.grant()
             return
         answered = self._answers[slot.number] = asyncio.get_running_loop().create_future()
-        self._channel.send(TakeSlot(slot.number, slot.role, slot.database, patience.arrived))
+        self._pipe.send(TakeSlot(slot.number, slot.role, slot.database, patience.arrived))
         try:
             async with asyncio.timeout(_PATIENCE):
                 await answered
@@ -112,7 +112,7 @@ class SupervisorsSlots(SlotSource):
             waiter.set_result(None)
 
     def _free(self, slot: Slot) -> None:
-        self._channel.send(FreeSlot(slot.number))
+        self._pipe.send(FreeSlot(slot.number))
 
     def change(self, limits: Limits) -> None:
         self._limits = limits
@@ -121,4 +121,4 @@ class SupervisorsSlots(SlotSource):
         for slot in self.slots.values():
             if not slot.is_counted:
                 slot.is_counted = True
-                self._channel.send(HasSlot(slot.number, slot.role, slot.database))
+                self._pipe.send(HasSlot(slot.number, slot.role, slot.database))

@@ -228,7 +228,7 @@ class Supervisor:
         """Run a worker to its end. Returns how it ended, if it never became ready."""
         self._workers[worker.serial] = worker
         name = f"worker {worker.number}"
-        worker.channel.send(Configure(self._given, name, self._group))
+        worker.pipe.send(Configure(self._given, name, self._group))
         if self._ending.begun.is_set():
             worker.retire()
         is_ready = await worker.ready
@@ -251,7 +251,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(_PING)
             for worker in tuple(self._workers.values()):
-                if worker.ready.done() and not worker.channel.lost.done():
+                if worker.ready.done() and not worker.pipe.lost.done():
                     worker.ping()
                     if worker.hangs:
                         self._does_not_answer(worker)
@@ -293,7 +293,7 @@ class Supervisor:
         self._watched.gone(worker.serial)
         for other in self._workers.values():
             if other.joined:
-                other.channel.send(Gone(worker.serial))
+                other.pipe.send(Gone(worker.serial))
         if self._ending.begun.is_set():
             for connection in worker.untaken:
                 connection.socket.close()
@@ -367,7 +367,7 @@ class Supervisor:
                     [other.serial for other in asked if other.hangs is hangs]
                     for hangs in (False, True)
                 )
-                worker.channel.send(Asked(number, answering, hanging))
+                worker.pipe.send(Asked(number, answering, hanging))
                 self._hand_on(worker, message, asked)
             case Answer(to=to) if to == SUPERVISOR:
                 self._watched.answered(worker.serial, message)
@@ -376,7 +376,7 @@ class Supervisor:
             case TakeSlot() | HasSlot() | FreeSlot():
                 self._slots.heard(worker.serial, message)
             case Order():
-                worker.channel.send(self._carry_out(message))
+                worker.pipe.send(self._carry_out(message))
 
     def _reported(self, worker: WorkerProcess, event: Event) -> None:
         match event:
@@ -444,7 +444,7 @@ class Supervisor:
     ) -> None:
         message = replace(message, sender=worker.serial)
         for other in others:
-            other.channel.send(message)
+            other.pipe.send(message)
 
     def _let_go(self) -> None:
         """Let workers end that are done. In a shutdown they wait for each other, since one may
@@ -454,7 +454,7 @@ class Supervisor:
             return
         for worker in workers:
             if worker.done:
-                worker.channel.send(EndNow())
+                worker.pipe.send(EndNow())
 
     # Life cycle
 
@@ -471,21 +471,21 @@ class Supervisor:
         self._slots.change(Limits.of(settings))
         log.change(settings.log_level, settings.log_format)
         for worker in self._workers.values():
-            worker.channel.send(Configure(given))
+            worker.pipe.send(Configure(given))
         return fixed
 
     async def _shut_down(self, keepers: list[asyncio.Task[None]]) -> None:
         logger.info("shutting down: %d workers", len(self._workers))
         for worker in self._workers.values():
             if self._ending.is_taken_over:
-                worker.channel.send(TakenOver())
+                worker.pipe.send(TakenOver())
             worker.retire()
         all_kept = asyncio.ensure_future(asyncio.wait(keepers))
         told = asyncio.ensure_future(self._ending.now.wait())
         await asyncio.wait({all_kept, told}, return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
         for worker in self._workers.values():
-            worker.channel.send(EndNow())
+            worker.pipe.send(EndNow())
         await asyncio.wait({all_kept}, timeout=LAST_WORDS + END_TIMEOUT)
         for worker in self._workers.values():
             logger.warning("%s has not ended in time", worker)

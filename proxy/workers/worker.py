@@ -27,7 +27,7 @@ from proxy.net.acceptor import Accepted
 from proxy.net.descriptors import report
 from proxy.reasons import explain
 from proxy.server import Server
-from proxy.workers.bus import Channel
+from proxy.workers.bus import WorkerPipe
 from proxy.workers.console import OneOfSeveral
 from proxy.workers.messages import (
     SUPERVISOR,
@@ -58,23 +58,23 @@ class Worker:
         """Serve until told to stop. Returns the exit code. Raises ConfigError."""
         loop = asyncio.get_running_loop()
         self._started: asyncio.Future[Server] = loop.create_future()
-        self._channel = await Channel.over(bus, self._receive)
-        self._channel.lost.add_done_callback(lambda _: self._supervisor_lost())
+        self._pipe = await WorkerPipe.over(bus, self._receive)
+        self._pipe.lost.add_done_callback(lambda _: self._supervisor_lost())
         loop.add_signal_handler(signal.SIGTERM, self._send, Event.DRAINING)
         try:
             server = await self._started
         except asyncio.CancelledError:
             return 1  # the supervisor is gone
         server.on_session_end = lambda: self._send(Event.CLOSED)
-        self._slots = SupervisorsSlots(Limits.of(server.runtime.config), self._channel)
+        self._slots = SupervisorsSlots(Limits.of(server.runtime.config), self._pipe)
         server.jobs.slots = self._slots
-        self._peers = OtherWorkers(server, self._channel)
+        self._peers = OtherWorkers(server, self._pipe)
         server.door.process = OneOfSeveral(server, self._peers)
         await self._peers.join()
         async with known(server, self._group):
             await self._serve(server)
-        self._channel.close()
-        await self._channel.lost
+        self._pipe.close()
+        await self._pipe.lost
         return 0
 
     async def _serve(self, server: Server) -> None:
@@ -85,13 +85,13 @@ class Worker:
         self._send(Event.READY)
         if server.runtime.config.admin_listen is not None:
             lag = loop.create_task(measure_lag())
-            self._channel.lost.add_done_callback(lambda _: lag.cancel())
+            self._pipe.lost.add_done_callback(lambda _: lag.cancel())
         await self._ending.begun.wait()
         loop.remove_reader(self._clients)
         await server.shut_down(self._ending.now, self._others_done)
 
     def _send(self, event: Event) -> None:
-        self._channel.send(Report(event))
+        self._pipe.send(Report(event))
 
     def _receive(self, message: Message) -> None:
         match message:
@@ -158,7 +158,7 @@ class Worker:
 
     async def _others_done(self) -> None:
         """Our sessions are done: wait until the supervisor says that all workers' are."""
-        self._channel.send(Answer(0, SUPERVISOR, self._peers.figures()))
+        self._pipe.send(Answer(0, SUPERVISOR, self._peers.figures()))
         self._send(Event.DONE)
         await asyncio.Event().wait()
 
