@@ -28,7 +28,7 @@ from protocol.messages import NoticeResponse
 from proxy.api.like import like
 from proxy.config.gucs import LAUNCH_AT_COMMIT, MAX_WORKERS
 from proxy.jobs.context import Context
-from proxy.jobs.history import PastJob, Role
+from proxy.jobs.history import PastJob, SessionRole
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
 from proxy.jobs.launcher import Launcher
@@ -117,7 +117,7 @@ class Caller(ABC):
         if not history.is_on or handles == []:
             return []
         launcher, encoding = self._launching
-        role = Role.of(launcher.login, self.context, encoding, self._owner.server_encoding)
+        role = SessionRole.of(launcher.login, self.context, encoding, self._owner.server_encoding)
         return await history.read(role, launcher.channel, self.cluster, handles)
 
     @property

@@ -1,7 +1,7 @@
 """The protocol, simple and extended, with one client of the console.
 
 Invariant: a client's cost is bounded. Its messages have at most `LONGEST` bytes and are served one
-by one, `_RATE` commands a second for each role; rows are written as fast as they are read, and a
+by one, `_RATE` commands a second for each user; rows are written as fast as they are read, and a
 client that reads nothing for a minute is disconnected. Transactions of drivers have no effect.
 """
 
@@ -66,7 +66,7 @@ _PATIENCE: Final = 60.0
 
 _BURST: Final = 50
 _RATE: Final = 10.0
-"""Commands of one role in a process: at once, and per second."""
+"""Commands of one user in a process: at once, and per second."""
 
 _PIECE: Final = 64 * 1024
 """Bytes of rows in one write."""
@@ -81,8 +81,8 @@ _UNDEFINED_CURSOR: Final = "34000"
 _pace: Final = Pace(_BURST, _RATE, patience=float("inf"))
 
 
-class Role(Protocol):
-    """Who the client is, and what it may do now (`door.Role`)."""
+class ConsoleUser(Protocol):
+    """Who the client is, and what it may do now (`door.ConsoleUser`)."""
 
     name: str
 
@@ -115,14 +115,16 @@ class Conversation:
     Args:
         client: its connection.
         inbox: its messages.
-        role: who it is.
+        user: who it is.
         process: carries out its commands.
     """
 
-    def __init__(self, client: Connection, inbox: Inbox, role: Role, process: Process) -> None:
+    def __init__(
+        self, client: Connection, inbox: Inbox, user: ConsoleUser, process: Process
+    ) -> None:
         self._client = client
         self._inbox = inbox
-        self._role = role
+        self._user = user
         self._process = process
         self._status: int = TransactionStatus.IDLE
         self._statements: dict[bytes, Command | None] = {}
@@ -314,13 +316,13 @@ class Conversation:
             return []
         if command.is_harmless and command.tag != "SHOW":
             return []
-        delay = _pace.take(self._role.name, asyncio.get_running_loop().time())
+        delay = _pace.take(self._user.name, asyncio.get_running_loop().time())
         if delay:
             await asyncio.sleep(delay)
         if command.tag == "SHOW":
             return await self._show(command.argument)
         said = f"{command.tag} {command.argument}".rstrip()
-        logger.info(Event("console command", {"user": self._role.name, "command": said}))
+        logger.info(Event("console command", {"user": self._user.name, "command": said}))
         match command.tag:
             case "CANCEL":
                 await self._process.cancel(_number(command))
@@ -336,24 +338,24 @@ class Conversation:
         return []
 
     def _check(self, command: Command) -> None:
-        """Raises SQLError unless the role may carry out the command now."""
+        """Raises SQLError unless the user may carry out the command now."""
         ends = command.status == TransactionStatus.IDLE
         if self._status == TransactionStatus.FAILED and not ends:
             raise SQLError(
                 _NO_TRANSACTION,
                 "current transaction is aborted, commands ignored until end of transaction block",
             )
-        if not self._role.may_look:
+        if not self._user.may_look:
             raise SQLError(
                 INSUFFICIENT_PRIVILEGE,
-                f'user "{self._role.name}" may not use the console any more',
+                f'user "{self._user.name}" may not use the console any more',
                 severity="FATAL",
             )
-        if not (command.is_harmless or self._role.is_admin):
+        if not (command.is_harmless or self._user.is_admin):
             raise SQLError(
                 INSUFFICIENT_PRIVILEGE,
                 "admin access needed",
-                detail=f'User "{self._role.name}" is in stats_users, and may SHOW only.',
+                detail=f'User "{self._user.name}" is in stats_users, and may SHOW only.',
                 hint="Log in as one of admin_users.",
             )
 

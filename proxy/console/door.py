@@ -122,12 +122,12 @@ class Door:
         is_own = is_own_user(client)
         if not is_own:
             await self._authenticate(client, inbox, user)
-        role = Role(user.decode("utf-8", "replace"), self._runtime, is_own=is_own)
-        with self._place(role):
+        console_user = ConsoleUser(user.decode("utf-8", "replace"), self._runtime, is_own=is_own)
+        with self._place(console_user):
             let_in()
             greeting = [AuthenticationOk().serialize()]
             parameters = _PARAMETERS | {
-                "session_authorization": role.name,
+                "session_authorization": console_user.name,
                 "application_name": _text(startup.parameters.get(b"application_name", b"")),
             }
             greeting += [
@@ -137,7 +137,7 @@ class Door:
             # A cancel request with this key has no effect: no command runs for long.
             greeting.append(BackendKeyData(os.getpid(), secrets.token_bytes(4)).serialize())
             client.write(b"".join(greeting))
-            await Conversation(client, inbox, role, self.process).run()
+            await Conversation(client, inbox, console_user, self.process).run()
 
     async def _authenticate(self, client: Connection, inbox: Inbox, user: bytes) -> None:
         """Raises SQLError, FATAL, unless the client proves its identity."""
@@ -188,9 +188,9 @@ class Door:
         )
 
     @contextlib.contextmanager
-    def _place(self, role: Role) -> Iterator[None]:
+    def _place(self, user: ConsoleUser) -> Iterator[None]:
         """Raises SQLError, FATAL, if too many clients are in the console."""
-        most = MOST if role.is_admin else MOST - _KEPT_FREE
+        most = MOST if user.is_admin else MOST - _KEPT_FREE
         if self._inside >= most:
             raise SQLError(
                 TOO_MANY_CONNECTIONS,
@@ -205,7 +205,7 @@ class Door:
             self._inside -= 1
 
 
-class Role:
+class ConsoleUser:
     """A client's identity in the console.
 
     Args:

@@ -83,7 +83,7 @@ Lease = Callable[[], Awaitable[Channel]]
 Command = tuple[bytes, Sequence[bytes]]
 
 
-class Role(NamedTuple):
+class SessionRole(NamedTuple):
     """The role as which a session reads and writes: its login, and what it has become since.
 
     Attributes:
@@ -100,7 +100,9 @@ class Role(NamedTuple):
     server_encoding: bytes
 
     @classmethod
-    def of(cls, login: Login, context: Context, encoding: bytes, server_encoding: bytes) -> Role:
+    def of(
+        cls, login: Login, context: Context, encoding: bytes, server_encoding: bytes
+    ) -> SessionRole:
         """The role of a call in a session with these encodings."""
         if server_encoding == b"SQL_ASCII":
             encoding = server_encoding  # no conversion: the database takes any bytes
@@ -208,7 +210,7 @@ class History:
         self._config = config
         self._give_back = give_back
         self._find = find
-        self._writers: dict[Role, _Writer] = {}
+        self._writers: dict[SessionRole, _Writer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._count = 0
         # When each login may be warned about again, by the loop's clock.
@@ -222,7 +224,7 @@ class History:
 
     # Writing
 
-    def follow(self, job: Job, role: Role, lease: Lease, *, waited: float) -> None:
+    def follow(self, job: Job, role: SessionRole, lease: Lease, *, waited: float) -> None:
         """Record a job that has been started.
 
         Args:
@@ -253,7 +255,7 @@ class History:
         if entry.is_noted:
             note()
 
-    def _note(self, role: Role, writer: _Writer, entry: _Entry) -> None:
+    def _note(self, role: SessionRole, writer: _Writer, entry: _Entry) -> None:
         """Have the present state of the job written."""
         if entry.timer is not None:
             entry.timer.cancel()
@@ -276,12 +278,12 @@ class History:
     def _is_worth_a_row(self, job: Job) -> bool:
         return self._config().history != "errors" or _state(job) != b"stopped"
 
-    def _forget(self, role: Role, writer: _Writer) -> None:
+    def _forget(self, role: SessionRole, writer: _Writer) -> None:
         is_idle = writer.task is None and not writer.open
         if is_idle and self._writers.get(role) is writer:
             del self._writers[role]
 
-    async def _write_all(self, role: Role, writer: _Writer) -> None:
+    async def _write_all(self, role: SessionRole, writer: _Writer) -> None:
         try:
             while writer.pending:
                 handles = list(writer.pending)[:MOST_AT_ONCE]
@@ -299,7 +301,7 @@ class History:
                 writer.channel = None
             self._forget(role, writer)
 
-    async def _write(self, role: Role, writer: _Writer, entries: list[_Entry]) -> bool:
+    async def _write(self, role: SessionRole, writer: _Writer, entries: list[_Entry]) -> bool:
         """Write the present state of these jobs. Returns whether that worked."""
         for delay in (*_AGAIN, None):
             try:
@@ -320,7 +322,9 @@ class History:
                 return True
         return False
 
-    async def _write_one_by_one(self, role: Role, writer: _Writer, entries: list[_Entry]) -> str:
+    async def _write_one_by_one(
+        self, role: SessionRole, writer: _Writer, entries: list[_Entry]
+    ) -> str:
         """Write each row by itself, since the server cannot convert some text; a row that has it is
         written in ASCII. Returns the error, if it was another."""
         reason = ""
@@ -339,7 +343,7 @@ class History:
         return reason
 
     async def _write_once(
-        self, role: Role, writer: _Writer, rows: Sequence[Sequence[bytes | None]]
+        self, role: SessionRole, writer: _Writer, rows: Sequence[Sequence[bytes | None]]
     ) -> None:
         """Raises SQLError, OSError, ProtocolViolation."""
         if writer.channel is not None and not writer.channel.is_alive:
@@ -369,11 +373,11 @@ class History:
             names = [name.decode("utf-8", "replace") for name in (login.user, login.database)]
             logger.warning("history: %s (role %s, database %s)", message, *names)
 
-    async def _schema(self, channel: Channel, role: Role) -> bytes | None:
+    async def _schema(self, channel: Channel, role: SessionRole) -> bytes | None:
         *_, last = await channel.transact((_LIMITS, (role.encoding,)), (self._find, ()))
         return last[0] if len(last) == 1 else None
 
-    def _row(self, entry: _Entry, role: Role) -> list[bytes | None]:
+    def _row(self, entry: _Entry, role: SessionRole) -> list[bytes | None]:
         """The present state of a job, for _pg_background_record."""
         job, config = entry.job, self._config()
         rests = isinstance(job, RetriedJob) and job.rests
@@ -409,7 +413,7 @@ class History:
     # Reading
 
     async def read(
-        self, role: Role, lease: Lease, cluster: bytes, handles: Sequence[Handle] | None
+        self, role: SessionRole, lease: Lease, cluster: bytes, handles: Sequence[Handle] | None
     ) -> list[PastJob]:
         """The history of these jobs, or the newest, as this role may see it; empty on failure."""
         try:
@@ -425,7 +429,7 @@ class History:
             return []
 
     async def _read(
-        self, channel: Channel, role: Role, handles: Sequence[Handle] | None
+        self, channel: Channel, role: SessionRole, handles: Sequence[Handle] | None
     ) -> list[tuple[bytes | None, ...]]:
         schema = await self._schema(channel, role)
         if schema is None:

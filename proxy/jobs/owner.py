@@ -31,7 +31,7 @@ from proxy.jobs import job_log
 from proxy.jobs.at_commit import Notification, Pending, rolled_back
 from proxy.jobs.attached import Jobs, Start, checked_queue_size
 from proxy.jobs.context import Context
-from proxy.jobs.history import Role
+from proxy.jobs.history import SessionRole
 from proxy.jobs.job import Job, JobSession
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.registry import NO_PID, PENDING, QUEUED, JobRecord
@@ -262,7 +262,9 @@ class Owner(ABC):
 
     def _follow(self, job: Job, launch: _Launch, patience: Patience) -> None:
         launcher = launch.launcher
-        role = Role.of(launcher.login, launch.context, launch.client_encoding, self.server_encoding)
+        role = SessionRole.of(
+            launcher.login, launch.context, launch.client_encoding, self.server_encoding
+        )
         self.service.history.follow(job, role, launcher.channel, waited=patience.waited)
 
     def _leave_databases(self, sql: bytes) -> None:
