@@ -27,9 +27,9 @@ from proxy.admin.source import Processes
 from proxy.config import Config
 from proxy.runtime import Runtime
 from proxy.stats import OTHER, Counters, error_class, total
+from proxy.workers.all_workers import AllWorkers
 from proxy.workers.bus import WorkerPipe
 from proxy.workers.messages import SUPERVISOR, Answer
-from proxy.workers.overview import AllWorkers
 from tests.conftest import StartProxy, upstream_of
 from tests.support.background import launch, run, wait_until
 from tests.support.http import OPENMETRICS, PREFIX, Metrics, address, ask, families, read

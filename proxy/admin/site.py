@@ -21,8 +21,8 @@ from aiohttp import web
 
 from proxy import __version__
 from proxy.admin.accounts import Account, Accounts, TooManyError
+from proxy.admin.jobs_page import MOST_ENDED, MOST_RUNNING
 from proxy.admin.metrics import Exposition
-from proxy.admin.overview import MOST_ENDED, MOST_RUNNING
 from proxy.admin.readiness import Readiness
 from proxy.admin.source import Source
 from proxy.auth import pace

@@ -1,7 +1,7 @@
 """Provides the figures and jobs of the proxy, whether it is one process or several.
 
 Invariant: users of a `Source` cannot tell the difference. `OneProcess` is that of a single process,
-`workers.overview` has that of a supervisor.
+`workers.all_workers` has that of a supervisor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from proxy.admin.figures import collect
-from proxy.admin.overview import Overview
+from proxy.admin.jobs_page import JobsPage
 from proxy.jobs.service import JobService
 from proxy.runtime import Runtime
 from proxy.stats import Figures
@@ -52,7 +52,7 @@ class Source(Protocol):
         """The processes that serve clients."""
 
     async def jobs(self) -> list[dict[str, Any]]:
-        """`overview.Overview.show` of each process that has answered."""
+        """`jobs_page.JobsPage.show` of each process that has answered."""
 
     async def cancel(self, pid: int, cookie: int) -> bool:
         """Have the server stop a job. Returns whether it was told."""
@@ -73,7 +73,7 @@ class OneProcess:
         self._jobs = jobs
         self._sessions = sessions
         self._stopping = stopping
-        self._overview = Overview(jobs)
+        self._jobs_page = JobsPage(jobs)
 
     @property
     def runtime(self) -> Runtime:
@@ -90,7 +90,7 @@ class OneProcess:
         return Processes(alive=1, configured=1, silent=0, restarts=0)
 
     async def jobs(self) -> list[dict[str, Any]]:
-        return [await self._overview.show()]
+        return [await self._jobs_page.show()]
 
     async def cancel(self, pid: int, cookie: int) -> bool:
         job = self._jobs.registry.get(pid, cookie)

@@ -177,7 +177,7 @@ def running(jobs: JobService, pid: int) -> list[Handle]:
 def kill(here: Here, session: str) -> bool:
     """End a session of this process, as pg_terminate_backend() does. Returns whether it exists."""
     for served in here.sessions:
-        if tables.session_id(served.overview.number) == session:
+        if tables.session_id(served.summary.number) == session:
             served.shut_down()
             return True
     return False

@@ -172,8 +172,8 @@ def sorted_jobs(found: list[Row]) -> list[Row]:
 
 
 def _sessions(here: Here) -> Iterator[Row]:
-    for session in sorted(here.sessions, key=lambda session: session.overview.number):
-        seen = session.overview
+    for session in sorted(here.sessions, key=lambda session: session.summary.number):
+        seen = session.summary
         yield [
             *(session_id(seen.number), os.getpid(), _text(seen.user), _text(seen.database)),
             *(seen.state, *_addresses(session.client), _time(seen.connected_at)),

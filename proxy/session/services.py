@@ -19,7 +19,7 @@ from proxy.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True)
-class Overview:
+class SessionSummary:
     """A session as monitoring shows it.
 
     Attributes:
@@ -55,7 +55,7 @@ class Served(Protocol):
     is_console: bool
 
     @property
-    def overview(self) -> Overview:
+    def summary(self) -> SessionSummary:
         """The session as monitoring shows it."""
 
     @property

@@ -64,7 +64,7 @@ from proxy.session.extension_state import ExtensionState
 from proxy.session.interception import TO_LEAVE, Interception
 from proxy.session.reader import SqlReader
 from proxy.session.relay import Relay
-from proxy.session.services import Overview, Services
+from proxy.session.services import Services, SessionSummary
 from proxy.session.session_log import SessionLog
 from proxy.session.startup import StartupPackets, may_send_password
 from proxy.statements.plan import Statement
@@ -473,10 +473,10 @@ class Session(ClientSession):
         return self.interception.interrupts if self.interception is not None else None
 
     @property
-    def overview(self) -> Overview:
+    def summary(self) -> SessionSummary:
         parameters = self._startup.parameters if self._startup is not None else {}
         user = parameters.get(b"user", b"")
-        return Overview(
+        return SessionSummary(
             self._number,
             user,
             parameters.get(b"database") or user,

@@ -238,7 +238,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class ShowJobs:
-    """From the supervisor: which jobs can you show? Answer: `admin.overview.Overview.show`."""
+    """From the supervisor: which jobs can you show? Answer: `admin.jobs_page.JobsPage.show`."""
 
 
 Ask: TypeAlias = (

@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol
 from protocol.errors import CONNECTION_FAILURE, SQLError
 from protocol.startup import CancelRequest
 from proxy.admin.figures import collect
-from proxy.admin.overview import Overview
+from proxy.admin.jobs_page import JobsPage
 from proxy.console.process import Found, kill, running
 from proxy.console.tables import Row, rows
 from proxy.jobs.job import Job
@@ -161,7 +161,7 @@ class OtherWorkers(Peers):
     def __init__(self, server: Server, bus: Bus) -> None:
         self._server = server
         self._jobs = server.jobs
-        self._overview = Overview(server.jobs)
+        self._jobs_page = JobsPage(server.jobs)
         self._bus = bus
         self._numbers = itertools.count(1)
         self._questions: dict[int, _Question] = {}
@@ -514,7 +514,7 @@ class OtherWorkers(Peers):
             case Measure():
                 return self.figures()
             case ShowJobs():
-                return await self._overview.show()
+                return await self._jobs_page.show()
 
     def _snapshots(
         self, peer: int, jobs: Iterable[Job], *, whole: bool

@@ -49,6 +49,7 @@ from proxy.runtime import (
     reload,
     reloaded,
 )
+from proxy.workers.all_workers import AllWorkers
 from proxy.workers.messages import (
     SUPERVISOR,
     Answer,
@@ -68,7 +69,6 @@ from proxy.workers.messages import (
     TakeSlot,
     Told,
 )
-from proxy.workers.overview import AllWorkers
 from proxy.workers.process import END_TIMEOUT, HANGS, WorkerProcess
 from proxy.workers.sealed import GROUP
 from proxy.workers.slots import AllSlots

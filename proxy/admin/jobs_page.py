@@ -41,7 +41,7 @@ _WAITS: Final = (
 )
 
 
-class Overview:
+class JobsPage:
     """The jobs of this process, for the page."""
 
     def __init__(self, jobs: JobService) -> None:
