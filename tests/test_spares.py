@@ -87,7 +87,7 @@ def test_no_job_runs_in_one_that_could_not_take_over(
     own_role: str,
     before: str,
 ) -> None:
-    """Whether its text goes along with the takeover, or needs to know what that has set."""
+    """Whether its text goes along with the setup, or needs to know what that has set."""
     proxy = start_proxy(*LASTING)
     job = before + "INSERT INTO kept VALUES (1) RETURNING n"
     with (

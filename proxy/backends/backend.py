@@ -36,7 +36,14 @@ from protocol.startup import CancelRequest, StartupMessage
 from proxy.auth.authenticator import Authenticator
 from proxy.auth.credentials import Credentials
 from proxy.backends.identity import Login, StaleLoginError, check_query
-from proxy.backends.takeover import Opening, Receiver, Row, Takeover, alone, in_front_of_query
+from proxy.backends.session_setup import (
+    Opening,
+    Receiver,
+    Row,
+    SessionSetup,
+    alone,
+    in_front_of_query,
+)
 from proxy.net.descriptors import HINT, OutOfDescriptorsError
 from proxy.net.inbox import Inbox
 from proxy.reasons import explain
@@ -81,7 +88,7 @@ class Backend(asyncio.BufferedProtocol):
         on_lost: called when the connection ends.
         system_id: of its database cluster (`identity`); None if not asked for.
         own_settings: those made for a side backend at its login.
-        takeover: what it must do before its job; None once done.
+        setup: what it must do before its job; None once done.
         taken_over: the row that this returned.
         identity: what its login was based on, if remembered.
         is_spent: whether it must serve no other job.
@@ -97,7 +104,7 @@ class Backend(asyncio.BufferedProtocol):
         self._key: BackendKeyData | None = None
         self.parameters: dict[bytes, bytes] = {}
         self.own_settings: dict[bytes, bytes] = {}
-        self.takeover: Takeover | None = None
+        self.setup: SessionSetup | None = None
         self.taken_over: Row = ()
         self.identity: bytes | None = None
         self.is_spent = False
@@ -302,9 +309,9 @@ class Backend(asyncio.BufferedProtocol):
             self.taken_over = row or self.taken_over
             taken_up()
 
-        takeover, self.takeover = self.takeover, None
+        setup, self.setup = self.setup, None
         opening = Opening(
-            takeover,
+            setup,
             receiver,
             is_query_sent=sql is not None,
             hand_over=self._receive_by,
@@ -312,7 +319,7 @@ class Backend(asyncio.BufferedProtocol):
             taken_up=end,
         )
         self.read_by(opening)
-        front = in_front_of_query(takeover) if sql is not None else alone(takeover)
+        front = in_front_of_query(setup) if sql is not None else alone(setup)
         if sql is None or len(sql) <= READ_SIZE:
             self.transport.write(front if sql is None else front + Query(sql).serialize())
         else:

@@ -18,7 +18,7 @@ from typing import Final
 from protocol.errors import ServerError, SQLError
 from proxy.backends.backend import Backend, number
 from proxy.backends.identity import IDENTITY, SYSTEM_ID_QUERY, Login
-from proxy.backends.takeover import Row
+from proxy.backends.session_setup import Row
 from proxy.log import logger
 from proxy.reasons import explain
 

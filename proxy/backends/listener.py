@@ -19,7 +19,7 @@ from protocol.kinds import B
 from protocol.messages import DataRow, ErrorResponse, NotificationResponse, Query
 from proxy.backends.backend import Backend, number
 from proxy.backends.identity import Login
-from proxy.backends.takeover import Row
+from proxy.backends.session_setup import Row
 from proxy.log import logger
 from proxy.reasons import explain
 

@@ -63,7 +63,7 @@ GREETING: Final = (
     b" ARRAY[pg_catalog.set_config('application_name', 'pg_background spare', false)] END,"
     b" pg_catalog.current_setting('client_encoding')"
 )
-"""Fills the backend's caches for the takeover."""
+"""Fills the backend's caches for the setup."""
 
 _ROOM: Final = (
     b"""

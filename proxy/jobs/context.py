@@ -61,7 +61,7 @@ class Context:
         return self.usable_roles | {self.role_id}
 
 
-def takeover_query(
+def setup_query(
     context: Context, login_role: bytes, overrides: dict[bytes, bytes], pid: int
 ) -> bytes:
     """The SELECT that gives a fresh side backend the settings and role of a session.
@@ -78,11 +78,11 @@ def takeover_query(
     )
 
 
-def takeover_block(context: Context, login_role: bytes, overrides: dict[bytes, bytes]) -> bytes:
+def setup_block(context: Context, login_role: bytes, overrides: dict[bytes, bytes]) -> bytes:
     """Begins a transaction with the settings and role of a session, which end with it.
 
     It is for backends behind a connection pooler: no pooler gives the server connection of an open
-    transaction to another client. The row is that of `takeover_query`.
+    transaction to another client. The row is that of `setup_query`.
     """
     return b"BEGIN%b; SELECT pg_catalog.pg_backend_pid(), %b, %b" % (
         b"".join(_TRANSACTION_MODES.get(pair, b"") for pair in context.settings),

@@ -220,10 +220,10 @@ class Job(JobRecord):
         """
         backend = self._backend
         assert backend is not None
-        if backend.takeover is None:
+        if backend.setup is None:
             self._output_settings.callers = output_settings.read(backend.taken_over[2:])
         try:
-            if backend.takeover is not None and backend.takeover.changes_reading:
+            if backend.setup is not None and backend.setup.changes_reading:
                 await self._take_over(backend)
             sql = await self._prepared(backend)
         except ServerError:
@@ -239,7 +239,7 @@ class Job(JobRecord):
         else:
             if self.finished:
                 return  # it was abandoned meanwhile
-            if not backend.is_alive and backend.takeover is None:
+            if not backend.is_alive and backend.setup is None:
                 self.close(ConnectionError("the server closed the connection"))
                 return
             self._sql = self._sql[: FULL_SQL_SIZE + 1]
@@ -247,7 +247,7 @@ class Job(JobRecord):
 
     async def _take_over(self, backend: Backend) -> None:
         """Have the backend take over the session's state now, unless it has."""
-        if backend.takeover is not None:
+        if backend.setup is not None:
             await backend.take_over()
             if not self.finished:
                 self._output_settings.callers = output_settings.read(backend.taken_over[2:])

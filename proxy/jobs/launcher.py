@@ -1,9 +1,9 @@
 """Launches a job on a spare or new backend, with the launching session's role and settings.
 
 Invariant: the backend logs in as the client did, with the same startup packet, and takes over what
-the session has changed since; a spare in the write that brings its job (`backends/takeover`). If
-any of that fails, the launch fails: a job never runs with another role or other settings than its
-session's, not even behind a connection pooler.
+the session has changed since; a spare in the write that brings its job (`backends.session_setup`).
+If any of that fails, the launch fails: a job never runs with another role or other settings than
+its session's, not even behind a connection pooler.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from proxy.backends.identity import Login, StaleLoginError
 from proxy.backends.listener import APPLICATION_NAME as LISTENER_NAME
 from proxy.backends.reuse import STYLES, Keep, Reuse
 from proxy.backends.route import Route
-from proxy.backends.takeover import Takeover
+from proxy.backends.session_setup import SessionSetup
 from proxy.config.gucs import (
     GUCS,
     JOB_SETTING,
@@ -37,7 +37,7 @@ from proxy.config.gucs import (
     Guc,
     session_secret,
 )
-from proxy.jobs.context import Context, takeover_block, takeover_query
+from proxy.jobs.context import Context, setup_block, setup_query
 from proxy.jobs.service import JobService
 from proxy.log import logger
 from proxy.reasons import explain
@@ -176,11 +176,11 @@ class Launcher:
 
         Raises ServerError, ConnectionError, ProtocolViolation.
         """
-        query = takeover_query(context, self.user, overrides, backend.pid)
+        query = setup_query(context, self.user, overrides, backend.pid)
         if is_spare:
             reading = [(name, value) for name, value in context.settings if name in READING]
             changes = any(backend.parameters.get(name) != value for name, value in reading)
-            backend.takeover = Takeover(query, changes)
+            backend.setup = SessionSetup(query, changes)
             # The server reports them at the end of the job, but rows may be read before.
             styles = {name: value for name, value in context.settings if name in STYLES}
             backend.parameters.update(styles)
@@ -189,7 +189,7 @@ class Launcher:
         if number(row[0]) != backend.pid:
             # The pooler may not have passed the startup packet's settings to the server.
             overrides = overrides | backend.own_settings | {SESSION_SETTING: b""}
-            row = await backend.row(takeover_block(context, self.user, overrides))
+            row = await backend.row(setup_block(context, self.user, overrides))
             backend.pid = number(row[0])
             backend.is_pooled = True
         backend.taken_over = row

@@ -21,7 +21,7 @@ from protocol.framing import MessageBuffer
 from protocol.kinds import B
 from protocol.messages import DataRow, ErrorResponse, NotificationResponse, Query
 from proxy.backends.backend import READ_SIZE, Backend
-from proxy.backends.takeover import Row
+from proxy.backends.session_setup import Row
 from proxy.log import logger
 from proxy.reasons import explain
 from proxy.runtime import Runtime
@@ -255,7 +255,7 @@ def _number(name: bytes) -> int:
 
 
 class _Conversation:
-    """The exchange over one connection, until that is lost (a `takeover.Receiver`).
+    """The exchange over one connection, until that is lost (a `session_setup.Receiver`).
 
     Attributes:
         heard: called with the sender and the text of messages for us.

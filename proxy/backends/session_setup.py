@@ -21,10 +21,10 @@ from proxy.backends.identity import StaleLoginError
 Row = tuple[bytes | None, ...]
 
 _COMMANDS: Final = 4
-"""Commands before a job: the check of the login, BEGIN, the takeover, COMMIT."""
+"""Commands before a job: the check of the login, BEGIN, the setup, COMMIT."""
 
 
-class Takeover(NamedTuple):
+class SessionSetup(NamedTuple):
     """What a spare must do before its job.
 
     Attributes:
@@ -62,26 +62,26 @@ _TAKE_UP: Final = Parse(b"", b"", ()).serialize() + Flush().serialize()
 _SYNC: Final = Sync().serialize()
 
 
-def in_front_of_query(takeover: Takeover | None) -> bytes:
+def in_front_of_query(setup: SessionSetup | None) -> bytes:
     """The messages that precede a job's Query.
 
     The server answers with ParseComplete when it takes the query up: from then on pg_stat_activity
     shows it, and it can be cancelled.
 
-    `takeover`: precedes the Query. The check of the login is the unnamed statement by now.
+    `setup`: precedes the Query. The check of the login is the unnamed statement by now.
     """
-    return _first(takeover) + _TAKE_UP
+    return _first(setup) + _TAKE_UP
 
 
-def alone(takeover: Takeover | None) -> bytes:
+def alone(setup: SessionSetup | None) -> bytes:
     """The same messages without a Query, which will follow later."""
-    return _first(takeover) + _SYNC
+    return _first(setup) + _SYNC
 
 
-def _first(takeover: Takeover | None) -> bytes:
-    if takeover is None:
+def _first(setup: SessionSetup | None) -> bytes:
+    if setup is None:
         return b""
-    return b"".join((_EXECUTE, _BEGIN, _executed(takeover.sql), _COMMIT))
+    return b"".join((_EXECUTE, _BEGIN, _executed(setup.sql), _COMMIT))
 
 
 class Opening:
@@ -95,7 +95,7 @@ class Opening:
 
     def __init__(
         self,
-        takeover: Takeover | None,
+        setup: SessionSetup | None,
         receiver: Receiver,
         *,
         is_query_sent: bool,
@@ -105,12 +105,12 @@ class Opening:
     ) -> None:
         """
         Args:
-            takeover: what was sent.
+            setup: what was sent.
             receiver: takes what follows.
             is_query_sent: whether the job was sent too.
             hand_over: makes a receiver take the input from now on.
             parameter_status: called with the bodies of such messages.
-            taken_up: called with the takeover's row (empty without one) before the receiver takes
+            taken_up: called with the setup's row (empty without one) before the receiver takes
                 over; may raise ProtocolViolation.
         """
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -120,7 +120,7 @@ class Opening:
         self._parameter_status = parameter_status
         self._taken_up = taken_up
         self._buffer = MessageBuffer()
-        self._left = 0 if takeover is None else _COMMANDS
+        self._left = 0 if setup is None else _COMMANDS
         self._row: Row = ()
         self._has_ended = False
 
