@@ -109,7 +109,7 @@ class Blocks:
             return [None, None]
         return [date_style, interval_style]
 
-    def abandon(self) -> None:
+    def discard_rest(self) -> None:
         """Drop the rest, so that the job does not wait for us."""
         if not self.finished:
             self.job.forget_output()

@@ -442,7 +442,7 @@ class Inside:
         if blocks.finished:
             self._session.jobs.remove(job)
         elif job.has_handle:
-            blocks.abandon()
+            blocks.discard_rest()
         else:
             self._session.drop(job)
 

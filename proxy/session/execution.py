@@ -238,7 +238,7 @@ class Execution:
 
     async def _describe(self, statement: FunctionResult, result: Result, portal: Portal) -> None:
         if not portal.in_query:
-            statement.told = result.fields
+            statement.described_columns = result.fields
         self._primary.hold(RowDescription(result.fields).serialize())
 
     @contextlib.asynccontextmanager
@@ -254,7 +254,7 @@ class Execution:
         """The result of a portal, started if it was not yet, its columns known and checked."""
         batch, plan = self._batch, statement.plan
         batch.caller.ask_context(plan, first=not batch.executed, marker=statement.marker)
-        told = () if redescribe else statement.told
+        described_columns = () if redescribe else statement.described_columns
         rows: list[tuple[bytes | None, ...]] = []
         if portal.result is None:
 
@@ -280,11 +280,15 @@ class Execution:
                     [row] = rows
                     arguments = row[-1]
                     if statement.has_columns:
-                        told = statement.client_fields()
+                        described_columns = statement.client_fields()
                     if not (plan.has_no_side_effects or (arguments or b"").isascii()):
                         await self._check_encoding()
                     portal.result = await self._call(
-                        portal, statement, arguments, statement.defined(row), told=told
+                        portal,
+                        statement,
+                        arguments,
+                        statement.defined(row),
+                        described_columns=described_columns,
                     )
                 portal.result.means = Means(
                     self._primary.write,
@@ -338,10 +342,9 @@ class Execution:
         arguments: bytes | None,
         defined: Sequence[Field],
         *,
-        told: Sequence[Field],
+        described_columns: Sequence[Field],
     ) -> Result:
-        """Call the function in FROM. `arguments`: from the stand-in. `defined`, `told`: see
-        `Fetch`."""
+        """Call the function in FROM. `arguments`: from the stand-in. For the others see `Fetch`."""
         plan, caller = statement.plan, self._batch.caller
         function = plan.call.function
         value = await caller.evaluate(plan.call, await caller.arguments(plan.call, arguments))
@@ -350,7 +353,7 @@ class Execution:
                 value,
                 plan,
                 defined=defined,
-                described=told,
+                described_columns=described_columns,
                 formats=portal.formats,
             )
         if function.returns_set:

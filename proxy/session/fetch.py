@@ -57,7 +57,7 @@ class Fetch:
         plan: ResultPlan,
         *,
         defined: Sequence[Field],
-        described: Sequence[Field],
+        described_columns: Sequence[Field],
         formats: Sequence[int],
     ) -> None:
         """
@@ -65,7 +65,7 @@ class Fetch:
             job: whose result it is. It counts as consumed from now on.
             plan: which of its columns the client wants.
             defined: the column definition list; empty if there is none.
-            described: the columns that the client was told, if it was.
+            described_columns: the columns that the client was told, if it was.
             formats: the result formats of the client's Bind.
         """
         self.job = job
@@ -73,7 +73,7 @@ class Fetch:
         self.finished = False
         self._plan = plan
         self._defined = defined
-        self._told = described
+        self._described_columns = described_columns
         # By target encoding.
         self._conversions: dict[bytes, Conversion] = {}
         self._needs_types = False
@@ -110,7 +110,7 @@ class Fetch:
             self._plan.outputs, self._defined or given, self.means.encoding
         )
         if not self._defined:
-            self._check_told(fields)
+            self._check_described(fields)
         self.fields = with_formats(fields, self._formats)
         self._described = True
         if self._given is not None and self._needs_server(self._given):
@@ -153,10 +153,10 @@ class Fetch:
             )
         return self._conversions[encoding]
 
-    def _check_told(self, fields: Sequence[Field]) -> None:
+    def _check_described(self, fields: Sequence[Field]) -> None:
         """Raises SQLError 0A000 if the client was told other columns."""
-        if self._told and [_shape(field) for field in fields] != [
-            _shape(field) for field in self._told
+        if self._described_columns and [_shape(field) for field in fields] != [
+            _shape(field) for field in self._described_columns
         ]:
             raise SQLError(
                 FEATURE_NOT_SUPPORTED,
@@ -172,9 +172,10 @@ class Fetch:
             return True
         if not self._plan.has_modifiers:
             return False
-        told = dict(zip(self._columns, self._told, strict=True))
+        described = dict(zip(self._columns, self._described_columns, strict=True))
         return any(
-            place not in told or told[place].type_modifier not in (-1, field.type_modifier)
+            place not in described
+            or described[place].type_modifier not in (-1, field.type_modifier)
             for place, field in enumerate(given)
         )
 
@@ -313,7 +314,7 @@ class Fetch:
             )
         ).serialize()
 
-    def abandon(self) -> None:
+    def discard_rest(self) -> None:
         """Drop the rest, so that the job does not wait for us."""
         if not self.finished:
             self.job.forget_output()

@@ -118,7 +118,7 @@ class FunctionResult:
     Attributes:
         columns: the function's, with types as the database has them; none if only its job knows.
         marker, fields, server_name, native: as in `RowCalls`.
-        told: a job's columns as told by Describe, which later executions must match.
+        described_columns: a job's columns as told by Describe, which later executions must match.
     """
 
     plan: ResultPlan
@@ -127,7 +127,7 @@ class FunctionResult:
     fields: tuple[Field, ...] = ()
     server_name: bytes = b""
     native: Parse | None = None
-    told: tuple[Field, ...] = ()
+    described_columns: tuple[Field, ...] = ()
 
     @property
     def has_columns(self) -> bool:
@@ -213,7 +213,7 @@ class Portal:
     def close(self) -> None:
         """Drop the rest of the result."""
         if self.result is not None:
-            self.result.abandon()
+            self.result.discard_rest()
 
 
 def _check(fields: Sequence[Field], calls: Sequence[int], width: int | None) -> None:

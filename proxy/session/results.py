@@ -116,7 +116,7 @@ class Result(Protocol):
     async def send(self, max_rows: int = 0) -> int:
         """Send rows, all or at most `max_rows`. Returns their number. Raises SQLError."""
 
-    def abandon(self) -> None:
+    def discard_rest(self) -> None:
         """Drop the rest."""
 
 
@@ -174,7 +174,7 @@ class Table:
             )
         ).serialize()
 
-    def abandon(self) -> None:
+    def discard_rest(self) -> None:
         """Drop the rest."""
         self.finished = True
 
