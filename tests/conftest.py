@@ -43,6 +43,7 @@ from tests.support import api_clients, examples
 from tests.support.certificates import Certificates
 from tests.support.forks import ForkServer
 from tests.support.servers import Connection, Proxy, Server, database, program_environment
+from tests.support.wire import Monitor
 
 _live_proxies: list[Proxy] = []
 _database_number = itertools.count(1)
@@ -391,6 +392,14 @@ def gate(observer: Connection) -> Iterator[api_clients.Gate]:
     gate = api_clients.Gate(observer)
     yield gate
     gate.open()
+
+
+@pytest.fixture
+def monitor(server: Server) -> Iterator[Monitor]:
+    """Looks at the server's backends."""
+    monitor = Monitor(server)
+    yield monitor
+    monitor.close()
 
 
 @pytest.fixture

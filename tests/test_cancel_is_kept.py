@@ -54,13 +54,6 @@ def extension(server: Server, proxy: Proxy, scratch: str) -> Iterator[None]:
     yield from with_extension(server, proxy, scratch)
 
 
-@pytest.fixture
-def monitor(server: Server) -> Iterator[Monitor]:
-    monitor = Monitor(server)
-    yield monitor
-    monitor.close()
-
-
 def launched(client: Client, observer: Connection, code: str) -> Handle:
     """A job that has written something and is in the middle of the code."""
     handle = client.launch(f"INSERT INTO kept VALUES (1); {code}", "kept")

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import psycopg
@@ -46,13 +45,6 @@ def table(observer: Connection) -> str:
 
 def committed(observer: Connection) -> list[int]:
     return [n for [n] in observer.execute("SELECT n FROM ending ORDER BY n")]
-
-
-@pytest.fixture
-def monitor(server: Server) -> Iterator[Monitor]:
-    monitor = Monitor(server)
-    yield monitor
-    monitor.close()
 
 
 # --- wait ---

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,13 +28,6 @@ from tests.support.wire import Footprint, Gate, Monitor, Wire, error_of, gate, l
 # More than all buffers between a job and its reader take.
 BIG_RESULT: Final = "SELECT repeat('x', 1000) FROM generate_series(1, 40000)"
 FETCH: Final = "SELECT * FROM pg_background_result(%s) AS (n int)"
-
-
-@pytest.fixture
-def monitor(server: Server) -> Iterator[Monitor]:
-    monitor = Monitor(server)
-    yield monitor
-    monitor.close()
 
 
 @pytest.fixture
@@ -62,10 +55,38 @@ def nothing_left(proxy: Proxy, db: str, monitor: Monitor) -> Iterator[None]:
 
 
 @pytest.fixture
-def background() -> Iterator[Callable[..., Future[Any]]]:
-    """Runs a blocking call in a thread."""
-    with ThreadPoolExecutor() as threads:
-        yield threads.submit
+def table(nothing_left: None, server: Server, db: str) -> None:
+    """The database has a table `done`."""
+    with server.connect(dbname=db) as direct:
+        direct.execute("CREATE TABLE done ()")
+
+
+JOB_DONE: Final = "INSERT INTO done DEFAULT VALUES"
+
+
+def wait_until_done(server: Server, db: str) -> None:
+    """The job has committed, and once."""
+    with server.connect(dbname=db) as direct:
+        wait_until(lambda: value(direct, "SELECT count(*) FROM done"))
+        assert value(direct, "SELECT count(*) FROM done") == 1
+
+
+GoesOn = Callable[[int, int], None]
+
+
+@pytest.fixture
+def assert_job_goes_on(server: Server, db: str, closed_gate: Gate, monitor: Monitor) -> GoesOn:
+    """Given the pids of a primary that ends and of its session's job: that waits at the gate, and
+    commits when it opens.
+    """
+
+    def check(primary: int, job: int) -> None:
+        monitor.wait_until_gone(primary)
+        monitor.wait_until_at_gate(job)
+        closed_gate.open()
+        wait_until_done(server, db)
+
+    return check
 
 
 def fetch(conn: Connection, pid: int) -> list[tuple[Any, ...]]:
@@ -253,25 +274,23 @@ def test_no_server_at_connect_is_a_clean_57p03(
     assert error.fields["D"]
 
 
-@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.usefixtures("table")
 def test_killed_primary_ends_the_wait_and_the_job_runs_on(
-    proxy: Proxy, server: Server, db: str, monitor: Monitor, background: Callable[..., Future[Any]]
+    conn: Connection,
+    monitor: Monitor,
+    closed_gate: Gate,
+    background: Callable[..., Future[Any]],
+    assert_job_goes_on: GoesOn,
 ) -> None:
-    with server.connect(dbname=db) as direct:
-        direct.execute("CREATE TABLE done ()")
-    with gate(server, db) as closed:
-        conn = proxy.connect(dbname=db)
-        pid = launch(conn, closed.sql + "INSERT INTO done DEFAULT VALUES")
-        waiting = background(fetch, conn, pid)
-        monitor.wait_until_fetching(pid_of(conn))
-        monitor.terminate(pid_of(conn))
-        with pytest.raises(errors.AdminShutdown, match="terminating connection"):
-            waiting.result(30)
-        assert conn.closed
-        conn.close()
-        wait_until(lambda: monitor.state(pid) == ("active", "advisory"))
-    with server.connect(dbname=db) as direct:
-        wait_until(lambda: value(direct, "SELECT count(*) FROM done"))
+    primary = pid_of(conn)
+    pid = launch(conn, closed_gate.sql + JOB_DONE)
+    waiting = background(fetch, conn, pid)
+    monitor.wait_until_fetching(primary)
+    monitor.terminate(primary)
+    with pytest.raises(errors.AdminShutdown, match="terminating connection"):
+        waiting.result(30)
+    assert conn.closed
+    assert_job_goes_on(primary, pid)
 
 
 # No connection for the job
@@ -378,46 +397,28 @@ def vanish(request: pytest.FixtureRequest) -> Callable[[Wire], None]:
 
 
 @pytest.fixture
-def wire(nothing_left: None, server: Server, proxy: Proxy, db: str) -> Wire:
+def wire(table: None, proxy: Proxy, db: str) -> Wire:
     """A session by hand; the database has a table `done`."""
-    with server.connect(dbname=db) as direct:
-        direct.execute("CREATE TABLE done ()")
     return Wire((proxy.host, proxy.port), database=db, receive_buffer=16384)
 
 
-JOB_DONE: Final = "INSERT INTO done DEFAULT VALUES"
-
-
-def wait_until_done(server: Server, db: str) -> None:
-    """The job has committed, and once."""
-    with server.connect(dbname=db) as direct:
-        wait_until(lambda: value(direct, "SELECT count(*) FROM done"))
-        assert value(direct, "SELECT count(*) FROM done") == 1
-
-
 def test_client_vanishes_while_it_waits(
-    wire: Wire, server: Server, db: str, closed_gate: Gate, monitor: Monitor, vanish: Any
+    wire: Wire, closed_gate: Gate, monitor: Monitor, vanish: Any, assert_job_goes_on: GoesOn
 ) -> None:
     pid = wire.launch(closed_gate.sql + JOB_DONE)
     wire.send_query(f"SELECT pg_background_result({pid})")
     monitor.wait_until_fetching(wire.pid)
     vanish(wire)
-    monitor.wait_until_gone(wire.pid)
-    wait_until(lambda: monitor.state(pid) == ("active", "advisory"))
-    closed_gate.open()
-    wait_until_done(server, db)
+    assert_job_goes_on(wire.pid, pid)
 
 
 def test_client_vanishes_while_idle_with_a_job(
-    wire: Wire, server: Server, db: str, closed_gate: Gate, monitor: Monitor, vanish: Any
+    wire: Wire, closed_gate: Gate, monitor: Monitor, vanish: Any, assert_job_goes_on: GoesOn
 ) -> None:
     pid = wire.launch(closed_gate.sql + JOB_DONE)
     monitor.wait_until_at_gate(pid)
     vanish(wire)
-    monitor.wait_until_gone(wire.pid)
-    wait_until(lambda: monitor.state(pid) == ("active", "advisory"))
-    closed_gate.open()
-    wait_until_done(server, db)
+    assert_job_goes_on(wire.pid, pid)
 
 
 def test_client_vanishes_while_it_launches(
@@ -469,15 +470,12 @@ def test_client_vanishes_with_a_result_that_it_does_not_read(
 
 
 def test_client_vanishes_in_the_middle_of_a_message(
-    wire: Wire, server: Server, db: str, closed_gate: Gate, monitor: Monitor, vanish: Any
+    wire: Wire, closed_gate: Gate, vanish: Any, assert_job_goes_on: GoesOn
 ) -> None:
     pid = wire.launch(closed_gate.sql + JOB_DONE)
     wire.send(b"Q\0\0\1\0SELECT pg_background_result(")
     vanish(wire)
-    monitor.wait_until_gone(wire.pid)
-    wait_until(lambda: monitor.state(pid) == ("active", "advisory"))
-    closed_gate.open()
-    wait_until_done(server, db)
+    assert_job_goes_on(wire.pid, pid)
 
 
 def test_client_vanishes_with_a_pipeline_full_of_messages_behind_its_wait(
@@ -496,46 +494,35 @@ def test_client_vanishes_with_a_pipeline_full_of_messages_behind_its_wait(
     wait_until_done(server, db)
 
 
-@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.usefixtures("table")
 def test_psql_is_killed_while_it_waits(
-    server: Server, proxy: Proxy, db: str, monitor: Monitor
+    proxy: Proxy, db: str, closed_gate: Gate, monitor: Monitor, assert_job_goes_on: GoesOn
 ) -> None:
-    with server.connect(dbname=db) as direct, gate(server, db) as closed:
-        direct.execute("CREATE TABLE done ()")
-        job = closed.sql + JOB_DONE
-        wait = f"SELECT pg_background_result(pg_background_launch('{job}'))"
-        client = start_psql(proxy, db, wait)
-        primary = backend_of(monitor, db, "psql")
-        monitor.wait_until_fetching(primary)
-        job_pid = backend_at_gate(monitor, db)
-        client.kill()
-        client.communicate(timeout=30)
-        monitor.wait_until_gone(primary)
-        wait_until(lambda: monitor.state(job_pid) == ("active", "advisory"))
-        closed.open()
-        wait_until_done(server, db)
+    client, primary = psql_that_waits(proxy, db, monitor, closed_gate.sql + JOB_DONE)
+    pid = backend_at_gate(monitor, db)
+    client.kill()
+    client.communicate(timeout=30)
+    assert_job_goes_on(primary, pid)
 
 
-def start_psql(proxy: Proxy, db: str, *commands: str) -> subprocess.Popen[str]:
+def psql_that_waits(
+    proxy: Proxy, db: str, monitor: Monitor, job: str
+) -> tuple[subprocess.Popen[str], int]:
+    """One that waits for the result of a job, and the pid of its backend."""
     program = shutil.which("psql", path=psql_path())
     assert program is not None
-    return subprocess.Popen(
-        [
-            *(program, "-X", "-d", proxy.dsn(dbname=db)),
-            *(part for command in commands for part in ("-c", command)),
-        ],
+    query = f"SELECT pg_background_result(pg_background_launch('{job}'))"
+    client = subprocess.Popen(
+        [program, "-X", "-d", proxy.dsn(dbname=db), "-c", query],
         env=clean_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def backend_of(monitor: Monitor, db: str, application: str) -> int:
-    """The pid of its backend, once there is one."""
-    [pid, *_] = wait_until(lambda: [b[0] for b in monitor.backends(db) if b[1] == application])
-    return int(pid)
+    [pid, *_] = wait_until(lambda: [b[0] for b in monitor.backends(db) if b[1] == "psql"])
+    monitor.wait_until_fetching(pid)
+    return client, int(pid)
 
 
 def backend_at_gate(monitor: Monitor, db: str) -> int:
@@ -582,19 +569,15 @@ def test_cancel_request_ends_the_wait(
     if in_transaction:
         assert_transaction_failed(conn)
     assert_lives(conn)
-    wait_until(lambda: monitor.state(pid) == ("active", "advisory"))  # the job was not cancelled
+    monitor.wait_until_at_gate(pid)  # the job was not cancelled
     with pytest.raises(errors.UndefinedObject, match=f"PID {pid} have already been consumed"):
         fetch(conn, pid)
 
 
 def test_ctrl_c_in_psql_ends_the_wait(
-    server: Server, proxy: Proxy, db: str, monitor: Monitor, closed_gate: Gate
+    proxy: Proxy, db: str, monitor: Monitor, closed_gate: Gate
 ) -> None:
-    job = closed_gate.sql + "SELECT 1"
-    wait = f"SELECT pg_background_result(pg_background_launch('{job}'))"
-    client = start_psql(proxy, db, wait)
-    primary = backend_of(monitor, db, "psql")
-    monitor.wait_until_fetching(primary)
+    client, _ = psql_that_waits(proxy, db, monitor, closed_gate.sql + "SELECT 1")
     client.send_signal(signal.SIGINT)
     _, err = client.communicate(timeout=30)
     assert "Cancel request sent" in err
@@ -688,7 +671,7 @@ def test_statement_timeout_ends_the_wait(
         fetch(conn, pid)
     assert caught.value.diag.message_primary == "canceling statement due to statement timeout"
     assert_transaction_failed(conn)
-    wait_until(lambda: monitor.state(pid) == ("active", "advisory"))
+    monitor.wait_until_at_gate(pid)
     conn.execute("SET statement_timeout = 0")
     assert_lives(conn)
 

@@ -23,13 +23,6 @@ BIG_RESULT: Final = f"SELECT repeat('x', 1000) FROM generate_series(1, {BIG})"
 
 
 @pytest.fixture
-def monitor(server: Server) -> Iterator[Monitor]:
-    monitor = Monitor(server)
-    yield monitor
-    monitor.close()
-
-
-@pytest.fixture
 def direct(server: Server, db: str) -> Iterator[Connection]:
     """A connection to the server; the database has a table `done`."""
     with server.connect(dbname=db) as direct:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -98,49 +98,37 @@ def job_role(conn: Connection) -> str:
 
 # SCRAM: TLS or not, on both sides
 
+ScramProxy = Callable[..., Proxy]
 
-def scram_proxy(
-    server: Server,
-    start_proxy: StartProxy,
-    certificates: Certificates,
-    *options: str,
-    client: str,
-    upstream_mode: str = "disable",
-) -> Proxy:
-    tls = tls_options(certificates, "allow") if client == "require" else []
-    return start_proxy(*tls, *options, upstream=upstream(server, sslmode=upstream_mode))
+
+@pytest.fixture
+def scram_proxy(start_proxy: StartProxy, certificates: Certificates) -> ScramProxy:
+    """Starts a proxy; `client`, `upstream_mode`: the sslmode of its clients, and its own."""
+
+    def start(
+        server: Server, *options: str, client: str = "require", upstream_mode: str = "require"
+    ) -> Proxy:
+        tls = tls_options(certificates, "allow") if client == "require" else []
+        return start_proxy(*tls, *options, upstream=upstream(server, sslmode=upstream_mode))
+
+    return start
 
 
 @pytest.mark.parametrize("client", ["disable", "require"])
 def test_scram_passes_through_to_a_server_without_tls(
-    server: Server,
-    start_proxy: StartProxy,
-    certificates: Certificates,
-    tmp_path: Path,
-    client: str,
+    server: Server, scram_proxy: ScramProxy, tmp_path: Path, client: str
 ) -> None:
     file = auth_file(tmp_path, pw_scram=secret_of(server, "pw_scram"))
-    proxy = scram_proxy(server, start_proxy, certificates, "--auth-file", file, client=client)
+    proxy = scram_proxy(server, "--auth-file", file, client=client, upstream_mode="disable")
     _check_scram(proxy, client)
 
 
 @pytest.mark.parametrize("client", ["disable", "require"])
 def test_scram_to_a_server_with_tls(
-    tls_roles: Server,
-    start_proxy: StartProxy,
-    certificates: Certificates,
-    tmp_path: Path,
-    client: str,
+    tls_roles: Server, scram_proxy: ScramProxy, tmp_path: Path, client: str
 ) -> None:
     file = auth_file(tmp_path, pw_scram=secret_of(tls_roles, "pw_scram"))
-    proxy = scram_proxy(
-        tls_roles,
-        start_proxy,
-        certificates,
-        *("--auth-file", file, "--log-level", "debug"),
-        client=client,
-        upstream_mode="require",
-    )
+    proxy = scram_proxy(tls_roles, "--auth-file", file, "--log-level", "debug", client=client)
     _check_scram(proxy, client)
     assert secret_of(tls_roles, "pw_scram") not in proxy.log
     assert PASSWORD not in proxy.log
@@ -163,12 +151,10 @@ def _check_scram(proxy: Proxy, sslmode: str) -> None:
 
 
 async def test_a_client_that_cannot_bind_passes_through(
-    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates
+    tls_roles: Server, scram_proxy: ScramProxy
 ) -> None:
     """TLS on both sides, nothing known of the role: asyncpg does not know of channel binding."""
-    proxy = scram_proxy(
-        tls_roles, start_proxy, certificates, client="require", upstream_mode="require"
-    )
+    proxy = scram_proxy(tls_roles)
     conn = await asyncpg.connect(
         host=proxy.host,
         port=proxy.port,
@@ -189,23 +175,16 @@ async def test_a_client_that_cannot_bind_passes_through(
 
 
 def test_scram_with_the_password_known(
-    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates, tmp_path: Path
+    tls_roles: Server, scram_proxy: ScramProxy, tmp_path: Path
 ) -> None:
     """TLS on both sides; the auth_file has the password itself. It lets in who knows it too."""
     file = auth_file(tmp_path, pw_scram=PASSWORD)
-    proxy = scram_proxy(
-        tls_roles,
-        start_proxy,
-        certificates,
-        *("--auth-file", file),
-        client="require",
-        upstream_mode="require",
-    )
+    proxy = scram_proxy(tls_roles, "--auth-file", file)
     _check_scram(proxy, "require")
 
 
 def test_an_old_secret_lets_nobody_in(
-    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates, tmp_path: Path
+    tls_roles: Server, scram_proxy: ScramProxy, tmp_path: Path
 ) -> None:
     """The auth_file is right about the client, and the server no longer agrees."""
     with tls_roles.connect() as conn:
@@ -215,14 +194,7 @@ def test_an_old_secret_lets_nobody_in(
         conn.execute("ALTER ROLE moved PASSWORD 'new'")
     tls_roles.set_hba([*TLS_HBA, "host all moved 127.0.0.1/32 scram-sha-256"])
     try:
-        proxy = scram_proxy(
-            tls_roles,
-            start_proxy,
-            certificates,
-            *("--auth-file", auth_file(tmp_path, moved=old)),
-            client="require",
-            upstream_mode="require",
-        )
+        proxy = scram_proxy(tls_roles, "--auth-file", auth_file(tmp_path, moved=old))
         for password in ("old", "new"):
             with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
                 proxy.connect(user="moved", password=password, sslmode="require")
@@ -257,15 +229,10 @@ def test_auth_query_finds_what_side_backends_log_in_with(
 
 
 def test_auth_query_makes_scram_by_tls_on_both_sides_work(
-    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates, lookup_file: str
+    tls_roles: Server, scram_proxy: ScramProxy, lookup_file: str
 ) -> None:
     proxy = scram_proxy(
-        tls_roles,
-        start_proxy,
-        certificates,
-        *("--auth-user", "lookup", "--auth-file", lookup_file, "--auth-dbname", "template1"),
-        client="require",
-        upstream_mode="require",
+        tls_roles, "--auth-user", "lookup", "--auth-file", lookup_file, "--auth-dbname", "template1"
     )
     _check_scram(proxy, "require")
 
@@ -425,7 +392,7 @@ def test_a_roles_name_does_nothing_to_who_reads_the_log(
 
 
 def test_strangers_cannot_make_the_proxy_log_in_without_end(
-    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates, lookup_file: str
+    tls_roles: Server, scram_proxy: ScramProxy, lookup_file: str
 ) -> None:
     """Lookups log in as auth_user. Those for one address are limited, and the log says so."""
     with tls_roles.connect() as conn:
@@ -433,12 +400,7 @@ def test_strangers_cannot_make_the_proxy_log_in_without_end(
     tls_roles.set_hba([*TLS_HBA, "host all all 127.0.0.1/32 scram-sha-256"])
     try:
         proxy = scram_proxy(
-            tls_roles,
-            start_proxy,
-            certificates,
-            *("--auth-user", "lookup", "--auth-file", lookup_file, "--workers", "1"),
-            client="require",
-            upstream_mode="require",
+            tls_roles, "--auth-user", "lookup", "--auth-file", lookup_file, "--workers", "1"
         )
         before = tls_roles.cluster.log_size()
         with ThreadPoolExecutor(25) as pool:
@@ -489,16 +451,9 @@ def test_the_proxy_asks_only_if_the_server_does(start_proxy: StartProxy) -> None
 
 
 def test_the_proxy_asks_over_tls_and_logs_in_over_tls(
-    tls_roles: Server, start_proxy: StartProxy, certificates: Certificates
+    tls_roles: Server, scram_proxy: ScramProxy
 ) -> None:
-    proxy = scram_proxy(
-        tls_roles,
-        start_proxy,
-        certificates,
-        *("--auth-type", "plain"),
-        client="require",
-        upstream_mode="require",
-    )
+    proxy = scram_proxy(tls_roles, "--auth-type", "plain")
     _check_scram(proxy, "require")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -13,17 +12,10 @@ from protocol import messages as m
 from protocol.startup import CancelRequest
 from tests.support.background import launch, message, run, wait_until
 from tests.support.recorder import Frontend, S, b, d, e, errors, kinds, p, q, rows
-from tests.support.servers import Connection, Proxy, Server
+from tests.support.servers import Connection, Proxy
 from tests.support.wire import Monitor
 
 pytestmark = pytest.mark.every_server
-
-
-@pytest.fixture(scope="module")
-def monitor(server: Server) -> Iterator[Monitor]:
-    monitor = Monitor(server)
-    yield monitor
-    monitor.close()
 
 
 # A job's column, its type, and the type that is declared.

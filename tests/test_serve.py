@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,20 +25,6 @@ from tests.support.servers import PASSWORDS, Connection, Proxy, Server
 from tests.support.wire import Monitor, Wire, gate, launch, value
 
 FETCH: Final = "SELECT * FROM pg_background_result(%s) AS (n int)"
-
-
-@pytest.fixture
-def monitor(server: Server) -> Iterator[Monitor]:
-    monitor = Monitor(server)
-    yield monitor
-    monitor.close()
-
-
-@pytest.fixture
-def background() -> Iterator[Callable[..., Future[Any]]]:
-    """Runs a blocking call in a thread."""
-    with ThreadPoolExecutor() as threads:
-        yield threads.submit
 
 
 # SIGTERM

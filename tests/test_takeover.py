@@ -33,13 +33,6 @@ WORKERS = pytest.mark.parametrize("workers", ["1", "2"])
 OTHER_USER: Final = 65534
 
 
-@pytest.fixture
-def monitor(server: Server) -> Iterator[Monitor]:
-    monitor = Monitor(server)
-    yield monitor
-    monitor.close()
-
-
 Heirs = Callable[..., Proxy]
 
 
