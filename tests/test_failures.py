@@ -62,6 +62,8 @@ def table(nothing_left: None, server: Server, db: str) -> None:
 
 
 JOB_DONE: Final = "INSERT INTO done DEFAULT VALUES"
+# Behind a gate: one that is being cancelled when the gate opens does not get as far.
+SLOWLY_DONE: Final = f"SELECT pg_sleep(0.2); {JOB_DONE}"
 
 
 def wait_until_done(server: Server, db: str) -> None:
@@ -283,7 +285,7 @@ def test_killed_primary_ends_the_wait_and_the_job_runs_on(
     assert_job_goes_on: GoesOn,
 ) -> None:
     primary = pid_of(conn)
-    pid = launch(conn, closed_gate.sql + JOB_DONE)
+    pid = launch(conn, closed_gate.sql + SLOWLY_DONE)
     waiting = background(fetch, conn, pid)
     monitor.wait_until_fetching(primary)
     monitor.terminate(primary)
@@ -405,7 +407,7 @@ def wire(table: None, proxy: Proxy, db: str) -> Wire:
 def test_client_vanishes_while_it_waits(
     wire: Wire, closed_gate: Gate, monitor: Monitor, vanish: Any, assert_job_goes_on: GoesOn
 ) -> None:
-    pid = wire.launch(closed_gate.sql + JOB_DONE)
+    pid = wire.launch(closed_gate.sql + SLOWLY_DONE)
     wire.send_query(f"SELECT pg_background_result({pid})")
     monitor.wait_until_fetching(wire.pid)
     vanish(wire)
@@ -415,7 +417,7 @@ def test_client_vanishes_while_it_waits(
 def test_client_vanishes_while_idle_with_a_job(
     wire: Wire, closed_gate: Gate, monitor: Monitor, vanish: Any, assert_job_goes_on: GoesOn
 ) -> None:
-    pid = wire.launch(closed_gate.sql + JOB_DONE)
+    pid = wire.launch(closed_gate.sql + SLOWLY_DONE)
     monitor.wait_until_at_gate(pid)
     vanish(wire)
     assert_job_goes_on(wire.pid, pid)
@@ -472,7 +474,7 @@ def test_client_vanishes_with_a_result_that_it_does_not_read(
 def test_client_vanishes_in_the_middle_of_a_message(
     wire: Wire, closed_gate: Gate, vanish: Any, assert_job_goes_on: GoesOn
 ) -> None:
-    pid = wire.launch(closed_gate.sql + JOB_DONE)
+    pid = wire.launch(closed_gate.sql + SLOWLY_DONE)
     wire.send(b"Q\0\0\1\0SELECT pg_background_result(")
     vanish(wire)
     assert_job_goes_on(wire.pid, pid)
@@ -482,7 +484,7 @@ def test_client_vanishes_with_a_pipeline_full_of_messages_behind_its_wait(
     wire: Wire, server: Server, db: str, closed_gate: Gate, monitor: Monitor, vanish: Any
 ) -> None:
     """More than the proxy is willing to hold, so it has stopped reading."""
-    pid = wire.launch(closed_gate.sql + JOB_DONE)
+    pid = wire.launch(closed_gate.sql + SLOWLY_DONE)
     wire.send_query(f"SELECT pg_background_result({pid})")
     monitor.wait_until_fetching(wire.pid)
     wire.socket.settimeout(1.0)
@@ -498,7 +500,7 @@ def test_client_vanishes_with_a_pipeline_full_of_messages_behind_its_wait(
 def test_psql_is_killed_while_it_waits(
     proxy: Proxy, db: str, closed_gate: Gate, monitor: Monitor, assert_job_goes_on: GoesOn
 ) -> None:
-    client, primary = psql_that_waits(proxy, db, monitor, closed_gate.sql + JOB_DONE)
+    client, primary = psql_that_waits(proxy, db, monitor, closed_gate.sql + SLOWLY_DONE)
     pid = backend_at_gate(monitor, db)
     client.kill()
     client.communicate(timeout=30)
