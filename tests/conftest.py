@@ -39,7 +39,7 @@ from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
 from proxy.demo.embedded import Cluster, find_system_bin, find_wheel_bin, server_version
-from tests.support import api_clients, examples
+from tests.support import api_clients, examples, executors
 from tests.support.certificates import Certificates
 from tests.support.forks import ForkServer
 from tests.support.servers import Connection, Proxy, Server, database, program_environment
@@ -304,8 +304,8 @@ class StartProxy(Protocol):
 @pytest.fixture(scope="session")
 def proxy(server: Server) -> Iterator[Proxy]:
     """A proxy in front of the server, for all tests that need no options of their own."""
-    proxy = Proxy(upstream_of(server))
-    yield from _watched(proxy)
+    with shared_proxy(upstream_of(server)) as proxy:
+        yield proxy
 
 
 @pytest.fixture
@@ -334,15 +334,34 @@ def upstream_of(server: Server) -> str:
     return f"host={server.host} port={server.port}"
 
 
-def _watched(proxy: Proxy) -> Iterator[Proxy]:
-    _live_proxies.append(proxy)
-    yield proxy
-    _live_proxies.remove(proxy)
-    running = proxy.running
-    code = proxy.stop() if running else proxy.wait()
-    assert running, f"the proxy ended by itself with exit code {code}:\n{proxy.log}"
-    assert code == 0, proxy.log
-    assert "Traceback" not in proxy.log, proxy.log
+@contextlib.contextmanager
+def shared_proxy(upstream: str, *options: str) -> Iterator[Proxy]:
+    """A proxy for several tests; if one of them fails, its log is shown."""
+    with Proxy(upstream, *options) as proxy:
+        _live_proxies.append(proxy)
+        try:
+            yield proxy
+        finally:
+            _live_proxies.remove(proxy)
+        running = proxy.running
+        code = proxy.stop() if running else proxy.wait()
+        assert running, f"the proxy ended by itself with exit code {code}:\n{proxy.log}"
+        assert code == 0, proxy.log
+        assert "Traceback" not in proxy.log, proxy.log
+
+
+@pytest.fixture(scope="module")
+def executor_as_before(server: Server) -> Iterator[None]:
+    """The role that CREATE EXTENSION makes is dropped at the end, if it was not there before."""
+    with executors.executor_as_before(server):
+        yield
+
+
+@pytest.fixture(scope="module")
+def recording(server: Server) -> Iterator[Proxy]:
+    """A proxy that writes the history of all jobs."""
+    with shared_proxy(upstream_of(server), "--history", "all") as proxy:
+        yield proxy
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from tests.conftest import upstream_of
+from tests.conftest import shared_proxy, upstream_of
 from tests.support.background import wait_until
 from tests.support.http import address, ask
 from tests.support.servers import Connection, Proxy, Server
@@ -49,9 +49,8 @@ def shown(
     file.chmod(0o600)
     options = ("--admin-users", ADMIN[0], "--stats-users", WATCHER[0], "--workers", request.param)
     admin = ("--admin-listen", "127.0.0.1:0", "--auth-file", str(file))
-    with Proxy(upstream_of(server), *admin, *options) as proxy:
+    with shared_proxy(upstream_of(server), *admin, *options) as proxy:
         yield proxy
-        assert "Traceback" not in proxy.log, proxy.log
 
 
 @pytest.fixture(scope="module")

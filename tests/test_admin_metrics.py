@@ -6,6 +6,7 @@ Prometheus's own client library reads the metrics, for one process and for sever
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from proxy.stats import OTHER, Counters, error_class, total
 from proxy.workers.all_workers import AllWorkers
 from proxy.workers.bus import WorkerPipe
 from proxy.workers.messages import SUPERVISOR, Answer
-from tests.conftest import StartProxy, upstream_of
+from tests.conftest import StartProxy, shared_proxy, upstream_of
 from tests.support.background import launch, run, wait_until
 from tests.support.http import OPENMETRICS, PREFIX, Metrics, address, ask, families, read
 from tests.support.servers import (
@@ -50,9 +51,8 @@ DEPLOY: Final = REPOSITORY / "deploy"
 def watched(server: Server, request: pytest.FixtureRequest) -> Iterator[Proxy]:
     """A proxy with metrics, of one process and of two."""
     options = (*ADMIN, "--workers", request.param, "--spare-lifetime", "60s")
-    with Proxy(upstream_of(server), *options) as proxy:
+    with shared_proxy(upstream_of(server), *options) as proxy:
         yield proxy
-        assert "Traceback" not in proxy.log, proxy.log
 
 
 def endless(conn: Connection) -> tuple[int, int]:
@@ -62,6 +62,15 @@ def endless(conn: Connection) -> tuple[int, int]:
     ).fetchone()
     assert row is not None
     return row[0], row[1]
+
+
+@contextlib.contextmanager
+def job_in_each(proxy: Proxy, dbname: str) -> Iterator[None]:
+    """A session in each of two workers, which has run a job."""
+    with proxy.connect(dbname=dbname) as one, proxy.connect(dbname=dbname) as two:
+        for conn in (one, two):
+            run(conn, "SELECT 1")
+        yield
 
 
 def cancel(conn: Connection, handle: tuple[int, int]) -> None:
@@ -215,9 +224,8 @@ def test_what_a_killed_worker_has_counted_stays_counted(
     start_proxy: StartProxy, scratch: str
 ) -> None:
     proxy = start_proxy(*ADMIN, "--workers", "2")
-    with proxy.connect(dbname=scratch) as one, proxy.connect(dbname=scratch) as two:
-        for conn in (one, two):
-            run(conn, "SELECT 1")
+    with job_in_each(proxy, scratch):
+        pass
     assert Metrics(proxy)("jobs_launched_total") == 2
     for worker in psutil.Process(proxy.pid).children():
         worker.send_signal(signal.SIGKILL)
@@ -234,9 +242,7 @@ def test_what_a_drained_worker_has_counted_stays_counted(
 ) -> None:
     """Also what it has counted since it was last asked."""
     proxy = start_proxy(*ADMIN, "--workers", "2")
-    with proxy.connect(dbname=scratch) as one, proxy.connect(dbname=scratch) as two:
-        for conn in (one, two):
-            run(conn, "SELECT 1")
+    with job_in_each(proxy, scratch):
         for worker in psutil.Process(proxy.pid).children():
             worker.send_signal(signal.SIGTERM)
     wait_until(lambda: Metrics(proxy)("worker_restarts_total") == 2)
@@ -285,9 +291,7 @@ def test_a_worker_that_hangs_is_not_waited_for_and_not_forgotten(
     start_proxy: StartProxy, scratch: str
 ) -> None:
     proxy = start_proxy(*ADMIN, "--workers", "2")
-    with proxy.connect(dbname=scratch) as one, proxy.connect(dbname=scratch) as two:
-        for conn in (one, two):
-            run(conn, "SELECT 1")
+    with job_in_each(proxy, scratch):
         assert Metrics(proxy)("sessions") == 2
         hanging = psutil.Process(proxy.pid).children()[0]
         hanging.suspend()

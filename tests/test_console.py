@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import select
-import shutil
 import socket
 import subprocess
 import sys
@@ -44,16 +43,15 @@ from proxy.config import SETTINGS
 from proxy.console.commands import SHOWN, USAGE
 from proxy.console.door import MOST
 from proxy.console.tables import TABLES
-from tests.conftest import StartProxy, upstream_of
+from tests.conftest import StartProxy, shared_proxy, upstream_of
 from tests.support.background import launch, wait_until
 from tests.support.certificates import Certificates
 from tests.support.servers import (
     Connection,
     Proxy,
     Server,
-    clean_environment,
     psql,
-    psql_path,
+    start_psql,
 )
 from tests.support.wire import Wire, error_of
 
@@ -88,10 +86,9 @@ def house(
 ) -> Iterator[tuple[Proxy, Path]]:
     """A proxy of one or two workers, and the folder of its Unix socket."""
     folder = tmp_path_factory.mktemp("console")
-    with Proxy(upstream_of(server), *options(folder), "--workers", request.param) as proxy:
+    with shared_proxy(upstream_of(server), *options(folder), "--workers", request.param) as proxy:
         proxy.wait_for_log("Unix socket")
         yield proxy, folder
-        assert "Traceback" not in proxy.log, proxy.log
 
 
 @pytest.fixture
@@ -741,17 +738,7 @@ def test_psql(house: tuple[Proxy, Path]) -> None:
 
 def test_psql_watches(house: tuple[Proxy, Path]) -> None:
     proxy, _ = house
-    program = shutil.which("psql", path=psql_path())
-    assert program is not None
-    dsn = proxy.dsn(user="boss", password=BOSS, dbname=DATABASE)
-    watching = subprocess.Popen(
-        [program, "-X", "-d", dsn],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**clean_environment(), "PAGER": "cat"},
-    )
+    watching = start_psql(proxy, user="boss", password=BOSS, dbname=DATABASE)
     assert watching.stdin is not None
     assert watching.stdout is not None
     with watching:

@@ -29,13 +29,7 @@ from proxy import config
 from proxy.demo.embedded import free_port
 from tests.support import http
 from tests.support.background import run, wait_until
-from tests.support.servers import (
-    PASSWORDS,
-    REPOSITORY,
-    STOP_TIMEOUT,
-    Server,
-    clean_environment,
-)
+from tests.support.servers import PASSWORDS, REPOSITORY, STOP_TIMEOUT, Server, running
 
 MANIFEST: Final = REPOSITORY / "deploy" / "kubernetes.yaml"
 COMPOSE: Final = REPOSITORY / "docker-compose.yml"
@@ -241,21 +235,9 @@ def contained(
         "TMP": "yes" if tmp else "",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    with (sandbox / "log").open("wb") as log:
-        process = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", ROOT, "sh", *command],
-            env={**clean_environment(), **script, **environment},
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
+    whole = ("unshare", "--mount", "sh", "-c", ROOT, "sh", *command)
+    with running(*whole, log=sandbox / "log", env={**script, **environment}) as process:
         yield process
-    finally:
-        process.kill()
-        process.wait(STOP_TIMEOUT)
 
 
 def log_of(sandbox: Path) -> str:

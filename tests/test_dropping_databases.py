@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from tests.conftest import upstream_of
+from tests.conftest import shared_proxy, upstream_of
 from tests.support.background import failure, job_failure, run, wait_until
 from tests.support.clients import succeed, tool
-from tests.support.in_database import inside
+from tests.support.executors import executor_as_before
+from tests.support.in_database import INSIDE, inside
 from tests.support.servers import Connection, Proxy, Server
 
 OPTIONS = ("--spare-lifetime", "60s", "--spares", "2")
@@ -42,34 +43,26 @@ def case(request: pytest.FixtureRequest) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def proxy(case: tuple[str, str], server: Server) -> Iterator[Proxy]:
     """As one process, and as two: what waits may be another's than the command's."""
-    with Proxy(upstream_of(server), *OPTIONS, "--workers", case[0]) as proxy:
+    with shared_proxy(upstream_of(server), *OPTIONS, "--workers", case[0]) as proxy:
         yield proxy
-        assert "Traceback" not in proxy.log, proxy.log
 
 
 @pytest.fixture
 def name(case: tuple[str, str], server: Server, proxy: Proxy) -> Iterator[str]:
     """A database in which spares wait, and a channel."""
     name = f"{case[1]} {next(_numbers)}".replace("plain ", "plain_")
-    with server.connect() as admin:
-        had = admin.execute("SELECT 1 FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone()
+    with executor_as_before(server), server.connect() as admin:
         admin.execute(f"CREATE DATABASE {_quoted(name)} TEMPLATE template0".encode())
         with proxy.connect(dbname=name) as conn:
             run(conn, "SELECT 1")
             conn.execute("CREATE EXTENSION pg_background")
-            conn.execute(
-                "CREATE FUNCTION inside(expression text) RETURNS text LANGUAGE plpgsql AS $$"
-                " DECLARE value text; BEGIN EXECUTE 'SELECT ' || expression INTO value;"
-                " RETURN value; END $$"
-            )
+            conn.execute(INSIDE)
             inside(conn, "pg_background_launch('SELECT 1')")
         wait_until(lambda: {"pg_background spare", "pg_background channel"} <= _inside(admin, name))
         yield name
         for left in admin.execute("SELECT datname FROM pg_database WHERE datname LIKE '% moved'"):
             admin.execute(f"DROP DATABASE {_quoted(left[0])} (FORCE)".encode())
         admin.execute(f"DROP DATABASE IF EXISTS {_quoted(name)} (FORCE)".encode())
-        if not had:
-            admin.execute("DROP ROLE pgbackground_role")
 
 
 def _quoted(name: str) -> str:

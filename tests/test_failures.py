@@ -4,7 +4,6 @@ statements cancelled. The session lives on where it can, the job always does, an
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from protocol.startup import CancelRequest, StartupMessage
 from tests.conftest import StartProxy
 from tests.support.background import wait_until
 from tests.support.executors import executors
-from tests.support.servers import Connection, Proxy, Server, clean_environment, psql_path
+from tests.support.servers import Connection, Proxy, Server, start_psql
 from tests.support.wire import Footprint, Gate, Monitor, Wire, error_of, gate, launch, value
 
 # More than all buffers between a job and its reader take.
@@ -511,17 +510,8 @@ def psql_that_waits(
     proxy: Proxy, db: str, monitor: Monitor, job: str
 ) -> tuple[subprocess.Popen[str], int]:
     """One that waits for the result of a job, and the pid of its backend."""
-    program = shutil.which("psql", path=psql_path())
-    assert program is not None
     query = f"SELECT pg_background_result(pg_background_launch('{job}'))"
-    client = subprocess.Popen(
-        [program, "-X", "-d", proxy.dsn(dbname=db), "-c", query],
-        env=clean_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    client = start_psql(proxy, "-c", query, dbname=db)
     [pid, *_] = wait_until(lambda: [b[0] for b in monitor.backends(db) if b[1] == "psql"])
     monitor.wait_until_fetching(pid)
     return client, int(pid)
@@ -581,9 +571,9 @@ def test_ctrl_c_in_psql_ends_the_wait(
 ) -> None:
     client, _ = psql_that_waits(proxy, db, monitor, closed_gate.sql + "SELECT 1")
     client.send_signal(signal.SIGINT)
-    _, err = client.communicate(timeout=30)
-    assert "Cancel request sent" in err
-    assert f"ERROR:  {CANCELED}" in err
+    said, _ = client.communicate(timeout=30)
+    assert "Cancel request sent" in said
+    assert f"ERROR:  {CANCELED}" in said
 
 
 @pytest.mark.parametrize("wait", [True, False], ids=["client waits", "client hangs up at once"])

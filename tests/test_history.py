@@ -22,14 +22,6 @@ WRITER: Final = "history_writer"
 Row = tuple[Any, ...]
 
 
-@pytest.fixture(scope="module")
-def recording(server: Server) -> Iterator[Proxy]:
-    """A proxy that writes the history of all jobs."""
-    with Proxy(upstream_of(server), "--history", "all") as proxy:
-        yield proxy
-        assert "Traceback" not in proxy.log, proxy.log
-
-
 @pytest.fixture(autouse=True, scope="module")
 def extension(server: Server, proxy: Proxy, scratch: str) -> Iterator[None]:
     yield from with_extension(server, proxy, scratch)

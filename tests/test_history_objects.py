@@ -7,7 +7,6 @@ import functools
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,9 @@ from tests.support.in_database import one
 from tests.support.pgbouncer import pgbouncer
 from tests.support.servers import Connection, Proxy, Server, clean_environment, database
 
-pytestmark = pytest.mark.every_server
+pytestmark = [pytest.mark.every_server, pytest.mark.usefixtures("executor_as_before")]
 
 STATES = "SELECT label, state FROM pg_background_history ORDER BY label"
-
-
-@pytest.fixture(scope="module")
-def recording(server: Server) -> Iterator[Proxy]:
-    with Proxy(upstream_of(server), "--history", "all") as proxy:
-        yield proxy
-        assert "Traceback" not in proxy.log, proxy.log
-
-
-@pytest.fixture(autouse=True, scope="module")
-def role(server: Server) -> Iterator[None]:
-    with server.connect() as conn:
-        query = "SELECT count(*) FROM pg_roles WHERE rolname = 'pgbackground_role'"
-        had_role = one(conn, query)
-    yield
-    if not had_role:
-        with server.connect() as conn:
-            conn.execute("DROP ROLE IF EXISTS pgbackground_role")
 
 
 def record(conn: Connection, label: str, job: str = "SELECT 1", *, prefix: str = "") -> None:

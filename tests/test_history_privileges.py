@@ -12,7 +12,7 @@ from typing import Any, Final
 import psycopg
 import pytest
 
-from tests.conftest import StartProxy, upstream_of
+from tests.conftest import StartProxy
 from tests.support.api_clients import Handle
 from tests.support.background import failure, notices, wait_until
 from tests.support.in_database import one
@@ -25,19 +25,13 @@ DENIED: Final = ("42501", "permission denied for function _pg_background_record"
 SECRET: Final = "SELECT 'the secret of victor'"
 
 
-@pytest.fixture(scope="module")
-def recording(server: Server) -> Iterator[Proxy]:
-    with Proxy(upstream_of(server), "--history", "all") as proxy:
-        yield proxy
-        assert "Traceback" not in proxy.log, proxy.log
-
-
 @pytest.fixture(autouse=True, scope="module")
-def roles(server: Server, recording: Proxy, scratch: str) -> Iterator[None]:
+def roles(
+    server: Server, executor_as_before: None, recording: Proxy, scratch: str
+) -> Iterator[None]:
     """The extension, whose owner is no superuser, and a job of victor's."""
     names = "victor, mallory, nobody_much, friend, keeper"
     with server.connect(dbname=scratch) as conn:
-        had_role = one(conn, "SELECT count(*) FROM pg_roles WHERE rolname = 'pgbackground_role'")
         for name in names.split(", "):
             conn.execute(f"CREATE ROLE {name} LOGIN".encode())
         conn.execute("ALTER ROLE keeper CREATEROLE; GRANT victor TO friend")
@@ -60,8 +54,6 @@ def roles(server: Server, recording: Proxy, scratch: str) -> Iterator[None]:
         conn.execute("ALTER SCHEMA public OWNER TO postgres")
         conn.execute(f"DROP OWNED BY {names} CASCADE".encode())
         conn.execute(f"DROP ROLE {names}".encode())
-        if not had_role:
-            conn.execute("DROP ROLE IF EXISTS pgbackground_role")
 
 
 @pytest.fixture(scope="module")

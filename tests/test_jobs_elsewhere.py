@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import upstream_of
+from tests.conftest import shared_proxy, upstream_of
 from tests.support.api_clients import Gate
 from tests.support.background import failure, message, wait_until
 from tests.support.replicas import Replicas, options, replicas, secret_in
@@ -24,9 +24,8 @@ def pair(
 ) -> Iterator[Proxy | Replicas]:
     """Two processes."""
     if request.param == "workers":
-        with Proxy(upstream_of(server), "--workers", "2") as proxy:
+        with shared_proxy(upstream_of(server), "--workers", "2") as proxy:
             yield proxy
-            assert "Traceback" not in proxy.log, proxy.log
         return
     folder = tmp_path_factory.mktemp("replicas")
     with replicas(upstream_of(server), *options(secret_in(folder / "secret"))) as found:

@@ -21,6 +21,7 @@ from tests.support.background import (
     value,
     wait_until,
 )
+from tests.support.executors import create_executor, executor_as_before
 from tests.support.in_database import with_extension
 from tests.support.pgbouncer import PgBouncer, pgbouncer
 from tests.support.servers import Connection, Proxy, Server
@@ -30,21 +31,18 @@ ROLES = ("app", "limited", "mighty")
 
 @pytest.fixture
 def roles(server: Server) -> Iterator[None]:
-    with server.connect() as conn:
-        had = conn.execute("SELECT 1 FROM pg_roles WHERE rolname = 'pgbackground_role'").fetchone()
-        if not had:
-            conn.execute("CREATE ROLE pgbackground_role")
-        conn.execute(
-            "CREATE ROLE limited; CREATE ROLE mighty;"
-            " CREATE ROLE app LOGIN IN ROLE limited, mighty, pgbackground_role;"
-            " GRANT pgbackground_role TO limited, mighty"
-        )
-    yield
-    server.wait_for_no_clients()
-    with server.connect() as conn:
-        conn.execute("DROP ROLE app; DROP ROLE limited; DROP ROLE mighty")
-        if not had:
-            conn.execute("DROP ROLE pgbackground_role")
+    with executor_as_before(server):
+        with server.connect() as conn:
+            create_executor(conn)
+            conn.execute(
+                "CREATE ROLE limited; CREATE ROLE mighty;"
+                " CREATE ROLE app LOGIN IN ROLE limited, mighty, pgbackground_role;"
+                " GRANT pgbackground_role TO limited, mighty"
+            )
+        yield
+        server.wait_for_no_clients()
+        with server.connect() as conn:
+            conn.execute("DROP ROLE app; DROP ROLE limited; DROP ROLE mighty")
 
 
 @pytest.fixture(params=("session", "transaction"))

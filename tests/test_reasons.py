@@ -8,15 +8,15 @@ import errno
 import socket
 import ssl
 import struct
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 import pytest
 
 from protocol.startup import CancelRequest, SSLRequest
 from proxy.reasons import explain
 from tests.conftest import StartProxy
+from tests.support.listening import listening
 from tests.test_tls import STARTUP, raw, rest
 from tests.test_upstream import refused
 
@@ -58,30 +58,17 @@ def impolite() -> Iterator[Callable[[bytes, bool], int]]:
     with ExitStack() as stop:
 
         def start(answer: bytes, reset: bool) -> int:
-            listening = stop.enter_context(socket.create_server(("127.0.0.1", 0)))
-            thread = threading.Thread(target=serve, args=(listening, answer, reset))
-            thread.start()
-            stop.callback(thread.join, 10)
-            stop.callback(listening.shutdown, socket.SHUT_RDWR)
-            return int(listening.getsockname()[1])
+            def serve(connection: socket.socket) -> None:
+                if connection.recv(1000) == SSLRequest().serialize() and answer:
+                    connection.sendall(answer)
+                    connection.recv(1000)
+                if reset:
+                    linger = struct.pack("ii", 1, 0)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+            return stop.enter_context(listening(serve))
 
         yield start
-
-
-def serve(listening: socket.socket, answer: bytes, reset: bool) -> None:
-    while True:
-        try:
-            connection, _ = listening.accept()
-        except OSError:
-            return
-        with connection, suppress(OSError):
-            connection.settimeout(10)
-            if connection.recv(1000) == SSLRequest().serialize() and answer:
-                connection.sendall(answer)
-                connection.recv(1000)
-            if reset:
-                linger = struct.pack("ii", 1, 0)
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
 @pytest.mark.parametrize("reset", [False, True])

@@ -10,7 +10,6 @@ import contextlib
 import re
 import socket
 import struct
-import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from psycopg.conninfo import make_conninfo
 
 from proxy.config import parse_upstream
 from tests.conftest import StartProxy
+from tests.support.listening import listening
 from tests.support.servers import PASSWORDS, Server
 from tests.test_login import auth_file, job_role, upstream
 
@@ -37,14 +37,10 @@ def false_server() -> Iterator[tuple[FalseServer, list[bytes]]]:
     """Starts a server without TLS that a function speaks for, once the startup packet has come; and
     what clients have said to it after that."""
     heard: list[bytes] = []
-    stop = contextlib.ExitStack()
+    with contextlib.ExitStack() as stop:
 
-    def start(speak: Callable[[socket.socket], None]) -> int:
-        listening = socket.create_server(("127.0.0.1", 0))
-
-        def serve(connection: socket.socket) -> None:
-            with connection, contextlib.suppress(OSError):
-                connection.settimeout(10)
+        def start(speak: Callable[[socket.socket], None]) -> int:
+            def serve(connection: socket.socket) -> None:
                 if len(connection.recv(1000)) == 8:
                     connection.sendall(b"N")
                     connection.recv(1000)
@@ -52,22 +48,8 @@ def false_server() -> Iterator[tuple[FalseServer, list[bytes]]]:
                 while data := connection.recv(1000):
                     heard.append(data)
 
-        def run() -> None:
-            while True:
-                try:
-                    connection, _ = listening.accept()
-                except OSError:
-                    return
-                threading.Thread(target=serve, args=(connection,), daemon=True).start()
+            return stop.enter_context(listening(serve))
 
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        stop.callback(thread.join, 10)
-        stop.callback(listening.close)
-        stop.callback(listening.shutdown, socket.SHUT_RDWR)
-        return int(listening.getsockname()[1])
-
-    with stop:
         yield start, heard
 
 

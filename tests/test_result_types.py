@@ -183,6 +183,17 @@ def cancel(proxy: Proxy, client: Frontend) -> None:
         other.until_closed()
 
 
+def check_cancel(proxy: Proxy, client: Frontend, *, in_block: bool) -> None:
+    """A cancel request ends the statement, and nothing else."""
+    cancel(proxy, client)
+    answer = client.until_ready()
+    [error] = errors(answer)
+    assert error.sqlstate == "57014"
+    assert answer[-1] == m.ReadyForQuery(b"E" if in_block else b"I")
+    client.query("ROLLBACK")
+    assert client.value("SELECT 1") == "1"
+
+
 SLOW_AT_THE_END = (
     "SELECT 0.25 * n, CASE WHEN n > 20000 THEN pg_sleep(600) END::text"
     " FROM generate_series(1, 20001) n"
@@ -197,13 +208,7 @@ def test_a_cancel_between_converted_rows(proxy: Proxy, monitor: Monitor, in_bloc
         query = "SELECT * FROM pg_background_result($1) AS (n numeric(9,1), t text)"
         client.send(p(query, types=(23,)), b(parameters=(pid,)), e(), S)
         client.until_type(m.DataRow, count=1000)
-        cancel(proxy, client)
-        answer = client.until_ready()
-        [error] = errors(answer)
-        assert error.sqlstate == "57014"
-        assert answer[-1] == m.ReadyForQuery(b"E" if in_block else b"I")
-        client.query("ROLLBACK")
-        assert client.value("SELECT 1") == "1"
+        check_cancel(proxy, client, in_block=in_block)
     monitor.terminate(int(pid or b""))  # it has a handle, so it goes on
 
 
@@ -228,13 +233,7 @@ def test_a_cancel_while_the_server_converts(
         client.send(p(query, types=(23,)), b(parameters=(pid,), results=(1,)), e(), S)
         primary = client.key.pid
         wait_until(lambda: monitor.state(primary) == ("active", "PgSleep"))
-        cancel(proxy, client)
-        answer = client.until_ready()
-        [error] = errors(answer)
-        assert error.sqlstate == "57014"
-        assert answer[-1] == m.ReadyForQuery(b"E" if in_block else b"I")
-        client.query("ROLLBACK")
-        assert client.value("SELECT 1") == "1"
+        check_cancel(proxy, client, in_block=in_block)
 
 
 @pytest.mark.parametrize("prepare", [False, True])

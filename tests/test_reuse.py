@@ -10,7 +10,7 @@ from typing import Final
 import psycopg
 import pytest
 
-from tests.conftest import StartProxy, upstream_of
+from tests.conftest import StartProxy, shared_proxy, upstream_of
 from tests.support.background import (
     failure,
     has_ended,
@@ -95,9 +95,8 @@ KEPT_BY_THE_SESSION: Final = {
 @pytest.fixture(scope="module")
 def proxy(server: Server) -> Iterator[Proxy]:
     """One that keeps backends for long."""
-    with Proxy(upstream_of(server), *LONG) as proxy:
+    with shared_proxy(upstream_of(server), *LONG) as proxy:
         yield proxy
-        assert "Traceback" not in proxy.log, proxy.log
 
 
 @pytest.fixture

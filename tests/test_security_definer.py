@@ -129,10 +129,11 @@ def passfile(folder: Path, *roles: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def case(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def case(
+    server: Server, executor_as_before: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Case]:
     """The owner has created his extension and his wrappers; both roles need passwords."""
     with server.connect() as root:
-        had_role = one(root, "SELECT count(*) FROM pg_roles WHERE rolname = 'pgbackground_role'")
         for role, password in PASSWORDS.items():
             literal = password.replace("'", "''")
             root.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{literal}'".encode())
@@ -156,8 +157,6 @@ def case(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         server.set_hba()
         with server.connect() as root:
             root.execute(f"DROP ROLE {', '.join(PASSWORDS)}".encode())
-            if not had_role:
-                root.execute("DROP ROLE IF EXISTS pgbackground_role")
 
 
 def create(server: Server, name: str) -> None:

@@ -25,7 +25,7 @@ from protocol.framing import MessageBuffer
 from protocol.startup import GSSENCRequest, SSLRequest, StartupMessage
 from proxy.config.keepalive import Keepalive
 from proxy.demo.embedded import free_port
-from tests.conftest import StartProxy
+from tests.conftest import StartProxy, shared_proxy, upstream_of
 from tests.support.certificates import Certificates
 from tests.support.servers import REPOSITORY, Proxy, Server, clean_environment, psql, run_program
 
@@ -45,13 +45,9 @@ def tls_options(certificates: Certificates, mode: str) -> list[str]:
 @pytest.fixture(scope="module")
 def tls_proxy(server: Server, certificates: Certificates) -> Iterator[Proxy]:
     """A proxy that offers TLS and demands nothing."""
-    with Proxy(
-        f"host={server.host} port={server.port}",
-        *tls_options(certificates, "prefer"),
-        *("--log-level", "debug"),
-    ) as proxy:
+    options = (*tls_options(certificates, "prefer"), "--log-level", "debug")
+    with shared_proxy(upstream_of(server), *options) as proxy:
         yield proxy
-        assert "Traceback" not in proxy.log, proxy.log
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import StartProxy
 from tests.support.background import failure, run, value, wait_until
+from tests.support.executors import executors
 from tests.support.servers import Connection, Server
 
 pytestmark = pytest.mark.every_server
@@ -122,12 +123,7 @@ def test_one_that_keeps_its_identifier_to_itself_is_known_by_its_address(
         admin = stack.enter_context(server.connect())
         admin.execute(f"{REVOKE}; CREATE ROLE bob LOGIN")
         stack.callback(admin.execute, f"{GRANT}; DROP ROLE bob")
-        if not admin.execute(
-            "SELECT 1 FROM pg_roles WHERE rolname = 'pgbackground_role'"
-        ).fetchone():
-            admin.execute("CREATE ROLE pgbackground_role")
-            stack.callback(admin.execute, "DROP ROLE pgbackground_role")
-        admin.execute("GRANT pgbackground_role TO bob")
+        stack.enter_context(executors(admin, "bob"))
         with proxy.connect(user="bob") as conn:
             handle = _handle(conn, "SELECT pg_sleep(60)")
             for _ in range(4):  # on both workers

@@ -28,6 +28,7 @@ from proxy.demo.embedded import free_port
 from tests.conftest import StartProxy
 from tests.support.background import wait_until
 from tests.support.certificates import Certificates
+from tests.support.listening import listening
 from tests.support.servers import Proxy, Server, clean_environment, psql, run_program
 from tests.support.wire import Wire, error_of
 from tests.test_tls import raw, rest, tls_options
@@ -351,30 +352,14 @@ def test_a_host_that_is_starting_up_is_passed_over(
 @pytest.fixture
 def fake_server() -> Iterator[Callable[[bytes], int]]:
     """Starts a server that answers every startup packet with the same bytes; its port."""
-    stop = contextlib.ExitStack()
+    with contextlib.ExitStack() as stop:
 
-    def start(answer: bytes) -> int:
-        listening = socket.create_server(("127.0.0.1", 0))
+        def start(answer: bytes) -> int:
+            def serve(connection: socket.socket) -> None:
+                connection.sendall(b"N" if len(connection.recv(1000)) == 8 else answer)
 
-        def run() -> None:
-            while True:
-                try:
-                    connection, _ = listening.accept()
-                except OSError:
-                    return
-                with connection, contextlib.suppress(OSError):
-                    connection.settimeout(10)
-                    first = connection.recv(1000)
-                    connection.sendall(b"N" if len(first) == 8 else answer)
+            return stop.enter_context(listening(serve))
 
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        stop.callback(thread.join, 10)
-        stop.callback(listening.close)
-        stop.callback(listening.shutdown, socket.SHUT_RDWR)
-        return int(listening.getsockname()[1])
-
-    with stop:
         yield start
 
 

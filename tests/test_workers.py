@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from tests.conftest import StartProxy, upstream_of
+from tests.conftest import StartProxy, shared_proxy, upstream_of
 from tests.support.api_clients import Gate
 from tests.support.background import failure, run, wait_until, wait_until_ended
 from tests.support.certificates import Certificates
@@ -34,9 +33,8 @@ from tests.support.servers import (
     Connection,
     Proxy,
     Server,
-    clean_environment,
     psql,
-    psql_path,
+    start_psql,
 )
 
 Handle: TypeAlias = tuple[int, int]
@@ -47,9 +45,8 @@ SLEEPS: Final = "SELECT pg_sleep(60)"
 @pytest.fixture(scope="module")
 def pair(server: Server) -> Iterator[Proxy]:
     """A proxy with two workers."""
-    with Proxy(upstream_of(server), "--workers", "2", "--log-level", "debug") as proxy:
+    with shared_proxy(upstream_of(server), "--workers", "2", "--log-level", "debug") as proxy:
         yield proxy
-        assert "Traceback" not in proxy.log, proxy.log
 
 
 @pytest.fixture
@@ -439,25 +436,14 @@ def test_psql_is_interrupted(server: Server, pair: Proxy, db: str) -> None:
     waits = f"SELECT pg_background_result(pg_background_launch('{SLEEPS}'))"
     with server.connect() as observer:
         for _ in range(4):
-            client = start_psql(pair, db, "-c", waits)
+            client = start_psql(pair, "-c", waits, dbname=db)
             wait_until(lambda: one(observer, count, [SLEEPS]))
             time.sleep(0.1)
             client.send_signal(signal.SIGINT)
-            _, err = client.communicate(timeout=20)
-            assert "canceling statement due to user request" in err
+            said, _ = client.communicate(timeout=20)
+            assert "canceling statement due to user request" in said
             observer.execute(cancel, [SLEEPS])
             wait_until(lambda: not one(observer, count, [SLEEPS]))
-
-
-def start_psql(proxy: Proxy, db: str, *args: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        ["psql", "-X", "-d", proxy.dsn(dbname=db), *args],
-        env={**clean_environment(), "PATH": psql_path()},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 # Jobs of another worker's sessions: see `test_jobs_elsewhere` too

@@ -87,18 +87,23 @@ def find_system_bin() -> Path | None:
 
 def server_version(bin_dir: Path) -> int:
     """The version of a folder's server programs, as ``server_version_num``: 180003."""
-    said = subprocess.run(
+    said = said_version(bin_dir)
+    match = re.search(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", said)
+    if match is None:
+        raise ClusterError(f"{bin_dir}/postgres --version said {said!r}")
+    major, minor, patch = (int(group or 0) for group in match.groups())
+    return major * 10000 + (minor if major >= 10 else minor * 100 + patch)
+
+
+def said_version(bin_dir: Path) -> str:
+    """What ``postgres --version`` says: ``postgres (PostgreSQL) 18.3``, perhaps with more."""
+    return subprocess.run(
         [bin_dir / "postgres", "--version"],
         capture_output=True,
         text=True,
         timeout=START_TIMEOUT,
         check=True,
     ).stdout
-    match = re.search(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", said)
-    if match is None:
-        raise ClusterError(f"{bin_dir}/postgres --version said {said!r}")
-    major, minor, patch = (int(group or 0) for group in match.groups())
-    return major * 10000 + (minor if major >= 10 else minor * 100 + patch)
 
 
 class Cluster:

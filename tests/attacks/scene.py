@@ -19,6 +19,7 @@ import pytest
 from psycopg import sql
 
 from tests.support.background import wait_until
+from tests.support.executors import executor_as_before
 from tests.support.in_database import one
 from tests.support.servers import DEFAULT_HBA, Connection, Proxy, Server, database
 
@@ -232,12 +233,11 @@ def settled(scene: Scene) -> None:
 
 def scenes(server: Server, proxy: Proxy) -> Iterator[dict[str, Scene]]:
     """The body of a fixture: a scene for each of OWNERS."""
-    had_role = "SELECT count(*) FROM pg_roles WHERE rolname = 'pgbackground_role'"
     with contextlib.ExitStack() as stack:
+        stack.enter_context(executor_as_before(server))
         with server.connect() as conn:
-            has_role = one(conn, had_role)
             conn.execute(ROLES.encode())
-        stack.callback(_drop_roles, server, drop_executor=not has_role)
+        stack.callback(_drop_roles, server)
         stack.enter_context(database(server, FOREIGN))
         with server.connect() as conn:
             conn.execute(f"ALTER DATABASE {FOREIGN} OWNER TO {MALLORY}")
@@ -281,7 +281,7 @@ def _fill(scene: Scene) -> None:
         over_dblink(scene)
 
 
-def _drop_roles(server: Server, *, drop_executor: bool) -> None:
+def _drop_roles(server: Server) -> None:
     with server.connect() as conn:
         conn.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = ANY(%s)",
@@ -289,8 +289,6 @@ def _drop_roles(server: Server, *, drop_executor: bool) -> None:
         )
         roles = f"{MALLORY}, dba, bob"
         conn.execute(f"DROP OWNED BY {roles} CASCADE; DROP ROLE {roles}".encode())
-        if drop_executor:
-            conn.execute("DROP ROLE IF EXISTS pgbackground_role")
 
 
 # --- the attacker's copies of the extension ------------------------------------------------------

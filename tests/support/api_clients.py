@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import shutil
-import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from datetime import datetime
@@ -20,7 +18,7 @@ import psycopg
 import pytest
 
 from tests.support.background import wait_until
-from tests.support.servers import Connection, Proxy, clean_environment, psql_path
+from tests.support.servers import Connection, Proxy, start_psql
 
 Row = tuple[Any, ...]
 
@@ -124,19 +122,8 @@ class Psql(Client):
     """psql, which gets one statement after the other."""
 
     def __init__(self, proxy: Proxy, **params: Any) -> None:
-        program = shutil.which("psql", path=psql_path())
-        assert program is not None
-        self._process = subprocess.Popen(
-            [
-                *(program, "-XqAt", "-F", _SEPARATOR, "-R", _END, "-P", f"null={_NULL}"),
-                *("-v", "VERBOSITY=verbose", "-d", proxy.dsn(**params)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=clean_environment(),
-            text=True,
-        )
+        options = ("-qAt", "-F", _SEPARATOR, "-R", _END, "-P", f"null={_NULL}")
+        self._process = start_psql(proxy, *options, "-v", "VERBOSITY=verbose", **params)
 
     def _run(self, sql: str) -> list[str]:
         assert self._process.stdin is not None

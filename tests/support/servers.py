@@ -287,11 +287,9 @@ def psql(
     **params: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Runs psql against a port of this machine, without the user's .psqlrc; params are libpq's."""
-    program = shutil.which("psql", path=psql_path())
-    assert program is not None, "no psql found"
     defaults = {"host": "127.0.0.1", "port": port, "user": "postgres", "dbname": "postgres"}
     return subprocess.run(
-        [program, "-X", "-d", make_conninfo("", **{**defaults, **params}), *args],
+        [_psql(), "-X", "-d", make_conninfo("", **{**defaults, **params}), *args],
         input=input if input is not None else "",
         env={**clean_environment(), "PAGER": "cat", "PGCONNECT_TIMEOUT": "10"},
         capture_output=True,
@@ -299,6 +297,24 @@ def psql(
         timeout=timeout,
         check=False,
     )
+
+
+def start_psql(found: _Endpoint, *args: str, **params: Any) -> subprocess.Popen[str]:
+    """Starts psql, as `psql` does, with pipes; what it writes to stderr comes with its output."""
+    return subprocess.Popen(
+        [_psql(), "-X", "-d", found.dsn(**params), *args],
+        env={**clean_environment(), "PAGER": "cat"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _psql() -> str:
+    program = shutil.which("psql", path=psql_path())
+    assert program is not None, "no psql found"
+    return program
 
 
 def psql_path() -> str:
@@ -367,22 +383,24 @@ def program_environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(
-    *command: str, log: Path, pass_fds: Collection[int] = ()
+    *command: str, log: Path, pass_fds: Collection[int] = (), env: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A program with a session of its own, from the top of the checkout; killed at the end.
 
     Args:
         command: it, and its arguments.
-        log: where its stderr goes.
+        log: where its output goes.
         pass_fds: the descriptors that it inherits.
+        env: variables beside those of `clean_environment`.
     """
-    with log.open("wb") as stderr:
+    with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
-            env=clean_environment(),
+            env={**clean_environment(), **(env or {})},
             stdin=subprocess.DEVNULL,
-            stderr=stderr,
+            stdout=output,
+            stderr=output,
             pass_fds=pass_fds,
             start_new_session=True,
         )
