@@ -22,9 +22,9 @@ from proxy.session.custom_settings import CustomSettings
 from proxy.sql import encodings, lexer
 from proxy.sql.rewrite import Piece, Rewrite
 from proxy.sql.tokens import Tokens
+from proxy.statements.mentions import may_be_ours
 from proxy.statements.plan import ScalarPlan
 from proxy.statements.standin import complaint
-from proxy.statements.triggers import may_be_ours
 from proxy.statements.unserved import unavailable, unserved
 from tests.support.growth import LINEAR, cpu_time, growth
 from tests.support.sql import analyze as plan_in
@@ -106,7 +106,7 @@ READERS: Final[dict[str, tuple[int, Reader]]] = {
     "unavailable": (LONG, lambda sql: unavailable(error(b"0A000", sql))),
     "settings": (LONG, lambda sql: CustomSettings().mentioned(sql.lower())),
     "settings of Bind": (LONG, lambda sql: CustomSettings().bound(sql)),
-    "triggers": (LONG, may_be_ours),
+    "mentions": (LONG, may_be_ours),
     "array": (LONG, parse_array),
     "array in SJIS": (LONG, lambda sql: encodings.parse_array(sql + b"\x81\x5c", b"SJIS")),
     "array made": (LONG, lambda sql: encodings.array_text([sql, sql], b"SJIS")),

@@ -13,8 +13,8 @@ from proxy.config import Config
 from proxy.session.extension_state import ExtensionState
 from proxy.session.reader import SqlReader
 from proxy.sql import lexer
+from proxy.statements.mentions import may_be_ours
 from proxy.statements.plan import ScalarPlan, Substitute
-from proxy.statements.triggers import may_be_ours
 
 LAUNCH = "SELECT pg_background_launch('x')"
 

@@ -30,13 +30,13 @@ from proxy.sql.rewrite import Change, with_changes
 from proxy.sql.text import literal
 from proxy.sql.tokens import NESTING, Tokens
 from proxy.statements.hidden import PREFIX, TEXT, TEXT_TAG
-from proxy.statements.plan import Substitute
-from proxy.statements.triggers import (
+from proxy.statements.mentions import (
     PG_CURSORS,
     PG_EXTENSION,
     PG_PREPARED_STATEMENTS,
     PG_STAT_ACTIVITY,
 )
+from proxy.statements.plan import Substitute
 
 TOOLS: Final = frozenset((b"pg_dump", b"pg_dumpall", b"pg_restore", b"pg_upgrade"))
 """The application_name of clients that see the real catalogs."""

@@ -19,7 +19,7 @@ from proxy.sql import constants
 from proxy.sql.constants import Said
 from proxy.sql.lexer import RESERVED, Kind, keyword
 from proxy.sql.tokens import Tokens
-from proxy.statements.triggers import PG_STAT_ACTIVITY
+from proxy.statements.mentions import PG_STAT_ACTIVITY
 
 BACKEND_TYPE: Final = b"backend_type"
 _ACTIVITY_FUNCTION: Final = b"pg_stat_get_activity"

@@ -24,8 +24,8 @@ from proxy.sql.constants import Said
 from proxy.sql.lexer import BudgetError, Kind, LexError
 from proxy.sql.rewrite import with_changes
 from proxy.sql.tokens import Tokens
+from proxy.statements.mentions import PG_STAT_ACTIVITY
 from proxy.statements.plan import Substitute
-from proxy.statements.triggers import PG_STAT_ACTIVITY
 
 _BEGINNINGS: Final = frozenset(("create", "alter", "do"))
 _ROUTINES: Final = frozenset(("function", "procedure"))

@@ -19,8 +19,8 @@ from proxy.sql.constants import Said
 from proxy.sql.lexer import Kind, LexError, tokenize
 from proxy.sql.rewrite import Change, with_changes
 from proxy.sql.tokens import Tokens
+from proxy.statements.mentions import PG_EXTENSION
 from proxy.statements.plan import Block, Substitute
-from proxy.statements.triggers import PG_EXTENSION
 
 MakeBlock = Callable[[Command, bytes], bytes]
 """Makes the DO statement for a command, given the command and its text."""

@@ -23,9 +23,9 @@ from proxy.session.client_session import ClientSession
 from proxy.session.exchange import FLUSH, Exchange, ResponseHandler, drop
 from proxy.session.prepared import Command
 from proxy.sql.lexer import READING
+from proxy.statements.mentions import may_be_ours
 from proxy.statements.plan import Plan, Statement, Substitute
 from proxy.statements.reading import depends_on_settings
-from proxy.statements.triggers import may_be_ours
 from proxy.stats import counters
 
 

@@ -28,7 +28,7 @@ from proxy.sql import lexer
 from proxy.sql.lexer import BudgetError, LexError, Token
 from proxy.sql.text import raise_block
 from proxy.sql.tokens import Tokens
-from proxy.statements import by_name, triggers
+from proxy.statements import by_name, mentions
 from proxy.statements.analysis import analyze
 from proxy.statements.plan import Plan, Statement, Substitute, substitute
 from proxy.statements.reading import depends_on_settings
@@ -340,7 +340,7 @@ def _makes_objects(sql: bytes, part: lexer.Statement) -> bool:
     start, end, tokens = part
     _, word, word_end = tokens[0]
     first = sql[word:word_end].lower()
-    return first in _MAKES_OBJECTS and triggers.FUNCTIONS in sql[start:end].lower()
+    return first in _MAKES_OBJECTS and mentions.FUNCTIONS in sql[start:end].lower()
 
 
 def text_of(kind: int, body: bytes) -> bytes:

@@ -30,7 +30,7 @@ from proxy.session.outstanding import OutstandingRequests
 from proxy.sql import encodings
 from proxy.sql.lexer import MAX_TEXT
 from proxy.statements.hidden import HiddenNames
-from proxy.statements.triggers import may_be_ours, may_change_names, may_use_name
+from proxy.statements.mentions import may_be_ours, may_change_names, may_use_name
 from proxy.stats import counters
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from typing import Final, NamedTuple
 from proxy.api.functions import Function, Parameter, Type
 from proxy.sql.lexer import Kind
 from proxy.sql.tokens import NotRecognizedError, Tokens
-from proxy.statements import triggers
+from proxy.statements import mentions
 from proxy.statements.plan import Argument, Call, FieldOf
 
-_OURS: Final = re.compile(re.escape(triggers.FUNCTIONS), re.IGNORECASE)
+_OURS: Final = re.compile(re.escape(mentions.FUNCTIONS), re.IGNORECASE)
 _token_start: Final = operator.attrgetter("start")
 
 MAX_NAME: Final = 63

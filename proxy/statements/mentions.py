@@ -23,7 +23,7 @@ _CHANGE_NAMES: Final = (b"deallocate", b"discard", b"prepare")
 
 
 def may_be_ours(text: bytes) -> bool:
-    """Whether lower-case SQL mentions one of our triggers."""
+    """Whether lower-case SQL mentions us, or a catalog that shows us."""
     return FUNCTIONS in text or PG_EXTENSION in text or PG_STAT_ACTIVITY in text
 
 
