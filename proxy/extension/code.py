@@ -16,7 +16,7 @@ from typing import Final
 from proxy.extension.catalogs import Query, Reference
 from proxy.extension.installed import NAME, STAT_ACTIVITY
 from proxy.sql import constants
-from proxy.sql.constants import Said
+from proxy.sql.constants import StringConstant
 from proxy.sql.lexer import RESERVED, Kind, keyword
 from proxy.sql.tokens import Tokens
 from proxy.statements.mentions import PG_STAT_ACTIVITY
@@ -69,20 +69,20 @@ class Code(Query):
         code: Tokens,
         *,
         standard_conforming_strings: bool,
-        said: Said | None = None,
+        source: StringConstant | None = None,
         header: Code | None = None,
     ) -> None:
         """
         Args:
             code: the tokens.
             standard_conforming_strings: the session's setting.
-            said: the constant that holds the code, if any.
+            source: the constant that holds the code, if any.
             header: the statement that defines the function, if this is a body.
         """
         super().__init__(code)
         self.header = header
         self.conforming = standard_conforming_strings
-        self.said = said
+        self.source = source
         self._operands: dict[int, int] = {}
 
     @functools.cached_property
@@ -93,10 +93,10 @@ class Code(Query):
     def keyword(self, index: int) -> str:
         return self.keywords[index] if 0 <= index < self.count else ""
 
-    def constant(self, index: int) -> Said | None:
+    def constant(self, index: int) -> StringConstant | None:
         """The value of a string constant."""
         return constants.read(
-            self, index, standard_conforming_strings=self.conforming, around=self.said
+            self, index, standard_conforming_strings=self.conforming, around=self.source
         )
 
     # Definitions of functions, and blocks
@@ -106,9 +106,9 @@ class Code(Query):
         """The language of the function or block."""
         for at in self.outermost():
             if self.keyword(at) == "language":
-                said = self.constant(at + 1)
-                if said is not None:
-                    return said.text.lower()
+                constant = self.constant(at + 1)
+                if constant is not None:
+                    return constant.text.lower()
                 return self.names[at + 1] if at + 1 < self.count else None
         return b"plpgsql" if self.keyword(0) == "do" else b"sql"
 
@@ -183,8 +183,8 @@ class Code(Query):
             left -= token.end - token.start
             if left < 0 or len(found) == _MAX_LOOKED_AT:
                 break
-            said = self.constant(at)
-            if said is not None and _is_our_type(said.text):
+            constant = self.constant(at)
+            if constant is not None and _is_our_type(constant.text):
                 found.append(at)
         return found
 

@@ -20,7 +20,7 @@ from typing import Final
 from protocol.errors import SQLError
 from proxy.extension.code import BACKEND_TYPE, Code
 from proxy.extension.installed import FIND, NAME, REALLY, STAT_ACTIVITY
-from proxy.sql.constants import Said
+from proxy.sql.constants import StringConstant
 from proxy.sql.lexer import BudgetError, Kind, LexError
 from proxy.sql.rewrite import with_changes
 from proxy.sql.tokens import Tokens
@@ -163,8 +163,8 @@ def analyze(statement: Tokens, *, standard_conforming_strings: bool) -> Definiti
             break
         for each in references:
             start, end = piece.start(each.first), piece.end(each.last)
-            if piece.said is not None:
-                start, end = piece.said.span(start, end)
+            if piece.source is not None:
+                start, end = piece.source.span(start, end)
             relations.append((start, end, each.alias is not None))
     if not is_found:
         return None
@@ -208,7 +208,7 @@ class _Finder:
         elif _seems_to_compare(body.text):
             yield None
 
-    def in_body(self, body: Said, depth: int, header: Code) -> Iterator[Code | None]:
+    def in_body(self, body: StringConstant, depth: int, header: Code) -> Iterator[Code | None]:
         """Search a function body, and the SQL that it executes."""
         try:
             code = self._code(body, header)
@@ -227,11 +227,11 @@ class _Finder:
     def in_constant(self, code: Code, at: int, depth: int) -> Iterator[Code | None]:
         """Search a constant within a function, if it is SQL, not a message."""
         self.left -= code.end(at) - code.start(at) + _CONSTANT_COST
-        said = code.constant(at) if self.left > 0 else None
-        if said is None or "raise" in code.statement_words(at):
+        constant = code.constant(at) if self.left > 0 else None
+        if constant is None or "raise" in code.statement_words(at):
             return
         try:
-            inner = self._code(said)
+            inner = self._code(constant)
         except LexError:
             return
         if inner.keyword(0) not in _COMMANDS:
@@ -247,11 +247,11 @@ class _Finder:
         for each in found:
             yield each if is_executed else None
 
-    def _code(self, said: Said, header: Code | None = None) -> Code:
+    def _code(self, constant: StringConstant, header: Code | None = None) -> Code:
         """Raises LexError, BudgetError."""
         conforming = self.conforming
-        tokens = said.tokens(standard_conforming_strings=conforming)
-        return Code(tokens, standard_conforming_strings=conforming, said=said, header=header)
+        tokens = constant.tokens(standard_conforming_strings=conforming)
+        return Code(tokens, standard_conforming_strings=conforming, source=constant, header=header)
 
 
 def _may_be_executed(constant: bytes) -> bool:

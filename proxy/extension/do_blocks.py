@@ -15,7 +15,7 @@ from proxy.extension import commands
 from proxy.extension.code import Code
 from proxy.extension.ddl import Command
 from proxy.extension.installed import NAME
-from proxy.sql.constants import Said
+from proxy.sql.constants import StringConstant
 from proxy.sql.lexer import Kind, LexError, tokenize
 from proxy.sql.rewrite import Change, with_changes
 from proxy.sql.tokens import Tokens
@@ -60,19 +60,21 @@ def analyze(
     constants = list(outer.bodies())
     if len(constants) != 1 or outer.language != b"plpgsql":
         return None
-    said = outer.constant(constants[0])
-    if said is None:
+    constant = outer.constant(constants[0])
+    if constant is None:
         return None
     try:
-        tokens = said.tokens(standard_conforming_strings=standard_conforming_strings)
+        tokens = constant.tokens(standard_conforming_strings=standard_conforming_strings)
     except LexError:
         return None
-    code = Code(tokens, standard_conforming_strings=standard_conforming_strings, said=said)
-    return _replaced(code, said, make_block, server_version if with_catalogs else 0, statement.sql)
+    code = Code(tokens, standard_conforming_strings=standard_conforming_strings, source=constant)
+    return _replaced(
+        code, constant, make_block, server_version if with_catalogs else 0, statement.sql
+    )
 
 
 def _replaced(
-    code: Code, said: Said, make_block: MakeBlock, server_version: int, sql: bytes
+    code: Code, constant: StringConstant, make_block: MakeBlock, server_version: int, sql: bytes
 ) -> Substitute | None:
     changes: list[Change] = []
     blocks: list[Block] = []
@@ -89,7 +91,10 @@ def _replaced(
     if not changes:
         return None
     spans = [
-        (*said.span(start, end), _within(said, _in_as_many_lines(text, code.sql, start, end)))
+        (
+            *constant.span(start, end),
+            _within(constant, _in_as_many_lines(text, code.sql, start, end)),
+        )
         for start, end, text in sorted(changes)
     ]
     return Substitute(with_changes(sql, spans), blocks=tuple(blocks))
@@ -101,11 +106,11 @@ def _in_as_many_lines(text: bytes, sql: bytes, start: int, end: int) -> bytes:
     return text.replace(b"\n", b" ") + b"\n" * sql.count(b"\n", start, end)
 
 
-def _within(said: Said, text: bytes) -> bytes:
+def _within(constant: StringConstant, text: bytes) -> bytes:
     """A text as written within a constant; it needs no other escapes."""
     assert b"$" not in text
     assert b"\\" not in text
-    return text.replace(b"'", b"''") if said.is_quoted else text
+    return text.replace(b"'", b"''") if constant.is_quoted else text
 
 
 def _commands(code: Code) -> Iterator[tuple[int, int, Command, bytes]]:
@@ -142,18 +147,18 @@ def _may_name_ours(constant: bytes) -> bool:
 
 def _executed(code: Code, index: int) -> tuple[Command, bytes] | None:
     """The command in a constant after EXECUTE."""
-    said = code.constant(index)
-    if said is None or not said.text.isascii():
+    constant = code.constant(index)
+    if constant is None or not constant.text.isascii():
         return None
     try:
-        tokens = said.tokens(standard_conforming_strings=code.conforming)
+        tokens = constant.tokens(standard_conforming_strings=code.conforming)
     except LexError:
         return None
     count = tokens.count
     while tokens.text(count - 1) == b";":
         count -= 1
     command = commands.parse(Tokens(tokens.sql, tokens.tokens[:count], None))
-    return None if command is None else (command, said.text)
+    return None if command is None else (command, constant.text)
 
 
 def _catalogs(code: Code, server_version: int) -> list[Change]:

@@ -30,18 +30,18 @@ _LETTERS: Final = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\
 
 
 class _Part(NamedTuple):
-    """A run of bytes in a constant's value, from index ``said`` on, and its place in the text,
+    """A run of bytes in a constant's value, from ``offset`` on, and its place in the text,
     ``start`` to ``end``. The bytes of an escape stand for one."""
 
-    said: int
+    offset: int
     start: int
     end: int
     is_escape: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """The value of a constant.
+class StringConstant:
+    """A constant, read: its value.
 
     Attributes:
         text: its bytes.
@@ -52,17 +52,17 @@ class Said:
     text: bytes
     is_quoted: bool
     _parts: tuple[_Part, ...]
-    _around: Said | None = None
+    _around: StringConstant | None = None
 
     def span(self, start: int, end: int) -> tuple[int, int]:
         """Where ``text[start:end]``, not empty, is in the outermost text."""
         first, last = self._part(start), self._part(end - 1)
-        begin = first.start if first.is_escape else first.start + start - first.said
-        stop = last.end if last.is_escape else last.start + end - last.said
+        begin = first.start if first.is_escape else first.start + start - first.offset
+        stop = last.end if last.is_escape else last.start + end - last.offset
         return (begin, stop) if self._around is None else self._around.span(begin, stop)
 
     def _part(self, at: int) -> _Part:
-        index = bisect.bisect_right(self._parts, at, key=lambda part: part.said)
+        index = bisect.bisect_right(self._parts, at, key=lambda part: part.offset)
         return self._parts[index - 1]
 
     def tokens(self, *, standard_conforming_strings: bool) -> Tokens:
@@ -78,8 +78,8 @@ def read(
     index: int,
     *,
     standard_conforming_strings: bool,
-    around: Said | None = None,
-) -> Said | None:
+    around: StringConstant | None = None,
+) -> StringConstant | None:
     """The value of a token; None if it is no string constant, U&'…', bits, or has many escapes.
 
     Args:
@@ -99,7 +99,7 @@ def read(
         case b"$":
             size = sql.index(b"$", 1) + 1
             part = _Part(0, token.start + size, token.end - size, is_escape=False)
-            return Said(_readable(sql[size:-size]), False, (part,), around)
+            return StringConstant(_readable(sql[size:-size]), False, (part,), around)
         case b"" | b"n":
             escapes = _PLAIN if standard_conforming_strings else _ESCAPED
         case b"e":
@@ -110,16 +110,18 @@ def read(
 
 
 def _unescaped(
-    sql: bytes, token: Token, start: int, escapes: re.Pattern[bytes], around: Said | None
-) -> Said | None:
-    said = bytearray()
+    sql: bytes, token: Token, start: int, escapes: re.Pattern[bytes], around: StringConstant | None
+) -> StringConstant | None:
+    value = bytearray()
     parts: list[_Part] = []
     done, end = start, len(sql) - 1
 
     def keep(until: int) -> None:
         if until > done:
-            parts.append(_Part(len(said), token.start + done, token.start + until, is_escape=False))
-            said.extend(sql[done:until])
+            parts.append(
+                _Part(len(value), token.start + done, token.start + until, is_escape=False)
+            )
+            value.extend(sql[done:until])
 
     for found in escapes.finditer(sql, start, end):
         keep(found.start())
@@ -129,10 +131,12 @@ def _unescaped(
         if found[0] != b"''" and found[0][:1] == b"'":
             continue  # between two parts of a constant
         span = token.start + found.start(), token.start + done
-        parts.append(_Part(len(said), *span, is_escape=True))
-        said += _meant(found[0])
+        parts.append(_Part(len(value), *span, is_escape=True))
+        value += _meant(found[0])
     keep(end)
-    return Said(_readable(bytes(said)), True, tuple(parts) or (_Part(0, 0, 0, False),), around)
+    return StringConstant(
+        _readable(bytes(value)), True, tuple(parts) or (_Part(0, 0, 0, False),), around
+    )
 
 
 def _meant(escape: bytes) -> bytes:
