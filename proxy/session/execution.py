@@ -36,7 +36,7 @@ from proxy.session.prepared import (
     format_of,
     misread,
 )
-from proxy.session.results import Means, Result, Table, encode, with_formats
+from proxy.session.results import Delivery, Result, Table, encode, with_formats
 from proxy.session.visible_wait import VisibleWait
 from proxy.statements.plan import ScalarPlan
 
@@ -290,7 +290,7 @@ class Execution:
                         statement.defined(row),
                         described_columns=described_columns,
                     )
-                portal.result.means = Means(
+                portal.result.delivery = Delivery(
                     self._primary.write,
                     batch.caller.wait_for,
                     functools.partial(self._ask, portal),

@@ -26,7 +26,7 @@ from protocol.values import NoBinaryForm, has_binary_form, oids, to_binary
 from proxy.jobs.job import Job
 from proxy.jobs.rows import Notice, Rows
 from proxy.session.conversion import Conversion, no_binary_form, types_of
-from proxy.session.results import Means, choose, with_formats
+from proxy.session.results import Delivery, choose, with_formats
 from proxy.sql.recoding import readable, recoded
 from proxy.statements.plan import ResultPlan
 
@@ -49,7 +49,7 @@ _TAGS: Final = 1000
 class Fetch:
     """The result of a job (a `results.Result`)."""
 
-    means: Means
+    delivery: Delivery
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Fetch:
             return
         await self._notices()
         while self.job.columns is None and not self.job.finished:
-            await self.means.wait(self.job)
+            await self.delivery.wait(self.job)
             await self._notices()
         if self.job.columns is None and self.job.fetched_error is not None:
             raise self._failed(self.job.fetched_error)
@@ -107,7 +107,7 @@ class Fetch:
         self._check_shape()
         given = (text_field(),) if self._given is None else self._given
         self._columns, fields = choose(
-            self._plan.outputs, self._defined or given, self.means.encoding
+            self._plan.outputs, self._defined or given, self.delivery.encoding
         )
         if not self._defined:
             self._check_described(fields)
@@ -126,29 +126,31 @@ class Fetch:
         """The job's columns, with names in the client's encoding."""
         if columns is None or not self._recodes:
             return columns
-        encodings = self.job.encoding, self.means.encoding
+        encodings = self.job.encoding, self.delivery.encoding
         return tuple(replace(field, name=recoded(field.name, *encodings)) for field in columns)
 
     @property
     def _recodes(self) -> bool:
         """Whether the client gets another encoding than the job's: the job is another session's, or
         the session has changed its encoding."""
-        return self.job.encoding != self.means.encoding
+        return self.job.encoding != self.delivery.encoding
 
     async def _conversion(self, given: Sequence[Field]) -> Conversion:
         """The conversion by the server. Raises SQLError."""
-        encoding = self.means.encoding
+        encoding = self.delivery.encoding
         if encoding not in self._conversions:
             # Without modifiers, the server need only read what becomes binary.
             types = self._plan.types if self._needs_types else ()
             self._conversions[encoding] = Conversion(
                 types
-                or await types_of(given, self._columns, self.fields, self.means.ask, encoding),
+                or await types_of(given, self._columns, self.fields, self.delivery.ask, encoding),
                 given,
                 self._columns,
                 [field.format for field in self.fields],
                 # A database in SQL_ASCII takes bytes and converts none.
-                b"SQL_ASCII" if self.means.server_encoding == b"SQL_ASCII" else self.job.encoding,
+                b"SQL_ASCII"
+                if self.delivery.server_encoding == b"SQL_ASCII"
+                else self.job.encoding,
                 encoding,
             )
         return self._conversions[encoding]
@@ -182,7 +184,7 @@ class Fetch:
     async def _notices(self) -> None:
         """Pass on the notices that precede the first row."""
         while (notice := self.job.output.take_notice()) is not None:
-            await self.means.write(self.job.notice(notice, self.means.encoding))
+            await self.delivery.write(self.job.notice(notice, self.delivery.encoding))
 
     def _check_shape(self) -> None:
         if not self._defined:
@@ -224,16 +226,16 @@ class Fetch:
                     return sent
             output = self.job.output.take()
             if isinstance(output, Notice):
-                await self.means.write(self.job.notice(output, self.means.encoding))
+                await self.delivery.write(self.job.notice(output, self.delivery.encoding))
             elif isinstance(output, Rows):
                 if as_it_is and not len(self._rows):
                     sent += output.count
-                    await self.means.write(output.data, cut=output.cut)
+                    await self.delivery.write(output.data, cut=output.cut)
                 else:
                     self._rows.feed(output.data)
                 await self._pause(len(output.data))
             elif not self.job.finished:
-                await self.means.wait(self.job)
+                await self.delivery.wait(self.job)
             elif self.job.fetched_error is not None:
                 raise self._failed(self.job.fetched_error)
             elif self.job.canceled:
@@ -275,7 +277,7 @@ class Fetch:
                     rows, size = [], 0
             await self._pause(_CONVERTED * len(message[1]))
         if out:
-            await self.means.write(bytes(out))
+            await self.delivery.write(bytes(out))
         if rows:
             await self._send_converted(rows)
         return sent
@@ -285,12 +287,12 @@ class Fetch:
         if not self._needs_types and all(
             value is None or value.isascii() for row in rows for value in row
         ):
-            await self.means.write(b"".join([self._convert(row) for row in rows]))
+            await self.delivery.write(b"".join([self._convert(row) for row in rows]))
             return
         assert self._given is not None
         conversion = await self._conversion(self._given)
-        converted = await conversion.rows(rows, self.means.ask)
-        await self.means.write(b"".join([DataRow(tuple(row)).serialize() for row in converted]))
+        converted = await conversion.rows(rows, self.delivery.ask)
+        await self.delivery.write(b"".join([DataRow(tuple(row)).serialize() for row in converted]))
 
     async def _send_tags(self, max_rows: int) -> int:
         """Send the command tags of a job without rows, one per statement."""
@@ -300,7 +302,7 @@ class Fetch:
         while self._tags_sent < end:
             some = self._tags[self._tags_sent : min(end, self._tags_sent + _TAGS)]
             self._tags_sent += len(some)
-            await self.means.write(b"".join([self._convert((tag,)) for tag in some]))
+            await self.delivery.write(b"".join([self._convert((tag,)) for tag in some]))
             await self._pause(_TURN)
         self.finished = not max_rows or end - begin < max_rows
         return end - begin
@@ -321,7 +323,7 @@ class Fetch:
 
     def _failed(self, report: ErrorResponse) -> ServerError:
         self.finished = True
-        return ServerError(self.job.report_in(report, self.means.encoding))
+        return ServerError(self.job.report_in(report, self.delivery.encoding))
 
     def _binary(self, field: Field, text: bytes) -> bytes:
         try:
@@ -330,7 +332,7 @@ class Fetch:
             reason = f"Values of the type with OID {field.type_oid} can be had in text format only."
         except ProtocolViolation as error:
             reason = f"{str(error)[:1].upper()}{str(error)[1:]}."
-        raise no_binary_form(readable(field.name, self.means.encoding), reason)
+        raise no_binary_form(readable(field.name, self.delivery.encoding), reason)
 
 
 def _shape(field: Field) -> tuple[bytes, int, int]:

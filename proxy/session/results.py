@@ -71,7 +71,7 @@ class Write(Protocol):
     async def __call__(self, data: bytes, *, cut: bool = False) -> None: ...
 
 
-class Means(NamedTuple):
+class Delivery(NamedTuple):
     """What is needed to send a result, in one batch; a portal may live longer.
 
     Attributes:
@@ -93,10 +93,10 @@ class Means(NamedTuple):
 class Result(Protocol):
     """A result to be sent to the client: a job's (`fetch.Fetch`) or a function's (`Table`).
 
-    `means`: to be set in each batch before anything else is used.
+    `delivery`: to be set in each batch before anything else is used.
     """
 
-    means: Means
+    delivery: Delivery
 
     @property
     def job(self) -> Job | None:
@@ -124,7 +124,7 @@ class Table:
     """The rows that a function has returned, as a `Result`."""
 
     job: Final = None
-    means: Means
+    delivery: Delivery
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class Table:
         self.finished = not max_rows or len(rows) < max_rows
         for start in range(0, len(rows), _AT_ONCE):
             some = rows[start : start + _AT_ONCE]
-            await self.means.write(b"".join([self._row(row) for row in some]))
+            await self.delivery.write(b"".join([self._row(row) for row in some]))
             await asyncio.sleep(0)
         return len(rows)
 
