@@ -77,7 +77,7 @@ _OWN_LINE: Final = re.compile(
 )
 
 
-class Inside:
+class DatabaseCalls:
     """The calls that come from inside the database in one session, one at a time.
 
     Attributes:

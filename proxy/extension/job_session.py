@@ -10,7 +10,7 @@ from protocol.framing import HEADER_SIZE
 from proxy.backends.backend import Backend
 from proxy.config.gucs import SESSION_SETTING
 from proxy.extension.conversation import Secrets
-from proxy.extension.in_database import Inside
+from proxy.extension.in_database import DatabaseCalls
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.owner import Owner
 from proxy.jobs.rows import Notice, OutputQueue
@@ -20,7 +20,7 @@ class JobSession(Owner):
     """A job as an owner of jobs.
 
     Attributes:
-        inside: serves its calls.
+        database_calls: serves its calls.
     """
 
     def __init__(self, owner: Owner, launcher: Launcher, backend: Backend) -> None:
@@ -39,7 +39,7 @@ class JobSession(Owner):
         self.custom_settings = tuple(owner.custom_settings)
         self._output: OutputQueue | None = None
         self._backend = backend
-        self.inside = Inside(self, Secrets(backend.own_settings[SESSION_SETTING]))
+        self.database_calls = DatabaseCalls(self, Secrets(backend.own_settings[SESSION_SETTING]))
 
     # Called by the job
 
@@ -49,20 +49,20 @@ class JobSession(Owner):
 
     def notice(self, body: bytes) -> bool:
         """A NoticeResponse of the job. Returns whether it was a call, which is then served."""
-        return self.inside.notice(body)
+        return self.database_calls.notice(body)
 
     @property
     def is_talkative(self) -> bool:
         """Whether others should get a turn before more is read."""
-        return self.inside.is_talkative
+        return self.database_calls.is_talkative
 
     def statement_ended(self) -> None:
         """No function waits for an answer any more."""
-        self.inside.statement_ended()
+        self.database_calls.statement_ended()
 
     def close(self, *, is_idle: bool) -> None:
         """The job has ended. `is_idle`: its backend is ready for another."""
-        self.inside.statement_ended()
+        self.database_calls.statement_ended()
         if is_idle:  # the backend may serve another job
             self.transaction_ended()
         else:

@@ -46,7 +46,7 @@ from proxy.backends.route import Route
 from proxy.config import Config, Host
 from proxy.config.gucs import SESSION_SETTING
 from proxy.extension.conversation import Secrets
-from proxy.extension.in_database import Inside
+from proxy.extension.in_database import DatabaseCalls
 from proxy.extension.job_session import JobSession
 from proxy.jobs.at_commit import cannot_prepare
 from proxy.jobs.interrupts import Interrupts
@@ -140,8 +140,8 @@ class Session(ClientSession):
         self._key: CancelRequest | None = None
         self._task: asyncio.Task[None] | None = None
         self.interception: Interception | None = None
-        self._inside = Inside(self, Secrets())
-        self.watchword = self._inside.secrets.token
+        self._database_calls = DatabaseCalls(self, Secrets())
+        self.watchword = self._database_calls.secrets.token
         services.session_began(self)
 
     def _stop_timer(self) -> None:
@@ -368,7 +368,7 @@ class Session(ClientSession):
     def _with_watchword(self, startup: StartupMessage) -> StartupMessage:
         """Add to the startup packet the words that identify calls from inside the database, and the
         client's address if configured."""
-        ours = {SESSION_SETTING: self._inside.secrets.setting}
+        ours = {SESSION_SETTING: self._database_calls.secrets.setting}
         if self._config.application_name_add_host:
             name = startup.parameters.get(b"application_name", b"")
             ours[b"application_name"] = name_with_host(name, self.client)
@@ -413,8 +413,8 @@ class Session(ClientSession):
 
     def notice(self, body: bytes) -> bool:
         """A NoticeResponse of the primary. Returns whether it was a call, which is then served."""
-        is_call = self._inside.notice(body)
-        if is_call and self._inside.is_talkative and self.primary is not None:
+        is_call = self._database_calls.notice(body)
+        if is_call and self._database_calls.is_talkative and self.primary is not None:
             self.primary.take_a_break()
             asyncio.get_running_loop().call_soon(self.primary.end_break)
         return is_call
@@ -430,14 +430,14 @@ class Session(ClientSession):
         told.add_done_callback(lambda _: primary.end_break())
 
     def ready(self) -> None:
-        self._inside.statement_ended()
+        self._database_calls.statement_ended()
         if self.relay.status == _IDLE_STATUS:
             self.extension_state.transaction_ended()
             if self.pending:
                 self.transaction_ended()
 
     def statement_ended(self) -> None:
-        self._inside.statement_ended()
+        self._database_calls.statement_ended()
 
     def complaint(self, error: bytes) -> bytes | None:
         if self._key is None:  # refused after AuthenticationOk: the database may not exist
@@ -448,7 +448,9 @@ class Session(ClientSession):
             return said
         if (said := cannot_prepare(error)) is not None:
             return said
-        said = unserved(error, too_long=self.reader.too_long) or self._inside.complaint(error)
+        said = unserved(error, too_long=self.reader.too_long) or self._database_calls.complaint(
+            error
+        )
         if said is not None and self._is_pooled:
             return pooler.explained(ErrorResponse.parse(said[HEADER_SIZE:])).serialize()
         return said
@@ -536,14 +538,14 @@ class Session(ClientSession):
             # What it has sent before that comes first.
             asyncio.get_running_loop().call_soon(self._ended, connection)
         elif self.interception is not None:
-            self._inside.end_client()
+            self._database_calls.end_client()
             self.interception.end_client()
         elif self.primary.can_write_eof:
-            self._inside.end_client()
+            self._database_calls.end_client()
             self.primary.write_eof()
             self._see_it_end()
         elif self.relay.between_messages and not self._is_replication:
-            self._inside.end_client()
+            self._database_calls.end_client()
             self.primary.write(Terminate().serialize())
             self._see_it_end()
         else:
@@ -554,7 +556,7 @@ class Session(ClientSession):
         if self.interception is not None:
             self.interception.interrupts.client_hung_up()
         else:
-            self._inside.end_client()
+            self._database_calls.end_client()
 
     def _see_it_end(self) -> None:
         """The server knows that the client has left, and closes the connection once it has done its
@@ -608,7 +610,7 @@ class Session(ClientSession):
         if may_be_asked := self._key is not None and self._may_be_asked:
             # Its function would wait for an answer that never comes.
             self.service.cancel_statement(self.route, self._key)
-        self._inside.statement_ended()
+        self._database_calls.statement_ended()
         if self._key is not None:
             self.transaction_lost(self._key.pid)
         self.jobs.clear()
@@ -629,10 +631,10 @@ class Session(ClientSession):
     @property
     def _may_be_asked(self) -> bool:
         """Whether a function may be waiting for an answer, or its question be on its way."""
-        if self._inside.is_asked:
+        if self._database_calls.is_asked:
             return True
         is_busy = self._relays and (self.relay.is_busy or self.interception is not None)
-        return is_busy and (self._ends_statement or self._inside.has_called)
+        return is_busy and (self._ends_statement or self._database_calls.has_called)
 
 
 def _no_connection(error: OSError) -> SQLError:
