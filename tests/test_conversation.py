@@ -15,7 +15,7 @@ from protocol.messages import NoticeResponse
 from protocol.values import parse_array
 from proxy.api.functions import FUNCTIONS
 from proxy.config.gucs import GUCS
-from proxy.extension.conversation import Answer, Challenge, Handover, Secrets, new_word
+from proxy.extension.conversation import Answer, AnswerPieces, Challenge, Secrets, new_word
 from proxy.extension.questions import Call, Message, NotOursError, identity, settings_of
 
 NONCE = b"0123456789abcdef" * 2
@@ -129,16 +129,16 @@ def test_proof(version: int) -> None:
 def test_an_answer_arrives(version: int, room: int, size: int) -> None:
     """Piece by piece, through application_name or the query, and only with the session's secret."""
     secrets = Secrets()
-    signs = secrets.signs(NONCE, server_version=version)
+    marks = secrets.marks(NONCE, server_version=version)
     answer: Answer = [b"v", None, b"x" * size]
-    handover = Handover(
-        NONCE, signs, secrets.key(b"w", NONCE), answer, encoding=b"UTF8", server_version=version
+    pieces = AnswerPieces(
+        NONCE, marks, secrets.key(b"w", NONCE), answer, encoding=b"UTF8", server_version=version
     )
-    handover.room = room
+    pieces.room = room
     hash = hashed(secrets.setting[32:] + NONCE, version)
     text, number, is_last = b"", 0, False
     while not is_last:
-        name, comment = handover.piece(number)
+        name, comment = pieces.piece(number)
         assert len(name) < 64
         assert len(comment) - len(b" */") <= room
         assert name[:12] == hash[:12]
@@ -151,7 +151,7 @@ def test_an_answer_arrives(version: int, room: int, size: int) -> None:
         key = secrets.setting[32:] + b"w" + NONCE + b" %d " % number
         text += deciphered(base64.b64decode(data), key, version)
         is_last = state in b"aq"
-        assert is_last == handover.is_last(number)
+        assert is_last == pieces.is_last(number)
         number += 1
     assert parse_array(text) == answer
 
@@ -206,30 +206,30 @@ def test_settings_come_with_a_proof_too(version: int) -> None:
 @pytest.mark.parametrize("size", [0, 20, 33, 5000])
 def test_the_last_piece_comes_with_a_word(size: int) -> None:
     secrets = Secrets()
-    signs = secrets.signs(NONCE, server_version=150000)
-    handover = Handover(
+    marks = secrets.marks(NONCE, server_version=150000)
+    pieces = AnswerPieces(
         NONCE,
-        signs,
+        marks,
         b"",
         [b"v", b"x" * size],
         may_offer=True,
         encoding=b"UTF8",
         server_version=150000,
     )
-    handover.room = 1023
-    last = handover.after - 1
-    assert handover.is_last(last)
-    assert not any(handover.is_last(number) for number in range(last))
+    pieces.room = 1023
+    last = pieces.after - 1
+    assert pieces.is_last(last)
+    assert not any(pieces.is_last(number) for number in range(last))
     offer = new_word()
-    _, comment = handover.piece(last, offer)
+    _, comment = pieces.piece(last, offer)
     found = re.match(rb"/[*][0-9a-f]*w([0-9a-f]{32}) (?:[A-Za-z0-9+/=]+ )?[*]/$", comment)
     assert found is not None
     assert found[1] == offer
     assert len(comment) <= 1023 + len(b" */")
-    assert not any(b"w" + offer in handover.piece(number)[1] for number in range(last + 1))
+    assert not any(b"w" + offer in pieces.piece(number)[1] for number in range(last + 1))
 
 
 def test_locks_differ() -> None:
-    signs = Secrets().signs(NONCE, server_version=150000)
-    assert len({signs.lock(number) for number in range(100)}) == 100
-    assert all(-(2**63) <= signs.lock(number) < 2**63 for number in range(100))
+    marks = Secrets().marks(NONCE, server_version=150000)
+    assert len({marks.lock(number) for number in range(100)}) == 100
+    assert all(-(2**63) <= marks.lock(number) < 2**63 for number in range(100))

@@ -181,16 +181,18 @@ class Secrets:
         self.setting = setting or session_secret()
         self.token, self._secret = self.setting[_TOKEN], self.setting[_SECRET]
 
-    def signs(self, nonce: bytes, *, server_version: int, first_lock: int | None = None) -> Signs:
-        """The signs of the answers to one question; nobody else can guess them."""
-        return Signs(_hash(self._secret + nonce, server_version), first_lock)
+    def marks(
+        self, nonce: bytes, *, server_version: int, first_lock: int | None = None
+    ) -> AnswerMarks:
+        """The marks of the answers to one question; nobody else can guess them."""
+        return AnswerMarks(_hash(self._secret + nonce, server_version), first_lock)
 
     def key(self, word: bytes, nonce: bytes) -> bytes:
         """The key that enciphers the answers to one question."""
         return b"%b%b%b " % (self._secret, word, nonce)
 
 
-class Signs:
+class AnswerMarks:
     """By what the answers to one question are recognised.
 
     Attributes:
@@ -324,12 +326,12 @@ class Challenge:
 # --- answers -----------------------------------------------------------------------------------
 
 
-class Handover:
+class AnswerPieces:
     """An answer, or a block of one, while its pieces are shown.
 
     Attributes:
         nonce: of the question.
-        signs: by which its pieces are recognised.
+        marks: by which its pieces are recognised.
         may_offer: whether to show the function a word for the next question.
         narrow: whether the function may be unable to see the channel's query.
         is_refusal: whether the question is not proven, so that its word is not known.
@@ -339,7 +341,7 @@ class Handover:
     def __init__(
         self,
         nonce: bytes,
-        signs: Signs,
+        marks: AnswerMarks,
         key: bytes,
         answer: Answer,
         *,
@@ -350,7 +352,7 @@ class Handover:
         """
         Args:
             nonce: of the question.
-            signs: of the question.
+            marks: of the question.
             key: enciphers the pieces.
             answer: the first.
             may_offer: whether a word may be shown beside the last piece.
@@ -359,7 +361,7 @@ class Handover:
         """
         self.may_offer = may_offer
         self.nonce = nonce
-        self.signs = signs
+        self.marks = marks
         self.narrow = self.is_refusal = False
         self.room = 0
         self._key = key
@@ -424,11 +426,11 @@ class Handover:
         if self.is_narrow:
             comment = b"" if offer is None else offered(offer)
             last, others = self._states
-            return self.signs.tag + (last if is_last else others) + count + data, comment
+            return self.marks.tag + (last if is_last else others) + count + data, comment
         before = b"" if offer is None else _OFFER % offer
         # A blank, since the data may end in "/", and comments nest.
-        comment = self.signs.comment(b"%b%b%b " % (count, before, data))
-        return self.signs.tag + (b"q" if is_last else b"r") + count, comment
+        comment = self.marks.comment(b"%b%b%b " % (count, before, data))
+        return self.marks.tag + (b"q" if is_last else b"r") + count, comment
 
 
 def answer_of(value: Any, function: Function, encoding: bytes) -> Answer:

@@ -31,10 +31,10 @@ from proxy.extension.blocks import Blocks
 from proxy.extension.context import role_query
 from proxy.extension.conversation import (
     Answer,
+    AnswerMarks,
+    AnswerPieces,
     Challenge,
-    Handover,
     Secrets,
-    Signs,
     answer_of,
     lock_of,
     new_word,
@@ -103,7 +103,7 @@ class DatabaseCalls:
         self._task: asyncio.Task[None] | None = None
         self._next_task: asyncio.Task[None] | None = None
         self._challenge: Challenge | None = None
-        self._shown: Handover | None = None
+        self._shown: AnswerPieces | None = None
         # The settings after the last question, and the question that still lacks custom ones.
         self._settings: asyncio.Future[Message] | None = None
         self._incomplete: Challenge | None = None
@@ -313,8 +313,8 @@ class DatabaseCalls:
     def _announce(self, challenge: Challenge) -> None:
         """Tell a function that has proven its question in advance that it is being handled."""
         if challenge.lock is not None and self._channel is not None:
-            signs = self._signs(challenge.question.nonce, challenge.lock)
-            self._channel.say(signs.announce(take_lock=False))
+            marks = self._marks(challenge.question.nonce, challenge.lock)
+            self._channel.say(marks.announce(take_lock=False))
 
     async def _serve_completed(self, challenge: Challenge, message: Message) -> None:
         """The custom settings have arrived: continue the call."""
@@ -353,9 +353,9 @@ class DatabaseCalls:
         self, nonce: bytes, call: Call, answer: Answer, word: bytes, lock: int | None = None
     ) -> None:
         self._call = call
-        self._shown = Handover(
+        self._shown = AnswerPieces(
             nonce,
-            self._signs(nonce, lock),
+            self._marks(nonce, lock),
             self.secrets.key(word, nonce),
             answer,
             may_offer=call.is_asked,
@@ -363,9 +363,9 @@ class DatabaseCalls:
             server_version=self._session.server_version,
         )
 
-    def _signs(self, nonce: bytes, lock: int | None = None) -> Signs:
+    def _marks(self, nonce: bytes, lock: int | None = None) -> AnswerMarks:
         version = self._session.server_version
-        return self.secrets.signs(nonce, server_version=version, first_lock=lock)
+        return self.secrets.marks(nonce, server_version=version, first_lock=lock)
 
     async def _or_error(
         self, call: Call, find: Callable[P, Awaitable[Answer]], *args: P.args, **kwargs: P.kwargs
@@ -467,8 +467,8 @@ class DatabaseCalls:
         if not self._is_locked:
             challenge.lock = None
         if not self._is_locked or Needs.TIME in call.function.needs:
-            signs = self._signs(question.nonce, challenge.lock)
-            sql += b"; " + signs.announce(take_lock=not self._is_locked)
+            marks = self._marks(question.nonce, challenge.lock)
+            sql += b"; " + marks.announce(take_lock=not self._is_locked)
         try:
             found, *announced = await self._channel_query(sql)
         except ServerError as error:
@@ -521,11 +521,11 @@ class DatabaseCalls:
     async def _show_word(self, question: Message, call: Call) -> None:
         """Show the word. Raises ServerError if the channel's login no longer holds."""
         assert self._channel is not None
-        signs = self._signs(question.nonce)
+        marks = self._marks(question.nonce)
         # Set before the function can have read the word.
         challenge = self._challenge = Challenge(question, call, self._session.server_version)
         checks = self._role_query(question, call)
-        shows = signs.comment(challenge.word) + checks + b"; " + signs.ask_for_proof()
+        shows = marks.comment(challenge.word) + checks + b"; " + marks.ask_for_proof()
         self._channel.take_word()
         *found, (_, state) = await self._channel_query(shows)
         self._is_locked = (state or b"").endswith(b"w")
@@ -593,14 +593,14 @@ class DatabaseCalls:
         assert call is not None
         channel, version = self._channel, self._session.server_version
         shown.room = channel.room
-        signs, is_last = shown.signs, shown.is_last(number)
+        marks, is_last = shown.marks, shown.is_last(number)
         has_more = not is_last or self._blocks is not None or self._incomplete is not None
         word = new_word() if shown.may_offer and not has_more else None
         name, comment = shown.piece(number, word)
         columns = [b"pg_catalog.set_config('application_name', '%b', false)" % name]
         if self._is_locked:
-            columns.append(b"pg_catalog.pg_advisory_unlock(%d)" % signs.lock(number))
-        lock = signs.lock(number + 1) if has_more else None
+            columns.append(b"pg_catalog.pg_advisory_unlock(%d)" % marks.lock(number))
+        lock = marks.lock(number + 1) if has_more else None
         if word is not None:
             channel.offer(word, offered(word))
             lock = lock_of(word, version)
