@@ -148,7 +148,8 @@ class Jobs:
 
     def _too_many(self, max_workers: int, most: int) -> FullError:
         number = self._running(count_all=False)
-        running = f"This session runs {number} background workers, and"
+        workers = "worker" if number == 1 else "workers"
+        running = f"This session runs {number} background {workers}, and"
         if most < max_workers:
             return FullError(
                 detail=f"{running} the proxy allows {most} (max_session_workers), whatever"
