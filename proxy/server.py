@@ -18,8 +18,8 @@ from protocol.startup import CancelRequest, StartupMessage
 from proxy import log
 from proxy.admin.source import OneProcess
 from proxy.config import Config
-from proxy.console.door import Door
-from proxy.console.process import Process
+from proxy.console.actions import ConsoleActions
+from proxy.console.login import ConsoleLogin
 from proxy.ending import Ending
 from proxy.entrance import Entrance
 from proxy.extension.context import ROLE_STATEMENT
@@ -49,7 +49,7 @@ class Server:
         sessions: all that have not ended.
         keys: the sessions, by the key that cancels their statements.
         extension_changes: number of transactions that have changed the extension, in any database.
-        door: the entrance to the console.
+        console_login: lets clients in to the console.
 
     Raises:
         ConfigError: from the constructor, for an invalid file.
@@ -62,7 +62,7 @@ class Server:
         self.keys: dict[CancelRequest, Served] = {}
         self.extension_changes = 0
         self.on_session_end: Callable[[], None] | None = None
-        self.door = Door(lambda: self.runtime, Process(self))
+        self.console_login = ConsoleLogin(lambda: self.runtime, ConsoleActions(self))
         self.acceptor = Acceptor(
             lambda: Session(self),
             lambda: self.runtime.tls,
@@ -108,13 +108,13 @@ class Server:
 
     def has_console(self, startup: StartupMessage) -> bool:
         """Whether a client asks for the console, and there is one."""
-        return self.door.is_for(startup)
+        return self.console_login.is_for(startup)
 
     async def console(
         self, client: Connection, startup: StartupMessage, rest: bytes, let_in: Callable[[], None]
     ) -> None:
         """Serve such a client; see `session.services.Services`."""
-        await self.door.serve(client, startup, rest, let_in)
+        await self.console_login.serve(client, startup, rest, let_in)
 
     # Shutdown
 
@@ -217,11 +217,11 @@ async def serve(
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, ending.signalled)
-        console = server.door.process
-        console.stop = ending.signalled
+        actions = server.console_login.actions
+        actions.stop = ending.signalled
         if read_again is not None:
-            console.read_again = functools.partial(reload, manager, read_again, server.reload)
-            loop.add_signal_handler(signal.SIGHUP, console.read_again)
+            actions.read_again = functools.partial(reload, manager, read_again, server.reload)
+            loop.add_signal_handler(signal.SIGHUP, actions.read_again)
         async with others(server):
             await entrance.prepare()
             await entrance.open()

@@ -41,7 +41,7 @@ from protocol.startup import StartupMessage
 from proxy import __version__
 from proxy.config import SETTINGS
 from proxy.console.commands import SHOWN, USAGE
-from proxy.console.door import MOST
+from proxy.console.login import MOST
 from proxy.console.tables import TABLES
 from tests.conftest import StartProxy, shared_proxy, upstream_of
 from tests.support.background import launch, wait_until

@@ -3,8 +3,8 @@
 ================  =============================================================================
 `commands`        the commands, and the errors for everything else
 `tables`          what SHOW shows: columns, and the rows that one process knows
-`process`         what a command does: in this process, and by `workers` in all of them
-`door`            who gets in
+`actions`         what a command does: in this process, and by `workers` in all of them
+`login`           who gets in
 `conversation`    the protocol, simple and extended, with one client
 ================  =============================================================================
 

@@ -47,8 +47,8 @@ from protocol.messages import (
 )
 from protocol.values.oids import type_size
 from proxy.auth.pace import Pace
+from proxy.console.actions import ConsoleActions
 from proxy.console.commands import USAGE, Command, parse, parse_one
-from proxy.console.process import Process
 from proxy.console.tables import Columns, Row, as_text
 from proxy.log import Event, logger
 from proxy.net.connection import Connection
@@ -82,7 +82,7 @@ _pace: Final = Pace(_BURST, _RATE, patience=float("inf"))
 
 
 class ConsoleUser(Protocol):
-    """Who the client is, and what it may do now (`door.ConsoleUser`)."""
+    """Who the client is, and what it may do now (`login.ConsoleUser`)."""
 
     name: str
 
@@ -116,16 +116,16 @@ class Conversation:
         client: its connection.
         inbox: its messages.
         user: who it is.
-        process: carries out its commands.
+        actions: carry out its commands.
     """
 
     def __init__(
-        self, client: Connection, inbox: Inbox, user: ConsoleUser, process: Process
+        self, client: Connection, inbox: Inbox, user: ConsoleUser, actions: ConsoleActions
     ) -> None:
         self._client = client
         self._inbox = inbox
         self._user = user
-        self._process = process
+        self._actions = actions
         self._status: int = TransactionStatus.IDLE
         self._statements: dict[bytes, Command | None] = {}
         self._portals: dict[bytes, _Portal] = {}
@@ -325,16 +325,16 @@ class Conversation:
         logger.info(Event("console command", {"user": self._user.name, "command": said}))
         match command.tag:
             case "CANCEL":
-                await self._process.cancel(_number(command))
+                await self._actions.cancel(_number(command))
             case "KILL":
-                await self._process.kill(command.argument)
+                await self._actions.kill(command.argument)
             case "DRAIN":
-                await self._process.drain(_number(command))
+                await self._actions.drain(_number(command))
             case "RELOAD":
-                for name in await self._process.reload():
+                for name in await self._actions.reload():
                     await self._notice(f"{name} cannot be changed without restarting the proxy")
             case "SHUTDOWN":
-                await self._process.shut_down()
+                await self._actions.shut_down()
         return []
 
     def _check(self, command: Command) -> None:
@@ -365,7 +365,7 @@ class Conversation:
             usage.severity = "NOTICE"
             await self._send(NoticeResponse(usage.response().fields).serialize())
             return []
-        rows, unanswered = await self._process.show(name)
+        rows, unanswered = await self._actions.show(name)
         if unanswered:
             await self._notice(
                 f"SHOW {name.upper()} is incomplete",

@@ -115,7 +115,7 @@ TABLES: Final[Mapping[str, Columns]] = {
 """The columns of each table."""
 
 
-class Here(Protocol):
+class LocalProcess(Protocol):
     """The process, as the tables see it."""
 
     @property
@@ -131,12 +131,12 @@ class Here(Protocol):
         """All sessions that have not ended."""
 
 
-def rows(name: str, here: Here) -> Iterator[Row]:
+def rows(name: str, process: LocalProcess) -> Iterator[Row]:
     """The rows of a table that this process knows; others may get a turn between rows.
 
     For ``stats`` and ``workers`` they are the input of `merged_stats` and `workers`.
     """
-    return _ROWS[name](here)
+    return _ROWS[name](process)
 
 
 def session_id(number: int) -> str:
@@ -147,8 +147,8 @@ def session_id(number: int) -> str:
 # The tables
 
 
-def _jobs(here: Here) -> Iterator[Row]:
-    return map(_job, list(here.jobs.registry))
+def _jobs(process: LocalProcess) -> Iterator[Row]:
+    return map(_job, list(process.jobs.registry))
 
 
 def _job(job: Job) -> Row:
@@ -171,8 +171,8 @@ def sorted_jobs(found: list[Row]) -> list[Row]:
     return found
 
 
-def _sessions(here: Here) -> Iterator[Row]:
-    for session in sorted(here.sessions, key=lambda session: session.summary.number):
+def _sessions(process: LocalProcess) -> Iterator[Row]:
+    for session in sorted(process.sessions, key=lambda session: session.summary.number):
         seen = session.summary
         yield [
             *(session_id(seen.number), os.getpid(), _text(seen.user), _text(seen.database)),
@@ -203,8 +203,8 @@ def _logins(found: Iterator[tuple[Login, int, int, int]]) -> Iterator[Row]:
         yield [os.getpid(), *names, *numbers]
 
 
-def _stats(here: Here) -> Iterator[Row]:
-    for database, counts in list(here.jobs.counts.items()):
+def _stats(process: LocalProcess) -> Iterator[Row]:
+    for database, counts in list(process.jobs.counts.items()):
         ended = counts.completed, counts.failed, counts.canceled, counts.timed_out
         yield [_text(database), counts.launched, *ended, counts.active, counts.total_ms]
 
@@ -225,11 +225,11 @@ def merged_stats(found: list[Row]) -> list[Row]:
     return merged
 
 
-def _worker(here: Here) -> Iterator[Row]:
-    spares = sum(ready for _, ready, _, _ in here.jobs.spares.overview())
-    channels = sum(idle + used for _, idle, used, _ in here.jobs.channels.overview())
-    running = len(here.jobs.registry.running)
-    yield [os.getpid(), len(here.sessions), running, spares, channels, _time(_BEGAN)]
+def _worker(process: LocalProcess) -> Iterator[Row]:
+    spares = sum(ready for _, ready, _, _ in process.jobs.spares.overview())
+    channels = sum(idle + used for _, idle, used, _ in process.jobs.channels.overview())
+    running = len(process.jobs.registry.running)
+    yield [os.getpid(), len(process.sessions), running, spares, channels, _time(_BEGAN)]
 
 
 def workers(processes: list[Row], known: list[Row]) -> list[Row]:
@@ -239,8 +239,8 @@ def workers(processes: list[Row], known: list[Row]) -> list[Row]:
     return [[*process, *of_pid.get(process[1], [None] * 4)] for process in processes]
 
 
-def _config(here: Here) -> Iterator[Row]:
-    config = here.runtime.config
+def _config(process: LocalProcess) -> Iterator[Row]:
+    config = process.runtime.config
     for field in SETTINGS:
         yield [
             field.name,
@@ -271,15 +271,15 @@ def _shown(value: Any) -> str:
             return str(value)
 
 
-def _version(here: Here) -> Iterator[Row]:
+def _version(process: LocalProcess) -> Iterator[Row]:
     yield [f"pg-background-proxy {__version__}"]
 
 
-_ROWS: Final[Mapping[str, Callable[[Here], Iterator[Row]]]] = {
+_ROWS: Final[Mapping[str, Callable[[LocalProcess], Iterator[Row]]]] = {
     "jobs": _jobs,
     "sessions": _sessions,
-    "spares": lambda here: _logins(here.jobs.spares.overview()),
-    "channels": lambda here: _logins(here.jobs.channels.overview()),
+    "spares": lambda process: _logins(process.jobs.spares.overview()),
+    "channels": lambda process: _logins(process.jobs.channels.overview()),
     "stats": _stats,
     "workers": _worker,
     "config": _config,

@@ -6,22 +6,22 @@ worker that has the client merges these. So a client sees the same in every work
 
 from __future__ import annotations
 
-from proxy.console.process import Found, Process
-from proxy.console.tables import Here, Row
+from proxy.console.actions import ConsoleActions, Found
+from proxy.console.tables import LocalProcess, Row
 from proxy.runtime import Reloaded
 from proxy.workers.peers import OtherWorkers
 
 
-class OneOfSeveral(Process):
+class OneOfSeveral(ConsoleActions):
     """A worker.
 
     Args:
-        here: what this worker knows.
+        process: what this worker knows.
         peers: the other workers, and the way to the supervisor.
     """
 
-    def __init__(self, here: Here, peers: OtherWorkers) -> None:
-        super().__init__(here)
+    def __init__(self, process: LocalProcess, peers: OtherWorkers) -> None:
+        super().__init__(process)
         self._peers = peers
 
     async def drain(self, number: int) -> None:

@@ -25,7 +25,7 @@ from protocol.errors import CONNECTION_FAILURE, SQLError
 from protocol.startup import CancelRequest
 from proxy.admin.figures import collect
 from proxy.admin.jobs_page import JobsPage
-from proxy.console.process import Found, kill, running
+from proxy.console.actions import Found, kill, running
 from proxy.console.tables import Row, rows
 from proxy.jobs.job import Job
 from proxy.jobs.peers import Peers

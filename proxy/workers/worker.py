@@ -69,7 +69,7 @@ class Worker:
         self._slots = SupervisorsSlots(Limits.of(server.runtime.config), self._pipe)
         server.jobs.slots = self._slots
         self._peers = OtherWorkers(server, self._pipe)
-        server.door.process = OneOfSeveral(server, self._peers)
+        server.console_login.actions = OneOfSeveral(server, self._peers)
         await self._peers.join()
         async with known(server, self._group):
             await self._serve(server)

@@ -18,7 +18,7 @@ from protocol.errors import (
     SQLError,
 )
 from proxy.console import tables
-from proxy.console.tables import Here, Row
+from proxy.console.tables import LocalProcess, Row
 from proxy.jobs.registry import Handle
 from proxy.jobs.service import JobService
 from proxy.runtime import Reloaded
@@ -42,28 +42,28 @@ class Found(NamedTuple):
     handle: Handle
 
 
-class Process:
-    """The process that serves a console.
+class ConsoleActions:
+    """What the commands do: here, or in all processes (`workers.console`).
 
     Args:
-        here: what this process knows.
+        process: what this process knows.
 
     Attributes:
         read_again, stop: what SIGHUP and SIGTERM do; None while that is impossible.
     """
 
-    def __init__(self, here: Here) -> None:
-        self._here = here
+    def __init__(self, process: LocalProcess) -> None:
+        self._process = process
         self.read_again: Callable[[], Reloaded] | None = None
         self.stop: Callable[[], None] | None = None
 
     async def show(self, name: str) -> tuple[list[Row], int]:
         """The rows of a table, and how many processes did not answer."""
         if name in ("config", "version"):  # the same in all processes
-            return list(tables.rows(name, self._here)), 0
+            return list(tables.rows(name, self._process)), 0
         theirs, unanswered = await self._of_others(name)
         found: list[Row] = []
-        for row in tables.rows(name, self._here):
+        for row in tables.rows(name, self._process):
             found.append(row)
             if len(found) % _TURN == 0:
                 await asyncio.sleep(0)
@@ -80,7 +80,7 @@ class Process:
     async def cancel(self, pid: int) -> None:
         """Have the server stop the job with this pid. Raises SQLError."""
         theirs, unanswered = await self._running_at_others(pid)
-        found = [Found(None, handle) for handle in running(self._here.jobs, pid)] + theirs
+        found = [Found(None, handle) for handle in running(self._process.jobs, pid)] + theirs
         if not found:
             raise SQLError(
                 UNDEFINED_OBJECT,
@@ -106,7 +106,7 @@ class Process:
 
     async def kill(self, session: str) -> None:
         """End a session. Raises SQLError."""
-        if kill(self._here, session):
+        if kill(self._process, session):
             return
         killed, unanswered = await self._kill_at_others(session)
         if not killed:
@@ -150,7 +150,7 @@ class Process:
 
     async def _processes(self) -> list[Row]:
         """Number, pid, state and sessions of each process."""
-        return [[1, os.getpid(), "active", len(self._here.sessions)]]
+        return [[1, os.getpid(), "active", len(self._process.sessions)]]
 
     async def _of_others(self, name: str) -> tuple[list[Row], int]:
         return [], 0
@@ -159,8 +159,8 @@ class Process:
         return [], 0
 
     async def _cancel(self, found: Found) -> bool:
-        job = self._here.jobs.registry.get(*found.handle)
-        return job is None or await self._here.jobs.cancel(job)
+        job = self._process.jobs.registry.get(*found.handle)
+        return job is None or await self._process.jobs.cancel(job)
 
     async def _kill_at_others(self, session: str) -> tuple[bool, int]:
         return False, 0
@@ -174,9 +174,9 @@ def running(jobs: JobService, pid: int) -> list[Handle]:
     return [job.handle for job in jobs.registry.running if job.pid == pid]
 
 
-def kill(here: Here, session: str) -> bool:
+def kill(process: LocalProcess, session: str) -> bool:
     """End a session of this process, as pg_terminate_backend() does. Returns whether it exists."""
-    for served in here.sessions:
+    for served in process.sessions:
         if tables.session_id(served.summary.number) == session:
             served.shut_down()
             return True

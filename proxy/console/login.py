@@ -43,8 +43,8 @@ from proxy import __version__
 from proxy.auth.pace import Pace, who
 from proxy.auth.secret import MD5Secret
 from proxy.config import Config
+from proxy.console.actions import ConsoleActions
 from proxy.console.conversation import LONGEST, Conversation
-from proxy.console.process import Process
 from proxy.log import Event, logger
 from proxy.net.connection import Connection
 from proxy.net.inbox import Inbox
@@ -78,19 +78,19 @@ _PARAMETERS: Final = {
 """Parameters that drivers expect from a server."""
 
 
-class Door:
-    """The entrance to the console of one process.
+class ConsoleLogin:
+    """Lets clients in to the console of one process, and serves them.
 
     Args:
         runtime: has the lists and the secrets; a reload replaces it.
-        process: carries out the commands.
+        actions: carry out the commands.
     """
 
-    def __init__(self, runtime: Callable[[], Runtime], process: Process) -> None:
+    def __init__(self, runtime: Callable[[], Runtime], actions: ConsoleActions) -> None:
         self._runtime = runtime
-        self.process = process
+        self.actions = actions
         self._pace = Pace(_BURST, _RATE, _PATIENCE)
-        self._inside = 0
+        self._clients = 0
 
     @property
     def _config(self) -> Config:
@@ -137,7 +137,7 @@ class Door:
             # A cancel request with this key has no effect: no command runs for long.
             greeting.append(BackendKeyData(os.getpid(), secrets.token_bytes(4)).serialize())
             client.write(b"".join(greeting))
-            await Conversation(client, inbox, console_user, self.process).run()
+            await Conversation(client, inbox, console_user, self.actions).run()
 
     async def _authenticate(self, client: Connection, inbox: Inbox, user: bytes) -> None:
         """Raises SQLError, FATAL, unless the client proves its identity."""
@@ -191,18 +191,18 @@ class Door:
     def _place(self, user: ConsoleUser) -> Iterator[None]:
         """Raises SQLError, FATAL, if too many clients are in the console."""
         most = MOST if user.is_admin else MOST - _KEPT_FREE
-        if self._inside >= most:
+        if self._clients >= most:
             raise SQLError(
                 TOO_MANY_CONNECTIONS,
                 "sorry, too many clients of the console already",
                 detail=f"A process has {MOST} at the most, {_KEPT_FREE} of them for admin_users.",
                 severity="FATAL",
             )
-        self._inside += 1
+        self._clients += 1
         try:
             yield
         finally:
-            self._inside -= 1
+            self._clients -= 1
 
 
 class ConsoleUser:
