@@ -29,7 +29,7 @@ from proxy.workers.replica_link import _Conversation
 from proxy.workers.sealed import MOST_RECIPIENTS, PIECE, Seal, new_name
 from tests.conftest import StartProxy, upstream_of
 from tests.support.api_clients import Gate
-from tests.support.background import failure, notices, run, wait_until
+from tests.support.background import failure, notices, run, spares_of, wait_until
 from tests.support.haproxy import HAProxy, haproxy
 from tests.support.replicas import SECRET, Replicas, options, replicas, secret_in
 from tests.support.servers import Connection, Proxy, Server
@@ -502,10 +502,6 @@ def test_the_spares_of_all_replicas_leave_a_database_that_is_dropped(
     server: Server, tmp_path: Path
 ) -> None:
     secret_file = secret_in(tmp_path / "secret", OTHER)
-    spares = (
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = 'dropped'"
-        " AND application_name = 'pg_background spare'"
-    )
     with (
         replicas(upstream_of(server), *options(secret_file), "--spare-lifetime", "60s") as pair,
         pair.sessions() as (here, _),
@@ -514,7 +510,7 @@ def test_the_spares_of_all_replicas_leave_a_database_that_is_dropped(
         observer.execute("CREATE DATABASE dropped")
         with pair.second.connect(dbname="dropped") as there:
             assert run(there, "SELECT 1") == [(1,)]
-            wait_until(lambda: one(observer, spares))
+            wait_until(lambda: spares_of(observer, there))
         here.execute("DROP DATABASE dropped")  # else: it is being accessed by other users
 
 

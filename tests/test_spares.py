@@ -8,60 +8,73 @@ import psycopg
 import pytest
 
 from tests.conftest import StartProxy
-from tests.support.background import failure, launch, message, result, run, value, wait_until
+from tests.support.background import (
+    failure,
+    launch,
+    message,
+    result,
+    run,
+    spares_of,
+    value,
+    wait_until,
+)
 from tests.support.executors import executors
 from tests.support.servers import Connection, Server
 
 # Without reuse: to the server, what is used again is a spare, too.
 LASTING = ("--spare-lifetime", "60s", "--reuse-lifetime", "0")
 JOBS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background'"
-SPARE = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
 
 
 @pytest.fixture
-def spares(server: Server) -> Callable[[], set[int]]:
-    """The pids of the spares that there are now, but for those of other tests' proxies."""
+def there_would_be_some(
+    start_proxy: StartProxy, observer: Connection, scratch: str
+) -> Callable[[], None]:
+    """Waits for the spares of another proxy, which begins now: one that began before would have
+    them, too.
+    """
 
-    def all_of_them() -> set[int]:
-        with server.connect() as conn:
-            return {pid for (pid,) in conn.execute(SPARE)}
+    def wait() -> None:
+        with start_proxy(*LASTING).connect(dbname=scratch) as conn:
+            run(conn, "SELECT 1")
+            wait_until(lambda: len(spares_of(observer, conn)) == 2)
 
-    others = all_of_them()
-    return lambda: all_of_them() - others
+    return wait
 
 
 def test_none_is_opened_for_who_never_launches(
-    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+    start_proxy: StartProxy, observer: Connection, db: str, there_would_be_some: Callable[[], None]
 ) -> None:
-    with start_proxy(*LASTING).connect() as conn:
+    with start_proxy(*LASTING).connect(dbname=db) as conn:
         conn.execute("SELECT 1")
-        assert not spares()
+        there_would_be_some()
+        assert not spares_of(observer, conn)
 
 
 def test_the_next_launch_takes_one_and_it_is_replaced(
-    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+    start_proxy: StartProxy, observer: Connection, db: str
 ) -> None:
-    with start_proxy(*LASTING, "--spares", "3").connect() as conn:
+    with start_proxy(*LASTING, "--spares", "3").connect(dbname=db) as conn:
         run(conn, "SELECT 1")
-        wait_until(lambda: len(spares()) == 3)
-        before = spares()
+        wait_until(lambda: len(spares_of(observer, conn)) == 3)
+        before = spares_of(observer, conn)
         pid = launch(conn, "SELECT pg_sleep(60)")
         assert pid in before
-        wait_until(lambda: len(spares()) == 3)
-        assert pid not in spares()
+        wait_until(lambda: len(spares_of(observer, conn)) == 3)
+        assert pid not in spares_of(observer, conn)
         conn.execute("SELECT pg_cancel_backend(%s)", [pid])
 
 
 def test_a_job_in_a_spare_is_the_sessions_own(
-    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+    start_proxy: StartProxy, observer: Connection, db: str
 ) -> None:
-    with start_proxy(*LASTING).connect() as conn:
+    with start_proxy(*LASTING).connect(dbname=db) as conn:
         run(conn, "SELECT 1")
-        wait_until(lambda: len(spares()) == 2)
+        wait_until(lambda: len(spares_of(observer, conn)) == 2)
         conn.execute("SET search_path = pg_catalog; SET my.own = 'x'")
         job = "SELECT concat_ws(' ', current_user, current_setting('search_path'), "
         job += "current_setting('my.own'), current_setting('application_name'), pg_backend_pid())"
-        before = spares()
+        before = spares_of(observer, conn)
         *words, pid = str(value(conn, job)).split()
         assert words == ["postgres", "pg_catalog", "x", "pg_background"]
         assert int(pid) in before
@@ -82,7 +95,6 @@ def own_role(server: Server, scratch: str) -> Iterator[str]:
 def test_no_job_runs_in_one_that_could_not_take_over(
     server: Server,
     start_proxy: StartProxy,
-    spares: Callable[[], set[int]],
     scratch: str,
     own_role: str,
     before: str,
@@ -96,7 +108,7 @@ def test_no_job_runs_in_one_that_could_not_take_over(
     ):
         conn.execute(f"SET ROLE {own_role}")
         assert run(conn, job) == [(1,)]
-        wait_until(lambda: len(spares()) == 2)
+        wait_until(lambda: len(spares_of(admin, conn)) == 2)
         admin.execute(f"REVOKE {own_role} FROM alice")
         try:
             refused = failure(conn, "SELECT pg_background_launch(%s)", [job])
@@ -113,12 +125,12 @@ def test_no_job_runs_in_one_that_could_not_take_over(
 
 @pytest.mark.parametrize("job", ["VACUUM", "CREATE DATABASE made_in_a_spare", "SELECT 1; SELECT 2"])
 def test_what_refuses_a_transaction_block_runs_in_one(
-    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]], job: str
+    start_proxy: StartProxy, observer: Connection, db: str, job: str
 ) -> None:
-    with start_proxy(*LASTING).connect() as conn:
+    with start_proxy(*LASTING).connect(dbname=db) as conn:
         run(conn, "SELECT 1")
-        wait_until(lambda: len(spares()) == 2)
-        before = spares()
+        wait_until(lambda: len(spares_of(observer, conn)) == 2)
+        before = spares_of(observer, conn)
         pid = launch(conn, job)
         assert pid in before
         expected = [(2,)] if "SELECT" in job else [(job.partition(" made")[0],)]
@@ -127,65 +139,67 @@ def test_what_refuses_a_transaction_block_runs_in_one(
 
 
 def test_one_that_nobody_needs_is_closed(
-    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+    start_proxy: StartProxy, observer: Connection, db: str
 ) -> None:
-    with start_proxy("--spare-lifetime", "1s").connect() as conn:
+    with start_proxy("--spare-lifetime", "1s").connect(dbname=db) as conn:
         run(conn, "SELECT 1")
-        wait_until(spares)
-        wait_until(lambda: not spares())
+        wait_until(lambda: spares_of(observer, conn))
+        wait_until(lambda: not spares_of(observer, conn))
 
 
 def test_none_at_all_if_told_so(
-    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+    start_proxy: StartProxy, observer: Connection, db: str, there_would_be_some: Callable[[], None]
 ) -> None:
-    with start_proxy("--spares", "0", *LASTING).connect() as conn:
+    with start_proxy("--spares", "0", *LASTING).connect(dbname=db) as conn:
         for _ in range(3):
             run(conn, "SELECT 1")
-        assert not spares()
+        there_would_be_some()
+        assert not spares_of(observer, conn)
 
 
 def test_one_that_was_killed_is_no_loss(
-    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+    start_proxy: StartProxy, observer: Connection, db: str
 ) -> None:
-    with start_proxy(*LASTING).connect() as conn:
+    with start_proxy(*LASTING).connect(dbname=db) as conn:
         run(conn, "SELECT 1")
-        wait_until(lambda: len(spares()) == 2)
-        with server.connect() as admin:
-            admin.execute(f"SELECT pg_terminate_backend(pid) FROM ({SPARE}) s")
+        wait_until(lambda: len(spares_of(observer, conn)) == 2)
+        for pid in spares_of(observer, conn):
+            observer.execute("SELECT pg_terminate_backend(%s)", [pid])
         assert run(conn, "SELECT 2") == [(2,)]
 
 
-def test_none_for_a_role_with_a_connection_limit(
-    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
-) -> None:
+def test_none_for_a_role_with_a_connection_limit(server: Server, start_proxy: StartProxy) -> None:
     with server.connect() as admin:
         admin.execute("CREATE ROLE limited LOGIN SUPERUSER CONNECTION LIMIT 20")
-    try:
-        with start_proxy(*LASTING).connect(user="limited") as conn:
-            run(conn, "SELECT 1")
-            run(conn, "SELECT 1")
-            wait_until(lambda: len(server.clients()) == 1)
-            assert not spares()
-    finally:
-        with server.connect() as admin:
+        try:
+            with start_proxy(*LASTING).connect(user="limited") as conn:
+                run(conn, "SELECT 1")
+                run(conn, "SELECT 1")
+                wait_until(lambda: len(server.clients()) == 2)  # the session, and this one
+                assert not spares_of(admin, conn)
+        finally:
             admin.execute("DROP ROLE limited")
 
 
 def test_each_role_and_database_has_its_own(
-    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]], db: str
+    server: Server, start_proxy: StartProxy, scratch: str, db: str
 ) -> None:
     proxy = start_proxy(*LASTING, "--spares", "1")
     with server.connect() as admin:
         admin.execute("CREATE ROLE launcher LOGIN SUPERUSER")
     try:
-        with proxy.connect() as one, proxy.connect(user="launcher", dbname=db) as other:
+        with (
+            server.connect() as admin,
+            proxy.connect(dbname=scratch) as one,
+            proxy.connect(user="launcher", dbname=db) as other,
+        ):
             run(one, "SELECT 1")
-            wait_until(lambda: len(spares()) == 1)
-            before = spares()
+            wait_until(lambda: len(spares_of(admin, one)) == 1)
+            before = spares_of(admin, one)
             job = "SELECT concat_ws(' ', session_user, current_database())"
             assert value(other, job) == f"launcher {db}"
-            wait_until(lambda: len(spares()) == 2)
-            assert before < spares()
+            wait_until(lambda: len(spares_of(admin, other)) == 1)
+            assert spares_of(admin, one) == before
         proxy.stop()
     finally:
         assert server.wait_for_no_clients() == []
@@ -194,13 +208,13 @@ def test_each_role_and_database_has_its_own(
 
 
 def test_the_last_free_connection_slots_are_left_alone(
-    server: Server, start_proxy: StartProxy, spares: Callable[[], set[int]]
+    server: Server, start_proxy: StartProxy, observer: Connection, db: str
 ) -> None:
-    conn: Connection = start_proxy(*LASTING, "--spares", "1").connect()
+    conn: Connection = start_proxy(*LASTING, "--spares", "1").connect(dbname=db)
     others: list[Connection] = []
     with conn:
         slots = int(value(conn, "SHOW max_connections"))
-        wait_until(spares)
+        wait_until(lambda: spares_of(observer, conn))
         try:
             while len(others) < slots - slots // 10:
                 others.append(server.connect())
@@ -209,6 +223,6 @@ def test_the_last_free_connection_slots_are_left_alone(
         finally:
             run(conn, "SELECT 1")
             # One is opened to see whether there is room, and closed at once.
-            wait_until(lambda: not spares())
+            wait_until(lambda: not spares_of(observer, conn))
             for other in others:
                 other.close()

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import StartProxy
-from tests.support.background import failure, run, value, wait_until
+from tests.support.background import failure, run, spares_of, value, wait_until
 from tests.support.executors import executors
-from tests.support.servers import Connection, Server
+from tests.support.servers import Connection, Server, database
 
 pytestmark = pytest.mark.every_server
 
@@ -133,14 +133,16 @@ def test_one_that_keeps_its_identifier_to_itself_is_known_by_its_address(
 
 
 def test_a_spare_of_another_cluster_is_no_spare(
-    start_proxy: StartProxy, server: Server, other: Server, address: Address
+    start_proxy: StartProxy, server: Server, other: Server, address: Address, db: str
 ) -> None:
     proxy = start_proxy(*OPTIONS, upstream=f"host=127.0.0.1 port={address.port}")
-    with proxy.connect() as conn:
+    with (
+        database(other, db),
+        server.connect() as admin,
+        proxy.connect(dbname=db) as conn,
+    ):
         run(conn, "SELECT 1")
-        spares = "SELECT FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
-        with server.connect() as admin:
-            wait_until(lambda: len(admin.execute(spares).fetchall()) >= 2)
+        wait_until(lambda: len(spares_of(admin, conn)) >= 2)
         address.server = other
-        with proxy.connect() as stranger:
+        with proxy.connect(dbname=db) as stranger:
             assert value(stranger, "SHOW port") == str(other.port)

@@ -26,7 +26,7 @@ from psycopg import errors
 
 from tests.conftest import StartProxy, shared_proxy, upstream_of
 from tests.support.api_clients import Gate
-from tests.support.background import failure, run, wait_until, wait_until_ended
+from tests.support.background import failure, run, spares_of, wait_until, wait_until_ended
 from tests.support.certificates import Certificates
 from tests.support.servers import (
     REPOSITORY,
@@ -487,13 +487,12 @@ def test_who_may_touch_a_job_is_the_same_in_all_workers(
                 admin.execute(f"DROP ROLE {role}")
 
 
-def test_spares_of_all_workers_give_way(server: Server, start_proxy: StartProxy) -> None:
+def test_spares_of_all_workers_give_way(server: Server, start_proxy: StartProxy, db: str) -> None:
     proxy = start_proxy("--workers", "2", "--spare-lifetime", "60s", "--spares", "2")
     others: list[Connection] = []
-    spare = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
-    with sessions(proxy) as (here, there), server.connect() as observer:
+    with sessions(proxy, dbname=db) as (here, there), server.connect() as observer:
         run(there, "SELECT 1")
-        wait_until(lambda: one(observer, spare) >= 2)
+        wait_until(lambda: len(spares_of(observer, there)) >= 2)
         try:
             with contextlib.suppress(psycopg.OperationalError):
                 while True:

@@ -123,6 +123,17 @@ def wait_until(look: Callable[[], T], timeout: float = TIMEOUT) -> T:
     return found
 
 
+def spares_of(observer: Connection, conn: Connection) -> set[int]:
+    """The pids of the spares that wait for the jobs of a session, and of others of its role in its
+    database; one of the two must be the test's own, since other proxies have spares, too.
+    """
+    query = (
+        "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
+        " AND usename = %s AND datname = %s"
+    )
+    return {pid for (pid,) in observer.execute(query, [conn.info.user, conn.info.dbname])}
+
+
 def has_ended(observer: Connection, pid: int) -> bool:
     """Whether a backend is gone."""
     query = "SELECT 1 FROM pg_stat_activity WHERE pid = %s"
