@@ -25,7 +25,7 @@ from tests.support.in_database import (
     wait_until_nothing_is_left,
     with_extension,
 )
-from tests.support.servers import DEFAULT_HBA, Connection, Proxy, Server
+from tests.support.servers import Connection, Proxy, Server
 from tests.support.wire import Wire
 
 pytestmark = pytest.mark.every_server
@@ -326,66 +326,6 @@ def test_few_connections(server: Server, start_proxy: StartProxy, scratch: str) 
 
 
 # --- others --------------------------------------------------------------------------------------
-
-
-NO_CHANNEL = {
-    "limit": ("ALTER ROLE lonely CONNECTION LIMIT 1", "53300"),
-    "nologin": ("ALTER ROLE lonely NOLOGIN", "28000"),
-    "expired": ("ALTER ROLE lonely PASSWORD 'lonely' VALID UNTIL '2000-01-01'", "28P01"),
-    "password": ("ALTER ROLE lonely PASSWORD 'another'", "28P01"),
-    "connect": ("REVOKE CONNECT ON DATABASE {} FROM PUBLIC", "53000"),
-}
-CATCHES = """
-CREATE FUNCTION catches() RETURNS text LANGUAGE plpgsql AS $f$
-BEGIN
-  PERFORM pg_background_launch('SELECT 1');
-  RETURN 'launched';
-EXCEPTION WHEN OTHERS OR query_canceled THEN
-  RETURN SQLSTATE;
-END $f$"""
-
-
-@pytest.fixture
-def lonely(server: Server, start_proxy: StartProxy, scratch: str) -> Iterator[Connection]:
-    """A session of a role with a password, through a proxy that keeps no other connection."""
-    server.set_hba(["host all lonely 127.0.0.1/32 password", *DEFAULT_HBA])
-    proxy = start_proxy("--spares=0", "--spare-lifetime=1ms")
-    with server.connect(dbname=scratch) as admin:
-        admin.execute("CREATE ROLE lonely LOGIN PASSWORD 'lonely' IN ROLE pgbackground_role")
-        admin.execute(CATCHES)
-        with proxy.connect(dbname=scratch, user="lonely", password="lonely") as conn:
-            yield conn
-        admin.execute("DROP FUNCTION catches()")
-        admin.execute(f'GRANT CONNECT ON DATABASE "{scratch}" TO PUBLIC'.encode())
-        admin.execute("DROP ROLE lonely")
-    server.set_hba()
-
-
-@pytest.mark.parametrize("why", NO_CHANNEL)
-def test_without_a_channel_a_call_fails_at_once(
-    lonely: Connection, observer: Connection, scratch: str, why: str
-) -> None:
-    change, sqlstate = NO_CHANNEL[why]
-    observer.execute(change.format(f'"{scratch}"').encode())
-    begin = time.monotonic()
-    for _ in range(3):
-        error = failure(lonely, "SELECT inside('pg_background_launch(''SELECT 1'')')")
-        assert error.sqlstate == sqlstate
-        assert error.diag.message_hint
-        assert "_pg_background" not in str(error)
-        # What comes next is not disturbed.
-        assert one(lonely, "SELECT 1 FROM pg_sleep(0.02)") == 1
-    assert one(lonely, "SELECT catches()") == "57014"
-    assert time.monotonic() - begin < 15
-
-
-def test_a_job_without_a_channel_fails_at_once(lonely: Connection, observer: Connection) -> None:
-    job = background.launch(lonely, "SELECT catches() FROM pg_sleep(1)")
-    observer.execute("ALTER ROLE lonely NOLOGIN")
-    begin = time.monotonic()
-    [(caught,)] = background.result(lonely, job, "t text")
-    assert caught == "57014"
-    assert time.monotonic() - begin < 15
 
 
 def test_an_owner_that_is_the_session_user_passes_custom_settings_on(

@@ -451,8 +451,12 @@ def no_backend(
     )
 
 
-async def send_cancel(connect: Connect, request: CancelRequest) -> None:
+async def send_cancel(
+    connect: Connect, request: CancelRequest, is_meant: Callable[[], bool] = lambda: True
+) -> None:
     """Send a CancelRequest, and wait until the server has read it (it closes the connection).
+
+    `is_meant`: asked when it is about to be sent; if not, it is not.
 
     Raises OSError or TimeoutError.
     """
@@ -468,7 +472,8 @@ async def send_cancel(connect: Connect, request: CancelRequest) -> None:
 
     transport = (await connect(Cancel)).transport
     try:
-        transport.write(request.serialize())
-        await closed
+        if is_meant():
+            transport.write(request.serialize())
+            await closed
     finally:
         transport.close()

@@ -139,15 +139,22 @@ class Dialer:
         """Whether there are hosts other than these."""
         return any(host not in tried for host in self._upstream.hosts)
 
-    async def cancel(self, route: Route | None, request: CancelRequest) -> None:
+    async def cancel(
+        self,
+        route: Route | None,
+        request: CancelRequest,
+        is_meant: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Send a cancel request by its session's route; a failure is logged.
 
         A request for no known session may belong to another proxy, such as a predecessor. It goes
         to all hosts; those that did not issue the key ignore it.
+
+        `is_meant`: as for `send_cancel`.
         """
 
         ways = self._upstream.hosts if route is None else (route,)
-        reasons = await asyncio.gather(*(self._send_cancel(way, request) for way in ways))
+        reasons = await asyncio.gather(*(self._send_cancel(way, request, is_meant) for way in ways))
         # Anybody can send such requests, in any number.
         if all(reasons) and (
             self._complaints.take(None, asyncio.get_running_loop().time()) is not None
@@ -156,7 +163,9 @@ class Dialer:
                 "could not pass on a cancel request: %s", "; ".join(filter(None, reasons))
             )
 
-    async def _send_cancel(self, way: Route | Host, request: CancelRequest) -> str | None:
+    async def _send_cancel(
+        self, way: Route | Host, request: CancelRequest, is_meant: Callable[[], bool]
+    ) -> str | None:
         """Send it. Returns why that failed, if so."""
 
         async def connect(factory: Callable[[], P]) -> P:
@@ -166,7 +175,7 @@ class Dialer:
 
         try:
             async with asyncio.timeout(self._config.connect_timeout or None):
-                await send_cancel(connect, request)
+                await send_cancel(connect, request, is_meant)
         except OSError as error:
             return explain(error)
         return None

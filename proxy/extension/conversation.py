@@ -61,8 +61,8 @@ Tag, lock and mark are made of the nonce and a secret that the session and the p
 are enciphered with a pad made of secret, word and nonce, so they mean nothing to those who may see
 all queries, or the server's log.
 
-If no channel can be opened, the function cannot be told anything: the proxy cancels the statement,
-and replaces the error by the reason.
+If no channel can be opened, the function cannot be told anything: when it says ``still``, the proxy
+cancels the statement, and replaces the error by the reason (`refusal`).
 
 The pieces of an answer are numbered. With each piece but the last, the channel takes the lock for
 the next, whose key is the first one's XOR the number, so that the function can wait for it at once.

@@ -17,12 +17,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final, ParamSpec
 
-from protocol.errors import (
-    CONNECTION_FAILURE,
-    QUERY_CANCELED,
-    ServerError,
-    SQLError,
-)
+from protocol.errors import CONNECTION_FAILURE, ServerError, SQLError
 from protocol.messages import ErrorResponse, NoticeResponse
 from proxy.api.calls import permission_denied
 from proxy.api.functions import Needs
@@ -55,6 +50,7 @@ from proxy.extension.questions import (
     settings_of,
     unprovable,
 )
+from proxy.extension.refusal import Refusal
 from proxy.jobs.context import Context
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
@@ -111,9 +107,9 @@ class DatabaseCalls:
         self._call: Call | None = None
         self._blocks: Blocks | None = None
         self._coming: asyncio.Task[Answer] | None = None
-        # The last error handed over; why the statement is being cancelled.
+        # The last error handed over.
         self._error: ErrorResponse | None = None
-        self._refusal: SQLError | None = None
+        self._refusal = Refusal(session.cancel_statement)
 
     # Called by the session
 
@@ -131,10 +127,11 @@ class DatabaseCalls:
         self._heard += 1
         self._has_heard = self.has_called = True
         if message.verb == b"still":
+            self._refusal.waits(message.nonce)
             return True
         if message.verb in (b"call", b"ask"):
             self._drop()
-            self._refusal = None
+            self._refusal.forget()
             if message.verb == b"ask":
                 self._settings = asyncio.get_running_loop().create_future()
         elif message.verb == b"settings" and self._incomplete is None:
@@ -175,10 +172,12 @@ class DatabaseCalls:
         return self._task is not None or self._channel is not None
 
     def statement_ended(self) -> None:
-        """The server has sent an error or is ready for the next query, so no function waits."""
+        """The server says that a statement has ended, or is ready for the next query, so no
+        function waits."""
         if self._has_heard:  # otherwise there is nothing; this runs for each statement
             self._has_heard = False
             self._drop()
+            self._refusal.forget()
             self._give_back()
 
     def _give_back(self) -> None:
@@ -198,15 +197,16 @@ class DatabaseCalls:
     def complaint(self, error: bytes) -> bytes | None:
         """The replacement for an ErrorResponse with this body: an error raised by our function is
         shown as by a direct call, without the CONTEXT lines about our functions."""
-        if _ASK.search(error) is None:
+        if not self._has_heard and _ASK.search(error) is None:
             return None
         response = ErrorResponse.parse(error)
-        lines = response.fields.get("W", b"").split(b"\n")
-        refusal, self._refusal = self._refusal, None
-        if refusal is not None and response.sqlstate == QUERY_CANCELED:
+        context = response.fields.get("W", b"")
+        lines, is_ours = context.split(b"\n"), _ASK.search(context) is not None
+        refusal = self._refusal.reason(response, self._session.server_version, is_ours=is_ours)
+        if refusal is not None:
             reason = refusal.response(encodings.codec(self._session.client_encoding)).fields
             response = response.with_fields(**{code: reason.get(code, b"") for code in "CMDH"})
-            while lines and _ASK.search(lines[0]) is None:
+            while is_ours and _ASK.search(lines[0]) is None:
                 del lines[0]  # the place in our function
         elif _ASK.search(lines[0][:LONGEST_LINE]) is None:
             return None
@@ -255,10 +255,7 @@ class DatabaseCalls:
         logger.info("no answer to a call from inside the database: %s", explain(error))
         self._hang_up()
         if message.verb in (b"call", b"ask", b"custom"):
-            if not isinstance(error, SQLError):
-                error = SQLError(CONNECTION_FAILURE, explain(error))
-            self._refusal = error
-            self._session.cancel_statement()
+            self._refusal.refuse(message, error)
 
     def _hang_up(self) -> None:
         if self._channel is not None:
@@ -353,6 +350,7 @@ class DatabaseCalls:
         self, nonce: bytes, call: Call, answer: Answer, word: bytes, lock: int | None = None
     ) -> None:
         self._call = call
+        self._refusal.is_shown()
         self._shown = AnswerPieces(
             nonce,
             self._marks(nonce, lock),
@@ -524,6 +522,7 @@ class DatabaseCalls:
         marks = self._marks(question.nonce)
         # Set before the function can have read the word.
         challenge = self._challenge = Challenge(question, call, self._session.server_version)
+        self._refusal.is_shown()
         checks = self._role_query(question, call)
         shows = marks.comment(challenge.word) + checks + b"; " + marks.ask_for_proof()
         self._channel.take_word()

@@ -6,6 +6,8 @@ has no client: messages of its jobs are among its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from protocol.framing import HEADER_SIZE
 from proxy.backends.backend import Backend
 from proxy.config.gucs import SESSION_SETTING
@@ -60,6 +62,12 @@ class JobSession(Owner):
         """No function waits for an answer any more."""
         self.database_calls.statement_ended()
 
+    def failed(self, error: bytes) -> bytes:
+        """The same, by this error (its body); what the error is to be told as."""
+        said = self.database_calls.complaint(error)
+        self.database_calls.statement_ended()
+        return error if said is None else said[HEADER_SIZE:]
+
     def close(self, *, is_idle: bool) -> None:
         """The job has ended. `is_idle`: its backend is ready for another."""
         self.database_calls.statement_ended()
@@ -89,9 +97,9 @@ class JobSession(Owner):
     def server_encoding(self) -> bytes:
         return self._backend.parameters.get(b"server_encoding", b"")
 
-    def cancel_statement(self) -> None:
+    def cancel_statement(self, is_meant: Callable[[], bool]) -> None:
         self._backend.is_spent = True  # the request may arrive late
-        self.service.cancel_statement(self._launcher.route, self._key)
+        self.service.cancel_statement(self._launcher.route, self._key, is_meant)
 
     async def inject(self, message: bytes) -> None:
         if self._output is not None:

@@ -83,6 +83,9 @@ class JobSession(Protocol):
     def statement_ended(self) -> None:
         """No function waits for an answer any more."""
 
+    def failed(self, error: bytes) -> bytes:
+        """The same, by this error (its body); what the error is to be told as."""
+
     def close(self, *, is_idle: bool) -> None:
         """The job has ended. `is_idle`: its backend is ready for another."""
 
@@ -458,7 +461,8 @@ class Job(JobRecord):
         elif kind == B.COMMAND_COMPLETE and self._is_behind:
             self._output_settings.compared(CommandComplete.parse(body).tag)
         elif kind == B.COMMAND_COMPLETE:
-            self._statement_ended()
+            if self._session is not None:
+                self._session.statement_ended()
             is_progress = self._statements_done in self._text.progress_calls
             tag = b"SELECT 1" if is_progress else CommandComplete.parse(body).tag
             self._add_tag(self._output_settings.tag(self._statements_done, tag))
@@ -475,7 +479,8 @@ class Job(JobRecord):
             if not is_call and not self._report_progress(body):
                 self.output.put(Notice(body))
         elif kind == B.ERROR_RESPONSE:
-            self._statement_ended()
+            if self._session is not None:
+                body = self._session.failed(body)
             error = ErrorResponse.parse(body)
             if error.severity in ("FATAL", "PANIC"):
                 self._fatal = error
@@ -484,8 +489,7 @@ class Job(JobRecord):
         elif kind == B.COPY_IN_RESPONSE:
             # A COPY that the lexer did not recognise; the server would wait for ever.
             assert self._backend is not None
-            refusal = CopyFail(b"not allowed in pg_background")
-            self._backend.transport.write(refusal.serialize())
+            self._backend.transport.write(CopyFail(b"not allowed in pg_background").serialize())
         elif kind == B.READY_FOR_QUERY:
             self._ready(body)
 
@@ -529,10 +533,6 @@ class Job(JobRecord):
         else:
             # Long strings have many statements, mostly with equal tags.
             self.tags.append(self.tags[-1] if self.tags and self.tags[-1] == tag else tag)
-
-    def _statement_ended(self) -> None:
-        if self._session is not None:
-            self._session.statement_ended()
 
     def _report_progress(self, notice: bytes) -> bool:
         """Note a report of pg_background_progress; false if the notice is none."""

@@ -125,8 +125,9 @@ class Owner(ABC):
         """Deliver a message of one of its jobs, while the server is within a statement."""
 
     @abstractmethod
-    def cancel_statement(self) -> None:
-        """Have the server cancel the owner's present statement."""
+    def cancel_statement(self, is_meant: Callable[[], bool]) -> None:
+        """Have the server cancel the owner's present statement, if that is still the one that is
+        meant when the request is about to be sent."""
 
     @abstractmethod
     def job_session(self, launcher: Launcher, backend: Backend) -> JobSession:

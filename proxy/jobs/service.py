@@ -281,9 +281,12 @@ class JobService:
         timer = asyncio.get_running_loop().call_later(timeout_ms / 1000, time_out)
         job.when_finished(timer.cancel)
 
-    def cancel_statement(self, route: Route, key: CancelRequest) -> asyncio.Task[None]:
-        """Have the server cancel a statement that waits for an answer that will not come."""
-        task = self._spawn(self.runtime.dialer.cancel(route, key))
+    def cancel_statement(
+        self, route: Route, key: CancelRequest, is_meant: Callable[[], bool] = lambda: True
+    ) -> asyncio.Task[None]:
+        """Have the server cancel a statement that waits for an answer that will not come.
+        `is_meant`: as for `send_cancel`."""
+        task = self._spawn(self.runtime.dialer.cancel(route, key, is_meant))
         self._cancels.add(task)
         task.add_done_callback(self._cancels.discard)
         return task

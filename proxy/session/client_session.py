@@ -5,9 +5,13 @@ Invariant: modules that serve a batch know no more of `session.Session` than thi
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from datetime import UTC, tzinfo
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from protocol.startup import CancelRequest
+from proxy.backends.route import Route
 from proxy.jobs.owner import Owner
 from proxy.net.connection import Connection
 from proxy.session.custom_settings import CustomSettings
@@ -24,6 +28,7 @@ class ClientSession(Owner, Hooks):
     Attributes:
         client: its connection.
         primary: the connection to its server, once there is one.
+        route: to its server, once it is connected.
         relay: passes bytes on, after the login.
         reader: reads its SQL, after the login.
         extension_state: which pg_background its database has.
@@ -32,11 +37,18 @@ class ClientSession(Owner, Hooks):
 
     client: Connection
     primary: Connection | None
+    route: Route
+    _key: CancelRequest | None
     relay: Relay
     reader: SqlReader
     custom_settings: CustomSettings
     extension_state: ExtensionState
     has_been_warned = False
+
+    @abstractmethod
+    def complaint_from_inside(self, error: bytes) -> bytes | None:
+        """The same as `complaint`, for a statement that the client has not sent as it is: the
+        message that replaces what a call from inside the database has failed with."""
 
     @property
     def client_encoding(self) -> bytes:
@@ -59,6 +71,21 @@ class ClientSession(Owner, Hooks):
     @property
     def server_version(self) -> int:
         return self.reader.server_version
+
+    def cancel_statement(self, is_meant: Callable[[], bool]) -> None:
+        if self._key is None or self.primary is None:
+            return
+        primary = self.primary
+
+        def is_still_meant() -> bool:
+            # What the server says next is read when it is done with the request (before 17 it
+            # signals the backend twice): it must not be for what the client sends after that.
+            if may_send := is_meant():
+                primary.take_a_break()
+            return may_send
+
+        told = self.service.cancel_statement(self.route, self._key, is_still_meant)
+        told.add_done_callback(lambda _: primary.end_break())
 
     @property
     def zone(self) -> tzinfo:

@@ -273,6 +273,8 @@ class Exchange:
                 self._server_failed(reply, body)
             if kind in reply.ends:
                 self._replies.popleft()
+                if kind == B.COMMAND_COMPLETE:
+                    self._session.statement_ended()
             await reply.handler(kind, body)
 
     async def next_message(self) -> tuple[int, bytes]:
@@ -321,13 +323,13 @@ class Exchange:
                 error = error.with_fields(M=words)
             if position:
                 position = reply.plan.rewrite.original_position(position, codec)
-        if (
-            not (reply.is_block or isinstance(reply.plan, Plan))
-            and (replaced := self._session.complaint(body)) is not None
-        ):
+        of_call = isinstance(reply.plan, Plan)
+        says = self._session.complaint_from_inside if of_call else self._session.complaint
+        if not reply.is_block and (replaced := says(body)) is not None:
             error = ErrorResponse(reply.fields(ErrorResponse.parse(replaced[5:]).fields))
         if position:
             error = error.with_fields(P=b"%d" % (position + reply.offset))
+        self._session.statement_ended()
         self._client.write(error.serialize())
         self._relay.outstanding.skip()
         self._forget_replies()
@@ -386,7 +388,7 @@ class Exchange:
                 return body
             # The answer to Close is ours; an error comes from the COMMIT at Sync.
             if kind == B.ERROR_RESPONSE:
-                self._client.write(frame(kind, body))
+                self._client.write(self._session.complaint(body) or frame(kind, body))
 
     # To the client
 

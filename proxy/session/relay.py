@@ -106,7 +106,7 @@ class Hooks(Protocol):
         """A NoticeResponse mentions the watchword. Returns whether to keep it from the client."""
 
     def statement_ended(self) -> None:
-        """The server has sent an error."""
+        """The server has sent CommandComplete, or an error, which comes to `complaint` first."""
 
     def ready(self) -> None:
         """The server has sent ReadyForQuery, whose status is `status`."""
@@ -450,6 +450,8 @@ class Relay:
                 end, _ = skip_run(data, position)
             elif action == _COUNT:
                 self.outstanding.answered()
+                if kind == B.COMMAND_COMPLETE:
+                    self._hooks.statement_ended()
             elif action == _HANDLE and not (
                 kind == B.NOTICE_RESPONSE and self._passes(data, position, end)
             ):
@@ -509,8 +511,9 @@ class Relay:
             return b"" if self._hooks.notice(body) else None
         elif kind == B.ERROR_RESPONSE:
             self.outstanding.failed()
+            replacement = self._hooks.complaint(body)
             self._hooks.statement_ended()
-            return self._hooks.complaint(body)
+            return replacement
         elif kind == B.COPY_IN_RESPONSE:
             self.outstanding.copy_in()
         elif kind == B.PARAMETER_STATUS:

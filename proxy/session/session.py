@@ -419,16 +419,6 @@ class Session(ClientSession):
             asyncio.get_running_loop().call_soon(self.primary.end_break)
         return is_call
 
-    def cancel_statement(self) -> None:
-        if self._key is None or self.primary is None:
-            return
-        primary = self.primary
-        told = self.service.cancel_statement(self.route, self._key)
-        # Before 17 the server signals the backend twice. The second signal must not hit what the
-        # client sends after the error, so the client is read only when the server is done.
-        primary.take_a_break()
-        told.add_done_callback(lambda _: primary.end_break())
-
     def ready(self) -> None:
         self._database_calls.statement_ended()
         if self.relay.status == _IDLE_STATUS:
@@ -454,6 +444,9 @@ class Session(ClientSession):
         if said is not None and self._is_pooled:
             return pooler.explained(ErrorResponse.parse(said[HEADER_SIZE:])).serialize()
         return said
+
+    def complaint_from_inside(self, error: bytes) -> bytes | None:
+        return self._database_calls.complaint(error)
 
     def take_over(self, data: bytes, statements: list[Statement]) -> None:
         self.interception = Interception(self, data, statements)

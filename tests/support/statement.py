@@ -43,21 +43,22 @@ class Statement:
         """Send a cancel request, from here, while it runs."""
         self._conn.cancel_safe(timeout=20)
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Until it has returned, in one way or the other."""
         self._thread.join(30)
         assert self.is_over
 
     @property
     def value(self) -> Any:
         """What it returns."""
-        self._join()
+        self.join()
         assert self._error is None, self._error
         return self._value
 
     @property
     def error(self) -> psycopg.Error:
         """How it fails."""
-        self._join()
+        self.join()
         assert self._error is not None, self._value
         return self._error
 

@@ -30,9 +30,14 @@ class Gate:
 
     def __init__(self, server: Server, dbname: str = "postgres") -> None:
         self._conn = server.connect(dbname=dbname)
-        key = next(_gate_number)
-        self._conn.execute("SELECT pg_advisory_lock(%s)", [key])
-        self.sql = f"SELECT pg_advisory_xact_lock_shared({key}); "
+        self._key = next(_gate_number)
+        self._conn.execute("SELECT pg_advisory_lock(%s)", [self._key])
+        self.sql = f"SELECT pg_advisory_xact_lock_shared({self._key}); "
+
+    def wait_until_one_waits(self) -> None:
+        """Until somebody is seen to wait for this one."""
+        waits = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = %s AND NOT granted"
+        wait_until(lambda: self._conn.execute(waits, [self._key]).fetchall())
 
     def open(self) -> None:
         self._conn.close()

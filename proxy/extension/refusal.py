@@ -1,0 +1,81 @@
+"""The end of a statement whose call has no answer: no channel could be opened to show it on.
+
+Invariant: the proxy cancels a statement only while one of its functions waits in vain, which the
+function has just said (``still``), or says all the time (those of older proxies, which speak up
+only when they wait). So the cancel meets that function, and not what stands before it or behind.
+The request is not sent if the statement has ended meanwhile. The reason takes the place of the
+error that the cancel raises, and of no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from protocol.errors import CONNECTION_FAILURE, QUERY_CANCELED, SQLError
+from protocol.messages import ErrorResponse
+from proxy.extension.questions import Message
+from proxy.reasons import explain
+
+_RECENT: Final = 2.0
+"""Seconds for which a function is taken to wait that has said so: it says so more often, unless it
+has given up."""
+
+_SIGNALS_ONCE: Final = 170000
+"""The first server that does, for a cancel request. Before that, code that catches the cancel may
+be canceled a second time, outside of our functions."""
+
+
+class Refusal:
+    """Why the last question of a session is not answered, if it is not."""
+
+    def __init__(self, cancel_statement: Callable[[Callable[[], bool]], None]) -> None:
+        """`cancel_statement`: as `Owner` has it."""
+        self._cancel_statement = cancel_statement
+        self._error: SQLError | None = None
+        self._nonce = b""
+        self._is_canceled = False
+        # Who has said last that it waits, and when, by the loop's clock.
+        self._waits = b""
+        self._heard = 0.0
+
+    def forget(self) -> None:
+        """Another question is asked, or the statement has ended."""
+        self._error = None
+        self._is_canceled = False
+        self._waits = b""
+
+    def waits(self, nonce: bytes) -> None:
+        """A function says that it waits for the answer to this question."""
+        self._waits, self._heard = nonce, asyncio.get_running_loop().time()
+        if self._nonce == nonce:
+            self._cancel()
+
+    def is_shown(self) -> None:
+        """An answer is there to be seen: the function may wait no longer."""
+        self._waits = b""
+
+    def refuse(self, question: Message, error: Exception) -> None:
+        """It is not answered, or the answer may be gone before the function has seen it."""
+        if not isinstance(error, SQLError):
+            error = SQLError(CONNECTION_FAILURE, explain(error))
+        self._error, self._nonce = error, question.nonce
+        age = asyncio.get_running_loop().time() - self._heard
+        if question.verb != b"ask" or (self._waits == question.nonce and age < _RECENT):
+            self._cancel()
+
+    def _cancel(self) -> None:
+        error = self._error
+        if error is not None and not self._is_canceled:
+            self._is_canceled = True
+            self._cancel_statement(lambda: self._error is error)
+
+    def reason(
+        self, response: ErrorResponse, server_version: int, *, is_ours: bool
+    ) -> SQLError | None:
+        """What has led to an error, if that is the cancel. `is_ours`: whether it was raised in one
+        of the functions that wait."""
+        if not self._is_canceled or response.sqlstate != QUERY_CANCELED:
+            return None
+        return self._error if is_ours or server_version < _SIGNALS_ONCE else None

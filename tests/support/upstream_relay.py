@@ -1,0 +1,126 @@
+"""What stands between a proxy and its server, and does something at a moment that a test names."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from protocol.kinds import B
+from protocol.startup import CancelRequest, SSLRequest
+from tests.support.servers import Server
+
+_TIMEOUT = 30.0
+_CODE = struct.Struct("!ii")
+
+
+@dataclass
+class Connection:
+    """One connection of the proxy's.
+
+    Attributes:
+        sent: what the proxy has sent on it.
+    """
+
+    sent: bytearray = field(default_factory=bytearray)
+
+    @property
+    def startup(self) -> bytes:
+        """The startup packet, if it has been sent; it comes in one piece."""
+        return bytes(self.sent) if b"user\0" in self.sent else b""
+
+    @property
+    def is_cancel_request(self) -> bool:
+        """Whether it has brought one, as its first packet or behind a request for TLS."""
+        first = _CODE.size if self.sent[: _CODE.size] == SSLRequest().serialize() else 0
+        if len(self.sent) < first + _CODE.size:
+            return False
+        major, minor = CancelRequest.code
+        _, code = _CODE.unpack_from(self.sent, first)
+        return bool(code == major << 16 | minor)
+
+
+class UpstreamRelay:
+    """Made by `upstream_relay`.
+
+    Attributes:
+        upstream: the connection string for a proxy.
+        connections: all that there were.
+        at_login: called when a login begins, with False, before the server hears of it; and when
+            it is complete, with True, before the proxy hears of that.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._address = server.host, server.port
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.upstream = f"host=127.0.0.1 port={self._listening.getsockname()[1]}"
+        self.connections: list[Connection] = []
+        self.at_login: Callable[[Connection, bool], None] = lambda connection, is_complete: None
+        self._threads = [threading.Thread(target=self._run, daemon=True)]
+        self._threads[0].start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                proxy, _ = self._listening.accept()
+                connection = Connection()
+                self.connections.append(connection)
+                server = socket.create_connection(self._address, timeout=_TIMEOUT)
+                server.settimeout(None)
+                for target in (self._from_proxy, self._from_server):
+                    arguments = (connection, proxy, server)
+                    self._threads.append(
+                        threading.Thread(target=target, args=arguments, daemon=True)
+                    )
+                    self._threads[-1].start()
+
+    def _from_proxy(
+        self, connection: Connection, proxy: socket.socket, server: socket.socket
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := proxy.recv(65536):
+                began = connection.startup
+                connection.sent += data
+                if connection.startup and not began:
+                    self.at_login(connection, False)
+                server.sendall(data)
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_WR)
+
+    def _from_server(
+        self, connection: Connection, proxy: socket.socket, server: socket.socket
+    ) -> None:
+        has_logged_in = False
+        with contextlib.suppress(OSError):
+            while data := server.recv(65536):
+                # The last message of a login, whole: six bytes.
+                if not has_logged_in and data[-6:-1] == bytes([B.READY_FOR_QUERY, 0, 0, 0, 5]):
+                    has_logged_in = True
+                    self.at_login(connection, True)
+                proxy.sendall(data)
+        for each in (proxy, server):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def close(self) -> None:
+        """When the proxy has ended."""
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        for thread in self._threads:
+            thread.join(_TIMEOUT)
+            assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def upstream_relay(server: Server) -> Iterator[UpstreamRelay]:
+    """One for the proxies that a test starts; they must have ended at the end."""
+    relay = UpstreamRelay(server)
+    try:
+        yield relay
+    finally:
+        relay.close()
