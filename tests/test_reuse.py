@@ -109,10 +109,11 @@ def conn(proxy: Proxy, scratch: str) -> Iterator[Connection]:
 
 
 def waiting(conn: Connection) -> set[int]:
-    """The pids of the backends that wait for a job in this database."""
+    """The pids of the backends that wait for a job of this role in this database."""
     query = (
         "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle'"
         " AND application_name = 'pg_background spare' AND query LIKE 'SELECT session_user%'"
+        " AND usename = session_user"
     )
     found = {pid for (pid,) in conn.execute(query)}
     conn.execute("SELECT 1")  # meanwhile, the proxy hears it, too

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 
 from tests.conftest import StartProxy
-from tests.support.background import failure, launch, message, run, value, wait_until
+from tests.support.background import failure, launch, message, result, run, value, wait_until
 from tests.support.in_database import one
-from tests.support.servers import PASSWORDS, Connection, Proxy, Server
+from tests.support.servers import DEFAULT_HBA, PASSWORDS, Connection, Proxy, Server
+from tests.support.upstream_relay import Connection as Login
+from tests.support.upstream_relay import UpstreamRelay, upstream_relay
 
 pytestmark = pytest.mark.every_server
 
@@ -62,7 +64,7 @@ def _spares(admin: Connection) -> set[int]:
 
 
 def _warm(admin: Connection, conn: Connection) -> set[int]:
-    """Have two spares for a session; their pids. The first checks the login of the second."""
+    """Have two spares for a session, of which one has replaced another; their pids."""
     run(conn, "SELECT 1")
     wait_until(lambda: len(_spares(admin)) == 2)
     before = _spares(admin)
@@ -73,12 +75,7 @@ def _warm(admin: Connection, conn: Connection) -> set[int]:
 
     wait_until(is_one_replaced)
 
-    def are_all_there() -> bool:
-        found = _spares(admin)
-        time.sleep(0.15)  # another one would log in before what the test changes, or after
-        return len(found) == 2 and found == _spares(admin)
-
-    wait_until(are_all_there)
+    wait_until(lambda: len(_spares(admin)) == 2)
     return _spares(admin)
 
 
@@ -184,6 +181,123 @@ def test_settings_of_the_login_are_those_of_a_new_one(
             admin.execute("ALTER ROLE ALL RESET work_mem")
 
 
+@pytest.fixture
+def relay(server: Server) -> Iterator[UpstreamRelay]:
+    """What stands between `relayed` and the server."""
+    with upstream_relay(server) as relay:
+        yield relay
+
+
+@pytest.fixture
+def relayed(stale: Proxy, relay: UpstreamRelay, admin: Connection) -> Iterator[Proxy]:
+    """A proxy whose logins can be held up."""
+    with Proxy(relay.upstream, *OPTIONS) as proxy:
+        yield proxy
+        assert "Traceback" not in proxy.log, proxy.log
+
+
+def _during_login(
+    server: Server, relay: UpstreamRelay, number: int, begins: str, ends: str
+) -> threading.Event:
+    """Has these commands be executed while a backend for jobs logs in, the one with this number.
+    Returns what is set then."""
+    done = threading.Event()
+    logins: list[Login] = []
+
+    def at_login(connection: Login, is_complete: bool) -> None:
+        if b"pg_background starting" in connection.startup:
+            if not is_complete:
+                logins.append(connection)
+            if logins[number : number + 1] == [connection]:
+                with server.connect() as other:
+                    other.execute((ends if is_complete else begins).encode())
+                if is_complete:
+                    done.set()
+
+    relay.at_login = at_login
+    return done
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("begins", "ends"),
+    [
+        ("SELECT 1", "ALTER ROLE eve SET work_mem = '6MB'"),
+        ("ALTER ROLE eve SET work_mem = '5MB'", "ALTER ROLE eve SET work_mem = '6MB'"),
+    ],
+    ids=["once", "and back"],
+)
+def test_settings_that_change_during_a_login(
+    relayed: Proxy,
+    relay: UpstreamRelay,
+    server: Server,
+    admin: Connection,
+    number: int,
+    begins: str,
+    ends: str,
+) -> None:
+    """Number 0 is the job's own login. In the second case all looks as it did before."""
+    admin.execute("CREATE ROLE eve LOGIN IN ROLE pgbackground_role")
+    if begins != "SELECT 1":
+        admin.execute("ALTER ROLE eve SET work_mem = '6MB'")
+    done = _during_login(server, relay, number, begins, ends)
+    with relayed.connect(user="eve") as conn:
+        while not done.is_set():
+            run(conn, "SELECT 1")
+            wait_until(lambda: done.is_set() or len(_spares(admin)) == 2)
+        for _ in range(4):
+            wait_until(lambda: len(_spares(admin)) == 2)
+            before = _spares(admin)
+            pid = launch(conn, "SHOW work_mem")
+            assert result(conn, pid) == [("6MB",)]
+        # They are used after all.
+        assert pid in before
+
+
+def test_what_only_a_login_takes_from_the_configuration_file(
+    stale: Proxy, server: Server, admin: Connection
+) -> None:
+    admin.execute("CREATE ROLE eve LOGIN IN ROLE pgbackground_role")
+    with ExitStack() as stack:
+        conn = stack.enter_context(stale.connect(user="eve"))
+        _warm(admin, conn)
+        stack.callback(server.set, "log_disconnections", "off")
+        server.set("log_disconnections", "on")
+        assert value(conn, "SHOW log_disconnections") == "on"
+
+
+def test_a_new_line_in_pg_hba_conf(stale: Proxy, server: Server, admin: Connection) -> None:
+    admin.execute("CREATE ROLE eve LOGIN IN ROLE pgbackground_role")
+    with ExitStack() as stack:
+        conn = stack.enter_context(stale.connect(user="eve"))
+        _warm(admin, conn)
+        stack.callback(server.set_hba)
+        server.set_hba(["host all eve 127.0.0.1/32 reject", *DEFAULT_HBA])
+        error = failure(conn, "SELECT pg_background_launch('SELECT 1')")
+        assert error.sqlstate == "28000", message(error)
+
+
+def test_what_event_triggers_do_may_change(
+    stale: Proxy, server: Server, admin: Connection, db: str
+) -> None:
+    """Nobody can tell on what it depends: each job has its own login."""
+    if admin.info.server_version < 170000:
+        pytest.skip("this server has no event triggers on login")
+    with stale.connect(dbname=db) as conn:
+        conn.execute("CREATE TABLE given (memory text); INSERT INTO given VALUES ('5MB')")
+        conn.execute(
+            "CREATE FUNCTION at_login() RETURNS event_trigger LANGUAGE plpgsql AS $$BEGIN"
+            " PERFORM set_config('work_mem', memory, false) FROM given; END$$;"
+            "CREATE EVENT TRIGGER at_login ON login EXECUTE FUNCTION at_login()"
+        )
+        for n in range(10, 20):
+            run(conn, "SELECT 1")
+            # Time enough to open spares.
+            with server.connect(dbname=db) as other, stale.connect(dbname=db):
+                other.execute("UPDATE given SET memory = %s", [f"{n}MB"])
+            assert value(conn, "SHOW work_mem") == f"{n}MB"
+
+
 def test_event_triggers_on_login_are_those_of_a_new_one(
     stale: Proxy, admin: Connection, db: str
 ) -> None:
@@ -225,6 +339,23 @@ def test_a_role_whose_settings_set_its_role_has_spares(stale: Proxy, admin: Conn
         before = _warm(admin, conn)
         assert launch(conn, "SELECT 1") in before
         assert value(conn, "SELECT current_user") == "eve"
+
+
+def test_no_job_gets_back_to_a_role_that_its_login_may_not_have_any_more(
+    stale: Proxy, admin: Connection
+) -> None:
+    admin.execute(
+        "CREATE ROLE eve LOGIN IN ROLE pgbackground_role; CREATE ROLE gone;"
+        " GRANT gone TO eve; ALTER ROLE eve SET role = gone"
+    )
+    with stale.connect(user="eve") as conn:
+        conn.execute("SET ROLE NONE")
+        _warm(admin, conn)
+        assert value(conn, "RESET ROLE; SELECT current_user") == "gone"
+        _warm(admin, conn)
+    admin.execute("REVOKE gone FROM eve")
+    with stale.connect(user="eve") as conn:
+        assert value(conn, "RESET ROLE; SELECT current_user") == "eve"
 
 
 def test_a_real_failure_to_take_over_is_the_callers_on_a_spare_too(

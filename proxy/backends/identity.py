@@ -3,8 +3,10 @@
 Invariant: an earlier login is used only while a new one would give the same. PostgreSQL decides
 some things only at login: the role (by OID, whatever its name means by now), whether it may log in,
 its ALTER ROLE … SET, the effects of event triggers on login, and up to 15 whether it is a
-superuser. `IDENTITY` has all of this that every role can see, so its values at login and now tell
-whether the login still holds. It shows neither a new password nor changes of pg_hba.conf.
+superuser. `IDENTITY` has all of this that every role can see, so its values before the login and
+now tell whether the login still holds. Asked for after the login, it may be newer than what the
+login was given. It does not show a new password, nor a setting that was added and RESET between the
+two looks; other changes show even if they were undone (`xmin`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ class Login(NamedTuple):
 # The role is looked up by name: session_user is a name, and an error once the role is gone. The
 # first condition covers changes between the login and the first look: `is_superuser` was decided at
 # login, unless ALTER ROLE … SET role interfered. The expiry is compared with the clock, since now()
-# is the start of the transaction.
+# is the start of the transaction. The current role is the one that ALTER ROLE … SET role gave at
+# login: RESET ROLE goes back to it, whether the login role is still a member or not.
+# A new backend has the configuration files as its parent has read them. An older one reads them
+# again when they change, except pg_hba.conf and what can be set at login only.
 IDENTITY: Final = b"""
     (SELECT CASE WHEN
             (current_user OPERATOR(pg_catalog.<>) session_user OR
@@ -47,7 +52,11 @@ IDENTITY: Final = b"""
                 l.oid, l.rolname, l.rolsuper, l.rolconnlimit,
                 pg_catalog.date_part('epoch', l.rolvaliduntil),
                 d.oid, d.datname, d.datconnlimit,
-                ARRAY(SELECT CAST(s.setconfig AS pg_catalog.text)
+                pg_catalog.pg_has_role(l.oid, current_user, CASE
+                    WHEN pg_catalog.current_setting('server_version_num')::pg_catalog.int4
+                         OPERATOR(pg_catalog.>=) 160000 THEN 'SET' ELSE 'MEMBER' END),
+                pg_catalog.date_part('epoch', pg_catalog.pg_conf_load_time()),
+                ARRAY(SELECT CAST(ROW(s.xmin, s.setconfig) AS pg_catalog.text)
                       FROM pg_catalog.pg_db_role_setting s
                       WHERE s.setrole OPERATOR(pg_catalog.=) ANY (ARRAY[0, l.oid])
                       AND s.setdatabase OPERATOR(pg_catalog.=) ANY (ARRAY[0, d.oid])

@@ -3,9 +3,10 @@
 Invariant: a spare is what a new login would have been a moment ago, and serves one job like it. A
 session gets one only if the server has let it in as that role. Spares are opened only for logins
 that launch, live no longer than `spare_lifetime`, and never take one of the last free connection
-slots. Each remembers the `identity` of its login and compares it with the present one before it
-does anything for a job; on a difference the launch retires all spares of that login. What SQL
-cannot see, a new password or pg_hba.conf, takes effect after `spare_lifetime` at the latest.
+slots. Each remembers the `identity` that its login had before it began, and compares it with the
+present one after the login and before it does anything for a job; on a difference the launch
+retires all spares of that login. So the first one to log in, a scout, is no spare. What SQL cannot
+see, a new password, takes effect after `spare_lifetime` at the latest.
 """
 
 from __future__ import annotations
@@ -92,6 +93,18 @@ WHERE o.rolname OPERATOR(pg_catalog.=) session_user
 backend this takes a millisecond, so it is not asked for each of many."""
 
 
+_SCOUT: Final = (
+    b"""
+SELECT pg_catalog.pg_backend_pid(),
+       EXISTS (SELECT FROM pg_catalog.pg_event_trigger
+               WHERE evtevent OPERATOR(pg_catalog.=) 'login'
+               AND evtenabled OPERATOR(pg_catalog.<>) 'D'),
+       %b"""
+    % IDENTITY
+)
+"""Whether there is a pooler; whether a login may give something else each time; the identity."""
+
+
 class _Server(NamedTuple):
     """What need not be asked for each spare.
 
@@ -111,15 +124,19 @@ class _Server(NamedTuple):
 class _Pool:
     """The spares of one key, oldest first, and those being opened.
 
-    ``identity``: of the last one opened (`identity`).
+    ``identity``: what the next login gives (`identity`), unless that changes; None if not known.
+    ``surprises``: how often it had changed after all, since the last login that gave it.
     ``server``: as the last one that asked has learned.
+    ``scout``: the task that finds out the identity.
     ``opening``: the tasks that open more.
     ``waiting``: launches that found none ready, and wait for one of these.
     """
 
     ready: list[Backend] = field(default_factory=list)
     identity: bytes | None = None
+    surprises: int = 0
     server: _Server | None = None
+    scout: asyncio.Task[None] | None = None
     opening: set[asyncio.Task[None]] = field(default_factory=set)
     not_before: float = 0.0
     waiting: deque[asyncio.Future[Backend | None]] = field(default_factory=deque)
@@ -189,7 +206,7 @@ class Spares:
         backend = spare or await self.open_now(open_one)
         if pool.refill is None:
             pool.refill = asyncio.get_running_loop().call_later(
-                _REPLACE_AFTER if pool.ready else _REPLACE_LAST, self._fill, key, pool, open_one
+                _REPLACE_AFTER if pool.ready else _REPLACE_LAST, self._refill, key, pool, open_one
             )
         return backend, spare is not None
 
@@ -257,6 +274,7 @@ class Spares:
             one.close()
         for pool in self._pools.values():
             pool.ready.clear()
+            pool.identity = None
             pool.not_before = now + _RETRY
         if tasks or ready or kept or channels:
             self._closing_until = now + sum(_GIVE_WAY)
@@ -280,17 +298,29 @@ class Spares:
         until = asyncio.get_running_loop().time() + pause
         for (login, _), pool in self._pools.items():
             if matches(login):
+                pool.identity = None
                 pool.not_before = max(pool.not_before, until if pause else 0.0)
                 for backend in pool.ready:
                     backend.terminate()
                 pool.ready.clear()
 
-    def _fill(self, key: Key, pool: _Pool, open_one: Open) -> None:
+    def _refill(self, key: Key, pool: _Pool, open_one: Open) -> None:
         pool.refill = None
-        if asyncio.get_running_loop().time() < pool.not_before:
+        self._fill(key, pool, open_one)
+
+    def _fill(self, key: Key, pool: _Pool, open_one: Open) -> None:
+        loop = asyncio.get_running_loop()
+        missing = self.count - len(pool.ready) - len(pool.opening) + len(pool.waiting)
+        if missing <= 0 or loop.time() < pool.not_before:
             return
-        for _ in range(self.count - len(pool.ready) - len(pool.opening) + len(pool.waiting)):
-            task = asyncio.get_running_loop().create_task(self._add(key, pool, open_one))
+        if pool.identity is None:
+            if pool.scout is None:
+                pool.scout = loop.create_task(self._scout(key, pool, open_one))
+                self._tasks.add(pool.scout)
+                pool.scout.add_done_callback(functools.partial(self._opened, pool))
+            return
+        for _ in range(missing):
+            task = loop.create_task(self._add(key, pool, open_one, pool.identity))
             pool.opening.add(task)
             self._tasks.add(task)
             task.add_done_callback(functools.partial(self._opened, pool))
@@ -299,16 +329,50 @@ class Spares:
         # Also called for tasks cancelled before they began.
         self._tasks.discard(task)
         pool.opening.discard(task)
+        if task is pool.scout:
+            pool.scout = None
         if len(pool.waiting) > len(pool.opening):
             self._hand_on(pool, None)
 
-    async def _add(self, key: Key, pool: _Pool, open_one: Open) -> None:
+    async def _scout(self, key: Key, pool: _Pool, open_one: Open) -> None:
+        """Find out what a login gives by one that is no spare: it may have got what was before."""
+        loop = asyncio.get_running_loop()
+        try:
+            backend = await open_one()
+            try:
+                pool.server = await self._look_around(backend)
+                pid, has_triggers, identity, *_ = await backend.row(_SCOUT, 3)
+            finally:
+                backend.terminate()
+            if number(pid) != backend.pid:
+                # It would not show what connection the job gets, nor keep one free for it.
+                raise ConnectionError("there is a connection pooler before the server")
+            if pool.server.room <= 0:
+                raise ConnectionError("the server has no connection to spare")
+            if has_triggers == b"t":
+                raise ConnectionError("what event triggers do at login may be different each time")
+            if identity is None:
+                raise StaleLoginError("the server would not let it in now")
+        except (SQLError, StaleLoginError, OSError, ProtocolViolation) as error:
+            logger.debug("no spare backend: %s", explain(error))
+            pool.not_before = loop.time() + _RETRY
+        else:
+            pool.identity = identity
+            self._fill(key, pool, open_one)
+
+    async def _look_around(self, backend: Backend) -> _Server:
+        now = asyncio.get_running_loop().time()
+        room, started, system_id, *_ = await backend.row(_ROOM, 3)
+        return _Server(started, system_id, now, number(room))
+
+    async def _add(self, key: Key, pool: _Pool, open_one: Open, identity: bytes) -> None:
+        """`identity`: what the login is expected to give."""
         loop = asyncio.get_running_loop()
         taken = False
         try:
             backend = await open_one()
             try:
-                server = await self._greet(key[0], pool, backend)
+                server = await self._greet(key[0], pool, backend, identity)
                 backend.system_id = server.system_id
                 # Now, lest it is counted twice when others are opened.
                 pool.opening.discard(cast("asyncio.Task[None]", asyncio.current_task()))
@@ -323,40 +387,39 @@ class Spares:
             if not taken:
                 pool.ready.append(backend)
                 loop.call_later(self.lifetime, self._expire, key, pool, backend)
-        except (SQLError, StaleLoginError, OSError, ProtocolViolation) as error:
+        except StaleLoginError as error:
+            logger.debug("not a spare backend: %s", explain(error))
+            pool.opening.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+            if pool.identity is identity:
+                pool.identity = None
+                pool.surprises += 1
+                if pool.surprises > 1:
+                    pool.not_before = loop.time() + _RETRY
+            self._fill(key, pool, open_one)
+        except (SQLError, OSError, ProtocolViolation) as error:
             logger.debug("no spare backend: %s", explain(error))
             pool.not_before = loop.time() + _RETRY
 
-    async def _greet(self, login: Login, pool: _Pool, backend: Backend) -> _Server:
+    async def _greet(self, login: Login, pool: _Pool, backend: Backend, identity: bytes) -> _Server:
         """Have a new spare remember its login and fill its caches. Returns its server's data.
 
-        Mostly both are those of the last spare: then this takes one round trip.
+        Mostly that is as for the last spare: then this takes one round trip.
 
         Raises what `Backend.remember_identity` raises; ConnectionError if the spare will not do.
         """
         now = asyncio.get_running_loop().time()
-        server, identity = pool.server, pool.identity
+        server = pool.server
         if server is not None and (server.room <= _MANY or now > server.asked + _LASTS):
             server = None
-        is_guess = identity is not None
         while True:
-            if server is None:
-                room, started, system_id, *_ = await backend.row(_ROOM, 3)
-                server = _Server(started, system_id, now, number(room))
-            if not is_guess:
-                [identity, *_] = await backend.row(b"SELECT" + IDENTITY)
-            try:
-                greeting = await backend.remember_identity(login, identity, GREETING)
-            except StaleLoginError:
-                if not is_guess:
-                    raise
-                is_guess = False
-                continue
+            server = server or await self._look_around(backend)
+            greeting = await backend.remember_identity(login, identity, GREETING)
             if number(greeting[0]) != backend.pid:
-                # It would not show what connection the job gets, nor keep one free for it.
                 raise ConnectionError("there is a connection pooler before the server")
+            if pool.identity is not identity:
+                raise StaleLoginError("it has logged in before others were retired")
             if greeting[1] == server.started:
-                pool.server, pool.identity = server, identity
+                pool.server, pool.surprises = server, 0
                 return server
             server = None  # restarted, or another server
 
@@ -364,7 +427,8 @@ class Spares:
         if backend in pool.ready:
             pool.ready.remove(backend)
             backend.terminate()
-        if not (pool.ready or pool.opening or pool.refill) and self._pools.get(key) is pool:
+        busy = pool.ready or pool.opening or pool.refill or pool.scout
+        if not busy and self._pools.get(key) is pool:
             del self._pools[key]
 
     def overview(self) -> Iterator[tuple[Login, int, int, int]]:

@@ -466,10 +466,12 @@ class Config:
         "60s",
         parse_seconds,
         "TIME",
-        "how long a spare is kept; a changed password or pg_hba.conf applies to all new jobs after"
-        " that time at the latest",
+        "how long a spare is kept; a changed password applies to all new jobs after that time at"
+        " the latest",
         more="Everything else that a new login would meet applies to the next job at once:"
-        " `NOLOGIN`, `NOSUPERUSER`, `VALID UNTIL`, `CONNECT`, `DROP ROLE`, `ALTER ROLE … SET`.",
+        " `NOLOGIN`, `NOSUPERUSER`, `VALID UNTIL`, `CONNECT`, `DROP ROLE`, `ALTER ROLE … SET`, a"
+        " reload of `pg_hba.conf`. There are no spares in databases with an event trigger on"
+        " login.",
     )
     reuse_lifetime: float = _setting(
         "1s",
