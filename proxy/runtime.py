@@ -106,7 +106,7 @@ class Runtime:
             route: to the session's server.
             database: that the client wants, for the passfile.
             user: the role.
-            stranger: identifies the client (`pace.who`).
+            stranger: identifies the client (`rate_limit.client_key`).
         """
         if not (self.credentials.has_files or self.auth_query.enabled):
             return None

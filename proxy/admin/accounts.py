@@ -17,7 +17,7 @@ from typing import Final
 
 from protocol.auth import md5_secret
 from protocol.scram import ScramSecret
-from proxy.auth.pace import Pace
+from proxy.auth.rate_limit import RateLimiter
 from proxy.auth.secret import MD5Secret, Secret
 from proxy.log import Event, logger
 from proxy.runtime import Runtime
@@ -55,7 +55,7 @@ class Accounts:
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(32)
-        self._pace = Pace(burst=10, rate=0.2)
+        self._rate_limiter = RateLimiter(burst=10, rate=0.2)
         self._known: dict[bytes, None] = {}
         self._checking = asyncio.Semaphore(_AT_ONCE)
 
@@ -65,7 +65,7 @@ class Accounts:
         Args:
             header: its value.
             runtime: has the users and the auth_file.
-            stranger: identifies the client (`pace.who`).
+            stranger: identifies the client (`rate_limit.client_key`).
 
         Raises TooManyError without checking.
         """
@@ -78,7 +78,7 @@ class Accounts:
         secret = runtime.credentials.secret_in_file(user) if is_allowed else None
         digest = self._digest(user, password, secret)
         if not (secret is not None and digest in self._known):
-            if self._pace.take(stranger, asyncio.get_running_loop().time()) is None:
+            if self._rate_limiter.take(stranger, asyncio.get_running_loop().time()) is None:
                 raise TooManyError
             async with self._checking:
                 is_right = await asyncio.to_thread(_is_right, user, password, secret, runtime)

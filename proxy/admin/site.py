@@ -25,7 +25,7 @@ from proxy.admin.jobs_page import MOST_ENDED, MOST_RUNNING
 from proxy.admin.metrics import Exposition
 from proxy.admin.readiness import Readiness
 from proxy.admin.source import Source
-from proxy.auth import pace
+from proxy.auth import rate_limit
 from proxy.config import ConfigError, ListenAddress
 from proxy.jobs.registry import NO_PID
 from proxy.log import Event, logger
@@ -167,7 +167,7 @@ class Site:
             )
         if not self._source.runtime.config.watchers:
             raise web.HTTPForbidden(text="nobody is in admin_users or stats_users\n")
-        stranger = pace.who(_peer(request))
+        stranger = rate_limit.client_key(_peer(request))
         header = request.headers.get("Authorization", "")
         try:
             account = await self._accounts.log_in(header, self._source.runtime, stranger)

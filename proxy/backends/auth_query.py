@@ -15,7 +15,7 @@ import asyncio
 from typing import Final
 
 from protocol.errors import ServerError, SQLError
-from proxy.auth.pace import Pace
+from proxy.auth.rate_limit import RateLimiter
 from proxy.auth.secret import Secret, parse_secret
 from proxy.backends.upstream import Dialer
 from proxy.config import Config, Host
@@ -31,7 +31,7 @@ _AT_A_TIME: Final = 4
 
 BURST: Final = 20.0
 RATE: Final = 5.0
-PATIENCE: Final = 20.0
+MAX_WAITING: Final = 20.0
 """Limits of lookups for clients of one address that have not logged in: at once, per second, and
 waiting. A role whose answer is remembered needs none."""
 
@@ -48,8 +48,8 @@ class AuthQuery:
         self._dialer = dialer
         self._turns = asyncio.Semaphore(_AT_A_TIME)
         self._remembered: dict[tuple[Host, bytes], tuple[float, Secret | None]] = {}
-        self._pace = Pace(BURST, RATE, PATIENCE)
-        self._log_pace = Pace(1.0, 1 / _SILENCE)
+        self._rate_limiter = RateLimiter(BURST, RATE, MAX_WAITING)
+        self._log_limiter = RateLimiter(1.0, 1 / _SILENCE)
 
     async def secret(self, host: Host, user: bytes, stranger: str | None = None) -> Secret | None:
         """The role's secret; None if it has none, or the lookup failed (logged).
@@ -57,14 +57,15 @@ class AuthQuery:
         Args:
             host: the server.
             user: the role.
-            stranger: identifies a client that has not logged in (`pace.who`); None if it has.
+            stranger: identifies a client that has not logged in (`rate_limit.client_key`); None if
+                it has.
         """
         if not self.enabled or user == self._config.auth_user.encode():
             return None
         key = host, user
         loop = asyncio.get_running_loop()
         if stranger is not None and not self._remembers(key, loop.time()):
-            delay = self._pace.take(stranger, loop.time())
+            delay = self._rate_limiter.take(stranger, loop.time())
             if delay is None:
                 self._warn(
                     stranger,
@@ -86,7 +87,7 @@ class AuthQuery:
 
     def _warn(self, what: str, text: str, *arguments: object) -> None:
         """Log this, unless it was logged in the last minute: strangers may cause it."""
-        if self._log_pace.take(what, asyncio.get_running_loop().time()) is not None:
+        if self._log_limiter.take(what, asyncio.get_running_loop().time()) is not None:
             logger.warning(text + " (said once a minute)", *arguments)
 
     def _remember(self, key: tuple[Host, bytes], now: float, secret: Secret | None) -> None:

@@ -25,7 +25,7 @@ from protocol.errors import (
 )
 from protocol.startup import CancelRequest, SSLRequest, StartupMessage
 from proxy.auth.credentials import CredentialStore
-from proxy.auth.pace import Pace
+from proxy.auth.rate_limit import RateLimiter
 from proxy.backends.backend import Backend, open_backend, send_cancel
 from proxy.backends.route import Route
 from proxy.config import Config, Host
@@ -84,7 +84,7 @@ class Dialer:
         self._context = tls.server_context(config.upstream)
         self._states: dict[Host, tuple[float, HostState]] = {}
         self._looking: defaultdict[Host, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._complaints = Pace(burst=10, rate=0.2)
+        self._log_limiter = RateLimiter(burst=10, rate=0.2)
 
     async def connect(
         self, factory: Callable[[], P], skip: Collection[Host] = (), route: Route | None = None
@@ -157,7 +157,7 @@ class Dialer:
         reasons = await asyncio.gather(*(self._send_cancel(way, request, is_meant) for way in ways))
         # Anybody can send such requests, in any number.
         if all(reasons) and (
-            self._complaints.take(None, asyncio.get_running_loop().time()) is not None
+            self._log_limiter.take(None, asyncio.get_running_loop().time()) is not None
         ):
             logger.warning(
                 "could not pass on a cancel request: %s", "; ".join(filter(None, reasons))

@@ -46,7 +46,7 @@ from protocol.messages import (
     RowDescription,
 )
 from protocol.values.oids import type_size
-from proxy.auth.pace import Pace
+from proxy.auth.rate_limit import RateLimiter
 from proxy.console.actions import ConsoleActions
 from proxy.console.commands import USAGE, Command, parse, parse_one
 from proxy.console.tables import Columns, Row, as_text
@@ -78,7 +78,7 @@ _NO_TRANSACTION: Final = "25P02"
 _UNDEFINED_STATEMENT: Final = "26000"
 _UNDEFINED_CURSOR: Final = "34000"
 
-_pace: Final = Pace(_BURST, _RATE, patience=float("inf"))
+_rate_limiter: Final = RateLimiter(_BURST, _RATE, max_waiting=float("inf"))
 
 
 class ConsoleUser(Protocol):
@@ -316,7 +316,7 @@ class Conversation:
             return []
         if command.is_harmless and command.tag != "SHOW":
             return []
-        delay = _pace.take(self._user.name, asyncio.get_running_loop().time())
+        delay = _rate_limiter.take(self._user.name, asyncio.get_running_loop().time())
         if delay:
             await asyncio.sleep(delay)
         if command.tag == "SHOW":

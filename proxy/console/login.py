@@ -40,7 +40,7 @@ from protocol.messages import (
 from protocol.scram import MECHANISM, ScramServer
 from protocol.startup import StartupMessage
 from proxy import __version__
-from proxy.auth.pace import Pace, who
+from proxy.auth.rate_limit import RateLimiter, client_key
 from proxy.auth.secret import MD5Secret
 from proxy.config import Config
 from proxy.console.actions import ConsoleActions
@@ -55,7 +55,7 @@ DATABASE: Final = b"pg_background_proxy"
 
 _BURST: Final = 10
 _RATE: Final = 1.0
-_PATIENCE: Final = 10
+_MAX_WAITING: Final = 10
 """Logins by password from one address: at once, per second, and waiting."""
 
 MOST: Final = 20
@@ -89,7 +89,7 @@ class ConsoleLogin:
     def __init__(self, runtime: Callable[[], Runtime], actions: ConsoleActions) -> None:
         self._runtime = runtime
         self.actions = actions
-        self._pace = Pace(_BURST, _RATE, _PATIENCE)
+        self._rate_limiter = RateLimiter(_BURST, _RATE, _MAX_WAITING)
         self._clients = 0
 
     @property
@@ -165,8 +165,8 @@ class ConsoleLogin:
 
     async def _await_turn(self, client: Connection, user: bytes) -> None:
         """Raises SQLError, FATAL, if too many clients of the address are waiting."""
-        address = who(client.peer.name)
-        delay = self._pace.take(address, asyncio.get_running_loop().time())
+        address = client_key(client.peer.name)
+        delay = self._rate_limiter.take(address, asyncio.get_running_loop().time())
         if delay is None:
             raise SQLError(
                 TOO_MANY_CONNECTIONS,
@@ -178,7 +178,7 @@ class ConsoleLogin:
             await asyncio.sleep(delay)
 
     def _refused(self, client: Connection, user: bytes, reason: str | None) -> SQLError:
-        address = who(client.peer.name)
+        address = client_key(client.peer.name)
         values = {"user": _text(user), "host": address, "reason": reason}
         logger.warning(Event("console login failed", values))
         return SQLError(

@@ -36,7 +36,7 @@ from protocol.startup import (
     SSLRequest,
     StartupMessage,
 )
-from proxy.auth import pace
+from proxy.auth import rate_limit
 from proxy.auth.login import Login, RefusedError
 from proxy.auth.observer import LoginObserver
 from proxy.backends import pooler
@@ -353,7 +353,7 @@ class Session(ClientSession):
     def _new_login(self, primary: Connection, parameters: dict[bytes, bytes]) -> Login:
         user = parameters.get(b"user", b"")
         database = parameters.get(b"database", user)
-        stranger = pace.who(self.client.peer.name)
+        stranger = rate_limit.client_key(self.client.peer.name)
         plain = self._config.auth_type == "plain"
         return Login(
             self.client,

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from typing import Any, Final
 
 from protocol.startup import CancelRequest
-from proxy.auth.pace import Pace
+from proxy.auth.rate_limit import RateLimiter
 from proxy.jobs.job import Job
 from proxy.jobs.peers import Peers
 from proxy.jobs.registry import Handle, JobRecord, RemoteJob
@@ -58,11 +58,11 @@ class OtherReplicas(OtherWorkers):
         # Jobs that are being searched for, by cookie.
         self._searching: set[int] = set()
         # Anybody can send cancel requests, and an unknown key is a question to all.
-        self._cancels = Pace(burst=100, rate=50)
+        self._cancel_limiter = RateLimiter(burst=100, rate=50)
 
     async def cancel(self, request: CancelRequest) -> bool:
         """Have the replica with the session carry out a cancel request."""
-        if self._cancels.take(None, asyncio.get_running_loop().time()) is None:
+        if self._cancel_limiter.take(None, asyncio.get_running_loop().time()) is None:
             return False
         return await super().cancel(request)
 

@@ -17,15 +17,15 @@ _OTHERS: Final = object()
 
 
 @dataclass(slots=True)
-class Pace:
+class RateLimiter:
     """Buckets of `burst` tokens that gain `rate` tokens a second.
 
-    A bucket may owe up to `patience` tokens: so many callers may have to wait.
+    A bucket may owe up to `max_waiting` tokens: so many callers may have to wait.
     """
 
     burst: float
     rate: float
-    patience: float = 0.0
+    max_waiting: float = 0.0
     _buckets: dict[Hashable, tuple[float, float]] = field(default_factory=dict)
     # When to search for full buckets again.
     _look_again: float = 0.0
@@ -39,7 +39,7 @@ class Pace:
             self._forget(now)
             key = key if len(self._buckets) < MAX_KEYS else _OTHERS
         tokens = self._tokens(key, now) - 1
-        if tokens < -self.patience:
+        if tokens < -self.max_waiting:
             return None
         self._buckets[key] = tokens, now
         return max(0.0, -tokens / self.rate)
@@ -56,7 +56,7 @@ class Pace:
             del self._buckets[key]
 
 
-def who(peername: object) -> str:
+def client_key(peername: object) -> str:
     """The key of a connection: its IPv4 address, or its IPv6 /64 network, the least that a customer
     gets; one key for all Unix sockets.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.auth import pace
-from proxy.auth.pace import Pace, who
+from proxy.auth import rate_limit
+from proxy.auth.rate_limit import RateLimiter, client_key
 
 
 def test_a_burst_then_one_at_a_time_then_none() -> None:
-    limit = Pace(burst=3, rate=2, patience=2)
+    limit = RateLimiter(burst=3, rate=2, max_waiting=2)
     assert [limit.take("a", 0) for _ in range(6)] == [0, 0, 0, 0.5, 1.0, None]
     assert limit.take("b", 0) == 0
     assert limit.take("a", 0.5) == 1.0
@@ -17,8 +17,8 @@ def test_a_burst_then_one_at_a_time_then_none() -> None:
 
 
 def test_many_keys_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "MAX_KEYS", 10)
-    limit = Pace(burst=2, rate=1)
+    monkeypatch.setattr(rate_limit, "MAX_KEYS", 10)
+    limit = RateLimiter(burst=2, rate=1)
     for number in range(10):
         assert limit.take(number, 0) == 0
     # No room: the new ones share a bucket.
@@ -43,4 +43,4 @@ def test_many_keys_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_whose_connection_it_is(peername: object, key: str) -> None:
-    assert who(peername) == key
+    assert client_key(peername) == key
