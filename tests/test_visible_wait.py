@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from proxy.jobs.interrupts import PATIENCE
+from proxy.jobs.interrupts import VISIBLE_AFTER
 from tests.support.api_clients import Gate
 from tests.support.background import failure, wait_until
 from tests.support.servers import Connection, Proxy
@@ -225,7 +225,7 @@ def test_a_job_does_not_wait_for_who_waits_for_it(
     waiting = Waiting(conn, sql[for_what])
     # CREATE INDEX CONCURRENTLY would wait for a transaction whose statement it finds running.
     wait_until(lambda: observer.execute(WAITS_OUTSIDE, [conn.info.backend_pid, *since]).fetchone())
-    time.sleep(3 * PATIENCE)  # by then others are seen to wait
+    time.sleep(3 * VISIBLE_AFTER)  # by then others are seen to wait
     observer.execute("COMMIT")
     [[value]] = waiting.ended().rows or [[None]]
     assert value == "CREATE INDEX" if for_what == "result" else value > 0

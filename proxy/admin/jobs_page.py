@@ -32,7 +32,7 @@ _MOST_LOGINS: Final = 5
 """Logins for whose jobs wait events are requested; each takes a connection, a channel."""
 
 _MEMORY: Final = 1.5
-_PATIENCE: Final = 1.0
+_TIMEOUT: Final = 1.0
 """Seconds for which wait events are remembered, and for the server to report them."""
 
 _WAITS: Final = (
@@ -81,7 +81,7 @@ class JobsPage:
         if lease is None:
             return []
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_TIMEOUT):
                 channel = await lease()
                 try:
                     pids = b",".join(b"%d" % job.backend_pid for job in jobs)

@@ -18,7 +18,7 @@ _MEMORY: Final = 2.0
 _MEMORY_OF_FAILURE: Final = 0.5
 """Seconds for which the result of a probe is remembered."""
 
-_PATIENCE: Final = 2.0
+_TIMEOUT: Final = 2.0
 """Seconds for a server to answer; load balancers do not wait long either."""
 
 
@@ -45,7 +45,7 @@ class Readiness:
     async def _look(self) -> None:
         runtime = self._source.runtime
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_TIMEOUT):
                 await probe(runtime.dialer, runtime.config)
             reason = detail = ""
         except TimeoutError:

@@ -27,7 +27,7 @@ Open = Callable[[], Awaitable[Backend]]
 
 APPLICATION_NAME: Final = b"pg_background listener"
 
-_PATIENCE: Final = 15.0
+_TIMEOUT: Final = 15.0
 """Seconds to wait for an answer. A NOTIFY waits for other transactions that are committing."""
 
 _SET_UP: Final = (
@@ -139,7 +139,7 @@ class Listener:
 
     async def _in_time(self, future: asyncio.Future[None]) -> None:
         try:
-            await asyncio.wait_for(future, _PATIENCE)
+            await asyncio.wait_for(future, _TIMEOUT)
         except TimeoutError:
             # A late answer would be taken for that to another query.
             self._backend.transport.abort()

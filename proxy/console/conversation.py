@@ -61,7 +61,7 @@ _MOST_STATEMENTS: Final = 256
 _MOST_PORTALS: Final = 4
 """Limits of a client's prepared statements, and of its portals, which may hold all jobs' rows."""
 
-_PATIENCE: Final = 60.0
+_TIMEOUT: Final = 60.0
 """Seconds for a client to read something."""
 
 _BURST: Final = 50
@@ -196,7 +196,7 @@ class Conversation:
         """Raises ConnectionError if the client reads nothing."""
         self._client.write(data)
         if (full := self._client.full) is not None:
-            done, _ = await asyncio.wait([full], timeout=_PATIENCE)
+            done, _ = await asyncio.wait([full], timeout=_TIMEOUT)
             if not done:
                 self._client.abort()
                 raise ConnectionError("a client of the console does not read")

@@ -16,7 +16,7 @@ from protocol.errors import INVALID_PARAMETER_VALUE, UNDEFINED_OBJECT, SQLError
 from proxy.config.gucs import LAUNCH_TIMEOUT, MAX_WORKERS
 from proxy.jobs.job import Job
 from proxy.jobs.registry import NO_PID, JobRecord
-from proxy.jobs.room import FullError, Line, Patience
+from proxy.jobs.room import FullError, Line, WaitLimit
 
 WAIT_FOR_ROOM: Final = f"set {LAUNCH_TIMEOUT.name} to wait for that"
 """Part of a HINT."""
@@ -99,14 +99,14 @@ class Jobs:
 
     @contextlib.asynccontextmanager
     async def room(
-        self, max_workers: int, most: int, patience: Patience, *, count_all: bool = False
+        self, max_workers: int, most: int, wait_limit: WaitLimit, *, count_all: bool = False
     ) -> AsyncIterator[Start]:
         """Room for one more job, as soon as the session's setting and the configuration allow.
 
         Args:
             max_workers: the setting.
             most: max_session_workers.
-            patience: how long to wait.
+            wait_limit: how long to wait.
             count_all: whether jobs count that are no longer attached.
 
         Raises FullError if there is no room in time.
@@ -117,10 +117,10 @@ class Jobs:
         def is_full() -> bool:
             return self._running(count_all=count_all) >= limit
 
-        if patience.exists:
-            with line.join(patience.arrived) as place:
+        if wait_limit.may_wait:
+            with line.join(wait_limit.arrived) as place:
                 while not place.is_first or is_full():
-                    await patience.wait(place, self._too_many(max_workers, most))
+                    await wait_limit.wait(place, self._too_many(max_workers, most))
                 start = self._begin()
         elif line or is_full():
             raise self._too_many(max_workers, most)

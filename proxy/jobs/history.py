@@ -58,7 +58,7 @@ connection, locks, lack of resources."""
 _QUIET: Final = 60.0
 """Seconds between warnings for one login."""
 
-_READ_PATIENCE: Final = 5.0
+_READ_TIMEOUT: Final = 5.0
 """Seconds for a query on the history."""
 
 MOST_READ: Final = 1_000
@@ -417,7 +417,7 @@ class History:
     ) -> list[PastJob]:
         """The history of these jobs, or the newest, as this role may see it; empty on failure."""
         try:
-            async with asyncio.timeout(_READ_PATIENCE):
+            async with asyncio.timeout(_READ_TIMEOUT):
                 channel = await lease()
                 try:
                     rows = await self._read(channel, role, handles)

@@ -17,7 +17,7 @@ from proxy.jobs.registry import JobRecord
 
 T = TypeVar("T")
 
-PATIENCE: Final = 0.1
+VISIBLE_AFTER: Final = 0.1
 """Seconds that a call waits before the server is made to wait too."""
 
 
@@ -138,7 +138,7 @@ class Interrupts:
         timer = None
         if (wait := self._server_wait) is not None and not self.held:
             loop = asyncio.get_running_loop()
-            timer = loop.call_later(PATIENCE, self._wait_in_server, wait, waiter, jobs)
+            timer = loop.call_later(VISIBLE_AFTER, self._wait_in_server, wait, waiter, jobs)
         try:
             await waiter
         finally:

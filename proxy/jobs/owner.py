@@ -37,7 +37,7 @@ from proxy.jobs.launcher import Launcher
 from proxy.jobs.registry import NO_PID, PENDING, QUEUED, JobRecord
 from proxy.jobs.request import LaunchRequest
 from proxy.jobs.retries import LONGEST_PAUSE, RetriedJob
-from proxy.jobs.room import FOR_EVER, FullError, Patience, Waiting
+from proxy.jobs.room import FOR_EVER, FullError, Waiting, WaitLimit
 from proxy.jobs.service import JobService
 from proxy.jobs.termination import canceled
 from proxy.reasons import explain
@@ -172,18 +172,18 @@ class Owner(ABC):
         try:
             queues = request.may_queue and bool(launcher.setting(QUEUE, context))
             seconds = 0 if queues else launcher.setting(LAUNCH_TIMEOUT, context) / 1000
-            patience = Patience(seconds, waiting)
+            wait_limit = WaitLimit(seconds, waiting)
             launch = self._launch_of(request, context, launcher, client_encoding)
             try:
-                job = await self._start_now(launch, patience, count_all=queues)
+                job = await self._start_now(launch, wait_limit, count_all=queues)
             except (FullError, NoRoomError):
                 if not queues:
                     raise
-                return await self._queue(launch, patience)
+                return await self._queue(launch, wait_limit)
         except SQLError as error:
             counters.not_launched[error_class(error.sqlstate)] += 1
             raise
-        counters.latency.observe(time.monotonic() - began - patience.waited)
+        counters.latency.observe(time.monotonic() - began - wait_limit.waited)
         return job
 
     def _launch_of(
@@ -204,7 +204,7 @@ class Owner(ABC):
             self.system_id,
         )
 
-    async def _start_now(self, launch: _Launch, patience: Patience, *, count_all: bool) -> Job:
+    async def _start_now(self, launch: _Launch, wait_limit: WaitLimit, *, count_all: bool) -> Job:
         """Raises SQLError."""
         self._leave_databases(launch.request.sql)
 
@@ -220,12 +220,12 @@ class Owner(ABC):
                 counters.launched += 1
                 raise
             counters.launched += 1
-            self._follow(job, launch, patience)
+            self._follow(job, launch, wait_limit)
             return job
 
-        return await self._in_room(begin, launch, patience, count_all=count_all)
+        return await self._in_room(begin, launch, wait_limit, count_all=count_all)
 
-    async def _queue(self, launch: _Launch, tried: Patience) -> Job:
+    async def _queue(self, launch: _Launch, tried: WaitLimit) -> Job:
         """Queue a job until there is room. `tried`: the wait that failed. Raises SQLError."""
         size = len(launch.request.sql)
         queue = self.service.queue
@@ -233,8 +233,8 @@ class Owner(ABC):
         job = self._new(launch)
         job.unfinished_state = QUEUED
         self._known(job)
-        patience = Patience(FOR_EVER, since=tried)
-        queue.add(job, size, self._start_waiting(job, launch, patience))
+        wait_limit = WaitLimit(FOR_EVER, since=tried)
+        queue.add(job, size, self._start_waiting(job, launch, wait_limit))
         await self._announce(job)
         return job
 
@@ -261,12 +261,12 @@ class Owner(ABC):
                 start.job = None
                 raise
 
-    def _follow(self, job: Job, launch: _Launch, patience: Patience) -> None:
+    def _follow(self, job: Job, launch: _Launch, wait_limit: WaitLimit) -> None:
         launcher = launch.launcher
         role = SessionRole.of(
             launcher.login, launch.context, launch.client_encoding, self.server_encoding
         )
-        self.service.history.follow(job, role, launcher.channel, waited=patience.waited)
+        self.service.history.follow(job, role, launcher.channel, waited=wait_limit.waited)
 
     def _leave_databases(self, sql: bytes) -> None:
         if b"database" in (lower := sql[: LONGEST_COMMAND + 1].lower()):
@@ -316,7 +316,7 @@ class Owner(ABC):
         self,
         begin: Callable[[Start, Backend, Keep], Awaitable[T]],
         launch: _Launch,
-        patience: Patience,
+        wait_limit: WaitLimit,
         *,
         count_all: bool,
     ) -> T:
@@ -324,7 +324,7 @@ class Owner(ABC):
         service, launcher = self.service, launch.launcher
 
         async def attempt(start: Start) -> T:
-            slot = await service.slots.take(launcher.user, launcher.database, patience)
+            slot = await service.slots.take(launcher.user, launcher.database, wait_limit)
             try:
                 return await launch.on_backend(functools.partial(begin, start))
             finally:
@@ -336,9 +336,9 @@ class Owner(ABC):
 
         max_workers = launcher.setting(MAX_WORKERS, launch.context)
         most = service.runtime.config.max_session_workers
-        async with self.jobs.room(max_workers, most, patience, count_all=count_all) as start:
+        async with self.jobs.room(max_workers, most, wait_limit, count_all=count_all) as start:
             return await service.room.launch(
-                launcher.login, functools.partial(attempt, start), patience
+                launcher.login, functools.partial(attempt, start), wait_limit
             )
 
     def _known(self, job: Job) -> None:
@@ -394,7 +394,7 @@ class Owner(ABC):
         self.service.withdrawn(job)
 
     async def _start_waiting(
-        self, job: Job, launch: _Launch, promised: Patience | None = None
+        self, job: Job, launch: _Launch, promised: WaitLimit | None = None
     ) -> None:
         """Run a job that is known already, once there is room. If it cannot run, it ends with the
         error, since nobody could be told otherwise.
@@ -417,11 +417,11 @@ class Owner(ABC):
             self.jobs.begun(job)
             await self._start(job, start, wait_again)
             counters.launched += 1
-            self._follow(job, launch, patience)
+            self._follow(job, launch, wait_limit)
 
         self._leave_databases(launch.request.sql)
-        patience = promised or Patience(FOR_EVER)
-        starting = asyncio.ensure_future(self._in_room(begin, launch, patience, count_all=True))
+        wait_limit = promised or WaitLimit(FOR_EVER)
+        starting = asyncio.ensure_future(self._in_room(begin, launch, wait_limit, count_all=True))
         job.when_finished(lambda: job.pid == NO_PID and starting.cancel())
         try:
             await starting
@@ -431,10 +431,10 @@ class Owner(ABC):
         except SQLError as error:
             counters.not_launched[error_class(error.sqlstate)] += 1
             job.end_with(error.response(codec(job.encoding)))
-            self._follow(job, launch, patience)
+            self._follow(job, launch, wait_limit)
         except (OSError, ProtocolViolation) as error:
             job.end_with(no_backend(explain(error)).response(codec(job.encoding)))
-            self._follow(job, launch, patience)
+            self._follow(job, launch, wait_limit)
 
     def transaction_ended(self) -> None:
         """The owner's transaction has ended, and so have all earlier ones."""
@@ -498,7 +498,7 @@ async def _relaunch(
 ) -> None:
     """Begin another attempt, after the launches that wait for room. Raises SQLError."""
     attempt = functools.partial(launch.on_backend, begin)
-    await service.room.launch(launch.launcher.login, attempt, Patience(LONGEST_PAUSE))
+    await service.room.launch(launch.launcher.login, attempt, WaitLimit(LONGEST_PAUSE))
 
 
 def _next_session(first: Owner, launcher: Launcher, backend: Backend) -> JobSession:

@@ -47,7 +47,7 @@ class Changing(Protocol):
         """Wait until there is a reason to try again."""
 
 
-class Patience:
+class WaitLimit:
     """How long one launch waits for room.
 
     Args:
@@ -56,7 +56,7 @@ class Patience:
         since: an earlier try of the same launch, whose time of arrival counts.
 
     Attributes:
-        exists: whether it waits at all.
+        may_wait: whether it waits at all.
         arrived: its time of arrival, by the system's monotonic clock, which processes share.
         waited: seconds, so far.
     """
@@ -65,9 +65,9 @@ class Patience:
         self,
         seconds: float,
         waiting: Waiting = contextlib.nullcontext,
-        since: Patience | None = None,
+        since: WaitLimit | None = None,
     ) -> None:
-        self.exists = seconds > 0
+        self.may_wait = seconds > 0
         self.arrived: float = time.monotonic() if since is None else since.arrived
         self.waited = 0.0
         self._until = asyncio.get_running_loop().time() + seconds
@@ -170,7 +170,7 @@ class ServerRoom:
             line.changed()
 
     async def launch(
-        self, login: Login, launch: Callable[[], Awaitable[T]], patience: Patience
+        self, login: Login, launch: Callable[[], Awaitable[T]], wait_limit: WaitLimit
     ) -> T:
         """Call `launch` until it no longer raises NoRoomError. Returns its result.
 
@@ -181,14 +181,14 @@ class ServerRoom:
             try:
                 return await launch()
             except NoRoomError as error:
-                if not patience.exists:
+                if not wait_limit.may_wait:
                     raise
                 line = self._lines.setdefault(login, _ServerLine(error))
-        elif not patience.exists:
+        elif not wait_limit.may_wait:
             raise line.error.with_traceback(None)
         try:
-            with line.join(patience.arrived) as place:
-                return await self._first_in(line, place, launch, patience)
+            with line.join(wait_limit.arrived) as place:
+                return await self._first_in(line, place, launch, wait_limit)
         finally:
             if not line and self._lines.get(login) is line:
                 del self._lines[login]
@@ -198,16 +198,16 @@ class ServerRoom:
         line: _ServerLine,
         place: Place,
         launch: Callable[[], Awaitable[T]],
-        patience: Patience,
+        wait_limit: WaitLimit,
     ) -> T:
         delay = _FIRST_LOOK
         while True:
             if not place.is_first:
-                await patience.wait(place, line.error)
+                await wait_limit.wait(place, line.error)
                 continue
             try:
                 return await launch()
             except NoRoomError as error:
                 line.error = error
-            await patience.wait(place, line.error, delay)
+            await wait_limit.wait(place, line.error, delay)
             delay = min(2 * delay, _SELDOM)

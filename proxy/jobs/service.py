@@ -43,10 +43,10 @@ _CANCEL_SELDOM: Final = 1.0
 _MOST_AT_ONCE: Final = 8
 """Concurrent terminations, each with a connection for a moment."""
 
-_WRITE_PATIENCE: Final = 2.0
+_WRITE_TIMEOUT: Final = 2.0
 """Seconds to write the history when the proxy ends."""
 
-_LOGIN_PATIENCE: Final = 1.0
+_LOGIN_TIMEOUT: Final = 1.0
 """Seconds to send a termination, which may need a login."""
 
 
@@ -217,7 +217,7 @@ class JobService:
             job.termination = Termination(job.backend_pid)
             self._spawn(self._terminate(job, job.termination))
         sent = job.termination.sent
-        await asyncio.wait([sent], timeout=_LOGIN_PATIENCE)
+        await asyncio.wait([sent], timeout=_LOGIN_TIMEOUT)
         return sent.done() and sent.result()
 
     async def _terminate(self, job: Job, termination: Termination) -> None:
@@ -299,7 +299,7 @@ class JobService:
         await asyncio.gather(*self._cancels, *map(self._stop, jobs))
         for job in jobs:
             job.abandon()
-        await self.history.finish(_WRITE_PATIENCE)
+        await self.history.finish(_WRITE_TIMEOUT)
 
     def close(self) -> None:
         """Close idle connections."""

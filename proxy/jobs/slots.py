@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from proxy.config import Config
 from proxy.jobs.attached import WAIT_FOR_ROOM
-from proxy.jobs.room import FullError, Patience
+from proxy.jobs.room import FullError, WaitLimit
 
 Key = tuple[int, int]
 """The process that a slot is for, and its number there."""
@@ -248,7 +248,7 @@ class SlotSource(ABC):
         self._numbers = itertools.count(1)
         self.slots: dict[int, Slot] = {}
 
-    async def take(self, role: bytes, database: bytes, patience: Patience) -> Slot:
+    async def take(self, role: bytes, database: bytes, wait_limit: WaitLimit) -> Slot:
         """A slot for a job of this login role in this database.
 
         Raises SQLError; FullError if there is none in time.
@@ -257,11 +257,11 @@ class SlotSource(ABC):
         slot = Slot(next(self._numbers), *names)
         self.slots[slot.number] = slot
         try:
-            await self._ask(slot, patience)
+            await self._ask(slot, wait_limit)
             while not slot.is_granted:
-                if not patience.exists:
+                if not wait_limit.may_wait:
                     raise slot.refusal
-                await patience.wait(slot, slot.refusal)
+                await wait_limit.wait(slot, slot.refusal)
         except BaseException:
             self.give_back(slot)
             raise
@@ -278,7 +278,7 @@ class SlotSource(ABC):
             slot.grant()
 
     @abstractmethod
-    async def _ask(self, slot: Slot, patience: Patience) -> None:
+    async def _ask(self, slot: Slot, wait_limit: WaitLimit) -> None:
         """Ask for a slot: it is granted, or its `full` says why not. Raises SQLError."""
 
     @abstractmethod
@@ -297,8 +297,8 @@ class OwnSlots(SlotSource):
         super().__init__()
         self._all = Slots(limits, lambda key: self.granted(key[1]))
 
-    async def _ask(self, slot: Slot, patience: Patience) -> None:
-        if self._all.take((HERE, slot.number), slot.role, slot.database, patience.arrived):
+    async def _ask(self, slot: Slot, wait_limit: WaitLimit) -> None:
+        if self._all.take((HERE, slot.number), slot.role, slot.database, wait_limit.arrived):
             slot.grant()
         else:
             slot.full = self._all.full(slot.role, slot.database)

@@ -1,6 +1,6 @@
 """Makes the wait of a direct call visible in the server, where the session would look idle.
 
-Invariant: while a call waits for longer than `PATIENCE`, its primary backend sleeps, again and
+Invariant: while a call waits for longer than `VISIBLE_AFTER`, its primary backend sleeps, again and
 again. So pg_stat_activity shows an active session with the client's statement, timeouts for idle
 sessions do not apply, and what ends a statement there ends the call: pg_cancel_backend(),
 pg_terminate_backend(), a shutdown of the server. The next sleep is queued in the server before the
@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Collection
 from typing import Final
 
-from proxy.jobs.interrupts import PATIENCE
+from proxy.jobs.interrupts import VISIBLE_AFTER
 from proxy.jobs.registry import JobRecord
 from proxy.session.exchange import Exchange
 
@@ -52,7 +52,7 @@ class VisibleWait:
 
         Raises BatchFailedError, ConnectionError: the call was ended there.
         """
-        primary, waited, comment = self._primary, PATIENCE, self._comment()
+        primary, waited, comment = self._primary, VISIBLE_AFTER, self._comment()
         # If the call's transaction has ended, the sleeps are in another.
         reopened = await primary.reopen()
         clock = asyncio.get_running_loop().time

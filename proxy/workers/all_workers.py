@@ -18,7 +18,7 @@ from proxy.stats import Counters, Figures, total
 from proxy.workers.bus import WorkerPipe
 from proxy.workers.messages import SUPERVISOR, Answer, Ask, CancelJob, Measure, Question, ShowJobs
 
-_PATIENCE: Final = 2.0
+_TIMEOUT: Final = 2.0
 """Seconds for a worker to answer."""
 
 _CANCELING: Final = 15.0
@@ -108,7 +108,7 @@ class AllWorkers:
             await asyncio.sleep(_BY_ITSELF)
             await self.figures()
 
-    async def _ask(self, ask: Ask, patience: float = _PATIENCE) -> dict[int, Any]:
+    async def _ask(self, ask: Ask, timeout: float = _TIMEOUT) -> dict[int, Any]:
         """The answers of the workers that do answer, by serial number."""
         asked = [worker for worker in self._workers() if worker.answers]
         number = next(self._numbers)
@@ -119,7 +119,7 @@ class AllWorkers:
             if not worker.hangs:
                 worker.pipe.send(Question(number, ask, sender=SUPERVISOR))
         try:
-            await asyncio.wait([question.over], timeout=patience)
+            await asyncio.wait([question.over], timeout=timeout)
         finally:
             del self._asked[number]
         self._silent = len(asked) - len(question.answers)

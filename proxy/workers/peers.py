@@ -63,7 +63,7 @@ from proxy.workers.messages import (
     Told,
 )
 
-_PATIENCE: Final = 5.0
+_TIMEOUT: Final = 5.0
 """Seconds to wait for a process that does not answer."""
 
 _AT_ONCE: Final = 1000
@@ -240,7 +240,7 @@ class OtherWorkers(Peers):
 
     async def cancel_job(self, job: RemoteJob) -> bool:
         ask = CancelJob(*job.handle)
-        return not await self._ask(ask, to=job.owner, patience=self._canceling)
+        return not await self._ask(ask, to=job.owner, timeout=self._canceling)
 
     async def cancel(self, request: CancelRequest) -> bool:
         """Forward a cancel request to the worker that has the session."""
@@ -252,12 +252,12 @@ class OtherWorkers(Peers):
             return is_known
 
         ask = CancelStatement(request.pid, request.secret_key.decode("latin-1"))
-        await self._ask(ask, take, patience=self._forwarding)
+        await self._ask(ask, take, timeout=self._forwarding)
         return bool(known)
 
     @property
     def _canceling(self) -> float:
-        return _PATIENCE + (self._server.runtime.config.connect_timeout or _CANCELING)
+        return _TIMEOUT + (self._server.runtime.config.connect_timeout or _CANCELING)
 
     @property
     def _forwarding(self) -> float:
@@ -265,7 +265,7 @@ class OtherWorkers(Peers):
 
     @property
     def _announcing(self) -> float:
-        return _PATIENCE
+        return _TIMEOUT
 
     async def give_way(self) -> bool:
         had: list[bool] = []
@@ -301,7 +301,7 @@ class OtherWorkers(Peers):
 
     async def cancel_found(self, owner: int, handle: Handle) -> bool:
         """`cancel_job` for a job found by `jobs_with_pid`."""
-        return not await self._ask(CancelJob(*handle), to=owner, patience=self._canceling)
+        return not await self._ask(CancelJob(*handle), to=owner, timeout=self._canceling)
 
     async def kill(self, session: str) -> tuple[bool, int]:
         """End a peer's session. Returns whether there was one, and how many did not answer."""
@@ -324,7 +324,7 @@ class OtherWorkers(Peers):
         outcome = self._orders[number] = asyncio.get_running_loop().create_future()
         self._bus.send(Order(number, what, worker))
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_TIMEOUT):
                 body, error = await outcome
         except TimeoutError:
             body, error = None, [CONNECTION_FAILURE, "the supervisor does not answer", "", ""]
@@ -339,7 +339,7 @@ class OtherWorkers(Peers):
 
     async def announce(self, role_id: int) -> None:
         if role_id not in self._announced:
-            await self._ask(NewRole(role_id), patience=self._announcing)
+            await self._ask(NewRole(role_id), timeout=self._announcing)
             self._announced.add(role_id)
             if role_id not in self._jobs.registry.roles:
                 self.role_gone(role_id)
@@ -367,10 +367,10 @@ class OtherWorkers(Peers):
         take: Callable[[int, Any], bool] = lambda peer, answer: False,
         *,
         to: int | None = None,
-        patience: float = _PATIENCE,
+        timeout: float = _TIMEOUT,
         lasting: bool = False,
     ) -> int:
-        """Ask all peers, or one, for `patience` seconds. Returns how many have not answered. `take`
+        """Ask all peers, or one, for `timeout` seconds. Returns how many have not answered. `take`
         gets each answer, and returns whether it is the last wanted; if `lasting`, late ones too."""
         if self._bus.lost.done():
             return 0
@@ -378,7 +378,7 @@ class OtherWorkers(Peers):
         question = self._questions[number] = _Question(take, lasting=lasting)
         self._bus.send(Question(number, ask, to))
         try:
-            await asyncio.wait_for(question.over, patience)
+            await asyncio.wait_for(question.over, timeout)
         except TimeoutError:
             logger.warning("%s does not answer (%s)", self._name, type(ask).__name__)
         finally:

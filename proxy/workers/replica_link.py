@@ -35,7 +35,7 @@ _AGAIN: Final = 1.0
 _SELDOM: Final = 5.0
 """Seconds before a lost connection is opened again: at first, and at most."""
 
-_PATIENCE: Final = 10.0
+_TIMEOUT: Final = 10.0
 """Seconds to wait for the server's answer to a query."""
 
 _MOST_WRONG: Final = 1000
@@ -159,7 +159,7 @@ class Link:
                 failure = error
                 continue
             try:
-                async with asyncio.timeout(_PATIENCE):
+                async with asyncio.timeout(_TIMEOUT):
                     await backend.rows(b"LISTEN " + self._seal.channel.encode())
                 return backend
             except (SQLError, OSError, ProtocolViolation) as error:
@@ -330,7 +330,7 @@ class _Conversation:
         self._answer = asyncio.get_running_loop().create_future()
         self._backend.transport.write(Query(sql.encode()).serialize())
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_TIMEOUT):
                 return await self._answer
         finally:
             self._answer = None

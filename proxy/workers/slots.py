@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from typing import Final
 
 from protocol.errors import CONNECTION_FAILURE, SQLError
-from proxy.jobs.room import Patience
+from proxy.jobs.room import WaitLimit
 from proxy.jobs.slots import Full, Key, Limits, Slot, Slots, SlotSource
 from proxy.workers.bus import WorkerPipe
 from proxy.workers.messages import FreeSlot, HasSlot, SlotAnswer, Slotting, TakeSlot
 from proxy.workers.process import WorkerProcess
 
-_PATIENCE: Final = 5.0
+_TIMEOUT: Final = 5.0
 """Seconds for the supervisor to answer."""
 
 
@@ -79,15 +79,15 @@ class SupervisorsSlots(SlotSource):
         self._pipe = pipe
         self._answers: dict[int, asyncio.Future[None]] = {}
 
-    async def _ask(self, slot: Slot, patience: Patience) -> None:
+    async def _ask(self, slot: Slot, wait_limit: WaitLimit) -> None:
         if not self._limits:
             slot.is_counted = False
             slot.grant()
             return
         answered = self._answers[slot.number] = asyncio.get_running_loop().create_future()
-        self._pipe.send(TakeSlot(slot.number, slot.role, slot.database, patience.arrived))
+        self._pipe.send(TakeSlot(slot.number, slot.role, slot.database, wait_limit.arrived))
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_TIMEOUT):
                 await answered
         except TimeoutError:
             raise SQLError(
