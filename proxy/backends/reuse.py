@@ -72,10 +72,10 @@ _LONGEST_READ: Final = 64 * 1024
 _RESET_AFTER: Final = 0.001
 """Seconds, since the answer to a launch goes first if its job has already ended."""
 
-Free: TypeAlias = Callable[[], None]
+ReleaseBackend: TypeAlias = Callable[[], None]
 """Called when the session is done with the job whose backend was kept."""
 
-Keep: TypeAlias = "Callable[[Backend], Free | None]"
+KeepBackend: TypeAlias = "Callable[[Backend], ReleaseBackend | None]"
 """Takes a backend whose job has ended; returns None if it is closed."""
 
 
@@ -89,7 +89,7 @@ class Reuse:
 
     def __init__(self, spares: Spares) -> None:
         self._spares = spares
-        self._kept: list[_Kept] = []
+        self._kept: list[_KeptBackend] = []
         self._is_closed = False
 
     def take(self, key: Key) -> Backend | None:
@@ -100,8 +100,8 @@ class Reuse:
                 return kept.backend
         return None
 
-    def keep(self, key: Key, backend: Backend) -> Free | None:
-        """A `Keep` for backends with this key."""
+    def keep(self, key: Key, backend: Backend) -> ReleaseBackend | None:
+        """A `KeepBackend` for backends with this key."""
         spares = self._spares
         age = asyncio.get_running_loop().time() - backend.logged_in
         lifetime = min(spares.reuse_lifetime, spares.lifetime - age)
@@ -110,7 +110,7 @@ class Reuse:
         if not is_wanted or backend.is_spent or backend.identity is None:
             backend.terminate()
             return None
-        return _Kept(key, backend, lifetime, spares, self._kept).use.end
+        return _KeptBackend(key, backend, lifetime, spares, self._kept).use.end
 
     def close(self) -> None:
         """The session ends."""
@@ -130,11 +130,16 @@ class _Use:
         self.is_over = True
 
 
-class _Kept:
+class _KeptBackend:
     """A kept backend, listed for its session and in `Spares`."""
 
     def __init__(
-        self, key: Key, backend: Backend, lifetime: float, spares: Spares, others: list[_Kept]
+        self,
+        key: Key,
+        backend: Backend,
+        lifetime: float,
+        spares: Spares,
+        others: list[_KeptBackend],
     ) -> None:
         self.key = key
         self.backend = backend

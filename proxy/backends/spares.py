@@ -37,7 +37,7 @@ _GIVE_WAY: Final = (0.02, 0.1, 0.3)
 """Seconds to wait for the server to free the slots of spares that gave way, by attempt."""
 
 
-class Kept(Protocol):
+class KeptBackend(Protocol):
     """A backend kept for the next job of a session (`reuse`)."""
 
     @property
@@ -181,7 +181,7 @@ class Spares:
         # Until when the server may still be closing spares, by the loop's clock.
         self._closing_until = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
-        self.kept: set[Kept] = set()
+        self.kept: set[KeptBackend] = set()
         self.reuse_lifetime = reuse_lifetime
 
     @property

@@ -38,7 +38,7 @@ from protocol.messages import (
 from protocol.startup import CancelRequest
 from proxy.backends import pooler
 from proxy.backends.backend import READ_SIZE, Backend
-from proxy.backends.reuse import Free, Keep, is_remembered
+from proxy.backends.reuse import KeepBackend, ReleaseBackend, is_remembered
 from proxy.backends.route import Route
 from proxy.jobs import output_settings
 from proxy.jobs.job_input import JobInput
@@ -146,7 +146,7 @@ class Job(JobRecord):
         self.has_handle = True
         self.is_abandoned = self.is_lost = False
         self._on_finish: Callable[[Job], None] | None = on_finish
-        self._free: Free | None = None
+        self._release_backend: ReleaseBackend | None = None
         self._left = False
         self._afterwards: list[Callable[[], object]] = []
         # The whole error, for a fetch; `error` is shortened.
@@ -167,7 +167,7 @@ class Job(JobRecord):
         *,
         marker: bytes,
         session: JobSession | None,
-        keep_backend: Keep,
+        keep_backend: KeepBackend,
     ) -> None:
         """Assign the job to a backend.
 
@@ -189,7 +189,7 @@ class Job(JobRecord):
         self.pid, self.unfinished_state = NO_PID, state
 
     def _run_on(
-        self, backend: Backend, marker: bytes, session: JobSession | None, keep_backend: Keep
+        self, backend: Backend, marker: bytes, session: JobSession | None, keep_backend: KeepBackend
     ) -> None:
         """Run on a backend on which nothing of the string has run. Arguments as for `take`."""
         self._keep_backend = keep_backend
@@ -351,10 +351,10 @@ class Job(JobRecord):
                 self.termination.let_go(backend)
             elif not is_idle or self.canceled:
                 backend.terminate()
-            elif (free := self._keep_backend(backend)) and (self._left or not self.keeps_rows):
-                free()  # of a submitted job only the outcome is wanted, by its cookie
+            elif (release := self._keep_backend(backend)) and (self._left or not self.keeps_rows):
+                release()  # of a submitted job only the outcome is wanted, by its cookie
             else:
-                self._free = free
+                self._release_backend = release
         self.output.end()
         if self._session is not None:
             self._session.close(is_idle=is_idle)
@@ -397,9 +397,9 @@ class Job(JobRecord):
     def leave(self) -> None:
         """Its session is done with it: from now on only the outcome is kept."""
         self._left = True
-        if self._free is not None:
-            self._free()
-            self._free = None
+        if self._release_backend is not None:
+            self._release_backend()
+            self._release_backend = None
         if not self.canceled:  # if it is, the output is dropped once the server was told
             self.forget_output()
         self._sql = self._sql[:LISTED_SQL_SIZE]

@@ -26,7 +26,7 @@ from proxy.backends.backend import Backend, no_backend, number, open_backend
 from proxy.backends.channels import APPLICATION_NAME, Channel
 from proxy.backends.identity import Login, StaleLoginError
 from proxy.backends.listener import APPLICATION_NAME as LISTENER_NAME
-from proxy.backends.reuse import STYLES, Keep, Reuse
+from proxy.backends.reuse import STYLES, KeepBackend, Reuse
 from proxy.backends.route import Route
 from proxy.backends.session_setup import SessionSetup
 from proxy.config.gucs import (
@@ -98,7 +98,7 @@ class Launcher:
 
     async def launch(
         self,
-        begin: Callable[[Backend, Keep], Awaitable[T]],
+        begin: Callable[[Backend, KeepBackend], Awaitable[T]],
         context: Context,
         *,
         client_encoding: bytes,

@@ -18,7 +18,7 @@ from protocol.errors import OBJECT_NOT_IN_PREREQUISITE_STATE, ProtocolViolation,
 from proxy.backends.backend import Backend, NoRoomError, no_backend
 from proxy.backends.channels import Channel
 from proxy.backends.identity import StaleLoginError
-from proxy.backends.reuse import Keep
+from proxy.backends.reuse import KeepBackend
 from proxy.backends.spares import LONGEST_COMMAND
 from proxy.config.gucs import (
     DEFAULT_QUEUE_SIZE,
@@ -65,7 +65,7 @@ class _Launch:
     queue_size: int
     system_id: bytes | None
 
-    async def on_backend(self, begin: Callable[[Backend, Keep], Awaitable[T]]) -> T:
+    async def on_backend(self, begin: Callable[[Backend, KeepBackend], Awaitable[T]]) -> T:
         """`Launcher.launch`. Raises SQLError."""
         return await self.launcher.launch(
             begin,
@@ -208,7 +208,7 @@ class Owner(ABC):
         """Raises SQLError."""
         self._leave_databases(launch.request.sql)
 
-        async def begin(start: Start, backend: Backend, keep_backend: Keep) -> Job:
+        async def begin(start: Start, backend: Backend, keep_backend: KeepBackend) -> Job:
             job = self._new(launch)
             self._give(job, launch, backend, keep_backend)
             self._known(job)
@@ -296,7 +296,7 @@ class Owner(ABC):
             on_finish=functools.partial(_ended, self.jobs, self.service),
         )
 
-    def _give(self, job: Job, launch: _Launch, backend: Backend, keep_backend: Keep) -> None:
+    def _give(self, job: Job, launch: _Launch, backend: Backend, keep_backend: KeepBackend) -> None:
         """Assign the job to this backend."""
         launcher = launch.launcher
         session = self.job_session(launcher.for_job(backend.pid), backend)
@@ -314,7 +314,7 @@ class Owner(ABC):
 
     async def _in_room(
         self,
-        begin: Callable[[Start, Backend, Keep], Awaitable[T]],
+        begin: Callable[[Start, Backend, KeepBackend], Awaitable[T]],
         launch: _Launch,
         wait_limit: WaitLimit,
         *,
@@ -408,7 +408,7 @@ class Owner(ABC):
             job.wait_again(QUEUED)
             self.service.registry.add(job)
 
-        async def begin(start: Start, backend: Backend, keep_backend: Keep) -> None:
+        async def begin(start: Start, backend: Backend, keep_backend: KeepBackend) -> None:
             if job.finished:
                 backend.terminate()
                 return
@@ -494,7 +494,7 @@ class Owner(ABC):
 
 
 async def _relaunch(
-    service: JobService, launch: _Launch, begin: Callable[[Backend, Keep], Awaitable[None]]
+    service: JobService, launch: _Launch, begin: Callable[[Backend, KeepBackend], Awaitable[None]]
 ) -> None:
     """Begin another attempt, after the launches that wait for room. Raises SQLError."""
     attempt = functools.partial(launch.on_backend, begin)

@@ -26,7 +26,7 @@ from protocol.errors import (
 )
 from protocol.messages import ErrorResponse
 from proxy.backends.backend import Backend
-from proxy.backends.reuse import Keep
+from proxy.backends.reuse import KeepBackend
 from proxy.config.gucs import JOB_SETTING
 from proxy.jobs.job import Job, JobSession
 from proxy.jobs.registry import LISTED_SQL_SIZE
@@ -53,7 +53,7 @@ _ONE_TRANSACTION: Final = (
 )
 """First words of statements that, alone in the string, are one transaction."""
 
-Relaunch = Callable[[Callable[[Backend, Keep], Awaitable[None]]], Awaitable[None]]
+Relaunch = Callable[[Callable[[Backend, KeepBackend], Awaitable[None]]], Awaitable[None]]
 """Has the job begin on another ready backend. Raises SQLError."""
 
 NextSession = Callable[[Backend], JobSession]
@@ -192,7 +192,7 @@ class RetriedJob(Job):
             self._next = None
             self.close(error)
 
-    async def _begin_again(self, backend: Backend, keep_backend: Keep) -> None:
+    async def _begin_again(self, backend: Backend, keep_backend: KeepBackend) -> None:
         if self.canceled or self.next_session is None:
             backend.terminate()  # while its replacement for a stale login was found
             raise SQLError(QUERY_CANCELED, "canceling statement due to user request")
