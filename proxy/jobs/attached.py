@@ -26,7 +26,7 @@ MAX_QUEUE_SIZE: Final = 256 * 1024 * 1024
 
 
 @dataclass(slots=True)
-class Counts:
+class JobCounts:
     """How many jobs were launched, and how they ended."""
 
     launched: int = 0
@@ -62,8 +62,8 @@ class Counts:
 
 
 @dataclass(slots=True, eq=False)  # equal ones are still distinct
-class Start:
-    """A launch that counts among a session's running jobs until its job counts itself.
+class Reservation:
+    """Room for a launch, which counts among a session's running jobs until its job counts itself.
 
     Attributes:
         job: once it has begun.
@@ -83,10 +83,10 @@ class Jobs:
         self._jobs: dict[int, Job] = {}
         # Those that have had a backend also by its pid, oldest first: a backend may run several
         self._of_pid: defaultdict[int, dict[int, Job]] = defaultdict(dict)
-        self.counts = Counts()
+        self.counts = JobCounts()
         # All that have not ended, attached or not.
         self._all: set[Job] = set()
-        self._starts: list[Start] = []
+        self._reservations: list[Reservation] = []
         # Launches that wait for room, and queued ones, which count all jobs: independent lines.
         self._waiting = Line()
         self._queued = Line()
@@ -100,7 +100,7 @@ class Jobs:
     @contextlib.asynccontextmanager
     async def room(
         self, max_workers: int, most: int, wait_limit: WaitLimit, *, count_all: bool = False
-    ) -> AsyncIterator[Start]:
+    ) -> AsyncIterator[Reservation]:
         """Room for one more job, as soon as the session's setting and the configuration allow.
 
         Args:
@@ -121,30 +121,30 @@ class Jobs:
             with line.join(wait_limit.arrived) as place:
                 while not place.is_first or is_full():
                     await wait_limit.wait(place, self._too_many(max_workers, most))
-                start = self._begin()
+                reservation = self._reserve()
         elif line or is_full():
             raise self._too_many(max_workers, most)
         else:
-            start = self._begin()
+            reservation = self._reserve()
         try:
-            yield start
+            yield reservation
         finally:
-            self._starts.remove(start)
+            self._reservations.remove(reservation)
             self._changed()
 
     def _changed(self) -> None:
         self._waiting.changed()
         self._queued.changed()
 
-    def _begin(self) -> Start:
-        start = Start()
-        self._starts.append(start)
-        return start
+    def _reserve(self) -> Reservation:
+        reservation = Reservation()
+        self._reservations.append(reservation)
+        return reservation
 
     def _running(self, *, count_all: bool) -> int:
         jobs = self._all if count_all else self._jobs.values()
         running = sum(not (job.finished or job.is_waiting) for job in jobs)
-        return running + sum(start.job is None for start in self._starts)
+        return running + sum(one.job is None for one in self._reservations)
 
     def _too_many(self, max_workers: int, most: int) -> FullError:
         number = self._running(count_all=False)

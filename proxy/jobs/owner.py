@@ -29,7 +29,7 @@ from proxy.config.gucs import (
 )
 from proxy.jobs import job_log
 from proxy.jobs.at_commit import Notification, Pending, rolled_back
-from proxy.jobs.attached import Jobs, Start, checked_queue_size
+from proxy.jobs.attached import Jobs, Reservation, checked_queue_size
 from proxy.jobs.context import Context
 from proxy.jobs.history import SessionRole
 from proxy.jobs.job import Job, JobSession
@@ -208,12 +208,14 @@ class Owner(ABC):
         """Raises SQLError."""
         self._leave_databases(launch.request.sql)
 
-        async def begin(start: Start, backend: Backend, keep_backend: KeepBackend) -> Job:
+        async def begin(
+            reservation: Reservation, backend: Backend, keep_backend: KeepBackend
+        ) -> Job:
             job = self._new(launch)
             self._give(job, launch, backend, keep_backend)
             self._known(job)
             try:
-                await self._start(job, start, functools.partial(self._withdraw, job))
+                await self._start(job, reservation, functools.partial(self._withdraw, job))
                 await self.service.peers.announce(job.role_id)
             except asyncio.CancelledError:
                 self.drop(job)
@@ -246,11 +248,13 @@ class Owner(ABC):
             self.drop(job)
             raise
 
-    async def _start(self, job: Job, start: Start, otherwise: Callable[[], None]) -> None:
+    async def _start(
+        self, job: Job, reservation: Reservation, otherwise: Callable[[], None]
+    ) -> None:
         """Start the job on its backend. If that fails before it has run, call `otherwise`, and
         raise what `Job.start` has raised: another backend may do.
         """
-        start.job = job
+        reservation.job = job
         try:
             await job.start()
         except (StaleLoginError, SQLError, OSError, ProtocolViolation):
@@ -258,7 +262,7 @@ class Owner(ABC):
                 job.end_with(canceled(None))
             if not job.finished:
                 otherwise()
-                start.job = None
+                reservation.job = None
                 raise
 
     def _follow(self, job: Job, launch: _Launch, wait_limit: WaitLimit) -> None:
@@ -314,7 +318,7 @@ class Owner(ABC):
 
     async def _in_room(
         self,
-        begin: Callable[[Start, Backend, KeepBackend], Awaitable[T]],
+        begin: Callable[[Reservation, Backend, KeepBackend], Awaitable[T]],
         launch: _Launch,
         wait_limit: WaitLimit,
         *,
@@ -323,22 +327,24 @@ class Owner(ABC):
         """Begin a job on a backend once there is room for it. Raises SQLError."""
         service, launcher = self.service, launch.launcher
 
-        async def attempt(start: Start) -> T:
+        async def attempt(reservation: Reservation) -> T:
             slot = await service.slots.take(launcher.user, launcher.database, wait_limit)
             try:
-                return await launch.on_backend(functools.partial(begin, start))
+                return await launch.on_backend(functools.partial(begin, reservation))
             finally:
                 give_back = functools.partial(service.slots.give_back, slot)
-                if start.job is None:
+                if reservation.job is None:
                     give_back()
                 else:
-                    start.job.when_finished(give_back)
+                    reservation.job.when_finished(give_back)
 
         max_workers = launcher.setting(MAX_WORKERS, launch.context)
         most = service.runtime.config.max_session_workers
-        async with self.jobs.room(max_workers, most, wait_limit, count_all=count_all) as start:
+        async with self.jobs.room(
+            max_workers, most, wait_limit, count_all=count_all
+        ) as reservation:
             return await service.room.launch(
-                launcher.login, functools.partial(attempt, start), wait_limit
+                launcher.login, functools.partial(attempt, reservation), wait_limit
             )
 
     def _known(self, job: Job) -> None:
@@ -408,14 +414,16 @@ class Owner(ABC):
             job.wait_again(QUEUED)
             self.service.registry.add(job)
 
-        async def begin(start: Start, backend: Backend, keep_backend: KeepBackend) -> None:
+        async def begin(
+            reservation: Reservation, backend: Backend, keep_backend: KeepBackend
+        ) -> None:
             if job.finished:
                 backend.terminate()
                 return
             self._give(job, launch, backend, keep_backend)
             self.service.registry.add(job)
             self.jobs.begun(job)
-            await self._start(job, start, wait_again)
+            await self._start(job, reservation, wait_again)
             counters.launched += 1
             self._follow(job, launch, wait_limit)
 

@@ -17,7 +17,7 @@ from proxy.backends.channels import Channel, Channels
 from proxy.backends.route import Route
 from proxy.backends.spares import DATABASE_COMMANDS, LONGEST_COMMAND, Spares, is_named
 from proxy.jobs.at_commit import PendingJobs
-from proxy.jobs.attached import Counts
+from proxy.jobs.attached import JobCounts
 from proxy.jobs.history import History
 from proxy.jobs.job import Job
 from proxy.jobs.peers import Peers
@@ -85,7 +85,7 @@ class JobService:
         self.registry: JobRegistry[Job] = JobRegistry(
             config.outcome_retention, lambda role_id: self.peers.role_gone(role_id)
         )
-        self.counts: dict[bytes, Counts] = {}
+        self.counts: dict[bytes, JobCounts] = {}
         self.channels = Channels(config.spare_lifetime, channel_setup)
         self.spares = Spares(
             config.spares,
@@ -132,11 +132,11 @@ class JobService:
         listeners = self.pending.give_way()
         return await self.peers.give_way() or listeners
 
-    def counts_of(self, database: bytes) -> Counts:
+    def counts_of(self, database: bytes) -> JobCounts:
         """The counts for a database; beyond the limit, databases share one."""
         if database not in self.counts and len(self.counts) >= _MOST_DATABASES:
             database = b""
-        return self.counts.setdefault(database, Counts())
+        return self.counts.setdefault(database, JobCounts())
 
     @property
     def roles(self) -> set[int]:
