@@ -96,12 +96,12 @@ class Server:
             logger.debug("a cancel request was for a session of another worker")
             return
         interrupts = session.interrupts if session is not None else None
-        if interrupts is not None and interrupts.is_waiting and not interrupts.is_in_server:
+        if interrupts is not None and interrupts.server_done and not interrupts.is_in_server:
             interrupts.cancel()
             return
         await self.runtime.dialer.cancel(session.route if session is not None else None, request)
         # By the time the request arrived, the server may have done its part of the call.
-        if interrupts is not None and interrupts.is_calling:
+        if interrupts is not None and interrupts.call_in_progress:
             interrupts.cancel()
 
     # The console

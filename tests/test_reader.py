@@ -133,16 +133,16 @@ def test_the_c_extension_serves_its_calls() -> None:
     assert not case.state.is_known
     [read] = case.reader.read(F.QUERY, query(LAUNCH))
     assert case.reader.may_call(read)
-    case.state.learn(None, has_real=True)
+    case.state.learn(None, has_c_extension=True)
     assert case.reader.plan(read) is None
 
 
 def test_what_is_known_until_the_extension_changes(case: Case) -> None:
     steps: list[Callable[[], object]] = [
-        lambda: case.state.learn(None, has_real=False),
+        lambda: case.state.learn(None, has_c_extension=False),
         case.state.change,
         case.state.transaction_ended,
-        lambda: case.state.learn(b"2.0", has_real=False),
+        lambda: case.state.learn(b"2.0", has_c_extension=False),
         case.state.transaction_ended,
         case.extension_changed,
     ]

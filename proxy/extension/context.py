@@ -76,7 +76,7 @@ def context_query(
     *,
     names: tuple[Name, ...],
     closely: bool,
-    is_bare: bool,
+    has_no_objects: bool,
     roles: frozenset[int],
     settings: bool,
     custom_settings: tuple[bytes, ...] = (),
@@ -86,8 +86,8 @@ def context_query(
     Args:
         names: what is called.
         closely: as in `meant_query`.
-        is_bare: whether the database seems to have neither the extension nor anything else under
-            our names. Then the query only checks that, at a fifth of the cost.
+        has_no_objects: whether the database seems to have neither the extension nor anything else
+            under our names. Then the query only checks that, at a fifth of the cost.
         roles: OIDs of roles, to learn which of their rights the current role has.
         settings: whether to read the session's settings, the expensive part (about 0.5 ms).
         custom_settings: names with a dot that may be set, which pg_settings does not list.
@@ -104,7 +104,7 @@ def context_query(
         ours,
         _usable_roles(roles),
     ]
-    if is_bare:
+    if has_no_objects:
         columns.append(
             b"NULL, CASE WHEN %b THEN NULL ELSE '{}' END"
             % is_there(name.function for name in names)

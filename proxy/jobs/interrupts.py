@@ -35,16 +35,16 @@ class Interrupts:
     """The waits of one batch, at most one at a time.
 
     Attributes:
-        is_calling: whether a call is in progress, which cancel() would end.
-        is_waiting: whether the server has done its part, so that only cancel() would end the call.
-        held: the client has got part of a row, so an error would be read as the rest of it.
+        call_in_progress: one that cancel() would end.
+        server_done: whether the server has done its part, so that only cancel() would end the call.
+        row_is_partial: the client has got part of a row, and would read an error as the rest of it.
         client_ended: the client will send no more.
     """
 
     def __init__(self) -> None:
-        self.is_calling = False
-        self.is_waiting = False
-        self.held = False
+        self.call_in_progress = False
+        self.server_done = False
+        self.row_is_partial = False
         self.client_ended = False
         self._waiter: asyncio.Future[None] | None = None
         self._waits_for_jobs = False
@@ -59,12 +59,12 @@ class Interrupts:
     @contextlib.contextmanager
     def calling(self, *, limited: bool) -> Iterator[None]:
         """A call is in progress: a cancel request ends it, and, if `limited`, statement_timeout."""
-        self.is_calling = True
+        self.call_in_progress = True
         self._limited = limited
         try:
             yield
         finally:
-            self.is_calling = self.is_waiting = False
+            self.call_in_progress = self.server_done = False
             self._interrupt = self._server_wait = None
             if self._timer is not None:
                 self._timer.cancel()
@@ -72,7 +72,7 @@ class Interrupts:
 
     def wait_in_server(self, wait: ServerWait) -> None:
         """The server has done its part; from now on it waits when the call does."""
-        self.is_waiting = True
+        self.server_done = True
         self._server_wait = wait
 
     @property
@@ -90,7 +90,7 @@ class Interrupts:
 
     def check_for_interrupts(self) -> None:
         """Raises the SQLError that has ended the call, if any."""
-        if self._interrupt is not None and not self.held:
+        if self._interrupt is not None and not self.row_is_partial:
             raise self._interrupt
 
     # Waits
@@ -136,7 +136,7 @@ class Interrupts:
         self.check_for_interrupts()
         self._waiter = waiter
         timer = None
-        if (wait := self._server_wait) is not None and not self.held:
+        if (wait := self._server_wait) is not None and not self.row_is_partial:
             loop = asyncio.get_running_loop()
             timer = loop.call_later(VISIBLE_AFTER, self._wait_in_server, wait, waiter, jobs)
         try:
@@ -178,7 +178,7 @@ class Interrupts:
 
     def _end(self, error: SQLError) -> None:
         self._interrupt = error
-        if not self.held:
+        if not self.row_is_partial:
             self.fail(error)
 
     def end_client(self, *, reads: bool) -> None:

@@ -87,7 +87,8 @@ class Batch:
         executed: whether the batch has executed something, which an error would have to undo.
         settings_known: whether the relay knows the settings that affect how SQL is read: nothing
             was executed since the server reported them.
-        copied: the server has begun to read COPY data: an earlier Sync gets no ReadyForQuery.
+        copy_in_started: the server has begun to read COPY data: an earlier Sync gets no
+            ReadyForQuery.
     """
 
     def __init__(self, session: ClientSession, data: bytes) -> None:
@@ -103,7 +104,7 @@ class Batch:
         self.messages = ClientMessages(self.client, data)
         self.executed = F.EXECUTE in self.relay.batch
         self.settings_known = False
-        self.copied = False
+        self.copy_in_started = False
 
     async def next_message(self) -> tuple[int, bytes]:
         """The client's next message. What is queued for the server is sent first."""
@@ -142,7 +143,7 @@ class Batch:
         if not session.extension_state.is_known:
             await self.caller.ask_state(apart=apart)
         plan = reader.plan(statement)
-        if isinstance(plan, Plan) and session.extension_state.may_mean_others(plan):
+        if isinstance(plan, Plan) and session.extension_state.may_mean_other_objects(plan):
             statement.is_others = await self.caller.means_others(plan, apart=apart)
 
     async def know_view(self, statements: Sequence[Statement], *, apart: bool = False) -> None:
@@ -157,7 +158,7 @@ class Batch:
             return
         [[schema, level, real]] = await self.primary.query(VIEW_QUERY, apart=apart)
         for statement in undecided:
-            reader.decide(statement, schema, level or b"", has_real=real == b"t")
+            reader.decide(statement, schema, level or b"", has_c_extension=real == b"t")
 
     # Executing
 
@@ -223,7 +224,7 @@ class Batch:
         await self.primary.pass_on(kind, body)
         if kind != B.COPY_IN_RESPONSE:
             return
-        self.copied = True
+        self.copy_in_started = True
         early = self.primary.listen()
         while kind not in ENDS_COPY_IN:
             message = await self._unless_server_speaks(early)

@@ -92,17 +92,17 @@ class SessionCaller(Caller):
         query = functools.partial(
             context_query,
             names=names,
-            closely=session.extension_state.may_mean_others(plan),
+            closely=session.extension_state.may_mean_other_objects(plan),
             roles=frozenset(session.service.roles.union(job.role_id for job in self.jobs)),
         )
         sql = query(
-            is_bare=session.extension_state.is_bare,
+            has_no_objects=session.extension_state.has_no_objects,
             settings=wanted and known is None,
             custom_settings=custom,
         )
         self._names, self._whole_query = (
             names,
-            functools.partial(query, is_bare=False, settings=False),
+            functools.partial(query, has_no_objects=False, settings=False),
         )
 
         async def handler(kind: int, body: bytes) -> None:
@@ -205,7 +205,7 @@ class SessionCaller(Caller):
         """Ask which extension this database has. `apart`: before the batch begins."""
         [(is_there,)] = await self._primary.query(BARE_QUERY, apart=apart)
         if is_there == b"f":
-            self._session.extension_state.learn(None, has_real=False)
+            self._session.extension_state.learn(None, has_c_extension=False)
             return
         query = state_query(self._session.server_version)
         for version, real, alike, marker, types, speaks, level in await self._primary.query(
@@ -214,7 +214,7 @@ class SessionCaller(Caller):
             named = (element.split() for element in self._elements(types))
             self._session.extension_state.learn(
                 version,
-                has_real=real == b"t",
+                has_c_extension=real == b"t",
                 alike=self._elements(alike),
                 marker=marker,
                 types={name: int(oid) for name, oid in named},

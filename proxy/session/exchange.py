@@ -347,7 +347,7 @@ class Exchange:
 
         Raises ConnectionError if the client cannot be told, since the rest of a row is lost.
         """
-        if self._interrupts.held:
+        if self._interrupts.row_is_partial:
             raise ConnectionError(f"in the middle of a row: {error}")
         while self._replies:
             kind, _ = await self.next_message()
@@ -406,7 +406,7 @@ class Exchange:
         """Send to the client, and wait while it is slow. `cut`: the last message is incomplete."""
         self._interrupts.check_for_interrupts()
         self._client.write(data)
-        self._interrupts.held = cut
+        self._interrupts.row_is_partial = cut
         await self._drained()
 
     async def _drained(self) -> None:

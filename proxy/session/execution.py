@@ -320,11 +320,11 @@ class Execution:
         client's Sync ends: the first had nothing to lose."""
         await self._reopen(portal)
         interrupts = self._batch.interrupts
-        interrupts.is_waiting = False  # a cancel request must now reach the server
+        interrupts.server_done = False  # a cancel request must now reach the server
         try:
             return await self._primary.query(sql, parameters, formats)
         finally:
-            interrupts.is_waiting = True
+            interrupts.server_done = True
 
     async def _reopen(self, portal: Portal) -> None:
         if await self._primary.reopen() and not portal.in_query:

@@ -65,9 +65,9 @@ class ExtensionState:
         self._api: int | None = None
         self._known_at = -1
         self._is_changing = False
-        self._has_real = False
+        self._has_c_extension = False
         self._speaks = False
-        self._is_bare = False
+        self._has_no_objects = False
         self._alike: Collection[str] = ()
         self.composites = Composites()
 
@@ -82,15 +82,15 @@ class ExtensionState:
         return self._known_at == self._services.extension_changes and not self._is_changing
 
     @property
-    def is_bare(self) -> bool:
+    def has_no_objects(self) -> bool:
         """Whether the database has no objects of our names, as last seen and not changed since."""
-        return self.is_known and self._is_bare
+        return self.is_known and self._has_no_objects
 
     @property
-    def is_real(self) -> bool:
+    def uses_c_extension(self) -> bool:
         """Whether calls are left to the C extension."""
         is_wanted = self._services.runtime.config.extension == "server"
-        return self._has_real and self.is_known and is_wanted
+        return self._has_c_extension and self.is_known and is_wanted
 
     @property
     def has_functions(self) -> bool:
@@ -102,12 +102,12 @@ class ExtensionState:
         """The API versions that the next call may find."""
         return (self.api,) if self.is_known else CATALOGS
 
-    def may_mean_others(self, plan: Plan) -> bool:
+    def may_mean_other_objects(self, plan: Plan) -> bool:
         """Whether a call may mean another object of the database; the server knows. The C
         extension's objects count as others."""
         return (
             not self.is_known
-            or self._has_real
+            or self._has_c_extension
             or any(call.function.name in self._alike for call in plan.all_calls)
         )
 
@@ -115,7 +115,7 @@ class ExtensionState:
         self,
         version: bytes | None,
         *,
-        has_real: bool,
+        has_c_extension: bool,
         alike: Collection[str] = (),
         marker: bytes | None = None,
         types: Mapping[str, int] | None = None,
@@ -124,8 +124,8 @@ class ExtensionState:
         """Note what the server has said: the version of our extension; whether it has the C
         extension, which counts if the configuration prefers it; which of our names other objects
         have; which composite types exist; and whether functions in the server reach the proxy."""
-        self._has_real = has_real
-        self._is_bare = version is None and not (has_real or alike)
+        self._has_c_extension = has_c_extension
+        self._has_no_objects = version is None and not (has_c_extension or alike)
         self._alike = frozenset(alike)
         self._speaks = speaks
         self._known_at = self._services.extension_changes
@@ -143,7 +143,7 @@ class ExtensionState:
     @property
     def is_split(self) -> bool:
         """Whether the client's calls are ours, but those inside the database the C extension's."""
-        return self._has_real and self._services.runtime.config.extension == "proxy"
+        return self._has_c_extension and self._services.runtime.config.extension == "proxy"
 
     def forget(self) -> None:
         """A call has found something else than last seen."""

@@ -140,7 +140,7 @@ class Interception:
             pass
         except SQLError as error:
             await self._primary.fail(error)
-        if kind == F.SYNC and self._batch.copied:
+        if kind == F.SYNC and self._batch.copy_in_started:
             return False
         if kind in (F.SYNC, F.QUERY) or self._primary.synced:
             await self._primary.ready()
@@ -171,7 +171,7 @@ class Interception:
             await self._primary.inbox.next()  # raises: the server closes the connection
         elif kind in (F.FLUSH, F.SYNC, F.FUNCTION_CALL):
             if kind == F.SYNC:
-                self._batch.copied = False
+                self._batch.copy_in_started = False
             await self._primary.settle()
             return kind == F.FUNCTION_CALL
         elif self._primary.owes:

@@ -181,7 +181,7 @@ class SqlReader:
         tokens, calls = statement.tokens, statement.calls
         if tokens is None:
             return None
-        if not (self._extension.is_real or statement.is_others):
+        if not (self._extension.uses_c_extension or statement.is_others):
             if api not in calls:
                 calls[api] = analyze(tokens, CATALOGS[api], voids=statement.voids)
             if calls[api] is not None:
@@ -255,7 +255,7 @@ class SqlReader:
 
     def _setting(self, tokens: Tokens) -> Substitute | None:
         """The substitute for setting or resetting one of our settings."""
-        if self._extension.is_real:
+        if self._extension.uses_c_extension:
             return None
         return setting_commands.analyze(
             tokens, self._config().session_defaults, server_version=self.server_version
@@ -286,11 +286,11 @@ class SqlReader:
         return definitions.analyze(tokens, standard_conforming_strings=self._is_conforming)
 
     def decide(
-        self, statement: Statement, schema: bytes | None, level: bytes, *, has_real: bool
+        self, statement: Statement, schema: bytes | None, level: bytes, *, has_c_extension: bool
     ) -> None:
         """Decide about such a definition, given the answer to `VIEW_QUERY`."""
         assert statement.tokens is not None
-        found = None if has_real else self._analyzed(statement.tokens)
+        found = None if has_c_extension else self._analyzed(statement.tokens)
         plan = self._about_extension(statement.tokens)
         if found is not None:
             rewrites = self._config().catalogs == "definitions"

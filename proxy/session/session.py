@@ -432,7 +432,7 @@ class Session(ClientSession):
     def complaint(self, error: bytes) -> bytes | None:
         if self._key is None:  # refused after AuthenticationOk: the database may not exist
             self._sqlstate = ErrorResponse.parse(error).sqlstate
-        if self._is_replication or self.extension_state.is_real:
+        if self._is_replication or self.extension_state.uses_c_extension:
             return None
         if self._config.extension == "proxy" and (said := unavailable(error)) is not None:
             return said
