@@ -95,11 +95,11 @@ class ExtendedQuery:
         if isinstance(plan, Plan):
             prepared = prepare(plan, session.extension_state.composites)
             if (
-                plan.is_servers_too
+                plan.server_can_run
                 and not statement.voids
                 and session.extension_state.has_functions
             ):
-                prepared.native = replace(message, statement=OWN_NAME)
+                prepared.client_parse = replace(message, statement=OWN_NAME)
             statements[key] = prepared
             self._parse_call(message, prepared, _parameters(message, statement), undo)
         else:
@@ -138,7 +138,7 @@ class ExtendedQuery:
                     primary.unclosed.add(hidden)
 
             own = statement_guard(self._short(name), hidden, message.query, parameters)
-            if prepared.native is not None:
+            if prepared.client_parse is not None:
                 own = message.query, message.parameter_types
             primary.send(
                 Parse(name, *own).serialize(),
@@ -226,15 +226,15 @@ class ExtendedQuery:
 
         is_native = (
             isinstance(statement, WithCalls)
-            and statement.native is not None
+            and statement.client_parse is not None
             and bool(message.portal)
             and not statement.plan.streams
         )
         if statement is None or (is_native and message.statement):
             self._primary.send(frame(F.BIND, body), ENDS_BIND, self._primary.pass_on, undo=undo)
-        elif isinstance(statement, WithCalls) and statement.native is not None and is_native:
+        elif isinstance(statement, WithCalls) and statement.client_parse is not None and is_native:
             bind = _in_other_words(body, message, replace(message, statement=OWN_NAME))
-            self._bind_own(statement.plan, statement.native, bind, undo)
+            self._bind_own(statement.plan, statement.client_parse, bind, undo)
         elif isinstance(statement, WithCalls) and message.portal:
             portals[key] = self._bind_hidden(body, message, statement, undo)
         else:

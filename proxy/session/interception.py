@@ -103,14 +103,14 @@ class Interception:
         self._primary.inbox.close(error)
         self.interrupts.fail(error)
 
-    def last_words(self) -> bytes:
+    def unread_server_messages(self) -> bytes:
         """Messages that the server sent before it went, not read yet."""
-        words: list[bytes] = []
+        unread: list[bytes] = []
         with contextlib.suppress(ProtocolViolation):
             for kind, body in self._primary.inbox:
                 if kind in (B.ERROR_RESPONSE, B.NOTICE_RESPONSE):
-                    words.append(frame(kind, body))
-        return b"".join(words)
+                    unread.append(frame(kind, body))
+        return b"".join(unread)
 
     async def _message(self) -> bool:
         """Serve one message of the client. Returns whether it ended the batch."""

@@ -51,8 +51,8 @@ class RowCalls:
         marker: of the extension that has these types, if a call returns one and it is installed.
         fields: the stand-in's columns, as the server describes them.
         server_name: the stand-in's name; see `hidden`.
-        native: the client's Parse, if the server takes it too. Then the server has that under the
-            client's name, unless this is empty.
+        client_parse: the client's Parse, if the server takes it too. Then the server has that
+            under the client's name, unless this is empty.
     """
 
     plan: ScalarPlan
@@ -60,7 +60,7 @@ class RowCalls:
     marker: bytes | None = None
     fields: tuple[Field, ...] = ()
     server_name: bytes = b""
-    native: Parse | None = None
+    client_parse: Parse | None = None
 
     has_columns = True
 
@@ -117,7 +117,7 @@ class FunctionResult:
 
     Attributes:
         columns: the function's, with types as the database has them; none if only its job knows.
-        marker, fields, server_name, native: as in `RowCalls`.
+        marker, fields, server_name, client_parse: as in `RowCalls`.
         described_columns: a job's columns as told by Describe, which later executions must match.
     """
 
@@ -126,7 +126,7 @@ class FunctionResult:
     marker: bytes | None = None
     fields: tuple[Field, ...] = ()
     server_name: bytes = b""
-    native: Parse | None = None
+    client_parse: Parse | None = None
     described_columns: tuple[Field, ...] = ()
 
     @property

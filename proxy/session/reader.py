@@ -249,7 +249,7 @@ class SqlReader:
             made = None if portal is None else portal.statement
         else:
             made = self._relay.statements.get(key)
-        if not isinstance(made, WithCalls) or (made.native is not None and not use.is_portal):
+        if not isinstance(made, WithCalls) or (made.client_parse is not None and not use.is_portal):
             return None
         return substitute(tokens.sql, raise_block(use.refusal()), b"EXECUTE")
 

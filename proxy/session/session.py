@@ -576,7 +576,7 @@ class Session(ClientSession):
             return
         if self.interception is not None:
             self.interception.server_lost(ConnectionError("the server closed the connection"))
-            self.client.write(self.interception.last_words())
+            self.client.write(self.interception.unread_server_messages())
         self.close()
 
     def shut_down(self) -> None:

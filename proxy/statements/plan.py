@@ -115,7 +115,7 @@ class _Calling:
         return any(call.function.result_type == RECORD for call in self.calls)
 
     @functools.cached_property
-    def is_servers_too(self) -> bool:
+    def server_can_run(self) -> bool:
         """Whether a server with the functions accepts the unchanged statement. Only the proxy
         serves rows without a column definition list, and takes other values for handles."""
         parameters = (p.type for call in self.all_calls for p in call.function.parameters)
