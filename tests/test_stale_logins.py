@@ -8,8 +8,19 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.conftest import StartProxy
-from tests.support.background import failure, launch, message, result, run, value, wait_until
+from tests.conftest import StartProxy, shared_proxy
+from tests.support.background import (
+    failure,
+    launch,
+    message,
+    result,
+    run,
+    spares_of,
+    value,
+    wait_until,
+    wait_until_ended,
+)
+from tests.support.executors import create_executor
 from tests.support.in_database import one
 from tests.support.servers import DEFAULT_HBA, PASSWORDS, Connection, Proxy, Server
 from tests.support.upstream_relay import Connection as Login
@@ -17,17 +28,14 @@ from tests.support.upstream_relay import UpstreamRelay, upstream_relay
 
 pytestmark = pytest.mark.every_server
 
-SPARE = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"
-OTHERS = f"CREATE TEMP TABLE spares_of_others AS {SPARE}"
 # Without reuse, which takes turns with spares as time will have it; test_reuse has its own.
 OPTIONS = ("--spare-lifetime", "60s", "--spares", "2", "--reuse-lifetime", "0")
 
 
 @pytest.fixture
 def admin(server: Server) -> Iterator[Connection]:
-    """A superuser's session past the proxy, which knows the spares of other tests' proxies."""
+    """A superuser's session past the proxy."""
     with server.connect() as conn:
-        conn.execute(OTHERS)
         yield conn
 
 
@@ -35,7 +43,8 @@ def admin(server: Server) -> Iterator[Connection]:
 def stale(server: Server, start_proxy: StartProxy) -> Iterator[Proxy]:
     """A proxy whose spares wait for a minute; the roles that a test makes are dropped."""
     before = _roles(server)
-    _executors(server)
+    with server.connect() as conn:
+        create_executor(conn)
     proxy = start_proxy(*OPTIONS)
     yield proxy
     proxy.stop()
@@ -51,32 +60,20 @@ def _roles(server: Server) -> set[str]:
         return {role for (role,) in conn.execute("SELECT rolname FROM pg_roles")}
 
 
-def _executors(server: Server) -> None:
-    """Roles that may call the functions without being superusers are members of this one."""
-    if "pgbackground_role" not in _roles(server):
-        with server.connect() as conn:
-            conn.execute("CREATE ROLE pgbackground_role")
-
-
-def _spares(admin: Connection) -> set[int]:
-    own = f"{SPARE} AND pid NOT IN (SELECT pid FROM spares_of_others)"
-    return {pid for (pid,) in admin.execute(own.encode())}
-
-
 def _warm(admin: Connection, conn: Connection) -> set[int]:
     """Have two spares for a session, of which one has replaced another; their pids."""
     run(conn, "SELECT 1")
-    wait_until(lambda: len(_spares(admin)) == 2)
-    before = _spares(admin)
+    wait_until(lambda: len(spares_of(admin, conn)) == 2)
+    before = spares_of(admin, conn)
 
     def is_one_replaced() -> bool:
         run(conn, "SELECT 1")  # which opens a backend of its own if no spare is ready yet
-        return bool(_spares(admin) - before)
+        return bool(spares_of(admin, conn) - before)
 
     wait_until(is_one_replaced)
 
-    wait_until(lambda: len(_spares(admin)) == 2)
-    return _spares(admin)
+    wait_until(lambda: len(spares_of(admin, conn)) == 2)
+    return spares_of(admin, conn)
 
 
 def test_a_demoted_superuser_gets_no_superusers_backend(stale: Proxy, admin: Connection) -> None:
@@ -137,7 +134,8 @@ def test_who_may_not_log_in_any_more_launches_no_more(
         error = failure(conn, "SELECT pg_background_launch('SELECT 1')")
         assert error.sqlstate in ("28000", "53300", "53000"), message(error)
         assert error.diag.message_detail
-        wait_until(lambda: not _spares(admin) & before)
+        for pid in before:
+            wait_until_ended(admin, pid)
     admin.execute(f'ALTER DATABASE "{db}" ALLOW_CONNECTIONS true')
 
 
@@ -191,9 +189,8 @@ def relay(server: Server) -> Iterator[UpstreamRelay]:
 @pytest.fixture
 def relayed(stale: Proxy, relay: UpstreamRelay, admin: Connection) -> Iterator[Proxy]:
     """A proxy whose logins can be held up."""
-    with Proxy(relay.upstream, *OPTIONS) as proxy:
+    with shared_proxy(relay.upstream, *OPTIONS) as proxy:
         yield proxy
-        assert "Traceback" not in proxy.log, proxy.log
 
 
 def _during_login(
@@ -244,10 +241,10 @@ def test_settings_that_change_during_a_login(
     with relayed.connect(user="eve") as conn:
         while not done.is_set():
             run(conn, "SELECT 1")
-            wait_until(lambda: done.is_set() or len(_spares(admin)) == 2)
+            wait_until(lambda: done.is_set() or len(spares_of(admin, conn)) == 2)
         for _ in range(4):
-            wait_until(lambda: len(_spares(admin)) == 2)
-            before = _spares(admin)
+            wait_until(lambda: len(spares_of(admin, conn)) == 2)
+            before = spares_of(admin, conn)
             pid = launch(conn, "SHOW work_mem")
             assert result(conn, pid) == [("6MB",)]
         # They are used after all.
@@ -388,11 +385,11 @@ def test_no_job_runs_in_one_whose_login_does_not_hold(
         job = "INSERT INTO kept VALUES (1) RETURNING n"
         for _ in range(3):
             assert run(conn, job) == [(1,)]
-            wait_until(lambda: len(_spares(admin)) == count)
+            wait_until(lambda: len(spares_of(admin, conn)) == count)
         admin.execute("ALTER ROLE eve NOLOGIN")
         error = failure(conn, "SELECT pg_background_launch(%s)", [job])
         assert error.sqlstate == "28000", message(error)
-        wait_until(lambda: not _spares(admin))
+        wait_until(lambda: not spares_of(admin, conn))
         others = "SELECT FROM pg_stat_activity WHERE usename = 'eve' AND pid <> %s"
         wait_until(lambda: not admin.execute(others, [conn.info.backend_pid]).fetchall())
         assert owner.execute("SELECT count(*) FROM kept").fetchone() == (3,)
