@@ -253,7 +253,7 @@ def job(queue_size: int = 256 * MEGABYTE) -> Job:
         lease=lease,
         on_finish=lambda job: None,
     )
-    made.take(still, b"SELECT 1", marker=b"no", session=None, keep_backend=lambda backend: None)
+    made.assign(still, b"SELECT 1", marker=b"no", session=None, keep_backend=lambda backend: None)
     return made
 
 

@@ -179,7 +179,7 @@ class Jobs:
         if job in self:
             self._of_pid[job.pid][job.cookie] = job
 
-    def waits_again(self, job: Job) -> None:
+    def forget_pid(self, job: Job) -> None:
         """A job is about to lose its backend, which has not run it."""
         of_pid = self._of_pid.get(job.pid, {})
         of_pid.pop(job.cookie, None)
@@ -219,12 +219,12 @@ class Jobs:
     def remove(self, job: JobRecord) -> None:
         """The session is done with a job, which may run on. Jobs of other sessions are ignored."""
         if job in self:
-            self._forget(job).leave()
+            self._forget(job).detach()
             self._changed()
 
     def _forget(self, record: JobRecord) -> Job:
         job = self._jobs.pop(record.cookie)
-        self.waits_again(job)
+        self.forget_pid(job)
         return job
 
     def clear(self) -> None:

@@ -147,7 +147,7 @@ class Job(JobRecord):
         self.is_abandoned = self.is_lost = False
         self._on_finish: Callable[[Job], None] | None = on_finish
         self._release_backend: ReleaseBackend | None = None
-        self._left = False
+        self._is_detached = False
         self._afterwards: list[Callable[[], object]] = []
         # The whole error, for a fetch; `error` is shortened.
         self._whole_error: ErrorResponse | None = None
@@ -160,7 +160,7 @@ class Job(JobRecord):
             self.output.drop()
         self.cut_off: ErrorResponse | None = None
 
-    def take(
+    def assign(
         self,
         backend: Backend,
         sql: bytes,
@@ -183,7 +183,7 @@ class Job(JobRecord):
         self._sql = sql
         self._run_on(backend, marker, session, keep_backend)
 
-    def wait_again(self, state: bytes) -> None:
+    def requeue(self, state: bytes) -> None:
         """The backend has not run the job: wait for another, in this state."""
         self._let_go(is_idle=False)
         self.pid, self.unfinished_state = NO_PID, state
@@ -191,7 +191,7 @@ class Job(JobRecord):
     def _run_on(
         self, backend: Backend, marker: bytes, session: JobSession | None, keep_backend: KeepBackend
     ) -> None:
-        """Run on a backend on which nothing of the string has run. Arguments as for `take`."""
+        """Run on a backend on which nothing of the string has run. Arguments as for `assign`."""
         self._keep_backend = keep_backend
         self.parameters = backend.parameters
         self._backend = backend
@@ -259,8 +259,8 @@ class Job(JobRecord):
         self._output_settings.callers = output_settings.read(backend.taken_over[2:])
         self._text.taken_up()
         self._taken_up = True
-        if self._left:
-            self.leave()
+        if self._is_detached:
+            self.detach()
 
     def withdraw(self) -> None:
         """Forget the job, which has not run and will not."""
@@ -351,7 +351,9 @@ class Job(JobRecord):
                 self.termination.let_go(backend)
             elif not is_idle or self.canceled:
                 backend.terminate()
-            elif (release := self._keep_backend(backend)) and (self._left or not self.keeps_rows):
+            elif (release := self._keep_backend(backend)) and (
+                self._is_detached or not self.keeps_rows
+            ):
                 release()  # of a submitted job only the outcome is wanted, by its cookie
             else:
                 self._release_backend = release
@@ -394,9 +396,9 @@ class Job(JobRecord):
 
     # Without a fetch
 
-    def leave(self) -> None:
-        """Its session is done with it: from now on only the outcome is kept."""
-        self._left = True
+    def detach(self) -> None:
+        """Its session is done with it: from now on, only the outcome is kept."""
+        self._is_detached = True
         if self._release_backend is not None:
             self._release_backend()
             self._release_backend = None
@@ -452,7 +454,7 @@ class Job(JobRecord):
 
     def _message(self, kind: int, body: bytes) -> None:
         if kind == B.ROW_DESCRIPTION:
-            if self._is_last_statement and not self._left:
+            if self._is_last_statement and not self._is_detached:
                 self.columns = RowDescription.parse(body).fields
                 if self.keeps_rows and (question := self._output_settings.question(self.columns)):
                     self._send(question)
@@ -522,13 +524,13 @@ class Job(JobRecord):
     def _fail(self, error: ErrorResponse) -> None:
         whole = self._with_context(error)
         self.error = kept_error(whole, self.encoding)
-        if not self._left:
+        if not self._is_detached:
             self._whole_error = whole
 
     def _add_tag(self, tag: bytes | None) -> None:
         if tag is None:
             pass
-        elif self._left:
+        elif self._is_detached:
             self.tags = [tag]
         else:
             # Long strings have many statements, mostly with equal tags.

@@ -307,7 +307,7 @@ class Owner(ABC):
         if isinstance(job, RetriedJob):
             assert isinstance(session, Owner)
             job.next_session = functools.partial(_next_session, session, launcher)
-        job.take(
+        job.assign(
             backend,
             launch.request.sql,
             marker=backend.own_settings[JOB_SETTING],
@@ -409,9 +409,9 @@ class Owner(ABC):
         """
         job.unfinished_state = QUEUED
 
-        def wait_again() -> None:
-            self.jobs.waits_again(job)
-            job.wait_again(QUEUED)
+        def requeue() -> None:
+            self.jobs.forget_pid(job)
+            job.requeue(QUEUED)
             self.service.registry.add(job)
 
         async def begin(
@@ -423,7 +423,7 @@ class Owner(ABC):
             self._give(job, launch, backend, keep_backend)
             self.service.registry.add(job)
             self.jobs.begun(job)
-            await self._start(job, reservation, wait_again)
+            await self._start(job, reservation, requeue)
             counters.launched += 1
             self._follow(job, launch, wait_limit)
 

@@ -204,7 +204,7 @@ class RetriedJob(Job):
         self._run_on(backend, backend.own_settings[JOB_SETTING], session, keep_backend)
         await self.start()
         self.on_change()
-        if self._left:
+        if self._is_detached:
             self._sql = self._sql[:LISTED_SQL_SIZE]
             self._text.forget()
 
