@@ -94,7 +94,7 @@ class Channel:
 
         Raises ServerError, ConnectionError, ProtocolViolation.
         """
-        return await asyncio.shield(self.say(sql))
+        return await asyncio.shield(self.query_nowait(sql))
 
     async def transact(self, *commands: tuple[bytes, Sequence[bytes]]) -> Rows:
         """The rows of commands with parameters that form one transaction (`Backend.transact`). A
@@ -115,7 +115,7 @@ class Channel:
                     await self._backend.rows(b"ROLLBACK")
                 raise
 
-    def say(self, sql: bytes) -> asyncio.Task[Rows]:
+    def query_nowait(self, sql: bytes) -> asyncio.Task[Rows]:
         """`query` in a task, since nobody waits for the rows."""
         task = asyncio.get_running_loop().create_task(self._query(sql))
         self._tasks.add(task)
@@ -155,7 +155,7 @@ class Channel:
     def rest(self) -> asyncio.Task[Rows]:
         """Show only the word for the next question, and release locks, before the next lease."""
         self.is_locked = False
-        return self.say(_REST % self.comment)
+        return self.query_nowait(_REST % self.comment)
 
     @property
     def pid(self) -> int:

@@ -311,7 +311,7 @@ class DatabaseCalls:
         """Tell a function that has proven its question in advance that it is being handled."""
         if challenge.lock is not None and self._channel is not None:
             marks = self._marks(challenge.question.nonce, challenge.lock)
-            self._channel.say(marks.announce(take_lock=False))
+            self._channel.query_nowait(marks.announce(take_lock=False))
 
     async def _serve_completed(self, challenge: Challenge, message: Message) -> None:
         """The custom settings have arrived: continue the call."""
@@ -611,7 +611,7 @@ class DatabaseCalls:
             self._coming = asyncio.get_running_loop().create_task(coming)
         # The function may continue before this is answered; nobody else knew the lock's key.
         channel.is_locked = word is not None
-        showing = channel.say(b"%bSELECT %b" % (comment, b", ".join(columns)))
+        showing = channel.query_nowait(b"%bSELECT %b" % (comment, b", ".join(columns)))
         if not is_last:
             await asyncio.sleep(0)  # it is sent first
             shown.prepare(number + 1)
