@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
@@ -330,7 +330,7 @@ def test_none_whose_job_was_canceled(conn: Connection) -> None:
 
 
 def test_it_waits_for_a_moment_only(start_proxy: StartProxy, scratch: str) -> None:
-    proxy = start_proxy("--spare-lifetime", "60s", "--reuse-lifetime", "200ms")
+    proxy = start_proxy("--spare-lifetime", "60s", "--reuse-lifetime", "2s")
     with proxy.connect(dbname=scratch) as conn:
         run(conn, "SELECT 1")
         wait_until(lambda: waiting(conn))
@@ -340,13 +340,16 @@ def test_it_waits_for_a_moment_only(start_proxy: StartProxy, scratch: str) -> No
 def test_it_is_not_older_than_a_spare_may_be(start_proxy: StartProxy, scratch: str) -> None:
     """Or a changed password would never hold for a session that goes on launching."""
     proxy = start_proxy("--spare-lifetime", "2s", "--reuse-lifetime", "60s")
+    jobs: Counter[int] = Counter()
     with proxy.connect(dbname=scratch) as conn:
-        run(conn, "SELECT 1")
-        wait_until(lambda: waiting(conn))
-        first = run_and_wait(conn, "SELECT 1")
-        while not has_ended(conn, first):
-            run(conn, "SELECT 1")
-            time.sleep(0.05)
+
+        def one_is_gone_that_was_used_again() -> bool:
+            pid = launch(conn, "SELECT 1")
+            assert result(conn, pid) == [(1,)]
+            jobs[pid] += 1
+            return any(count > 1 and has_ended(conn, pid) for pid, count in jobs.items())
+
+        wait_until(one_is_gone_that_was_used_again)
 
 
 def test_it_ends_with_its_session(proxy: Proxy, server: Server, scratch: str) -> None:
