@@ -176,7 +176,7 @@ _FORMATTERS: Final[Mapping[str, type[PostgresFormatter | JsonFormatter]]] = {
 FORMATS: Final = tuple(_FORMATTERS)
 
 
-_MOST: Final = 4 * 1024 * 1024
+_MAX_UNWRITTEN: Final = 4 * 1024 * 1024
 """Bytes of the log that may wait to be written."""
 
 _LAST_WORDS: Final = 1.0
@@ -191,7 +191,7 @@ class BackgroundHandler(logging.Handler):
         most: bytes that may wait. A single event may always wait, however long.
     """
 
-    def __init__(self, fd: int, most: int = _MOST) -> None:
+    def __init__(self, fd: int, most: int = _MAX_UNWRITTEN) -> None:
         super().__init__()
         self._fd = fd
         self._most = most

@@ -23,7 +23,7 @@ import psutil
 import psycopg
 import pytest
 
-from proxy.admin.metrics import MOST_LOGINS, Exposition
+from proxy.admin.metrics import MAX_LOGINS, Exposition
 from proxy.admin.source import Processes
 from proxy.config import Config
 from proxy.runtime import Runtime
@@ -433,11 +433,11 @@ def exposed(running: dict[str, dict[str, int]], exposition: Exposition) -> Any:
 
 def test_roles_and_databases_make_a_bounded_number_of_series() -> None:
     exposition = Exposition()
-    first = {f"role{n}": {"db": 1} for n in range(MOST_LOGINS)}
-    assert len(exposed(first, exposition)) == MOST_LOGINS
+    first = {f"role{n}": {"db": 1} for n in range(MAX_LOGINS)}
+    assert len(exposed(first, exposition)) == MAX_LOGINS
     many = {f"other{n}": {"db1": 2, "db2": 1} for n in range(1000)}
     found = exposed(many | {"role7": {"db": 5}}, exposition)
-    assert len(found) == MOST_LOGINS + 1
+    assert len(found) == MAX_LOGINS + 1
     assert found[OTHER, OTHER] == 3000
     assert found["role7", "db"] == 5
     assert found["role8", "db"] == 0

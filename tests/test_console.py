@@ -41,7 +41,7 @@ from protocol.startup import StartupMessage
 from proxy import __version__
 from proxy.config import SETTINGS
 from proxy.console.commands import SHOWN, USAGE
-from proxy.console.login import MOST
+from proxy.console.login import MAX_CLIENTS
 from proxy.console.tables import TABLES
 from tests.conftest import StartProxy, shared_proxy, upstream_of
 from tests.support.background import launch, wait_until
@@ -929,7 +929,7 @@ def test_places_are_limited_and_some_are_kept(start_proxy: StartProxy, tmp_path:
         stack.enter_context(local((proxy, tmp_path), user))
 
     with contextlib.ExitStack() as stack:
-        for _ in range(MOST - 4):
+        for _ in range(MAX_CLIENTS - 4):
             enter("watcher")
         assert "too many clients of the console already" in refusal(lambda: enter("watcher"))
         for _ in range(4):

@@ -26,7 +26,7 @@ from proxy.config import load
 from proxy.runtime import Runtime
 from proxy.workers.messages import Answer, CancelJob, JobEnded, Question, Told, encode
 from proxy.workers.replica_link import _Conversation
-from proxy.workers.sealed import MOST_RECIPIENTS, PIECE, Seal, new_name
+from proxy.workers.sealed import MAX_RECIPIENTS, PIECE, Seal, new_name
 from tests.conftest import StartProxy, upstream_of
 from tests.support.api_clients import Gate
 from tests.support.background import failure, notices, run, spares_of, wait_until
@@ -579,7 +579,7 @@ def test_a_sealed_message_is_whole_or_nothing(
 
 def test_the_longest_message_is_a_payload() -> None:
     seal = Seal(SECRET.encode())
-    names = [bytes([n]) * 16 for n in range(MOST_RECIPIENTS)]
+    names = [bytes([n]) * 16 for n in range(MAX_RECIPIENTS)]
     assert len(seal.close(b"s" * 16, 1, names, bytes(PIECE), more=True)) < 8000
 
 

@@ -24,12 +24,12 @@ from proxy.runtime import Runtime
 
 _SCHEME: Final = "basic "
 
-_MOST_REMEMBERED: Final = 100
+_MAX_REMEMBERED: Final = 100
 
 _LONGEST: Final = 1000
 """Characters of a header that may contain a name and a password."""
 
-_AT_ONCE: Final = 2
+_MAX_CONCURRENT: Final = 2
 """Concurrent checks; each costs milliseconds of a core."""
 
 
@@ -57,7 +57,7 @@ class Accounts:
         self._key = secrets.token_bytes(32)
         self._rate_limiter = RateLimiter(burst=10, rate=0.2)
         self._known: dict[bytes, None] = {}
-        self._checking = asyncio.Semaphore(_AT_ONCE)
+        self._checking = asyncio.Semaphore(_MAX_CONCURRENT)
 
     async def log_in(self, header: str, runtime: Runtime, stranger: str) -> Account | None:
         """The account for an Authorization header; None if the password is wrong.
@@ -86,7 +86,7 @@ class Accounts:
                 values = {"user": name[:100], "host": stranger}
                 logger.warning(Event("admin login refused", values))
                 return None
-            if len(self._known) >= _MOST_REMEMBERED:
+            if len(self._known) >= _MAX_REMEMBERED:
                 self._known.clear()
             self._known[digest] = None
         return Account(name, name in runtime.config.admins)

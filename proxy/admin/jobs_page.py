@@ -19,8 +19,8 @@ from proxy.log import logger
 from proxy.reasons import explain
 from proxy.sql.recoding import beginning, readable
 
-MOST_RUNNING: Final = 200
-MOST_ENDED: Final = 50
+MAX_RUNNING: Final = 200
+MAX_ENDED: Final = 50
 """Ended jobs that are shown."""
 
 _SQL_SIZE: Final = 600
@@ -28,7 +28,7 @@ _LABEL_SIZE: Final = 200
 _MESSAGE_SIZE: Final = 500
 """Characters of a message that are shown."""
 
-_MOST_LOGINS: Final = 5
+_MAX_LOGINS: Final = 5
 """Logins for whose jobs wait events are requested; each takes a connection, a channel."""
 
 _MEMORY: Final = 1.5
@@ -52,15 +52,15 @@ class JobsPage:
     async def show(self) -> dict[str, Any]:
         """JSON: ``running``, ``waiting``, ``ended``, lists of `_shown`; ``count``: running jobs."""
         registry = self._jobs.registry
-        running = heapq.nsmallest(MOST_RUNNING, registry.running, key=lambda job: job.launched_at)
+        running = heapq.nsmallest(MAX_RUNNING, registry.running, key=lambda job: job.launched_at)
         await self._ask_waits(running)
-        waiting = heapq.nsmallest(MOST_RUNNING, registry.waiting, key=lambda job: job.launched_at)
+        waiting = heapq.nsmallest(MAX_RUNNING, registry.waiting, key=lambda job: job.launched_at)
         ended = [job for job in registry if job.finished]
         return {
             "count": len(registry.running),
             "running": [_shown(job, self._waits.get(job.backend_pid)) for job in running],
             "waiting": [_shown(job, None) for job in waiting],
-            "ended": [_shown(job, None) for job in ended[-MOST_ENDED:]],
+            "ended": [_shown(job, None) for job in ended[-MAX_ENDED:]],
         }
 
     async def _ask_waits(self, jobs: list[Job]) -> None:
@@ -73,7 +73,7 @@ class JobsPage:
         for job in jobs:
             if not (job.is_pooled or job.finished):
                 groups.setdefault((job.user, job.database), []).append(job)
-        asked = [self._ask(group) for group in list(groups.values())[:_MOST_LOGINS]]
+        asked = [self._ask(group) for group in list(groups.values())[:_MAX_LOGINS]]
         self._waits = {pid: wait for found in await asyncio.gather(*asked) for pid, wait in found}
 
     async def _ask(self, jobs: list[Job]) -> list[tuple[int, str]]:

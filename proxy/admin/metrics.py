@@ -1,7 +1,7 @@
 """The figures as Prometheus metrics.
 
 Invariant: the number of time series is bounded, whatever clients do: labels have fixed sets of
-values, except role and database, of which the first `MOST_LOGINS` pairs in the life of the process
+values, except role and database, of which the first `MAX_LOGINS` pairs in the life of the process
 are distinguished, and all others are ``other``.
 """
 
@@ -29,7 +29,7 @@ from proxy.stats import DURATIONS, LAGS, LATENCIES, OTHER, Figures
 
 PREFIX: Final = "pg_background_proxy"
 
-MOST_LOGINS: Final = 100
+MAX_LOGINS: Final = 100
 
 _SOURCES: Final = {"client_bytes": "clients", "server_bytes": "servers", "job_bytes": "jobs"}
 
@@ -106,7 +106,7 @@ class Exposition:
 
     def _admitted(self, login: tuple[str, str]) -> tuple[str, str]:
         if login not in self._logins:
-            if len(self._logins) >= MOST_LOGINS:
+            if len(self._logins) >= MAX_LOGINS:
                 return OTHER, OTHER
             self._logins.add(login)
         return login

@@ -21,7 +21,7 @@ from aiohttp import web
 
 from proxy import __version__
 from proxy.admin.accounts import Account, Accounts, TooManyError
-from proxy.admin.jobs_page import MOST_ENDED, MOST_RUNNING
+from proxy.admin.jobs_page import MAX_ENDED, MAX_RUNNING
 from proxy.admin.metrics import Exposition
 from proxy.admin.readiness import Readiness
 from proxy.admin.source import Source
@@ -32,7 +32,7 @@ from proxy.log import Event, logger
 from proxy.net import tls
 from proxy.runtime import Runtime
 
-_MOST_CONNECTIONS: Final = 100
+_MAX_CONNECTIONS: Final = 100
 
 _FIRST_REQUEST: Final = 10.0
 _NEXT_REQUEST: Final = 30.0
@@ -123,7 +123,7 @@ class Site:
     def _connection(self) -> asyncio.Protocol:
         serve = self._runner.server
         assert serve is not None
-        if len(serve.connections) >= _MOST_CONNECTIONS:
+        if len(serve.connections) >= _MAX_CONNECTIONS:
             return _TurnedAway()
         protocol = serve()
         self._fresh.add(protocol)
@@ -223,9 +223,9 @@ class Site:
             "token": self._accounts.token(account) if account.may_cancel else None,
             "count": sum(process["count"] for process in processes),
             "silent": self._source.processes().silent,
-            "running": list(map(_without_cookie, running[:MOST_RUNNING])),
-            "waiting": list(map(_without_cookie, waiting[:MOST_RUNNING])),
-            "ended": list(map(_without_cookie, ended[:MOST_ENDED])),
+            "running": list(map(_without_cookie, running[:MAX_RUNNING])),
+            "waiting": list(map(_without_cookie, waiting[:MAX_RUNNING])),
+            "ended": list(map(_without_cookie, ended[:MAX_ENDED])),
         }
         return web.json_response(shown)
 

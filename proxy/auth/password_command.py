@@ -21,7 +21,7 @@ from proxy.reasons import explain
 SOURCE: Final = "what password_command prints"
 
 _PLACEHOLDER: Final = re.compile(r"\{(user|host|port|database)\}")
-_MOST: Final = 1000
+_MAX_REMEMBERED: Final = 1000
 """Number of passwords that are kept."""
 _LONGEST: Final = 64 * 1024
 """Bytes of a password: more than PostgreSQL accepts."""
@@ -85,7 +85,7 @@ class PasswordCommand:
         del self._asked[arguments]
         if task.cancelled() or task.exception() is not None:
             return
-        if self._ttl and len(self._known) < _MOST:
+        if self._ttl and len(self._known) < _MAX_REMEMBERED:
             until = asyncio.get_running_loop().time() + self._ttl
             self._known[arguments] = (until, task.result())
 

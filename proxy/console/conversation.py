@@ -57,8 +57,8 @@ from proxy.net.inbox import Inbox
 LONGEST: Final = 16 * 1024
 """Bytes of a client's message."""
 
-_MOST_STATEMENTS: Final = 256
-_MOST_PORTALS: Final = 4
+_MAX_STATEMENTS: Final = 256
+_MAX_PORTALS: Final = 4
 """Limits of a client's prepared statements, and of its portals, which may hold all jobs' rows."""
 
 _TIMEOUT: Final = 60.0
@@ -238,7 +238,7 @@ class Conversation:
             raise SQLError(
                 "42P05", f'prepared statement "{_text(message.statement)}" already exists'
             )
-        if len(self._statements) >= _MOST_STATEMENTS and message.statement not in self._statements:
+        if len(self._statements) >= _MAX_STATEMENTS and message.statement not in self._statements:
             raise SQLError(PROGRAM_LIMIT_EXCEEDED, "too many prepared statements")
         self._statements[message.statement] = parse_one(message.query)
         await self._send(ParseComplete().serialize())
@@ -253,7 +253,7 @@ class Conversation:
             )
         columns = command.columns if command is not None else None
         formats = _formats(message.result_formats, len(columns or ()))
-        if len(self._portals) >= _MOST_PORTALS and message.portal not in self._portals:
+        if len(self._portals) >= _MAX_PORTALS and message.portal not in self._portals:
             raise SQLError(PROGRAM_LIMIT_EXCEEDED, "too many portals")
         self._portals[message.portal] = _Portal(command, formats)
         await self._send(BindComplete().serialize())

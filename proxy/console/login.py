@@ -58,7 +58,7 @@ _RATE: Final = 1.0
 _MAX_WAITING: Final = 10
 """Logins by password from one address: at once, per second, and waiting."""
 
-MOST: Final = 20
+MAX_CLIENTS: Final = 20
 _KEPT_FREE: Final = 4
 """Clients of one process, and how many of these places stats_users cannot take."""
 
@@ -190,12 +190,13 @@ class ConsoleLogin:
     @contextlib.contextmanager
     def _place(self, user: ConsoleUser) -> Iterator[None]:
         """Raises SQLError, FATAL, if too many clients are in the console."""
-        most = MOST if user.is_admin else MOST - _KEPT_FREE
+        most = MAX_CLIENTS if user.is_admin else MAX_CLIENTS - _KEPT_FREE
         if self._clients >= most:
             raise SQLError(
                 TOO_MANY_CONNECTIONS,
                 "sorry, too many clients of the console already",
-                detail=f"A process has {MOST} at the most, {_KEPT_FREE} of them for admin_users.",
+                detail=f"A process has {MAX_CLIENTS} at the most, {_KEPT_FREE} of them for"
+                " admin_users.",
                 severity="FATAL",
             )
         self._clients += 1

@@ -49,7 +49,7 @@ _OF_OPERATORS: Final = frozenset(("is", "not", "distinct", "similar"))
 _MAX_LOOKED_AT: Final = 64
 """Limit of constants with this value, of columns with this name, of brackets around one."""
 _LONGEST_TYPE: Final = 1024
-_MOST_TYPES: Final = 64 * 1024
+_MAX_TYPES: Final = 64 * 1024
 """Bytes of such a constant; and of all that may be such."""
 _SELECTS: Final = frozenset(("select", "distinct", "all", "returning"))
 
@@ -176,7 +176,7 @@ class Code(Query):
     @functools.cached_property
     def _our_types(self) -> list[int]:
         found: list[int] = []
-        left = _MOST_TYPES
+        left = _MAX_TYPES
         for at, token in enumerate(self.tokens):
             if token.kind is not Kind.STRING or not self._may_be_our_type(at):
                 continue

@@ -40,7 +40,7 @@ _COMMANDS: Final = frozenset(
 """How SQL in a constant within a function may begin."""
 _DEEPEST: Final = 3
 """Nesting of constants that are read as code."""
-_MOST_READ: Final = 64 * 1024
+_MAX_READ: Final = 64 * 1024
 _CONSTANT_COST: Final = 2048
 """Bytes of constants within functions that are read, and what each counts for in addition."""
 
@@ -187,7 +187,7 @@ class _Finder:
         """`conforming`: standard_conforming_strings."""
         self.conforming = conforming
         # Bytes of constants within functions yet to be read.
-        self.left = _MOST_READ
+        self.left = _MAX_READ
 
     def in_statement(self, code: Code, depth: int = 0) -> Iterator[Code | None]:
         """Search a statement, if it is a definition."""

@@ -30,7 +30,7 @@ _MAX_COMMANDS: Final = 16
 _COMMANDS: Final = frozenset(("create", "drop", "alter", "comment"))
 _LONGEST: Final = 64
 """Tokens of a command."""
-_MOST_READ: Final = 64 * 1024
+_MAX_READ: Final = 64 * 1024
 """Bytes of a command, and of all constants after EXECUTE that may be one."""
 
 
@@ -115,7 +115,7 @@ def _within(constant: StringConstant, text: bytes) -> bytes:
 
 def _commands(code: Code) -> Iterator[tuple[int, int, Command, bytes]]:
     """The commands about our extension: their first and last tokens, and their text."""
-    left = _MOST_READ
+    left = _MAX_READ
     for at in range(code.count):
         if at and not (code.begins_statement(at - 1) or code.text(at - 1) in (b">>", b">")):
             continue
@@ -130,7 +130,7 @@ def _commands(code: Code) -> Iterator[tuple[int, int, Command, bytes]]:
             end = at
             while end < min(code.count, at + _LONGEST) and code.text(end) != b";":
                 end += 1
-            if code.end(end - 1) - code.start(at) > _MOST_READ:
+            if code.end(end - 1) - code.start(at) > _MAX_READ:
                 continue
             part = Tokens(code.sql, code.tokens[at:end], None)
             text = code.sql[code.start(at) : code.end(end - 1)]

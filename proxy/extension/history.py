@@ -11,10 +11,10 @@ from typing import Final
 
 from proxy.extension.installed import FIND, HISTORY, HISTORY_TABLE
 from proxy.extension.texts import sql
-from proxy.jobs.history import FIELDS, MOST_AT_ONCE
+from proxy.jobs.history import FIELDS, MAX_ROWS_PER_WRITE
 from proxy.sql.text import EXECUTOR_ROLE
 
-MOST_OF_ROLE: Final = 10_000
+MAX_ROWS_OF_ROLE: Final = 10_000
 """Rows kept for one role; beyond that its oldest are deleted."""
 
 _LAUNCHING: Final = ",".join(
@@ -48,7 +48,7 @@ def record(schema: str) -> str:
         table=HISTORY_TABLE,
         launching=_LAUNCHING,
         may_execute=may_execute,
-        most_at_once=str(MOST_AT_ONCE),
+        most_at_once=str(MAX_ROWS_PER_WRITE),
         fields=str(FIELDS),
-        most_of_role=str(MOST_OF_ROLE),
+        most_of_role=str(MAX_ROWS_OF_ROLE),
     ).rstrip("\n")

@@ -44,7 +44,7 @@ LARGEST_QUESTION: Final = 1024 * 1024
 _LARGEST_STEP: Final = 1024
 """Bytes of a message that continues a question."""
 
-_MOST_WORDS: Final = 8192
+_MAX_WORDS: Final = 8192
 
 LONGEST_LINE: Final = 1024
 """Bytes of a line of CONTEXT that are read."""
@@ -108,7 +108,7 @@ class Message:
         if schema.startswith(b'"'):
             schema = schema[1:-1].replace(b'""', b'"')
         text = notice.message
-        _, nonce, verb, *words = [*text.split(b" ", _MOST_WORDS), b"", b""]
+        _, nonce, verb, *words = [*text.split(b" ", _MAX_WORDS), b"", b""]
         del words[-2:]
         if len(nonce) != 32 or not nonce.isalnum() or verb not in _VERBS:
             raise NotOursError

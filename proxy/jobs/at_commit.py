@@ -31,7 +31,7 @@ from proxy.jobs.job import Job
 from proxy.log import logger
 from proxy.reasons import explain
 
-MOST_SQL: Final = 64 * 1024 * 1024
+MAX_SQL: Final = 64 * 1024 * 1024
 """Bytes of SQL in pending jobs of one login role."""
 
 _SETTLE_AFTER: Final = 0.05
@@ -44,7 +44,7 @@ _LOOK_SELDOM: Final = 2.0
 _TRIES: Final = 5
 """Failed attempts to listen again, after which jobs of finished transactions fail."""
 
-_MOST_FAILURES: Final = 30
+_MAX_FAILURES: Final = 30
 """Consecutive failures to check whether a backend has ended."""
 
 _READ_ONLY: Final = "25006"
@@ -175,12 +175,12 @@ class PendingJobs:
                 f" {self.most} (max_pending_jobs).",
                 hint="Commit more often, or launch one job that does the work of many.",
             )
-        if self._size[role] + size > MOST_SQL:
+        if self._size[role] + size > MAX_SQL:
             raise SQLError(
                 CONFIGURATION_LIMIT_EXCEEDED,
                 "too much SQL of background workers waits for a commit",
                 detail=f'The jobs that are pending for role "{name}" may have'
-                f" {MOST_SQL // 1024**2} MB of it.",
+                f" {MAX_SQL // 1024**2} MB of it.",
                 hint="Commit more often, or put the data into a table.",
             )
 
@@ -428,7 +428,7 @@ class _Follower:
             except _FAILURES as error:
                 logger.debug("cannot tell whether a backend has ended: %s", explain(error))
                 failures += 1
-                if failures == _MOST_FAILURES:
+                if failures == _MAX_FAILURES:
                     break
             else:
                 failures = 0

@@ -75,7 +75,7 @@ class Reservation:
 class Jobs:
     """The jobs that one session has launched and not yet fetched or detached."""
 
-    MOST: Final = 2_000
+    MAX_ATTACHED: Final = 2_000
     """Limit while some have ended: the oldest of those, which nobody fetches, is detached."""
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ class Jobs:
         self.counts.launched += 1
         if not job.is_waiting:
             self.begun(job)
-        if len(self._jobs) > self.MOST:
+        if len(self._jobs) > self.MAX_ATTACHED:
             ended = next((job for job in self._jobs.values() if job.finished), None)
             if ended is not None:
                 self.remove(ended)

@@ -37,15 +37,15 @@ from proxy.sql.recoding import recoded
 FIELDS: Final = 19
 """Number of fields of a row, as _pg_background_record takes it."""
 
-MOST_AT_ONCE: Final = 500
+MAX_ROWS_PER_WRITE: Final = 500
 """Rows in one write."""
 
 _SOON: Final = 0.1
 """Seconds after which a running job gets its row. If it ends earlier, only its outcome is written.
 """
 
-_MOST_PENDING: Final = 10_000
-_MOST_OF_ROLE: Final = 2_000
+_MAX_PENDING: Final = 10_000
+_MAX_PENDING_OF_ROLE: Final = 2_000
 """Limits of unwritten rows: of the process, and of one role."""
 
 _SQL_SIZE: Final = 8 * 1024
@@ -61,7 +61,7 @@ _QUIET: Final = 60.0
 _READ_TIMEOUT: Final = 5.0
 """Seconds for a query on the history."""
 
-MOST_READ: Final = 1_000
+MAX_ROWS_READ: Final = 1_000
 """Rows of the history in a list, the newest."""
 
 _BEGIN: Final = b"BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE"
@@ -189,7 +189,7 @@ _OF_HANDLES: Final = (
     b" WHERE p.cookie OPERATOR(pg_catalog.=) h.cookie"
     b" AND p.pid OPERATOR(pg_catalog.=) ANY (ARRAY[%d, h.pid]))" % NO_PID
 )
-_NEWEST: Final = b" ORDER BY h.started_at DESC LIMIT %d" % MOST_READ
+_NEWEST: Final = b" ORDER BY h.started_at DESC LIMIT %d" % MAX_ROWS_READ
 
 
 class History:
@@ -263,7 +263,7 @@ class History:
             self._forget(role, writer)
             return
         if entry.job.handle not in writer.pending:
-            if self._count >= _MOST_PENDING or len(writer.pending) >= _MOST_OF_ROLE:
+            if self._count >= _MAX_PENDING or len(writer.pending) >= _MAX_PENDING_OF_ROLE:
                 self._warn(role.login, "too much is to be written; jobs have no row")
                 return
             self._count += 1
@@ -286,7 +286,7 @@ class History:
     async def _write_all(self, role: SessionRole, writer: _Writer) -> None:
         try:
             while writer.pending:
-                handles = list(writer.pending)[:MOST_AT_ONCE]
+                handles = list(writer.pending)[:MAX_ROWS_PER_WRITE]
                 entries = [writer.pending.pop(handle) for handle in handles]
                 self._count -= len(entries)
                 writer.open.update(entries)

@@ -334,7 +334,7 @@ class JobRegistry(Generic[JobT]):
         waiting: jobs that wait for one.
     """
 
-    MOST = 2_000
+    MAX_ENDED = 2_000
     """Limit of ended jobs; beyond it the oldest are forgotten."""
 
     def __init__(self, retention: float, role_gone: Callable[[int], None]) -> None:
@@ -405,7 +405,7 @@ class JobRegistry(Generic[JobT]):
         too_old = time.monotonic() - self.retention
         while self._ended:
             cookie, when = next(iter(self._ended.items()))
-            if when > too_old and len(self._ended) <= self.MOST:
+            if when > too_old and len(self._ended) <= self.MAX_ENDED:
                 break
             del self._ended[cookie]
             self._remove(cookie)

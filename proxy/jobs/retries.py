@@ -35,7 +35,7 @@ from proxy.log import Event, Value, logger
 from proxy.sql import lexer
 from proxy.sql.encodings import codec
 
-MOST: Final = 10
+MAX_RETRIES: Final = 10
 """Limit of further attempts."""
 
 _LONGEST_SQL: Final = 1024 * 1024
@@ -63,8 +63,8 @@ NextSession = Callable[[Backend], JobSession]
 def checked(retries: int | None, sql: bytes | None) -> int:
     """The number of further attempts that a call asks for. Raises SQLError 22023, 54000."""
     retries = retries or 0
-    if not 0 <= retries <= MOST:
-        raise SQLError(INVALID_PARAMETER_VALUE, f"retries must be between 0 and {MOST}")
+    if not 0 <= retries <= MAX_RETRIES:
+        raise SQLError(INVALID_PARAMETER_VALUE, f"retries must be between 0 and {MAX_RETRIES}")
     if retries and sql is not None and len(sql) > _LONGEST_SQL:
         raise SQLError(
             PROGRAM_LIMIT_EXCEEDED,

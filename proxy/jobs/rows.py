@@ -16,7 +16,7 @@ from typing import Final
 from proxy.net.inbox import Source
 
 _READ_AT_ONCE: Final = 64 * 1024
-_LEAST_READ: Final = 8 * 1024
+_MIN_READ: Final = 8 * 1024
 """Limit of bytes that a queue reads at once where there is no room for more."""
 
 
@@ -119,7 +119,7 @@ class OutputQueue:
         """Bytes until it is full; None if everything is dropped."""
         if self._dropping:
             return None
-        left = (max(budget.limit - budget.held, _LEAST_READ) for budget in self._budgets)
+        left = (max(budget.limit - budget.held, _MIN_READ) for budget in self._budgets)
         return max(min(self._limit - self._held, *left, self._limit), 1)
 
     def put(self, output: Output) -> None:

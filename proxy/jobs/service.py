@@ -33,14 +33,14 @@ from proxy.runtime import Runtime
 
 T = TypeVar("T")
 
-_MOST_DATABASES: Final = 1_000
+_MAX_DATABASES: Final = 1_000
 """Limit of databases whose jobs are counted separately."""
 
 _CANCEL_AGAIN: Final = 0.02
 _CANCEL_SELDOM: Final = 1.0
 """Seconds between cancel requests to a job that goes on: at first, and at most."""
 
-_MOST_AT_ONCE: Final = 8
+_MAX_TERMINATIONS: Final = 8
 """Concurrent terminations, each with a connection for a moment."""
 
 _WRITE_TIMEOUT: Final = 2.0
@@ -102,7 +102,7 @@ class JobService:
         self.history = History(lambda: self.runtime.config, self.channels.give_back, find_history)
         self._on_end = on_end
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._terminating = asyncio.Semaphore(_MOST_AT_ONCE)
+        self._terminating = asyncio.Semaphore(_MAX_TERMINATIONS)
         # The tasks of `cancel_statement`.
         self._cancels: set[asyncio.Task[None]] = set()
 
@@ -134,7 +134,7 @@ class JobService:
 
     def counts_of(self, database: bytes) -> JobCounts:
         """The counts for a database; beyond the limit, databases share one."""
-        if database not in self.counts and len(self.counts) >= _MOST_DATABASES:
+        if database not in self.counts and len(self.counts) >= _MAX_DATABASES:
             database = b""
         return self.counts.setdefault(database, JobCounts())
 

@@ -40,7 +40,7 @@ from proxy.session.results import Delivery, Result, Table, encode, with_formats
 from proxy.session.visible_wait import VisibleWait
 from proxy.statements.plan import ScalarPlan
 
-_MOST_KEPT: Final = 1000
+_MAX_ROWS_KEPT: Final = 1000
 """Up to this many rows, calls are made after the server's whole answer; beyond, as rows come."""
 
 
@@ -122,7 +122,7 @@ class Execution:
                 return
             kept.append((kind, body))
             if (
-                len(kept) > _MOST_KEPT
+                len(kept) > _MAX_ROWS_KEPT
                 and not (may_set or batch.caller.may_use_primary(plan))
                 and batch.caller.has_whole_context
             ):

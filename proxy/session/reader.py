@@ -33,7 +33,7 @@ from proxy.statements.analysis import analyze
 from proxy.statements.plan import Plan, Statement, Substitute, substitute
 from proxy.statements.reading import depends_on_settings
 
-_MOST_CODE: Final = 2 * lexer.MAX_BYTES
+_MAX_CODE: Final = 2 * lexer.MAX_BYTES
 """Bytes of definitions and DO blocks per text that are analysed."""
 _BEGIN_CODE: Final = frozenset(("create", "alter", "do"))
 _SHORT: Final = 1024
@@ -78,7 +78,7 @@ class SqlReader:
         if not self._relay.is_of_interest(sql.lower()):
             return [Statement(sql)]
         self.too_long = False
-        self._code_left = _MOST_CODE
+        self._code_left = _MAX_CODE
         try:
             parts = self._split(sql)
         except LexError as error:

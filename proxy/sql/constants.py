@@ -24,7 +24,7 @@ _ESCAPED: Final = re.compile(
     rb"''|" + _JUNCTION + rb"|\\(?:x[0-9A-Fa-f]{1,2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[0-7]{1,3}|.)",
     re.DOTALL,
 )
-_MOST_ESCAPES: Final = 20_000
+_MAX_ESCAPES: Final = 20_000
 """Limit in one constant, doubled quotes included; beyond it the constant is not read."""
 _LETTERS: Final = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 
@@ -125,7 +125,7 @@ def _unescaped(
 
     for found in escapes.finditer(sql, start, end):
         keep(found.start())
-        if len(parts) > _MOST_ESCAPES:
+        if len(parts) > _MAX_ESCAPES:
             return None
         done = found.end()
         if found[0] != b"''" and found[0][:1] == b"'":

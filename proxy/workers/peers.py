@@ -66,7 +66,7 @@ from proxy.workers.messages import (
 _TIMEOUT: Final = 5.0
 """Seconds to wait for a process that does not answer."""
 
-_AT_ONCE: Final = 1000
+_MAX_JOBS_PER_QUESTION: Final = 1000
 """Jobs in one question."""
 
 _SNAPSHOT_SIZE: Final = 400
@@ -208,8 +208,8 @@ class OtherWorkers(Peers):
                 missing.discard(job.cookie)
             return not missing
 
-        for start in range(0, len(handles), _AT_ONCE):
-            ask = FindJobs(handles[start : start + _AT_ONCE])
+        for start in range(0, len(handles), _MAX_JOBS_PER_QUESTION):
+            ask = FindJobs(handles[start : start + _MAX_JOBS_PER_QUESTION])
             unanswered = max(unanswered, await self._ask(ask, take))
         return found, unanswered if missing else 0
 

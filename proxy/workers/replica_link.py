@@ -26,7 +26,7 @@ from proxy.log import logger
 from proxy.reasons import explain
 from proxy.runtime import Runtime
 from proxy.workers.messages import Answer, Asked, Gone, Message, Question, Told, decode, encode
-from proxy.workers.sealed import GROUP, MOST_RECIPIENTS, NAME, PIECE, Seal, new_name
+from proxy.workers.sealed import GROUP, MAX_RECIPIENTS, NAME, PIECE, Seal, new_name
 
 _LOOK: Final = 3.0
 """Seconds between checks of the members, if nobody asks anything."""
@@ -38,18 +38,18 @@ _SELDOM: Final = 5.0
 _TIMEOUT: Final = 10.0
 """Seconds to wait for the server's answer to a query."""
 
-_MOST_WRONG: Final = 1000
+_MAX_INVALID: Final = 1000
 """Invalid messages after which the connection is given up for a while: somebody without the secret
 floods it, with inventions or with copies."""
 
-_MOST_UNSENT: Final = 16 * 1024 * 1024
+_MAX_UNSENT: Final = 16 * 1024 * 1024
 _FULL: Final = 1024 * 1024
 """Unsent bytes beyond which answers are dropped, and beyond which senders that can should wait."""
 
-_MOST_GATHERED: Final = 1024 * 1024
+_MAX_GATHERED: Final = 1024 * 1024
 """Limit of a message in bytes."""
 
-_AT_ONCE: Final = 256 * 1024
+_MAX_BYTES_PER_QUERY: Final = 256 * 1024
 """Bytes sent by one query."""
 
 _SILENT: Final = 10
@@ -104,7 +104,7 @@ class Link:
             if isinstance(message, Question):
                 asyncio.get_running_loop().call_soon(self._nobody, message)
             return
-        if isinstance(message, Answer) and self._size > _MOST_UNSENT:
+        if isinstance(message, Answer) and self._size > _MAX_UNSENT:
             logger.warning("a replica does not get what it has asked for")
             message = replace(message, body=None)
         text = encode(message)
@@ -215,7 +215,7 @@ class Link:
         payloads: list[str] = []
         asked: list[Asked] = []
         size = 0
-        while self._unsent and size < _AT_ONCE:
+        while self._unsent and size < _MAX_BYTES_PER_QUERY:
             message, text = self._unsent.popleft()
             size += len(text)
             assert isinstance(message, Question | Answer | Told)
@@ -309,8 +309,8 @@ class _Conversation:
     def closed(self, recipients: Sequence[bytes], text: bytes) -> list[str]:
         """A text as sealed payloads for these members."""
         payloads: list[str] = []
-        for first in range(0, len(recipients), MOST_RECIPIENTS):
-            some = recipients[first : first + MOST_RECIPIENTS]
+        for first in range(0, len(recipients), MAX_RECIPIENTS):
+            some = recipients[first : first + MAX_RECIPIENTS]
             for begin in range(0, len(text), PIECE):
                 self._number += 1
                 piece, more = text[begin : begin + PIECE], begin + PIECE < len(text)
@@ -382,20 +382,20 @@ class _Conversation:
         self._numbers[sealed.sender] = sealed.number
         if sealed.sender not in self._members and sealed.sender != self._name:
             self._strangers[sealed.sender] += 1
-            if self._strangers.total() == _MOST_WRONG:
+            if self._strangers.total() == _MAX_INVALID:
                 self.look()
         if self._name not in sealed.recipients:
             return
         begun = self._begun[sealed.sender]
         begun += sealed.text
-        if sealed.more and len(begun) < _MOST_GATHERED:
+        if sealed.more and len(begun) < _MAX_GATHERED:
             return
         del self._begun[sealed.sender]
         self.heard(sealed.sender, bytes(begun))
 
     def _add_wrong(self, count: int) -> None:
         self._wrong += count
-        if self._wrong >= _MOST_WRONG:
+        if self._wrong >= _MAX_INVALID:
             self.close(ConnectionError("somebody who has not got the secret floods them"))
 
     def close(self, error: Exception) -> None:

@@ -25,7 +25,7 @@ NAME: Final = 16
 
 GROUP: Final = 8
 
-MOST_RECIPIENTS: Final = 64
+MAX_RECIPIENTS: Final = 64
 PIECE: Final = 4_700
 """Bytes of text in one message; a payload must be shorter than 8,000 bytes of base64."""
 
