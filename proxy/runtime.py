@@ -42,8 +42,8 @@ _FIRST_LOOK: Final = 1.0
 _SHORTEST_SECRET: Final = 32
 """Bytes of the replicas' secret."""
 
-_LOOK_AGAIN: Final = 0.2
-_LOOK_SELDOM: Final = 5.0
+_LOOK_INTERVAL: Final = 0.2
+_LOOK_MAX_INTERVAL: Final = 5.0
 """Seconds before looking for the server again: at first, and at most."""
 
 FIXED: Final = (
@@ -185,7 +185,7 @@ async def _look_again(
     runtime: Callable[[], Runtime], manager: ServiceManager, looking: asyncio.Future[Route]
 ) -> None:
     """Look until there is a server; each new reason for failure is logged."""
-    delay, said = _LOOK_AGAIN, ""
+    delay, said = _LOOK_INTERVAL, ""
     manager.status("Looking for the server")
     while True:
         try:
@@ -197,7 +197,7 @@ async def _look_again(
                 logger.warning("%s; clients are refused until it is there", error)
                 manager.status(f"Looking for the server: {error}")
         await asyncio.sleep(delay)
-        delay = min(2 * delay, _LOOK_SELDOM)
+        delay = min(2 * delay, _LOOK_MAX_INTERVAL)
         looking = asyncio.ensure_future(runtime().check())
 
 

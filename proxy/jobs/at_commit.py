@@ -37,8 +37,8 @@ MAX_SQL: Final = 64 * 1024 * 1024
 _SETTLE_AFTER: Final = 0.05
 """Seconds after the end of a transaction in which most words arrive unasked."""
 
-_LOOK_AGAIN: Final = 0.1
-_LOOK_SELDOM: Final = 2.0
+_LOOK_INTERVAL: Final = 0.1
+_LOOK_MAX_INTERVAL: Final = 2.0
 """Seconds between checks of a backend's end, and between attempts to listen: at first, at most."""
 
 _TRIES: Final = 5
@@ -320,14 +320,14 @@ class _Follower:
             self.spawn(self._listen_again())
 
     async def _listen_again(self) -> None:
-        delay = _LOOK_AGAIN
+        delay = _LOOK_INTERVAL
         while self._by_word and not self.listens:
             try:
                 await self._listening()
             except _FAILURES as error:
                 logger.info("cannot listen for commits: %s", explain(error))
                 await asyncio.sleep(delay)
-                delay = min(delay * 2, _LOOK_SELDOM)
+                delay = min(delay * 2, _LOOK_MAX_INTERVAL)
 
     def give_way(self) -> bool:
         """Close the connection unless it is needed. Returns whether it was closed."""
@@ -375,7 +375,7 @@ class _Follower:
     async def _settle(self) -> None:
         tries = 0
         while self._over:
-            await asyncio.sleep(_SETTLE_AFTER if not tries else _LOOK_SELDOM)
+            await asyncio.sleep(_SETTLE_AFTER if not tries else _LOOK_MAX_INTERVAL)
             if not (over := self._over):
                 return
             try:
@@ -421,7 +421,7 @@ class _Follower:
         """Wait for the end of the transaction of these jobs, or of its backend, `pid`."""
         began: bytes | None = None
         failures = 0
-        delay = _LOOK_AGAIN
+        delay = _LOOK_INTERVAL
         while any(pending in self for pending in mine):
             try:
                 start = await (await self._listening()).start_of(pid)
@@ -436,7 +436,7 @@ class _Follower:
                     break
                 began = start
             await asyncio.sleep(delay)
-            delay = min(delay * 2, _LOOK_SELDOM)
+            delay = min(delay * 2, _LOOK_MAX_INTERVAL)
         self._jobs.transaction_ended(mine)
 
 

@@ -26,8 +26,8 @@ Waiting = Callable[[], contextlib.AbstractContextManager[object]]
 
 FOR_EVER: Final = float("inf")
 
-_FIRST_LOOK: Final = 0.05
-_SELDOM: Final = 0.5
+_LOOK_INTERVAL: Final = 0.05
+_LOOK_MAX_INTERVAL: Final = 0.5
 """Seconds until the first in line asks the server again: at first, and at most. The server does not
 tell when it has room; when one of our connections ends, it is asked at once."""
 
@@ -200,7 +200,7 @@ class ServerRoom:
         launch: Callable[[], Awaitable[T]],
         wait_limit: WaitLimit,
     ) -> T:
-        delay = _FIRST_LOOK
+        delay = _LOOK_INTERVAL
         while True:
             if not place.is_first:
                 await wait_limit.wait(place, line.error)
@@ -210,4 +210,4 @@ class ServerRoom:
             except NoRoomError as error:
                 line.error = error
             await wait_limit.wait(place, line.error, delay)
-            delay = min(2 * delay, _SELDOM)
+            delay = min(2 * delay, _LOOK_MAX_INTERVAL)

@@ -36,8 +36,8 @@ T = TypeVar("T")
 _MAX_DATABASES: Final = 1_000
 """Limit of databases whose jobs are counted separately."""
 
-_CANCEL_AGAIN: Final = 0.02
-_CANCEL_SELDOM: Final = 1.0
+_CANCEL_INTERVAL: Final = 0.02
+_CANCEL_MAX_INTERVAL: Final = 1.0
 """Seconds between cancel requests to a job that goes on: at first, and at most."""
 
 _MAX_TERMINATIONS: Final = 8
@@ -263,12 +263,12 @@ class JobService:
         return self.runtime.dialer.cancel(job.route, job.cancel_request())
 
     async def _cancel_until_finished(self, job: Job) -> None:
-        delay = _CANCEL_AGAIN
+        delay = _CANCEL_INTERVAL
         while not job.finished:
             await asyncio.sleep(delay)
             if not job.finished:
                 await self._tell(job)
-            delay = min(delay * 2, _CANCEL_SELDOM)
+            delay = min(delay * 2, _CANCEL_MAX_INTERVAL)
 
     def limit(self, job: Job, timeout_ms: int) -> None:
         """Cancel a job that runs longer than this."""

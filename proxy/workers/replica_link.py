@@ -31,8 +31,8 @@ from proxy.workers.sealed import GROUP, MAX_RECIPIENTS, NAME, PIECE, Seal, new_n
 _LOOK: Final = 3.0
 """Seconds between checks of the members, if nobody asks anything."""
 
-_AGAIN: Final = 1.0
-_SELDOM: Final = 5.0
+_RECONNECT_INTERVAL: Final = 1.0
+_RECONNECT_MAX_INTERVAL: Final = 5.0
 """Seconds before a lost connection is opened again: at first, and at most."""
 
 _TIMEOUT: Final = 10.0
@@ -126,7 +126,7 @@ class Link:
 
     async def run(self) -> None:
         """Keep the link up, until cancelled."""
-        delay, said = _AGAIN, ""
+        delay, said = _RECONNECT_INTERVAL, ""
         while True:
             try:
                 backend = await self._log_in()
@@ -134,7 +134,7 @@ class Link:
                     conversation = _Conversation(backend, self._seal, new_name(self._group))
                     await conversation.join()
                     logger.info("other replicas can be asked now")
-                    delay, said = _AGAIN, ""
+                    delay, said = _RECONNECT_INTERVAL, ""
                     await self._serve(conversation)
                 finally:
                     self._leave()
@@ -146,7 +146,7 @@ class Link:
                     said = reason
                     logger.warning("other replicas cannot be asked: %s", reason)
             await asyncio.sleep(delay)
-            delay = min(2 * delay, _SELDOM)
+            delay = min(2 * delay, _RECONNECT_MAX_INTERVAL)
 
     async def _log_in(self) -> Backend:
         """Log in to the first primary. Raises SQLError, OSError, ProtocolViolation."""
