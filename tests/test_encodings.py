@@ -59,7 +59,7 @@ def test_an_array_that_is_read_in_turns_is_the_same(
     ]
     text = array_text(elements, encoding)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encodings, "_TURN", turn)
+        patch.setattr(encodings, "_YIELD_AFTER", turn)
         *turns, found = parse_array_in_turns(text, encoding)
     assert found == elements
     assert not any(turns)
@@ -74,7 +74,7 @@ def test_what_is_no_array_is_none_in_turns_either(text: list[str], turn: int) ->
     except ProtocolViolation:
         expected = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encodings, "_TURN", turn)
+        patch.setattr(encodings, "_YIELD_AFTER", turn)
         try:
             *_, found = parse_array_in_turns(literal, b"UTF8")
         except ProtocolViolation:

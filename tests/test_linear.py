@@ -322,7 +322,7 @@ CONSTANTS: Final = (b"x", b"\xc3\xa9", b"x''yy\\ ", b"\\", b'"', b"''", b"_", b"
 @pytest.fixture
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few megabytes are many turns."""
-    monkeypatch.setattr(encodings, "_TURN", 64 * 1024)
+    monkeypatch.setattr(encodings, "_YIELD_AFTER", 64 * 1024)
 
 
 def argument(sql: bytes) -> None:

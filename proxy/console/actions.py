@@ -23,7 +23,7 @@ from proxy.jobs.registry import Handle
 from proxy.jobs.service import JobService
 from proxy.runtime import Reloaded
 
-_TURN: Final = 100
+_YIELD_AFTER: Final = 100
 """Rows before others get a turn."""
 
 _AMBIGUOUS: Final = "42725"
@@ -65,7 +65,7 @@ class ConsoleActions:
         found: list[Row] = []
         for row in tables.rows(name, self._process):
             found.append(row)
-            if len(found) % _TURN == 0:
+            if len(found) % _YIELD_AFTER == 0:
                 await asyncio.sleep(0)
         found += theirs
         match name:

@@ -71,7 +71,7 @@ _RATE: Final = 10.0
 _PIECE: Final = 64 * 1024
 """Bytes of rows in one write."""
 
-_TURN: Final = 50
+_YIELD_AFTER: Final = 50
 """Messages or rows before others get a turn."""
 
 _NO_TRANSACTION: Final = "25P02"
@@ -141,7 +141,7 @@ class Conversation:
         while True:
             kind, body = await self._inbox.next()
             count += 1
-            if count % _TURN == 0:
+            if count % _YIELD_AFTER == 0:
                 await asyncio.sleep(0)
             if kind == F.TERMINATE:
                 return
@@ -227,7 +227,7 @@ class Conversation:
             if len(piece) > _PIECE:
                 await self._send(bytes(piece))
                 piece.clear()
-            if count % _TURN == 0:
+            if count % _YIELD_AFTER == 0:
                 await asyncio.sleep(0)
         await self._send(bytes(piece))
 

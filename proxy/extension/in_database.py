@@ -61,7 +61,7 @@ from proxy.sql import encodings
 
 P = ParamSpec("P")
 
-_TURN: Final = 200
+_YIELD_AFTER: Final = 200
 """Messages that are read before others get a turn; each takes about 30 us."""
 
 _ANNOUNCE_AFTER: Final = 0.1
@@ -161,7 +161,7 @@ class DatabaseCalls:
     def is_talkative(self) -> bool:
         """Whether others should get a turn, after many messages. A function that waits for answers
         sends few; a loop can send a hundred thousand."""
-        if self._heard < _TURN:
+        if self._heard < _YIELD_AFTER:
             return False
         self._heard = 0
         return True

@@ -33,7 +33,7 @@ from proxy.statements.plan import ResultPlan
 _NO_BINARY_FORM: Final = frozenset({1033, 3642})
 """aclitem and gtsvector have no send function; a column declared text takes their values."""
 
-_TURN: Final = 256 * 1024
+_YIELD_AFTER: Final = 256 * 1024
 """Bytes of rows that are passed on before other sessions get a turn."""
 
 _CONVERTED: Final = 8
@@ -250,9 +250,9 @@ class Fetch:
                 return sent
 
     async def _pause(self, size: int) -> None:
-        """Give others a turn every `_TURN` bytes: a fast client never makes us wait."""
+        """Give others a turn every `_YIELD_AFTER` bytes: a fast client never makes us wait."""
         self._since_pause += size
-        if self._since_pause >= _TURN:
+        if self._since_pause >= _YIELD_AFTER:
             self._since_pause = 0
             await asyncio.sleep(0)
 
@@ -272,7 +272,7 @@ class Fetch:
             else:
                 rows.append(values)
                 size += len(message[1])
-                if size > _TURN or len(rows) == _ROWS:
+                if size > _YIELD_AFTER or len(rows) == _ROWS:
                     await self._send_converted(rows)
                     rows, size = [], 0
             await self._pause(_CONVERTED * len(message[1]))
@@ -303,7 +303,7 @@ class Fetch:
             some = self._tags[self._tags_sent : min(end, self._tags_sent + _TAGS)]
             self._tags_sent += len(some)
             await self.delivery.write(b"".join([self._convert((tag,)) for tag in some]))
-            await self._pause(_TURN)
+            await self._pause(_YIELD_AFTER)
         self.finished = not max_rows or end - begin < max_rows
         return end - begin
 

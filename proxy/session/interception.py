@@ -26,7 +26,7 @@ from proxy.session.client_session import ClientSession
 from proxy.session.exchange import BatchFailedError
 from proxy.session.execution import Execution
 from proxy.session.extended_query import ExtendedQuery
-from proxy.session.relay import TEXT_COST, TURN
+from proxy.session.relay import TEXT_COST, YIELD_AFTER
 from proxy.session.simple_query import SimpleQuery
 from proxy.statements.plan import Statement
 from proxy.stats import counters
@@ -193,7 +193,7 @@ class Interception:
 
     async def _take_turns(self, body: bytes) -> None:
         """Before a text is read, give others a turn if many or long ones were read."""
-        if self._read > TURN:
+        if self._read > YIELD_AFTER:
             self._read = 0
             await asyncio.sleep(0)
         self._read += len(body) + TEXT_COST

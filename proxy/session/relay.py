@@ -44,9 +44,9 @@ _LONGEST: Final = 1 << 30
 NAMES_SIZE: Final = 4096
 """Bytes held of a message to see the statement or portal in it; all, if the names are longer."""
 
-TURN: Final = 64 * 1024
+YIELD_AFTER: Final = 64 * 1024
 TEXT_COST: Final = 2048
-"""TURN: bytes of SQL read for calls in a turn of the event loop; each text adds TEXT_COST."""
+"""Bytes of SQL read for calls before others get a turn; each text adds TEXT_COST."""
 
 _NOTICE_SIZE: Final = 512
 """The watchword of a notice for us is within this many first bytes."""
@@ -253,7 +253,7 @@ class Relay:
         text = data[position:end].lower()
         self.read(text)
         if self.is_of_interest(text) and not self.outstanding.copying:
-            if self._read > TURN:
+            if self._read > YIELD_AFTER:
                 return self._yield(data, position)
             self._read += end - position + TEXT_COST
             calls = self._hooks.calls(kind, data[position + HEADER_SIZE : end])

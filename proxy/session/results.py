@@ -25,7 +25,7 @@ from proxy.statements.plan import Output
 if TYPE_CHECKING:
     from proxy.jobs.job import Job
 
-_AT_ONCE: Final = 500
+_YIELD_AFTER: Final = 500
 """Rows that are converted before others get a turn."""
 
 
@@ -160,8 +160,8 @@ class Table:
         rows = self._rows[self._sent : end]
         self._sent += len(rows)
         self.finished = not max_rows or len(rows) < max_rows
-        for start in range(0, len(rows), _AT_ONCE):
-            some = rows[start : start + _AT_ONCE]
+        for start in range(0, len(rows), _YIELD_AFTER):
+            some = rows[start : start + _YIELD_AFTER]
             await self.delivery.write(b"".join([self._row(row) for row in some]))
             await asyncio.sleep(0)
         return len(rows)

@@ -106,7 +106,7 @@ def parse_array(text: bytes, client_encoding: bytes) -> list[bytes | None]:
     return values.parse_array(text, mask(text, client_encoding.decode("ascii", "replace")))
 
 
-_TURN: Final = 1024 * 1024
+_YIELD_AFTER: Final = 1024 * 1024
 """Bytes of an array that are read before others get a turn: 1 to 40 ms."""
 
 
@@ -117,7 +117,11 @@ def parse_array_in_turns(
     the elements. It is also much faster, unless a character may look like a quote or backslash:
     quoted elements are found and unescaped by searches and replacements."""
     encoding = client_encoding.decode("ascii", "replace")
-    if len(text) <= _TURN or b"\0" in text or (has_lookalikes(encoding) and not text.isascii()):
+    if (
+        len(text) <= _YIELD_AFTER
+        or b"\0" in text
+        or (has_lookalikes(encoding) and not text.isascii())
+    ):
         yield parse_array(text, client_encoding)
         return
     # The text with a number for each quoted element, and these elements.
@@ -126,9 +130,11 @@ def parse_array_in_turns(
     inside: list[bytes] | None = None
     at = 0
     while at < len(text):
-        window = text[at : at + _TURN]
+        window = text[at : at + _YIELD_AFTER]
         if (len(window) - len(window.rstrip(b"\\"))) % 2:
-            window = text[at : at + _TURN + 1]  # do not separate a backslash from what it escapes
+            window = text[
+                at : at + _YIELD_AFTER + 1
+            ]  # do not separate a backslash from what it escapes
         at += len(window)
         has_escapes = b"\\" in window
         hidden = window

@@ -314,7 +314,7 @@ def split_in_turns(
             yield Statement(part[0].start, part[-1].end, part)
 
 
-_TURN: Final = 4096
+_YIELD_AFTER: Final = 4096
 """Tokens."""
 
 
@@ -328,15 +328,15 @@ def _turns(
     done = 0
     while position is not None:
         tokens: list[Token] = []
-        matches = itertools.islice(scan(masked, position), _TURN)
+        matches = itertools.islice(scan(masked, position), _YIELD_AFTER)
         position, _ = _scan(masked, matches, tokens, len(masked))
         yield from tokens
-        if position is None and len(tokens) >= _TURN:
+        if position is None and len(tokens) >= _YIELD_AFTER:
             # The text may continue.
             position = tokens[-1].end
         # Count the comment or $…$ that ended the scan too.
         done += len(tokens) + 1
-        if done >= _TURN:
+        if done >= _YIELD_AFTER:
             done = 0
             yield None
 
