@@ -24,7 +24,7 @@ from psycopg import errors
 
 from proxy.config import load
 from proxy.runtime import Runtime
-from proxy.workers.messages import Answer, CancelJob, JobEnded, Question, Told, encode
+from proxy.workers.messages import Answer, CancelJob, JobEnded, News, Question, encode
 from proxy.workers.replica_link import _Conversation
 from proxy.workers.sealed import MAX_RECIPIENTS, PIECE, Seal, new_name
 from tests.conftest import StartProxy, upstream_of
@@ -296,7 +296,7 @@ def test_messages_without_the_secret_are_nothing(
     forged: list[str] = []
     for text in (
         encode(Question(1, CancelJob(*handle))),
-        encode(Told(JobEnded({"pid": handle[0], "cookie": handle[1]}))),
+        encode(News(JobEnded({"pid": handle[0], "cookie": handle[1]}))),
         encode(Answer(1, 0, [])),
     ):
         # With another secret; then true messages, changed.

@@ -306,14 +306,14 @@ class LeaveDatabases:
     sql: str
 
 
-News: TypeAlias = RoleGone | JobEnded | ExtensionChanged | LeaveDatabases
+NewsItem: TypeAlias = RoleGone | JobEnded | ExtensionChanged | LeaveDatabases
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class News:
     """News for all other workers, or for one; not answered."""
 
-    news: News
+    item: NewsItem
     to: int | None = None
     sender: int = 0
 
@@ -330,12 +330,12 @@ Message: TypeAlias = (
     | Gone
     | Question
     | Answer
-    | Told
+    | News
     | Slotting
     | SlotAnswer
 )
 
-_CLASSES: Final[dict[str, type]] = {cls.__name__: cls for cls in get_args(Message | Ask | News)}
+_CLASSES: Final[dict[str, type]] = {cls.__name__: cls for cls in get_args(Message | Ask | NewsItem)}
 _CLASS: Final = "class"
 
 

@@ -54,13 +54,13 @@ from proxy.workers.messages import (
     Message,
     NewRole,
     News,
+    NewsItem,
     Order,
     Outcome,
     Question,
     RoleGone,
     Roles,
     ShowJobs,
-    Told,
 )
 
 _TIMEOUT: Final = 5.0
@@ -347,17 +347,17 @@ class OtherWorkers(Peers):
     def role_gone(self, role_id: int) -> None:
         if role_id in self._announced:
             self._announced.discard(role_id)
-            self._bus.send(Told(RoleGone(role_id)))
+            self._bus.send(News(RoleGone(role_id)))
 
     def job_ended(self, job: Job) -> None:
         for peer in self._watchers.pop(job.cookie, ()):
-            self._bus.send(Told(JobEnded(job.snapshot(whole=False)), to=peer))
+            self._bus.send(News(JobEnded(job.snapshot(whole=False)), to=peer))
 
     def extension_changed(self) -> None:
-        self._bus.send(Told(ExtensionChanged()))
+        self._bus.send(News(ExtensionChanged()))
 
     def leave_databases(self, sql: bytes) -> None:
-        self._bus.send(Told(LeaveDatabases(sql.decode("latin-1"))))
+        self._bus.send(News(LeaveDatabases(sql.decode("latin-1"))))
 
     # Asking
 
@@ -405,8 +405,8 @@ class OtherWorkers(Peers):
             case Answer(number):
                 if (question := self._questions.get(number)) is not None:
                     question.answer(message.sender, message.body, more=message.more)
-            case Told(news):
-                self._told(message.sender, news)
+            case News(item):
+                self._hear(message.sender, item)
             case Outcome(number, body, error):
                 outcome = self._orders.get(number)
                 if outcome is not None and not outcome.done():
@@ -414,8 +414,8 @@ class OtherWorkers(Peers):
             case Gone(peer):
                 self._gone(peer)
 
-    def _told(self, peer: int, news: News) -> None:
-        match news:
+    def _hear(self, peer: int, item: NewsItem) -> None:
+        match item:
             case RoleGone(role_id):
                 self._roles_of[peer].discard(role_id)
             case LeaveDatabases(sql):

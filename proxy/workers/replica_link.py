@@ -25,7 +25,7 @@ from proxy.backends.session_setup import Row
 from proxy.log import logger
 from proxy.reasons import explain
 from proxy.runtime import Runtime
-from proxy.workers.messages import Answer, Asked, Gone, Message, Question, Told, decode, encode
+from proxy.workers.messages import Answer, Asked, Gone, Message, News, Question, decode, encode
 from proxy.workers.sealed import GROUP, MAX_RECIPIENTS, NAME, PIECE, Seal, new_name
 
 _LOOK: Final = 3.0
@@ -218,7 +218,7 @@ class Link:
         while self._unsent and size < _MAX_BYTES_PER_QUERY:
             message, text = self._unsent.popleft()
             size += len(text)
-            assert isinstance(message, Question | Answer | Told)
+            assert isinstance(message, Question | Answer | News)
             recipients = sorted(
                 members
                 if message.to is None
@@ -245,7 +245,7 @@ class Link:
         except (ValueError, KeyError, TypeError):
             logger.debug("a replica of another version says what is not understood")
             return
-        if isinstance(message, Question | Answer | Told):
+        if isinstance(message, Question | Answer | News):
             self.receive(replace(message, sender=_number(sender)))
 
 

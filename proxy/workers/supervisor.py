@@ -61,13 +61,13 @@ from proxy.workers.messages import (
     Gone,
     HasSlot,
     Message,
+    News,
     Order,
     Outcome,
     Question,
     Report,
     TakenOver,
     TakeSlot,
-    Told,
 )
 from proxy.workers.process import END_TIMEOUT, HANGS, WorkerProcess
 from proxy.workers.sealed import GROUP
@@ -371,7 +371,7 @@ class Supervisor:
                 self._hand_on(worker, message, asked)
             case Answer(to=to) if to == SUPERVISOR:
                 self._watched.answered(worker.serial, message)
-            case Answer() | Told():
+            case Answer() | News():
                 self._hand_on(worker, message, self._others(worker, message.to))
             case TakeSlot() | HasSlot() | FreeSlot():
                 self._slots.heard(worker.serial, message)
@@ -440,7 +440,7 @@ class Supervisor:
         ]
 
     def _hand_on(
-        self, worker: WorkerProcess, message: Question | Answer | Told, others: list[WorkerProcess]
+        self, worker: WorkerProcess, message: Question | Answer | News, others: list[WorkerProcess]
     ) -> None:
         message = replace(message, sender=worker.serial)
         for other in others:
