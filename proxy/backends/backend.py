@@ -89,7 +89,7 @@ class Backend(asyncio.BufferedProtocol):
         system_id: of its database cluster (`identity`); None if not asked for.
         own_settings: those made for a side backend at its login.
         setup: what it must do before its job; None once done.
-        taken_over: the row that this returned.
+        setup_row: what that returned.
         identity: what its login was based on, if remembered.
         is_spent: whether it must serve no other job.
     """
@@ -105,7 +105,7 @@ class Backend(asyncio.BufferedProtocol):
         self.parameters: dict[bytes, bytes] = {}
         self.own_settings: dict[bytes, bytes] = {}
         self.setup: SessionSetup | None = None
-        self.taken_over: Row = ()
+        self.setup_row: Row = ()
         self.identity: bytes | None = None
         self.is_spent = False
         self.system_id: bytes | None = None
@@ -238,7 +238,7 @@ class Backend(asyncio.BufferedProtocol):
     def rest(self) -> None:
         """The job has ended: drop what the backend sends until `reset`."""
         self.receiver = self._inbox = _InboxReceiver(self.transport)
-        self.parameters, self.taken_over = dict(self.parameters), ()
+        self.parameters, self.setup_row = dict(self.parameters), ()
         self.resume_reading()
 
     async def reset(self, login: Login, greeting: bytes) -> Row:
@@ -306,7 +306,7 @@ class Backend(asyncio.BufferedProtocol):
             raise ConnectionError("the server closed the connection")
 
         def end(row: Row) -> None:
-            self.taken_over = row or self.taken_over
+            self.setup_row = row or self.setup_row
             taken_up()
 
         setup, self.setup = self.setup, None

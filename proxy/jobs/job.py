@@ -224,7 +224,7 @@ class Job(JobRecord):
         backend = self._backend
         assert backend is not None
         if backend.setup is None:
-            self._output_settings.callers = output_settings.read(backend.taken_over[2:])
+            self._output_settings.callers = output_settings.read(backend.setup_row[2:])
         try:
             if backend.setup is not None and backend.setup.changes_reading:
                 await self._take_over(backend)
@@ -253,10 +253,10 @@ class Job(JobRecord):
         if backend.setup is not None:
             await backend.take_over()
             if not self.finished:
-                self._output_settings.callers = output_settings.read(backend.taken_over[2:])
+                self._output_settings.callers = output_settings.read(backend.setup_row[2:])
 
     def _take_up(self, backend: Backend) -> None:
-        self._output_settings.callers = output_settings.read(backend.taken_over[2:])
+        self._output_settings.callers = output_settings.read(backend.setup_row[2:])
         self._text.taken_up()
         self._taken_up = True
         if self._is_detached:

@@ -192,7 +192,7 @@ class Launcher:
             row = await backend.row(setup_block(context, self.user, overrides))
             backend.pid = number(row[0])
             backend.is_pooled = True
-        backend.taken_over = row
+        backend.setup_row = row
 
     def setting(self, setting: Guc, context: Context) -> int:
         """The value of one of our settings in the session. Raises SQLError 22023."""

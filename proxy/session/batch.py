@@ -206,11 +206,11 @@ class Batch:
             if kind != B.COMMAND_COMPLETE or not isinstance(plan, Substitute):
                 await self.pass_execution(kind, body)
                 return
-            if plan.notice is not None and not (command is not None and command.is_told):
+            if plan.notice is not None and not (command is not None and command.notice_sent):
                 fields = plan.notice.response(self.session.codec).fields
                 await self.primary.write(NoticeResponse(fields).serialize())
             if command is not None:
-                command.is_told = True
+                command.notice_sent = True
             if plan.tag is None:
                 await self.primary.pass_on(kind, body)
             else:

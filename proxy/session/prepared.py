@@ -30,12 +30,12 @@ class Command:
     Attributes:
         plan: its substitute.
         server_name: the client's name for it.
-        is_told: whether the client has had the notice.
+        notice_sent: whether the client has had the notice.
     """
 
     plan: Substitute
     server_name: bytes = b""
-    is_told: bool = False
+    notice_sent: bool = False
 
     def stand_in_formats(self, formats: tuple[int, ...]) -> tuple[int, ...]:
         """The stand-in's result formats, from those of the client's Bind."""
