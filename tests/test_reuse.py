@@ -22,6 +22,7 @@ from tests.support.background import (
     wait_until,
     wait_until_ended,
 )
+from tests.support.executors import executors
 from tests.support.servers import Connection, Proxy, Server
 
 pytestmark = pytest.mark.every_server
@@ -367,9 +368,10 @@ def test_it_ends_if_a_new_login_would_be_another(
     with server.connect() as admin:
         admin.execute("CREATE ROLE passing LOGIN")
         try:
-            with proxy.connect(dbname=scratch, user="passing") as conn:
-                if server.version >= 110000:  # a role of ours, where pgbackground_role is
-                    admin.execute("ALTER ROLE passing SUPERUSER")
+            with (
+                executors(admin, "passing"),
+                proxy.connect(dbname=scratch, user="passing") as conn,
+            ):
                 run(conn, "SELECT 1")
                 wait_until(lambda: waiting(conn))
                 pid = run_and_wait(conn, "SELECT 1")
