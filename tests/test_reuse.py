@@ -110,7 +110,8 @@ def conn(proxy: Proxy, scratch: str) -> Iterator[Connection]:
 
 
 def waiting(conn: Connection) -> set[int]:
-    """The pids of the backends that wait for a job of this role in this database."""
+    """The pids of the backends that wait for a job of this role in this database, whichever
+    proxy's they are."""
     query = (
         "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle'"
         " AND application_name = 'pg_background spare' AND query LIKE 'SELECT session_user%'"
@@ -330,19 +331,19 @@ def test_none_whose_job_was_canceled(conn: Connection) -> None:
     wait_until_ended(conn, handle[0])
 
 
-def test_it_waits_for_a_moment_only(start_proxy: StartProxy, scratch: str) -> None:
+def test_it_waits_for_a_moment_only(start_proxy: StartProxy, db: str) -> None:
     proxy = start_proxy("--spare-lifetime", "60s", "--reuse-lifetime", "2s")
-    with proxy.connect(dbname=scratch) as conn:
+    with proxy.connect(dbname=db) as conn:
         run(conn, "SELECT 1")
         wait_until(lambda: waiting(conn))
         wait_until_ended(conn, run_and_wait(conn, "SELECT 1"))
 
 
-def test_it_is_not_older_than_a_spare_may_be(start_proxy: StartProxy, scratch: str) -> None:
+def test_it_is_not_older_than_a_spare_may_be(start_proxy: StartProxy, db: str) -> None:
     """Or a changed password would never hold for a session that goes on launching."""
     proxy = start_proxy("--spare-lifetime", "2s", "--reuse-lifetime", "60s")
     jobs: Counter[int] = Counter()
-    with proxy.connect(dbname=scratch) as conn:
+    with proxy.connect(dbname=db) as conn:
 
         def one_is_gone_that_was_used_again() -> bool:
             pid = launch(conn, "SELECT 1")
