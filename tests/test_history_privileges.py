@@ -251,6 +251,21 @@ def test_a_role_that_may_not_launch_writes_nothing(server: Server, scratch: str)
         assert (error.sqlstate, error.diag.message_primary) == DENIED
 
 
+@pytest.mark.parametrize("name", ["launch_v2", "submit_at_commit", "run_query"])
+def test_a_role_that_may_launch_in_one_way_only_has_its_rows(
+    server: Server, scratch: str, secret: Handle, name: str
+) -> None:
+    with as_(server, scratch, "keeper") as owner, as_(server, scratch, "nobody_much") as conn:
+        query = "SELECT oid::regprocedure::text FROM pg_proc WHERE proname = %s"
+        [(function,), *_] = owner.execute(query, [f"pg_background_{name}"]).fetchall()
+        owner.execute(f"GRANT EXECUTE ON FUNCTION {function} TO nobody_much".encode())
+        try:
+            conn.execute(RECORD, [[row(7, 7)]])
+            assert len(seen(conn, Handle(7, 7))) == 1
+        finally:
+            owner.execute(f"REVOKE EXECUTE ON FUNCTION {function} FROM nobody_much".encode())
+
+
 def test_a_flood_drives_out_its_own_rows_only(server: Server, scratch: str, secret: Handle) -> None:
     with as_(server, scratch, "mallory") as mallory, as_(server, scratch, "keeper") as owner:
         error = failure(mallory, RECORD, [[row(n, n) for n in range(501)]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from proxy.api.functions import DECLARED, Needs
 from proxy.extension.installed import FIND, HISTORY, HISTORY_TABLE
 from proxy.extension.texts import sql
 from proxy.jobs.history import FIELDS, MAX_ROWS_PER_WRITE
@@ -18,10 +19,9 @@ MAX_ROWS_OF_ROLE: Final = 10_000
 """Rows kept for one role; beyond that its oldest are deleted."""
 
 _LAUNCHING: Final = ",".join(
-    f"pg_background_{name}{version}"
-    for name in ("launch", "submit", "run", "run_query")
-    for version in ("", "_v2")
+    dict.fromkeys(function.name for function in DECLARED if Needs.SETTINGS in function.needs)
 )
+"""The functions that launch. Whoever may call one of them may write."""
 
 COMMENT: Final = "'What became of the jobs of the current role, and of roles whose rights it has.'"
 
