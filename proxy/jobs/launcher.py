@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from protocol.errors import (
     INVALID_PARAMETER_VALUE,
@@ -46,9 +46,14 @@ from proxy.sql.lexer import READING
 T = TypeVar("T")
 
 
+_USUAL_LENGTH: Final = 32
+"""Characters of a setting's text that is remembered. White space may make one as long as it likes.
+"""
+
+
 @functools.lru_cache(maxsize=256)
 def _parse(setting: Guc, text: str) -> int:
-    # A launch reads four settings, which are hardly ever different from the last one's.
+    # A launch reads some settings, which are hardly ever different from the last one's.
     return setting.parse(text)
 
 
@@ -197,7 +202,8 @@ class Launcher:
     def setting(self, setting: Guc, context: Context) -> int:
         """The value of one of our settings in the session. Raises SQLError 22023."""
         try:
-            return _parse(setting, self._text(setting.name, context))
+            text = self._text(setting.name, context)
+            return _parse(setting, text) if len(text) <= _USUAL_LENGTH else setting.parse(text)
         except ValueError as error:
             raise SQLError(INVALID_PARAMETER_VALUE, str(error)) from None
 
