@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
-from typing import Any, Final, TypeAlias, cast, get_args
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from proxy.config import Given
 from proxy.jobs.registry import Handle
@@ -51,13 +51,17 @@ class Report:
     event: Event
 
 
+OrderKind: TypeAlias = Literal["processes", "drain", "reload", "shut_down"]
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A command of the console for the supervisor: ``processes``, ``drain``, ``reload`` or
-    ``shut_down``; `worker`: the number of the one to drain. An Outcome answers it."""
+    """A command of the console for the supervisor. An Outcome answers it.
+
+    `worker`: the number of the one to drain."""
 
     number: int
-    what: str
+    what: OrderKind
     worker: int = 0
 
 

@@ -56,6 +56,7 @@ from proxy.workers.messages import (
     News,
     NewsItem,
     Order,
+    OrderKind,
     Outcome,
     Question,
     RoleGone,
@@ -315,7 +316,7 @@ class OtherWorkers(Peers):
         unanswered = await self._ask(KillSession(session), take)
         return bool(known), unanswered
 
-    async def order(self, what: str, worker: int = 0) -> Any:
+    async def order(self, what: OrderKind, worker: int = 0) -> Any:
         """Have the supervisor carry out an order. Returns the body of its Outcome.
 
         Raises SQLError: it refuses, or is gone.

@@ -29,8 +29,8 @@ MAX_RECIPIENTS: Final = 64
 PIECE: Final = 4_700
 """Bytes of text in one message; a payload must be shorter than 8,000 bytes of base64."""
 
-_VERSION: Final = b"1"
-"""Version of the messages: those of other versions go elsewhere."""
+VERSION: Final = b"2"
+"""Version of the messages (`workers.messages`): those of other versions go elsewhere."""
 
 _PROOF: Final = hashlib.sha256().digest_size
 
@@ -55,7 +55,7 @@ class Seal:
 
     def __init__(self, secret: bytes) -> None:
         def derived(purpose: bytes) -> bytes:
-            return hmac.digest(secret, b"pg_background_proxy %b %b" % (_VERSION, purpose), "sha256")
+            return hmac.digest(secret, b"pg_background_proxy %b %b" % (VERSION, purpose), "sha256")
 
         self._prove = derived(b"prove")
         self._encipher = derived(b"encipher")

@@ -410,7 +410,7 @@ class Supervisor:
                 return Outcome(order.number, error=self._drain(order.worker))
             case "reload":
                 return Outcome(order.number, self._reload())
-            case _:
+            case "shut_down":
                 self._ending.signalled()
                 return Outcome(order.number)
 
