@@ -7,6 +7,7 @@ From the wire upward:
 
 =================  =============================================================================
 `wire`             reads and writes the primitive types (IntN, String, ByteN); the one exception
+`kinds`            the types of messages, and the groups that they form
 `framing`          where messages begin and end in a stream, without decoding them
 `startup`          the packets without a type byte: StartupMessage, SSLRequest, CancelRequest, …
 `messages`         every typed message, one dataclass each, filed by the manual's sections

@@ -281,7 +281,7 @@ class Doctor:
         if backend is None:
             return
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._time_limit):
                 await self._look(server, session, backend)
         except TimeoutError:
             self._report.no("session", "the server does not answer", "See what it is busy with")
@@ -300,7 +300,7 @@ class Doctor:
         try:
             backend = await server.runtime.dialer.login_as_auth_user(route.host)
             try:
-                async with asyncio.timeout(self._patience):
+                async with asyncio.timeout(self._time_limit):
                     await backend.rows(b"LISTEN pg_background_proxy_check")
             finally:
                 backend.terminate()
@@ -318,7 +318,7 @@ class Doctor:
         self._report.ok("replicas", f"those with the same secret can be asked by {where}")
 
     @property
-    def _patience(self) -> float:
+    def _time_limit(self) -> float:
         return self._config.connect_timeout + _TIMEOUT
 
     # The session
@@ -337,7 +337,7 @@ class Doctor:
         session.received(Peer.of(theirs))
         backend: Backend | None = None
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._time_limit):
                 await loop.connect_accepted_socket(lambda: session.client, theirs)
                 _, backend = await loop.create_unix_connection(Backend, sock=ours)
                 await backend.login(

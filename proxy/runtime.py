@@ -98,7 +98,7 @@ class Runtime:
         return found
 
     async def check_of(
-        self, route: Route, database: bytes, user: bytes, stranger: str
+        self, route: Route, database: bytes, user: bytes, client_key: str
     ) -> Check | None:
         """How to check a client that claims to be a role; None if the proxy has no secrets.
 
@@ -106,13 +106,13 @@ class Runtime:
             route: to the session's server.
             database: that the client wants, for the passfile.
             user: the role.
-            stranger: identifies the client (`rate_limit.client_key`).
+            client_key: identifies the client (`rate_limit.client_key`).
         """
         if not (self.credentials.has_files or self.auth_query.enabled):
             return None
         host = route.host
         found = self.credentials.secret(host, database, user)
-        found = found or await self.auth_query.secret(host, user, stranger)
+        found = found or await self.auth_query.secret(host, user, client_key)
         return self.checks.check(user, found)
 
     async def check(self) -> Route:
@@ -123,10 +123,10 @@ class Runtime:
             reason = explain(error)
             raise OSError(f"cannot reach the server {self.config.upstream}: {reason}") from None
         logger.info("passing on to %s%s", route, " (TLS)" if route.encrypted else "")
-        self._warn_of_strangers()
+        self._warn_of_unverified_servers()
         return route
 
-    def _warn_of_strangers(self) -> None:
+    def _warn_of_unverified_servers(self) -> None:
         """Warn if the proxy's secrets might be sent to an unverified server."""
         config = self.config
         names = ("passfile", "auth_file", "auth_user")

@@ -59,13 +59,13 @@ class Accounts:
         self._known: dict[bytes, None] = {}
         self._checking = asyncio.Semaphore(_MAX_CONCURRENT)
 
-    async def log_in(self, header: str, runtime: Runtime, stranger: str) -> Account | None:
+    async def log_in(self, header: str, runtime: Runtime, client_key: str) -> Account | None:
         """The account for an Authorization header; None if the password is wrong.
 
         Args:
             header: its value.
             runtime: has the users and the auth_file.
-            stranger: identifies the client (`rate_limit.client_key`).
+            client_key: identifies the client (`rate_limit.client_key`).
 
         Raises TooManyError without checking.
         """
@@ -78,12 +78,12 @@ class Accounts:
         secret = runtime.credentials.secret_in_file(user) if is_allowed else None
         digest = self._digest(user, password, secret)
         if not (secret is not None and digest in self._known):
-            if self._rate_limiter.take(stranger, asyncio.get_running_loop().time()) is None:
+            if self._rate_limiter.take(client_key, asyncio.get_running_loop().time()) is None:
                 raise TooManyError
             async with self._checking:
                 is_right = await asyncio.to_thread(_is_right, user, password, secret, runtime)
             if not (is_right and secret is not None):
-                values = {"user": name[:100], "host": stranger}
+                values = {"user": name[:100], "host": client_key}
                 logger.warning(Event("admin login refused", values))
                 return None
             if len(self._known) >= _MAX_REMEMBERED:

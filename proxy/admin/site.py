@@ -167,10 +167,10 @@ class Site:
             )
         if not self._source.runtime.config.watchers:
             raise web.HTTPForbidden(text="nobody is in admin_users or stats_users\n")
-        stranger = rate_limit.client_key(_peer(request))
+        client_key = rate_limit.client_key(_peer(request))
         header = request.headers.get("Authorization", "")
         try:
-            account = await self._accounts.log_in(header, self._source.runtime, stranger)
+            account = await self._accounts.log_in(header, self._source.runtime, client_key)
         except TooManyError:
             raise web.HTTPTooManyRequests(
                 text="too many wrong passwords\n", headers={"Retry-After": "10"}

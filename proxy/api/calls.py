@@ -564,30 +564,15 @@ async def outcome(caller: Caller, pid: int, cookie: int) -> Row:
     return _outcome(caller, (pid, cookie), job)
 
 
-async def status(caller: Caller, pid: int, cookie: int) -> bytes:
+async def status(caller: Caller, pid: int, cookie: int, *, names: Sequence[str]) -> bytes:
+    """`names`: of the outcome's columns."""
     job = await _known_or_past(caller, (pid, cookie))
-    row = [*zip(OUTCOME_NAMES, _outcome(caller, (pid, cookie), job), strict=True)]
+    row = [*zip(names, _outcome(caller, (pid, cookie), job), strict=True)]
     if job is not None and job.attempts > 1 and _may_touch(caller, job):
         row.append(("attempts", job.attempts))
     found = {name: _json(value, caller.codec) for name, value in row}
     text = json.dumps(found, ensure_ascii=False, separators=(", ", ": "))
     return text.encode(caller.codec, "surrogateescape")
-
-
-OUTCOME_NAMES: Final = (
-    "pid",
-    "cookie",
-    "state",
-    "consumed",
-    "completed",
-    "has_error",
-    "row_count",
-    "command_tag",
-    "sqlstate",
-    "error_message",
-    "label",
-    "launched_at",
-)
 
 
 def _json(value: object, codec: str) -> object:

@@ -13,6 +13,7 @@ pg_background_cancel; where 2.0 returns more columns, the plain name does.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -374,7 +375,8 @@ _declare("outcome_v2 outcome", _HANDLE, OUTCOME, calls.outcome)(
     "Everything that is known about a job, in one row. It raises no error: an unknown"
     " job has a NULL state."
 )
-_declare("status_v2", _HANDLE, JSONB, calls.status)("The same as JSON.")
+_status = functools.partial(calls.status, names=[column.name for column in OUTCOME.columns])
+_declare("status_v2", _HANDLE, JSONB, _status)("The same as JSON.")
 _declare("run_v2 run", _RUN, RUN, run_calls.run, strict=False, needs=Needs.SETTINGS | Needs.TIME)(
     "Starts a job, waits for its end or cancels it on timeout, and returns its outcome."
 )

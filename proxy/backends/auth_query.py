@@ -51,26 +51,26 @@ class AuthQuery:
         self._rate_limiter = RateLimiter(BURST, RATE, MAX_WAITING)
         self._log_limiter = RateLimiter(1.0, 1 / _SILENCE)
 
-    async def secret(self, host: Host, user: bytes, stranger: str | None = None) -> Secret | None:
+    async def secret(self, host: Host, user: bytes, client_key: str | None = None) -> Secret | None:
         """The role's secret; None if it has none, or the lookup failed (logged).
 
         Args:
             host: the server.
             user: the role.
-            stranger: identifies a client that has not logged in (`rate_limit.client_key`); None if
-                it has.
+            client_key: identifies a client that has not logged in (`rate_limit.client_key`); None
+                if it has.
         """
         if not self.enabled or user == self._config.auth_user.encode():
             return None
         key = host, user
         loop = asyncio.get_running_loop()
-        if stranger is not None and not self._remembers(key, loop.time()):
-            delay = self._rate_limiter.take(stranger, loop.time())
+        if client_key is not None and not self._remembers(key, loop.time()):
+            delay = self._rate_limiter.take(client_key, loop.time())
             if delay is None:
                 self._warn(
-                    stranger,
+                    client_key,
                     "too many logins from %s want auth_query: at most %g a second are looked up",
-                    *(stranger, RATE),
+                    *(client_key, RATE),
                 )
                 return None
             await asyncio.sleep(delay)

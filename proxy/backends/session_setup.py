@@ -88,9 +88,9 @@ class Opening:
     """Receives the answers to what precedes a job, then makes way for another receiver.
 
     Attributes:
-        done: resolved when the other receiver takes over; or fails with what has kept the job from
-            running: StaleLoginError, ServerError, ConnectionError, ProtocolViolation. If cancelled,
-            the other receiver is closed with that error.
+        done: resolved when the other receiver takes over. Fails with what has kept the job from
+            running: StaleLoginError, ServerError, ConnectionError, ProtocolViolation; if nobody
+            waits any more (it was cancelled), the other receiver is closed with that instead.
     """
 
     def __init__(

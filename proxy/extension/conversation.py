@@ -16,21 +16,24 @@ query only code with the rights of its login role. application_name announces th
 
     tag state number data
 
-``tag`` tells the function that this is for it. The states:
+``tag`` tells the function that this is for it. A function waits for an advisory lock, which the
+channel holds until there is something to see. There are two: the word's, whose key is a hash of the
+word, and which is held since the word was shown; and the question's, whose key is a part of the
+hash of secret and nonce. The states:
 
-- ``hw``: the question was heard; wait for the lock of its word. ``gw``: the same with the lock of
-  the question. ``ht``: there is no lock; poll.
+- ``hw``: the question was heard; wait for the word's lock. ``gw``: the same with the question's.
+  ``ht``: there is no lock; poll.
 - ``pw``, ``pt``: prove it. The channel's query has a fresh random word, which the function must
-  read. With ``pw`` the channel holds an advisory lock, on which the function waits for the answer;
-  with ``pt`` it could not get the lock, and the function polls.
+  read. With ``pw`` the channel holds the question's lock; with ``pt`` it could not get it, and the
+  function polls.
 - ``a``: an answer, here as data, 32 bytes; ``b``: the same, with more to come.
 - ``x``, ``y``: the same for a question that is not proven; the pad is made without a word.
 - ``q``, ``r``: as ``a`` and ``b``, but the data is in the channel's query, behind a mark.
 
 A question takes one message if a channel shows a word in advance. Beside the last piece of an
 answer, and while it rests, a channel shows ``/*…w`` and a word that nobody has used yet. Until it
-rests, it holds the lock whose key is made of that word. After that, it takes another lock when
-asked, since the function may be trying the first.
+rests, it holds the word's lock. After that, it takes the question's when asked, since the function
+may be trying the word's.
 
 1. ``ask``. Its first word says whose the channel is: ``-`` means the session's login role. Code
    that cannot RESET ROLE (it runs as another owner) names that owner instead. Behind the call come
@@ -43,8 +46,8 @@ asked, since the function may be trying the first.
    answer is ``c`` and their names; another ``settings`` has those, and later ones include them.
 3. The answer, in pieces: ``next`` asks for the next one.
 
-A function that waits, unheard as far as it can see, sends ``still`` at times, by which its server
-notices if the connection to the proxy is gone.
+While no answer announces that it was heard, the function sends ``still`` now and then, by which
+its server notices if the connection to the proxy is gone.
 
 Without such a word, or if it is used up or another session has the channel:
 
@@ -65,7 +68,7 @@ If no channel can be opened, the function cannot be told anything: when it says 
 cancels the statement, and replaces the error by the reason (`refusal`).
 
 The pieces of an answer are numbered. With each piece but the last, the channel takes the lock for
-the next, whose key is the first one's XOR the number, so that the function can wait for it at once.
+the next, whose key is the question's XOR the number, so that the function can wait for it at once.
 
 An answer is a text[]: ``e`` and the fields of an error; ``v`` and the value, those of a composite
 result, or the rows as a text[][]; ``n`` for no composite; ``c`` and names of custom settings;
@@ -86,7 +89,7 @@ import hmac
 import secrets
 from collections.abc import Sequence
 from datetime import UTC
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from proxy.api.functions import Function
 from proxy.api.values import text_form
@@ -94,9 +97,6 @@ from proxy.backends.channels import APPLICATION_NAME
 from proxy.config.gucs import session_secret
 from proxy.extension.questions import Call, Message
 from proxy.sql.encodings import array_2_text, array_text
-
-if TYPE_CHECKING:
-    pass
 
 Answer = list[bytes | None]
 

@@ -203,8 +203,10 @@ class Job(JobRecord):
         self._statements_done = 0
         self._taken_up = False
         self._output_settings = OutputSettings(backend.parameters)
-        # Whether the string has run, and its transaction commits; or has, and our query runs.
+        # Behind a pooler: whether COMMIT or ROLLBACK was sent.
         self._commits = False
+        # Whether the string's transaction has committed (or failed): only our query for the
+        # settings still runs.
         self._is_committed = False
         self._text = JobText(self._sql, backend.parameters, marker)
         self._marker = marker

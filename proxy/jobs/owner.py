@@ -227,15 +227,15 @@ class Owner(ABC):
 
         return await self._in_room(begin, launch, wait_limit, count_all=count_all)
 
-    async def _queue(self, launch: _Launch, tried: WaitLimit) -> Job:
-        """Queue a job until there is room. `tried`: the wait that failed. Raises SQLError."""
+    async def _queue(self, launch: _Launch, earlier: WaitLimit) -> Job:
+        """Queue a job until there is room. `earlier`: its wait, in vain. Raises SQLError."""
         size = len(launch.request.sql)
         queue = self.service.queue
         queue.check(launch.launcher.user, size)
         job = self._new(launch)
         job.unfinished_state = QUEUED
         self._known(job)
-        wait_limit = WaitLimit(FOR_EVER, since=tried)
+        wait_limit = WaitLimit(FOR_EVER, earlier=earlier)
         queue.add(job, size, self._start_waiting(job, launch, wait_limit))
         await self._announce(job)
         return job
@@ -400,12 +400,12 @@ class Owner(ABC):
         self.service.withdrawn(job)
 
     async def _start_waiting(
-        self, job: Job, launch: _Launch, promised: WaitLimit | None = None
+        self, job: Job, launch: _Launch, earlier: WaitLimit | None = None
     ) -> None:
         """Run a job that is known already, once there is room. If it cannot run, it ends with the
         error, since nobody could be told otherwise.
 
-        `promised`: its wait for room, if that began earlier.
+        `earlier`: its wait for room, if that has begun already.
         """
         job.unfinished_state = QUEUED
 
@@ -428,7 +428,7 @@ class Owner(ABC):
             self._follow(job, launch, wait_limit)
 
         self._leave_databases(launch.request.sql)
-        wait_limit = promised or WaitLimit(FOR_EVER)
+        wait_limit = earlier or WaitLimit(FOR_EVER)
         starting = asyncio.ensure_future(self._in_room(begin, launch, wait_limit, count_all=True))
         job.when_finished(lambda: job.pid == NO_PID and starting.cancel())
         try:

@@ -53,7 +53,7 @@ class WaitLimit:
     Args:
         seconds: from now on; 0 for no wait; FOR_EVER.
         waiting: entered while it waits.
-        since: an earlier try of the same launch, whose time of arrival counts.
+        earlier: the limit of an earlier wait of the same launch, whose time of arrival counts.
 
     Attributes:
         may_wait: whether it waits at all.
@@ -65,10 +65,10 @@ class WaitLimit:
         self,
         seconds: float,
         waiting: Waiting = contextlib.nullcontext,
-        since: WaitLimit | None = None,
+        earlier: WaitLimit | None = None,
     ) -> None:
         self.may_wait = seconds > 0
-        self.arrived: float = time.monotonic() if since is None else since.arrived
+        self.arrived: float = time.monotonic() if earlier is None else earlier.arrived
         self.waited = 0.0
         self._until = asyncio.get_running_loop().time() + seconds
         self._waiting = waiting

@@ -116,7 +116,7 @@ class SessionCaller(Caller):
                     self._context = replace(self._context, settings=known)
                 elif wanted and lasting and plan.has_no_side_effects:
                     relay.known_settings = self._context.settings
-                self.may_wait_for_room = wanted and self._has_patience()
+                self.may_wait_for_room = wanted and self._has_launch_timeout()
                 timeout = self._context.statement_timeout.decode()
                 self._interrupts.start_timer(parse_time_ms(timeout), limited=self.may_wait_for_room)
 
@@ -124,7 +124,7 @@ class SessionCaller(Caller):
         if session.system_id is None:
             self._primary.ask(SYSTEM_ID_QUERY, self._take_system_id)
 
-    def _has_patience(self) -> bool:
+    def _has_launch_timeout(self) -> bool:
         try:
             return self._session.launcher.setting(LAUNCH_TIMEOUT, self.context) > 0
         except SQLError:

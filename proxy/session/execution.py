@@ -109,15 +109,20 @@ class Execution:
             """Whether calls are made after the server's answer, so that it waits with them."""
             return Needs.TIME in needs or batch.caller.may_wait_for_room
 
+        def must_keep(kind: int, body: bytes) -> bool:
+            """Whether a message must wait until the server has answered all."""
+            return (
+                bool(kept)  # messages stay in their order
+                or waits()  # the calls wait, and the server with them
+                or not batch.caller.has_whole_context  # the server must tell what the names mean
+                or batch.caller.may_use_primary(plan)  # the calls have requests of their own
+                # The arguments' encoding must be checked first.
+                or (may_set and _has_other_letters(plan, kind, body))
+            )
+
         async def handler(kind: int, body: bytes) -> None:
             nonlocal streams
-            if streams or not (
-                kept
-                or waits()
-                or not batch.caller.has_whole_context
-                or batch.caller.may_use_primary(plan)
-                or (may_set and _has_other_letters(plan, kind, body))
-            ):
+            if streams or not must_keep(kind, body):
                 await self._row(portal, statement, kind, body)
                 return
             kept.append((kind, body))

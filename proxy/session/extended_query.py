@@ -41,7 +41,7 @@ _STILL_THERE: Final = (
 )
 """Those of some names that are statements made by the protocol."""
 
-_LOOK_EACH: Final = 64
+_PRUNE_EACH: Final = 64
 """After this many statements with calls, check which still exist."""
 
 
@@ -72,7 +72,7 @@ class ExtendedQuery:
         statements = relay.statements
         lowered = body.lower()
         session.custom_settings.mentioned(lowered)
-        relay.read(lowered)
+        relay.note_sent(lowered)
         await self._batch.know_settings(body)
         if b"set_config" in lowered:
             relay.setters.add(relay.key(body.partition(b"\0")[0]))
@@ -80,8 +80,8 @@ class ExtendedQuery:
         message = Parse.parse(body)
         await self._batch.know_names(statement)
         await self._batch.know_view([statement])
-        if statements and len(statements) % _LOOK_EACH == 0:
-            await self._look_at_all()
+        if statements and len(statements) % _PRUNE_EACH == 0:
+            await self._prune_deallocated()
         plan = session.reader.plan(statement)
         key = relay.key(message.statement)
         old = statements.pop(key, None)
@@ -175,17 +175,26 @@ class ExtendedQuery:
 
         self._primary.send(Close(kind, name).serialize(), ENDS_CLOSE, closed)
 
-    async def _look_again(self, name: bytes) -> None:
-        """If SQL may have deallocated a statement, check which ones still exist."""
+    async def _check_still_there(self, name: bytes) -> None:
+        """Check whether a statement still exists, if SQL may have deallocated it."""
         relay = self._relay
-        statements = relay.statements
-        if not (relay.is_doubtful and name and relay.key(name) in statements):
+        if not (relay.is_doubtful and name and relay.key(name) in relay.statements):
             return
         if relay.status == TransactionStatus.FAILED and not self._batch.executed:
             # The server cannot be asked in SQL. If there is no such statement, it says so.
             describe = Describe(b"S", self._short(name)).serialize()
             self._primary.send(describe, ENDS_DESCRIBE, drop)
             return
+        await self._forget_deallocated()
+
+    async def _prune_deallocated(self) -> None:
+        """Check all statements, if SQL may have deallocated some: their names may never recur."""
+        if self._relay.is_doubtful and self._relay.status != TransactionStatus.FAILED:
+            await self._forget_deallocated()
+
+    async def _forget_deallocated(self) -> None:
+        """Ask the server which statements SQL has deallocated, and close their stand-ins."""
+        relay, statements = self._relay, self._relay.statements
         names = [name for name in statements if name and self._is_text(name)]
         array = encodings.array_text(names, self._batch.session.client_encoding)
         found = {name for (name,) in await self._primary.query(_STILL_THERE, (array,))}
@@ -193,11 +202,6 @@ class ExtendedQuery:
         for name in names:
             if name not in found:
                 self._close_stand_in(statements.pop(name))
-
-    async def _look_at_all(self) -> None:
-        """Close the stand-ins of statements deallocated in SQL: their names may never recur."""
-        if self._relay.status != TransactionStatus.FAILED:
-            await self._look_again(max(self._relay.statements))
 
     def _is_text(self, key: bytes) -> bool:
         """Whether a name, as the server has truncated it, is valid text."""
@@ -212,7 +216,7 @@ class ExtendedQuery:
         key, name = relay.key(message.portal), relay.key(message.statement)
         if name in relay.setters:
             self._batch.session.custom_settings.bound(body)
-        await self._look_again(message.statement)
+        await self._check_still_there(message.statement)
         statement = relay.statements.get(name)
         if not message.portal:
             relay.forget_portal(b"")
@@ -318,7 +322,7 @@ class ExtendedQuery:
             statement = None if portal is None else portal.statement
         else:
             key = self._relay.key(message.name)
-            await self._look_again(message.name)
+            await self._check_still_there(message.name)
             statement = self._relay.statements.get(key)
         handler: ResponseHandler = self._primary.pass_on
         if isinstance(statement, WithCalls):

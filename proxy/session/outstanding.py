@@ -12,9 +12,9 @@ ANSWERING an error in the extended protocol, and  SKIPPING
           the client has not sent Sync yet;
           any error within an interception
 ANSWERING CopyInResponse, and the client has not  COPYING
-          sent more than Sync behind its COPY
-COPYING   any message of the client but Sync      ANSWERING (that ends the COPY: the server
-                                                  takes the message for it, or fails)
+          sent yet what ends the COPY
+COPYING   CopyDone, CopyFail; any other message   ANSWERING (that ends the COPY: the server
+          of the client but CopyData, Flush, Sync takes the message for it, or fails)
 COPYING   an error                                ANSWERING or SKIPPING, as above
 SKIPPING  Sync from the client                    ANSWERING
 any       ReadyForQuery                           ANSWERING

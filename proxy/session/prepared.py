@@ -51,8 +51,9 @@ class RowCalls:
         marker: of the extension that has these types, if a call returns one and it is installed.
         fields: the stand-in's columns, as the server describes them.
         server_name: the stand-in's name; see `hidden`.
-        client_parse: the client's Parse, if the server takes it too. Then the server has that
-            under the client's name, unless this is empty.
+        client_parse: a Parse of the client's text under our OWN_NAME, if the server can run that
+            text too. Then the server has the text under the client's name as well; if that is
+            empty, named portals are bound to OWN_NAME.
     """
 
     plan: ScalarPlan

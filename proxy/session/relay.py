@@ -251,7 +251,7 @@ class Relay:
         if end > len(data):
             return self._hold(data, position, end - position)
         text = data[position:end].lower()
-        self.read(text)
+        self.note_sent(text)
         if self.is_of_interest(text) and not self.outstanding.copying:
             if self._read > YIELD_AFTER:
                 return self._yield(data, position)
@@ -280,8 +280,8 @@ class Relay:
         `statements` or `portals` by name."""
         return may_be_ours(text) or (bool(self.statements or self.portals) and may_use_name(text))
 
-    def read(self, text: bytes) -> None:
-        """SQL goes to the server, given in lower case and perhaps changed."""
+    def note_sent(self, text: bytes) -> None:
+        """Note that SQL goes to the server; given in lower case, before it is changed."""
         if self.statements and may_change_names(text):
             self.is_doubtful = True
 

@@ -24,10 +24,10 @@ class BudgetError(LexError):
     """The text exceeds what is read of texts that anybody may send."""
 
 
-# Limits of reading a text for calls. A call is short, and a long argument is a single token.
 READING: Final = (b"client_encoding", b"standard_conforming_strings")
 """The settings that affect how the server reads SQL (`statements.reading`)."""
 
+# Limits of reading a text for calls. A call is short, and a long argument is a single token.
 MAX_TOKENS: Final = 10_000
 """Including comments."""
 MAX_BYTES: Final = 64 * 1024

@@ -75,8 +75,9 @@ def statement_guard(
 
 
 def portal_guard(name: bytes, hidden: bytes, sql: bytes) -> bytes:
-    """The query of a portal's guard. A fetch from it fails with 34000, an error that a query can
-    raise about a cursor: only a query's portal can have its rows fetched.
+    """The query of a portal's guard. SQL can FETCH only from the portal of a query, so the guard is
+    a SELECT. It calls cursor_to_xml() on a cursor that does not exist, which raises 34000 with our
+    text as the cursor's name.
 
     Args:
         name: of the portal.

@@ -74,7 +74,7 @@ _SNAPSHOT_SIZE: Final = 400
 """Approximate bytes of a snapshot without its texts."""
 
 _CANCELING: Final = 60.0
-"""The same if it must tell the server something and connect_timeout sets no limit."""
+"""Seconds in addition for the server to be told something, where connect_timeout sets no limit."""
 
 
 class Bus(Protocol):
@@ -173,7 +173,9 @@ class OtherWorkers(Peers):
         # The roles that we have announced.
         self._announced: set[int] = set()
         # Jobs of peers that somebody here refers to, by cookie.
-        self._stand_ins: weakref.WeakValueDictionary[int, RemoteJob] = weakref.WeakValueDictionary()
+        self._remote_jobs: weakref.WeakValueDictionary[int, RemoteJob] = (
+            weakref.WeakValueDictionary()
+        )
         # Peers that have seen a job of ours before its end, by its cookie.
         self._watchers: dict[int, set[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -204,7 +206,7 @@ class OtherWorkers(Peers):
         unanswered = 0
 
         def take(peer: int, snapshots: list[dict[str, Any]]) -> bool:
-            for job in self._stand_ins_for(peer, snapshots):
+            for job in self._remote_jobs_of(peer, snapshots):
                 found[job.cookie] = job
                 missing.discard(job.cookie)
             return not missing
@@ -218,26 +220,26 @@ class OtherWorkers(Peers):
         found: list[JobRecord] = []
 
         def take(peer: int, snapshots: list[dict[str, Any]]) -> bool:
-            found.extend(self._stand_ins_for(peer, snapshots))
+            found.extend(self._remote_jobs_of(peer, snapshots))
             return False
 
         return found, await self._ask(ListJobs(sorted(roles)), take)
 
-    def _stand_ins_for(self, peer: int, snapshots: list[dict[str, Any]]) -> list[RemoteJob]:
+    def _remote_jobs_of(self, peer: int, snapshots: list[dict[str, Any]]) -> list[RemoteJob]:
         jobs = [
             job.update(snapshot)
-            if (job := self._stand_ins.get(snapshot["cookie"])) is not None
+            if (job := self._remote_jobs.get(snapshot["cookie"])) is not None
             else RemoteJob(peer, snapshot)
             for snapshot in snapshots
         ]
         for job in jobs:
             job.owner = peer
-            self._stand_ins[job.cookie] = job
+            self._remote_jobs[job.cookie] = job
         return jobs
 
     def knows(self, job: RemoteJob) -> bool:
         """Whether the job is a peer's."""
-        return self._stand_ins.get(job.cookie) is job
+        return self._remote_jobs.get(job.cookie) is job
 
     async def cancel_job(self, job: RemoteJob) -> bool:
         ask = CancelJob(*job.handle)
@@ -424,7 +426,7 @@ class OtherWorkers(Peers):
             case ExtensionChanged():
                 self._server.extension_changes += 1
             case JobEnded(snapshot):
-                job = self._stand_ins.get(snapshot["cookie"])
+                job = self._remote_jobs.get(snapshot["cookie"])
                 if job is not None:
                     job.update(snapshot)
 
@@ -434,7 +436,7 @@ class OtherWorkers(Peers):
             watchers.discard(peer)
         for question in tuple(self._questions.values()):
             question.gone(peer)
-        self._jobs_lost([job for job in self._stand_ins.values() if job.owner == peer])
+        self._jobs_lost([job for job in self._remote_jobs.values() if job.owner == peer])
 
     def _jobs_lost(self, jobs: Sequence[RemoteJob]) -> None:
         """The process that runs these jobs is gone."""

@@ -85,7 +85,7 @@ class OtherReplicas(OtherWorkers):
         for role_id in self._jobs.registry.roles:
             self._announced.discard(role_id)
             await self.announce(role_id)
-        self._jobs_lost([job for job in self._stand_ins.values() if not job.finished])
+        self._jobs_lost([job for job in self._remote_jobs.values() if not job.finished])
 
     def _left(self) -> None:
         self._roles_of.clear()
