@@ -1,8 +1,9 @@
 """The pg_background functions, each declared once.
 
-Invariant: a function's names, parameters, result and coroutine are only here. The calls that the
+Invariant: a function's parameters, result and coroutine are declared only here. The calls that the
 proxy serves, the SQL objects for calls from inside the database, and the reference in
-docs/functions.md are all made from this table.
+docs/functions.md are all made from this table. Elsewhere are the names of functions with special
+treatment (`progress`, `privileges`, `bodies`), and the views' SQL (`objects`).
 
 The extension has had three generations. Version 1 identifies a job by pid. Versions 1.6 to 1.10
 added functions that end in _v2 and take a cookie too; 2.0 gave these the plain names. All are
@@ -162,7 +163,8 @@ class Needs(enum.Flag):
     TIME = enum.auto()
     """It may wait for a job, until a cancel request or statement_timeout."""
     PRIMARY = enum.auto()
-    """The primary backend, so the rows of the statement are read first."""
+    """The primary backend, so the rows of the statement are read first. Without the extension no
+    privilege is checked but by the statements that it gets: see `calls.activity`."""
     COMMIT = enum.auto()
     """The end of its transaction, in which it must take part; rows are read first, too."""
 
