@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 from tests.support.background import (
+    cancel_sleep,
     failure,
     fields,
     job_failure,
@@ -17,7 +18,6 @@ from tests.support.background import (
     result,
     run,
     value,
-    wait_until,
     wait_until_ended,
 )
 from tests.support.servers import Connection, Proxy, psql
@@ -445,10 +445,7 @@ def test_verbose_vacuum_shows_its_messages(proxy: Proxy, scratch: str) -> None:
 
 def test_cancelled_job(conn: Connection, observer: Connection) -> None:
     pid = launch(conn, "SELECT pg_sleep(60)")
-    # The backend has said that it takes the job up, a moment before it can be cancelled.
-    active = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
-    wait_until(lambda: observer.execute(active, [pid]).fetchone())
-    observer.execute("SELECT pg_cancel_backend(%s)", [pid])
+    cancel_sleep(observer, pid)
     error = failure(conn, "SELECT pg_background_result(%s)", [pid])
     assert message(error) == ("57014", "canceling statement due to user request")
 

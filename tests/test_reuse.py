@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import StartProxy, shared_proxy, upstream_of
 from tests.support.background import (
+    cancel_sleep,
     failure,
     has_ended,
     launch,
@@ -323,7 +324,7 @@ def test_no_other_session_gets_it(proxy: Proxy, conn: Connection, scratch: str) 
 
 def test_none_whose_job_was_canceled(conn: Connection) -> None:
     pid = launch(conn, "SELECT pg_sleep(60)")
-    conn.execute("SELECT pg_cancel_backend(%s)", [pid])  # of this the proxy does not know
+    cancel_sleep(conn, pid)  # of this the proxy does not know
     assert message(failure(conn, "SELECT * FROM pg_background_result(%s)", [pid]))[0] == "57014"
     query = "SELECT (h).pid, (h).cookie FROM (SELECT pg_background_launch_v2(%s) h) s"
     [handle] = conn.execute(query, ["SELECT pg_sleep(60)"])

@@ -123,6 +123,14 @@ def wait_until(look: Callable[[], T], timeout: float = TIMEOUT) -> T:
     return found
 
 
+def cancel_sleep(observer: Connection, pid: int) -> None:
+    """Calls pg_cancel_backend() for a job that sleeps. The server ignores that while it has not
+    begun with the job's text, a moment after the pid is told."""
+    sleeps = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND query LIKE '%%pg_sleep%%'"
+    wait_until(lambda: observer.execute(sleeps, [pid]).fetchone())
+    observer.execute("SELECT pg_cancel_backend(%s)", [pid])
+
+
 def spares_of(observer: Connection, conn: Connection) -> set[int]:
     """The pids of the spares that wait for the jobs of a session, and of others of its role in its
     database; one of the two must be the test's own, since other proxies have spares, too.
