@@ -353,14 +353,14 @@ class Session(ClientSession):
     def _new_login(self, primary: Connection, parameters: dict[bytes, bytes]) -> Login:
         user = parameters.get(b"user", b"")
         database = parameters.get(b"database", user)
-        stranger = rate_limit.client_key(self.client.peer.name)
+        client_key = rate_limit.client_key(self.client.peer.name)
         plain = self._config.auth_type == "plain"
         return Login(
             self.client,
             primary,
             user,
             self.observer,
-            lambda: self._services.runtime.check_of(self.route, database, user, stranger),
+            lambda: self._services.runtime.check_of(self.route, database, user, client_key),
             asks_password=may_send_password(self.client) if plain else None,
             policy=self._config.upstream.policy(self.route.host),
         )
