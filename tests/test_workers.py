@@ -8,6 +8,7 @@ calls from a session of one about the jobs of another.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -773,5 +774,10 @@ def test_psql_through_two_workers(server: Server, pair: Proxy, db: str) -> None:
 def test_the_workers_run_the_code_of_their_supervisor(start_proxy: StartProxy) -> None:
     proxy = start_proxy("--workers", "2", env={"PYTHONUNBUFFERED": "1"})  # no fork of the tests'
     for worker in workers(proxy):
-        path = worker.environ()["PYTHONPATH"].split(os.pathsep)
+        # Until its exec, it has the environment of its parent.
+        path = wait_until(functools.partial(_python_path, worker)).split(os.pathsep)
         assert path[0] == str(REPOSITORY)
+
+
+def _python_path(worker: psutil.Process) -> str:
+    return str(worker.environ().get("PYTHONPATH", ""))
