@@ -3,8 +3,9 @@
 Invariant: the proxy cancels a statement only while one of its functions waits in vain, which the
 function has just said (``still``), or says all the time (those of older proxies, which speak up
 only when they wait). So the cancel meets that function, and not what stands before it or behind.
-The request is not sent if the statement has ended meanwhile. The reason takes the place of the
-error that the cancel raises, and of no other.
+Whether it waits is asked once more when the proxy has connected to send the request: meanwhile the
+statement may have ended, or the function given up. The reason takes the place of the error that the
+cancel raises, and of no other.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ _SIGNALS_ONCE: Final = 170000
 be canceled a second time, outside of our functions."""
 
 
+_CANCELED_BY: Final = b"ProcessInterrupts"
+"""The routine in the server that raises the error of a cancel."""
+
+
 class Refusal:
     """Why the last question of a session is not answered, if it is not."""
 
@@ -35,6 +40,7 @@ class Refusal:
         self._cancel_statement = cancel_statement
         self._error: SQLError | None = None
         self._nonce = b""
+        self._says_it_waits = True
         self._is_canceled = False
         # Who has said last that it waits, and when, by the loop's clock.
         self._waits = b""
@@ -61,15 +67,27 @@ class Refusal:
         if not isinstance(error, SQLError):
             error = SQLError(CONNECTION_FAILURE, explain(error))
         self._error, self._nonce = error, question.nonce
+        self._says_it_waits = question.verb == b"ask"
+        self._cancel()
+
+    @property
+    def _is_waiting(self) -> bool:
         age = asyncio.get_running_loop().time() - self._heard
-        if question.verb != b"ask" or (self._waits == question.nonce and age < _RECENT):
-            self._cancel()
+        return not self._says_it_waits or (self._waits == self._nonce and age < _RECENT)
 
     def _cancel(self) -> None:
         error = self._error
-        if error is not None and not self._is_canceled:
-            self._is_canceled = True
-            self._cancel_statement(lambda: self._error is error)
+        if error is None or self._is_canceled or not self._is_waiting:
+            return
+
+        def is_meant() -> bool:
+            if self._error is not error:
+                return False
+            self._is_canceled = self._is_waiting  # if not, the next time that it says so
+            return self._is_canceled
+
+        self._is_canceled = True
+        self._cancel_statement(is_meant)
 
     def reason(
         self, response: ErrorResponse, server_version: int, *, is_ours: bool
@@ -77,5 +95,7 @@ class Refusal:
         """What has led to an error, if that is the cancel. `is_ours`: whether it was raised in one
         of the functions that wait."""
         if not self._is_canceled or response.sqlstate != QUERY_CANCELED:
+            return None
+        if not is_ours and response.fields.get("R") != _CANCELED_BY:
             return None
         return self._error if is_ours or server_version < _SIGNALS_ONCE else None

@@ -85,6 +85,7 @@ class Connection(asyncio.Protocol):
         self._lost = lost
         self._hung_up = hung_up
         self._stopped = 0
+        self._breaks = 0
         self._looks = False
         self.full: asyncio.Future[None] | None = None
         self._gathers = False
@@ -279,11 +280,14 @@ class Connection(asyncio.Protocol):
 
     def take_a_break(self) -> None:
         """Stop reading, to give other connections a turn of the event loop."""
+        self._breaks += 1
         self._stop(_TAKES_A_BREAK)
 
     def end_break(self) -> None:
-        """Read again after `take_a_break`."""
-        self._go(_TAKES_A_BREAK)
+        """Read again after `take_a_break`, once each break has ended."""
+        self._breaks -= 1
+        if not self._breaks:
+            self._go(_TAKES_A_BREAK)
 
     def _stop(self, reason: int) -> None:
         if not self._stopped and self.is_open:

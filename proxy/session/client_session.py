@@ -82,10 +82,10 @@ class ClientSession(Owner, Hooks):
             # signals the backend twice): it must not be for what the client sends after that.
             if may_send := is_meant():
                 primary.take_a_break()
+                told.add_done_callback(lambda _: primary.end_break())
             return may_send
 
         told = self.service.cancel_statement(self.route, self._key, is_still_meant)
-        told.add_done_callback(lambda _: primary.end_break())
 
     @property
     def zone(self) -> tzinfo:
