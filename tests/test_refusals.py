@@ -195,6 +195,8 @@ def test_another_statement_is_canceled_by_who_cancels_it(
 ) -> None:
     """Though the code of the one before has caught our cancel: then no error has told the
     reason."""
+    if is_one_query and observer.info.server_version < 170000:
+        pytest.skip("the server signals twice for a cancel, and the second may meet the next one")
     observer.execute(NO_LOGIN)
     sql = "SELECT catches(); "
     if not is_one_query:

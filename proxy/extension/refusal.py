@@ -41,7 +41,8 @@ class Refusal:
         self._error: SQLError | None = None
         self._nonce = b""
         self._says_it_waits = True
-        self._is_canceled = False
+        # Whether the request is being made, and whether it has been sent.
+        self._is_connecting = self._is_canceled = False
         # Who has said last that it waits, and when, by the loop's clock.
         self._waits = b""
         self._heard = 0.0
@@ -49,7 +50,7 @@ class Refusal:
     def forget(self) -> None:
         """Another question is asked, or the statement has ended."""
         self._error = None
-        self._is_canceled = False
+        self._is_connecting = self._is_canceled = False
         self._waits = b""
 
     def waits(self, nonce: bytes) -> None:
@@ -64,9 +65,12 @@ class Refusal:
 
     def refuse(self, question: Message, error: Exception) -> None:
         """It is not answered, or the answer may be gone before the function has seen it."""
+        if self._error is not None and self._nonce == question.nonce:
+            return  # the request for the first reason is on its way
         if not isinstance(error, SQLError):
             error = SQLError(CONNECTION_FAILURE, explain(error))
         self._error, self._nonce = error, question.nonce
+        self._is_connecting = self._is_canceled = False
         self._says_it_waits = question.verb == b"ask"
         self._cancel()
 
@@ -77,16 +81,17 @@ class Refusal:
 
     def _cancel(self) -> None:
         error = self._error
-        if error is None or self._is_canceled or not self._is_waiting:
+        if error is None or self._is_connecting or self._is_canceled or not self._is_waiting:
             return
 
         def is_meant() -> bool:
             if self._error is not error:
                 return False
-            self._is_canceled = self._is_waiting  # if not, the next time that it says so
+            self._is_connecting = False
+            self._is_canceled = self._is_waiting  # if not, it is tried when it says so again
             return self._is_canceled
 
-        self._is_canceled = True
+        self._is_connecting = True
         self._cancel_statement(is_meant)
 
     def reason(
