@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
 
+from proxy.backends.spares import _LASTS
 from tests.conftest import StartProxy
 from tests.support.background import (
     failure,
@@ -218,11 +220,12 @@ def test_the_last_free_connection_slots_are_left_alone(
         try:
             while len(others) < slots - slots // 10:
                 others.append(server.connect())
-        except psycopg.OperationalError as error:
-            pytest.fail(f"no slot for a client: {message(error)}")
-        finally:
+            time.sleep(_LASTS)  # for so long the proxy believes that there is room
             run(conn, "SELECT 1")
             # One is opened to see whether there is room, and closed at once.
             wait_until(lambda: not spares_of(observer, conn))
+        except psycopg.OperationalError as error:
+            pytest.fail(f"no slot for a client: {message(error)}")
+        finally:
             for other in others:
                 other.close()
