@@ -474,3 +474,8 @@ VIEWS: Final[dict[str, Function]] = {
     )
 }
 """The views, each as a function that returns its rows."""
+
+
+def is_view(function: Function) -> bool:
+    """Whether it is one of `VIEWS`; a function of the same name is not."""
+    return VIEWS.get(function.name) is function

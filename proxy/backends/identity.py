@@ -30,6 +30,14 @@ class Login(NamedTuple):
         return all(ours == theirs or not ours.isascii() for ours, theirs in pairs)
 
 
+HAS_LOGIN_TRIGGERS: Final = (
+    b"EXISTS (SELECT FROM pg_catalog.pg_event_trigger"
+    b" WHERE evtevent OPERATOR(pg_catalog.=) 'login'"
+    b" AND evtenabled OPERATOR(pg_catalog.<>) 'D')"
+)
+"""An SQL expression: whether the database has event triggers that a login fires."""
+
+
 # The role is looked up by name: session_user is a name, and an error once the role is gone. The
 # first condition covers changes between the login and the first look: `is_superuser` was decided at
 # login, unless ALTER ROLE … SET role interfered. The expiry is compared with the clock, since now()

@@ -18,7 +18,7 @@ from typing import Final, TypeAlias
 
 from protocol.errors import ProtocolViolation, SQLError
 from proxy.backends.backend import Backend
-from proxy.backends.identity import Login, StaleLoginError
+from proxy.backends.identity import HAS_LOGIN_TRIGGERS, Login, StaleLoginError
 from proxy.backends.spares import GREETING, Key, Spares
 from proxy.log import logger
 from proxy.reasons import explain
@@ -51,16 +51,14 @@ _RESET: Final = (
         # Local buffers may exist, whose number can no longer be changed.
         b" AND pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.=) 0"
         # What they do in a new session is undone by a reset.
-        b" AND NOT EXISTS (SELECT FROM pg_catalog.pg_event_trigger"
-        b" WHERE evtevent OPERATOR(pg_catalog.=) 'login'"
-        b" AND evtenabled OPERATOR(pg_catalog.<>) 'D')"
+        b" AND NOT %b"
         # Not everybody can see a session's origin. Those named pg_… belong to subscriptions.
         b" AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_origin"
         b" WHERE pg_catalog.left(roname, 3) OPERATOR(pg_catalog.<>) 'pg_')"
         # Temporary ones.
         b" AND NOT EXISTS (SELECT FROM pg_catalog.pg_get_replication_slots()"
         b" WHERE active_pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid())"
-        % ",".join(_FORGETFUL).encode()
+        % (",".join(_FORGETFUL).encode(), HAS_LOGIN_TRIGGERS)
     )
     + b"".join(b", pg_catalog.current_setting('%b')" % name for name in _KNOWN)
 )

@@ -14,14 +14,14 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol, cast
 
 from protocol.errors import ProtocolViolation, SQLError
 from proxy.backends.backend import Backend, number
 from proxy.backends.channels import Channels, Open
-from proxy.backends.identity import IDENTITY, SYSTEM_ID, Login, StaleLoginError
+from proxy.backends.identity import HAS_LOGIN_TRIGGERS, IDENTITY, SYSTEM_ID, Login, StaleLoginError
 from proxy.log import logger
 from proxy.reasons import explain
 
@@ -93,15 +93,7 @@ WHERE o.rolname OPERATOR(pg_catalog.=) session_user
 backend this takes a millisecond, so it is not asked for each of many."""
 
 
-_SCOUT: Final = (
-    b"""
-SELECT pg_catalog.pg_backend_pid(),
-       EXISTS (SELECT FROM pg_catalog.pg_event_trigger
-               WHERE evtevent OPERATOR(pg_catalog.=) 'login'
-               AND evtenabled OPERATOR(pg_catalog.<>) 'D'),
-       %b"""
-    % IDENTITY
-)
+_SCOUT: Final = b"SELECT pg_catalog.pg_backend_pid(), " + HAS_LOGIN_TRIGGERS + b", " + IDENTITY
 """Whether there is a pooler; whether a login may give something else each time; the identity."""
 
 
@@ -315,15 +307,16 @@ class Spares:
             return
         if pool.identity is None:
             if pool.scout is None:
-                pool.scout = loop.create_task(self._scout(key, pool, open_one))
-                self._tasks.add(pool.scout)
-                pool.scout.add_done_callback(functools.partial(self._opened, pool))
+                pool.scout = self._start(pool, self._scout(key, pool, open_one))
             return
         for _ in range(missing):
-            task = loop.create_task(self._add(key, pool, open_one, pool.identity))
-            pool.opening.add(task)
-            self._tasks.add(task)
-            task.add_done_callback(functools.partial(self._opened, pool))
+            pool.opening.add(self._start(pool, self._add(key, pool, open_one, pool.identity)))
+
+    def _start(self, pool: _Pool, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(functools.partial(self._opened, pool))
+        return task
 
     def _opened(self, pool: _Pool, task: asyncio.Task[None]) -> None:
         # Also called for tasks cancelled before they began.

@@ -34,6 +34,7 @@ from proxy.api.functions import (
     VIEWS,
     Function,
     Type,
+    is_view,
 )
 from proxy.extension.texts import sql
 from proxy.sql.text import EXECUTOR_ROLE
@@ -159,30 +160,26 @@ class Installed:
             function: the function or view.
             schema: as written in the call, if at all.
         """
-        is_view = _is_view(function)
+        of_view = is_view(function)
         own = self.schema.decode("utf-8", "replace")
         if not self.finds(schema):
             types = ", ".join(parameter.type.name for parameter in function.parameters)
             raise SQLError(
-                UNDEFINED_TABLE if is_view else UNDEFINED_FUNCTION,
+                UNDEFINED_TABLE if of_view else UNDEFINED_FUNCTION,
                 f'relation "{function.name}" does not exist'
-                if is_view
+                if of_view
                 else f"function {function.name}({types}) does not exist",
                 hint=f'The extension {NAME} is in the schema "{own}".',
             )
         if not self.usable:
             raise SQLError(INSUFFICIENT_PRIVILEGE, f"permission denied for schema {own}")
         if not self.allows(function):
-            kind = "view" if is_view else "function"
+            kind = "view" if of_view else "function"
             raise SQLError(INSUFFICIENT_PRIVILEGE, f"permission denied for {kind} {function.name}")
 
 
-def _is_view(function: Function) -> bool:
-    return VIEWS.get(function.name) is function
-
-
 def _key(function: Function) -> str:
-    return f"{function.name}/{'view' if _is_view(function) else len(function.parameters)}"
+    return f"{function.name}/{'view' if is_view(function) else len(function.parameters)}"
 
 
 # Made once, but for the names: each call has the query.
@@ -206,7 +203,7 @@ def installed_query(functions: Iterable[Function]) -> str:
     """
     names: dict[bool, dict[str, None]] = {}
     for function in functions:
-        names.setdefault(_is_view(function), {})[function.name] = None
+        names.setdefault(is_view(function), {})[function.name] = None
     allowed = (
         _ALLOWED[are_views].replace("@{names}", ",".join(named))
         for are_views, named in names.items()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final, NamedTuple
 
-from proxy.api.functions import FUNCTIONS, VIEWS, Function
+from proxy.api.functions import FUNCTIONS, VIEWS, Function, is_view
 from proxy.extension.installed import MARKER, TAG, is_trusted
 from proxy.extension.texts import sql
 from proxy.sql.text import literal
@@ -35,7 +35,7 @@ class Name(NamedTuple):
 
     @property
     def is_view(self) -> bool:
-        return VIEWS.get(self.function.name) is self.function
+        return is_view(self.function)
 
 
 def name_of(call: Call) -> Name:
@@ -116,7 +116,7 @@ def is_there(functions: Iterable[Function]) -> bytes:
     """An SQL expression: whether the database may have the extension or anything of these names."""
     names, views = {MARKER}, set[str]()
     for function in functions:
-        (views if VIEWS.get(function.name) is function else names).add(function.name)
+        (views if is_view(function) else names).add(function.name)
     found = _has_any(b"pg_proc", b"proname", names)
     return b"(%b OR %b)" % (found, _has_any(b"pg_class", b"relname", views)) if views else found
 

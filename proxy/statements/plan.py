@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from protocol.errors import SQLError
-from proxy.api.functions import HANDLES, LIST, RECORD, VIEWS, Function, Needs, Parameter
+from proxy.api.functions import HANDLES, LIST, RECORD, Function, Needs, Parameter, is_view
 from proxy.sql.rewrite import Piece, Rewrite
 from proxy.sql.tokens import Tokens
 
@@ -122,8 +122,7 @@ class _Calling:
         return HANDLES not in parameters and (
             self.has_definition_list
             or all(
-                call.function.result_type not in (RECORD, LIST)
-                or VIEWS.get(call.function.name) is call.function
+                call.function.result_type not in (RECORD, LIST) or is_view(call.function)
                 for call in self.calls
             )
         )
