@@ -43,6 +43,7 @@ from tests.support import api_clients, examples, executors
 from tests.support.certificates import Certificates
 from tests.support.forks import ForkServer
 from tests.support.servers import Connection, Proxy, Server, database, program_environment
+from tests.support.upstream_relay import UpstreamRelay, upstream_relay
 from tests.support.wire import Monitor
 
 _live_proxies: list[Proxy] = []
@@ -362,6 +363,13 @@ def recording(server: Server) -> Iterator[Proxy]:
     """A proxy that writes the history of all jobs."""
     with shared_proxy(upstream_of(server), "--history", "all") as proxy:
         yield proxy
+
+
+@pytest.fixture
+def relay(server: Server) -> Iterator[UpstreamRelay]:
+    """What stands between a proxy and the server, to hold up its logins and requests."""
+    with upstream_relay(server) as relay:
+        yield relay
 
 
 @pytest.fixture

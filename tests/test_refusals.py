@@ -21,7 +21,7 @@ from tests.support.background import failure, message, wait_until
 from tests.support.in_database import inside, one, wait_until_nothing_is_left, with_extension
 from tests.support.servers import DEFAULT_HBA, Connection, Proxy, Server
 from tests.support.statement import Statement
-from tests.support.upstream_relay import UpstreamRelay, upstream_relay
+from tests.support.upstream_relay import UpstreamRelay
 from tests.support.wire import Gate
 from tests.support.wire import gate as closed_gate
 
@@ -71,13 +71,6 @@ def gate(server: Server, scratch: str) -> Iterator[Gate]:
     """A closed gate in the module's database."""
     with closed_gate(server, scratch) as gate:
         yield gate
-
-
-@pytest.fixture
-def relay(server: Server) -> Iterator[UpstreamRelay]:
-    """What stands between `quiet` and the server."""
-    with upstream_relay(server) as relay:
-        yield relay
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from tests.support.executors import create_executor
 from tests.support.in_database import one
 from tests.support.servers import DEFAULT_HBA, PASSWORDS, Connection, Proxy, Server
 from tests.support.upstream_relay import Connection as Login
-from tests.support.upstream_relay import UpstreamRelay, upstream_relay
+from tests.support.upstream_relay import UpstreamRelay
 
 pytestmark = pytest.mark.every_server
 
@@ -177,13 +177,6 @@ def test_settings_of_the_login_are_those_of_a_new_one(
             assert value(conn, "SHOW work_mem") == "5MB"
         finally:
             admin.execute("ALTER ROLE ALL RESET work_mem")
-
-
-@pytest.fixture
-def relay(server: Server) -> Iterator[UpstreamRelay]:
-    """What stands between `relayed` and the server."""
-    with upstream_relay(server) as relay:
-        yield relay
 
 
 @pytest.fixture
