@@ -1,6 +1,6 @@
--- The answer to a question (`asked`, as _pg_background_ask returns it), which gets the settings
--- behind it if they are wanted. Of a result's blocks this is the first one; for the next one,
--- `asked` is what the answer before it ends with: nonce, number and word.
+-- Reads the answer to a question (`asked`: what _pg_background_ask returns), after it has sent the
+-- settings, unless they are NULL. The answer is the first block of a result. To read the next
+-- block, pass the last elements of the answer before as `asked`: nonce, number and word.
 
 CREATE FUNCTION @{schema}._pg_background_answer(
   asked pg_catalog.text[], settings pg_catalog.text[])

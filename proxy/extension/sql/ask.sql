@@ -1,6 +1,6 @@
--- A question: who calls what, and the proof of it, if a channel shows a word for that. It returns
--- what _pg_background_answer needs to know: the nonce, the number of the first piece, the word or
--- '', the question, its message, the owner's OID, the channel's PID, and whether that has the lock.
+-- Asks a question: who calls what; with the proof, if a channel shows a word for it. Returns what
+-- _pg_background_answer needs: the nonce, the number of the first piece, the word or '', the
+-- question, its message, the owner's OID, the channel's PID, and whether the channel has the lock.
 
 CREATE FUNCTION @{schema}._pg_background_ask(function pg_catalog.text, arguments pg_catalog.text[])
 RETURNS pg_catalog.text[] LANGUAGE plpgsql

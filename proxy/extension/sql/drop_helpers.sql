@@ -1,4 +1,4 @@
--- The bodies are replaced, and do not depend on the helpers as the server sees it.
+-- The bodies are replaced as well. For the server they do not depend on the helpers.
 
 items := ARRAY[pg_catalog.current_setting('client_min_messages')];
 PERFORM pg_catalog.set_config('client_min_messages', 'warning', true);

@@ -1,4 +1,4 @@
--- What the commands for the extension have in common.
+-- The frame of all commands for the extension.
 
 DECLARE
   marker pg_catalog.oid; namespace pg_catalog.oid; owner pg_catalog.oid;

@@ -1,5 +1,5 @@
--- The schema of the extension whose history takes the rows of this session's jobs, as SQL has it.
--- Another role that the session need not trust cannot put a function of its own there.
+-- The schema (quoted) of the extension whose history takes the rows of this session's jobs. A
+-- function that an untrusted role has put there does not count.
 
 SELECT pg_catalog.quote_ident(n.nspname)
 FROM (SELECT p.oid, p.pronamespace, p.proowner @{find}) p, pg_catalog.pg_namespace n,

@@ -1,4 +1,4 @@
--- Grants to role_name what may be called here. GRANT by a role that may not grant only warns.
+-- Lets role_name call the functions. GRANT only warns a role that may not grant, so must_own asks.
 
 IF namespace IS NULL THEN
   IF NOT EXISTS(

@@ -1,6 +1,6 @@
--- What became of jobs. Nobody but its owner may touch it, whatever is granted: others write by
--- _pg_background_record, and read the view. With row security and no policy, a GRANT ON ALL TABLES
--- shows nothing, either.
+-- The outcomes of jobs. Only the owner may touch the table, whatever is granted: others write by
+-- _pg_background_record, and read the view. With row security and no policy, even a GRANT ON ALL
+-- TABLES shows nothing.
 
 CREATE TABLE @{schema}.@{table} (
   role_id pg_catalog.oid NOT NULL,

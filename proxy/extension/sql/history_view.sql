@@ -1,7 +1,7 @@
--- A role sees its own rows, those of the roles whose rights it has, and as the owner of the database
--- or of the extension all. A role is known by its OID and by its name: in another cluster, or after
--- DROP ROLE, one of both is another's. A job is lost if nobody has written its end, and both its
--- backend and the one that would write it are gone.
+-- A role sees its own rows and those of the roles whose rights it has. The owner of the database or
+-- of the extension sees all. A role must match by OID and by name: in another cluster, or after
+-- DROP ROLE, one of the two may be another role's. A job is lost if its end is not written, and
+-- both its backend and the one that would write it are gone.
 
 SELECT h.pid, h.cookie, h.label, h.role, h.role_id, h.database, h.sql,
   h.queued_at, h.started_at, h.finished_at,

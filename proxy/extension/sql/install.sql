@@ -1,5 +1,5 @@
--- Creates or replaces all but the types in the schema schema_name, whose OID is namespace, for the
--- version; granted are roles that may call the functions, as GRANT takes them.
+-- Creates or replaces everything but the types, for `version`, in the schema schema_name with the
+-- OID `namespace`. `granted`: the roles that may call the functions, as GRANT takes them.
 
 @{choose_script}
 checked := pg_catalog.set_config('check_function_bodies',

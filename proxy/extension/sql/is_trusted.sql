@@ -1,4 +1,4 @@
--- What the bootstrap superuser may, every superuser may.
+-- Every superuser has the rights of the bootstrap superuser, OID 10.
 
 (pg_catalog.pg_has_role(@{owner}, CAST(10 AS pg_catalog.oid), 'USAGE')
   OR pg_catalog.pg_get_userbyid(@{owner}) OPERATOR(pg_catalog.=)

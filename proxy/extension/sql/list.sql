@@ -1,4 +1,4 @@
--- The label is the tenth column: who asks for nine does not get it.
+-- The label is the tenth column. A column definition list of nine leaves it out.
 
 DECLARE
   answer pg_catalog.text[] := @{call};

@@ -1,6 +1,6 @@
--- A dump has no roles, but GRANTs to ours, and these come last. So something before them must make
--- the role where it is not: what is given as an aggregate's first state is checked when the
--- aggregate is created, here by the condition of a domain.
+-- A dump has no roles, but ends with GRANTs to ours. So something before them must make the role if
+-- it is missing. CREATE AGGREGATE checks the initial state; the check here is the condition of a
+-- domain, which makes the role.
 
 CREATE FUNCTION @{schema}._pg_background_make_role(pg_catalog.text) RETURNS pg_catalog.bool
 LANGUAGE plpgsql AS $body$BEGIN

@@ -1,5 +1,5 @@
--- Whether a role may execute f. A function without an ACL, as after the restore of a dump without
--- privileges, is not for PUBLIC: CREATE EXTENSION has revoked that.
+-- Whether a role may execute f. If a dump was restored without privileges, a function has no ACL.
+-- That does not open it to PUBLIC, as CREATE EXTENSION had revoked that.
 
 (pg_catalog.has_function_privilege(@{role}, f.oid, 'EXECUTE') AND (f.proacl IS NOT NULL
   OR pg_catalog.pg_has_role(@{role}, f.proowner, 'USAGE')

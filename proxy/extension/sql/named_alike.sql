@@ -1,4 +1,4 @@
--- The names of ours that objects of the database have, none of ours.
+-- Those of our names that other objects of the database have.
 
 SELECT o.proname FROM pg_catalog.pg_proc o
 WHERE o.proname OPERATOR(pg_catalog.=) ANY (CAST('{@{functions}}' AS pg_catalog.name[]))

@@ -1,4 +1,4 @@
--- The functions, none of ours, that a call may mean by its name and the number of its arguments.
+-- The functions, ours excepted, that a call may mean by its name and the number of its arguments.
 
 SELECT pg_catalog.concat(@{number}, ' ', @{is_meant}) FROM pg_catalog.pg_proc o
 WHERE o.proname OPERATOR(pg_catalog.=) '@{called}' AND @{is_found}

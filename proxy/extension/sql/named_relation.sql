@@ -1,4 +1,4 @@
--- The relation, none of ours, that a query may mean by the name of a view.
+-- The relation, ours excepted, that a query may mean by the name of a view.
 
 SELECT pg_catalog.concat(@{number}, ' ', @{is_meant}) FROM pg_catalog.pg_class o
 WHERE o.relname OPERATOR(pg_catalog.=) '@{called}' AND @{is_found}

@@ -1,4 +1,4 @@
--- What a channel prepares for role_query(). Before 16 every member may SET ROLE.
+-- The statement that a channel prepares for role_query(). Before 16 every member may SET ROLE.
 
 PREPARE pg_background_role(pg_catalog.name, pg_catalog.name, pg_catalog.name, pg_catalog.int4,
   pg_catalog.oid[], pg_catalog.name, pg_catalog.text) AS

@@ -1,4 +1,4 @@
--- What makes rows of columns: $1 is a text[][], a row of it for each column.
+-- Queries that make rows of columns: $1 is a text[][] with one row for each column.
 
 CREATE FUNCTION @{schema}._pg_background_queries(oids pg_catalog.text, modifiers pg_catalog.text)
 RETURNS pg_catalog.text[] LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$

@@ -1,8 +1,8 @@
--- Writes rows about jobs: about those of its caller, and no others. It runs as the owner of the
--- table, so it cannot see who calls by current_user. But the text that the session sends is this call
--- and nothing else, so no code of another role is running: its caller is the session's own role.
--- What a row says of the job is the caller's word; which role's it is, the server's. What has ended
--- does not change any more, and what is too old, or too much for one role, is deleted.
+-- Writes rows about its caller's jobs, and no others. It runs as the owner of the table, so
+-- current_user does not tell who calls. But the text that the session sends is this call and
+-- nothing else, so no code of another role is running: the caller is the session's own role. The
+-- caller says what became of the job; the server says which role it is. Rows of ended jobs do not
+-- change. Expired rows are deleted, and the oldest of a role with too many.
 
 CREATE FUNCTION @{schema}._pg_background_record(rows pg_catalog.text[])
 RETURNS pg_catalog.void LANGUAGE plpgsql SECURITY DEFINER

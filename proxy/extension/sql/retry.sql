@@ -1,5 +1,5 @@
--- After a query did not fit the column definition list: the others; or if only a type modifier
--- differs, as the error's detail tells (in English), the same query with that.
+-- The queries to try after one that did not fit the column definition list: the others; or the same
+-- with the right type modifier, if the error's detail (in English) shows that only this differs.
 
 CREATE FUNCTION @{schema}._pg_background_retry(queries pg_catalog.text[], detail pg_catalog.text,
   oids pg_catalog.text, modifiers pg_catalog.text)

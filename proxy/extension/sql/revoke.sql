@@ -1,4 +1,4 @@
--- Revokes it from role_name. Membership may have been granted before the extension was there.
+-- Revokes what grant.sql grants. Membership may have been granted before the extension was there.
 
 IF namespace IS NULL THEN @{revoke_membership}
 ELSE

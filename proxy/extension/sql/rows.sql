@@ -1,6 +1,6 @@
 -- Rows whose types only the job and the caller's column definition list know. A function cannot see
--- the list: a query without rows is tried, first with the job's own types, then with
--- text where a type has no binary form.
+-- the list, so it tries queries that return no rows: first with the job's own types, then with text
+-- for types that have no binary form.
 
 DECLARE
   answer pg_catalog.text[] := @{call};

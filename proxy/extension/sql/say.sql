@@ -1,6 +1,6 @@
--- The proxy accepts only messages that this function raises. The function adds the roles that its
--- caller can run as: a role that may see all queries can read the word of a proof without being able
--- to run as the channel's role.
+-- The proxy accepts only messages that this function raises. It adds the roles that its caller can
+-- run as: a role that may see all queries can read the word of a proof, yet cannot run as the
+-- channel's role.
 
 CREATE FUNCTION @{schema}._pg_background_say() RETURNS pg_catalog.void LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp AS $body$

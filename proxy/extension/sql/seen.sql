@@ -1,6 +1,6 @@
--- What a channel shows to its own login role: the query of a backend, if the calling code has the
--- rights of the role that the backend has logged in as, or could have them by RESET ROLE and RESET
--- SESSION AUTHORIZATION. It undoes what it sets. NULL otherwise.
+-- The query of a channel, which the server shows to its login role. The calling code must have that
+-- role's rights, or get them by RESET ROLE and RESET SESSION AUTHORIZATION; else the result is
+-- NULL. The function undoes what it sets.
 
 CREATE FUNCTION @{schema}._pg_background_seen(channel pg_catalog.int4, begins pg_catalog.text)
 RETURNS pg_catalog.text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$

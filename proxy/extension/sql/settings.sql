@@ -1,5 +1,5 @@
--- What the session has set. It runs with the session's own search_path, which is one of them. Of
--- custom settings only those are seen whose names the proxy has told (`answer`).
+-- The settings that the session has set. It runs with the session's own search_path, which is one
+-- of them. Of custom settings, it returns those whose names the proxy has told (see answer.sql).
 
 CREATE FUNCTION @{schema}._pg_background_settings() RETURNS pg_catalog.text[] LANGUAGE plpgsql AS $body$
 DECLARE

@@ -1,4 +1,4 @@
--- What a session asks of its database before its first call; `m` is the marker.
+-- The query of a session before its first call; `m` is the marker.
 
 SELECT m.version, @{really}, @{alike}, CAST(m.oid AS pg_catalog.text), @{types}, @{speaks},
   pg_catalog.current_setting('client_min_messages')

@@ -1,4 +1,4 @@
--- Enciphers and deciphers: data, as hexadecimal digits, XOR a pad made of the key.
+-- Enciphers and deciphers: data, in hexadecimal digits, XOR a pad made from the key.
 
 CREATE FUNCTION @{schema}._pg_background_xor(data pg_catalog.text, key pg_catalog.text)
 RETURNS pg_catalog.text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
