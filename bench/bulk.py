@@ -1,6 +1,6 @@
 """Much data: COPY out and in, a SELECT of many small rows, one very long value.
 
-The client only reads bytes, or sends prepared ones: the less it does, the more the way counts.
+The client only reads bytes, or sends prepared ones, so that the way to the server dominates.
 Throughput counts the bytes of the protocol in the direction of the data.
 """
 

@@ -1,8 +1,8 @@
 """Connections per second: pgbench -C, a new connection for each SELECT 1, by 4 clients at a time.
 
-With trust, where the connection is all the cost, and with SCRAM, where both ends compute. PgBouncer
-keeps the server's connections in a pool and has no backend to start. This is what it is for; the
-proxy cannot do it, since each of its sessions is a session of the server.
+With trust, the connection is the whole cost; with SCRAM, both ends compute too. PgBouncer keeps the
+server's connections in a pool and starts no backend. The proxy cannot do that: each of its sessions
+is a session of the server.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CLIENTS: Final = 4
 
 
 def run(bench: Bench) -> None:
-    """Each login method that the server can be configured for."""
+    """Measures each login method."""
     logins = {"trust": ("", "")}
     if bench.targets.own_server:
         logins["SCRAM"] = (SCRAM_ROLE, SCRAM_PASSWORD)

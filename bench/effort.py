@@ -1,6 +1,7 @@
 """How much is measured.
 
-A full run gives figures to publish, a quick one a first look; a trial shows that all of it runs.
+A full run gives figures to publish, and a quick one a first look; a trial shows that all measures
+run.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Goal:
         return f"{'≥' if self.at_least else '≤'} {self.limit:g}{of}"
 
     def applies(self, measure: str, case: str, metric: Metric) -> bool:
-        """Whether it is about this row."""
+        """Whether the goal is about this row."""
         same = (measure, metric) == (self.measure, self.metric)
         return same and fnmatch.fnmatchcase(case, self.case)
 

@@ -27,10 +27,10 @@ FAILURES = (BenchError, OSError, psycopg.Error, subprocess.SubprocessError, psut
 
 @dataclass(frozen=True)
 class Turn:
-    """What one target does in each round.
+    """One target's part in each round.
 
     Args:
-        cases: those that the outcome counts for; a yardstick counts for several.
+        cases: the cases that the outcome counts for; a yardstick's counts for several.
         target: its name.
         run: takes the turn.
     """
@@ -42,7 +42,7 @@ class Turn:
 
 @dataclass
 class Bench:
-    """Everything that a measure works with."""
+    """What a measure works with."""
 
     targets: Targets
     effort: Effort
@@ -87,7 +87,7 @@ class Bench:
 
 @dataclass
 class Progress:
-    """Shows on stderr what is running, for how long, and for how long at most."""
+    """Shows on stderr what is running, for how long so far, and its limit."""
 
     limit: float
     step: str = ""
@@ -100,7 +100,7 @@ class Progress:
         return time.monotonic() - self._started > self.limit
 
     def show(self, case: str, detail: str) -> None:
-        """On a terminal, one line that changes; else a line for each case."""
+        """Shows the case: on a terminal in one line that changes, else in a line of its own."""
         if sys.stderr.isatty():
             line = f"\r\x1b[K{self._clock()} {case} ({detail})"
             print(line[:160], end="", file=sys.stderr, flush=True)
@@ -109,7 +109,7 @@ class Progress:
             print(f"{self._clock()} {case}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         start = "\r\x1b[K" if sys.stderr.isatty() else ""
         print(f"{start}{self._clock()} {text}", file=sys.stderr, flush=True)
 
@@ -120,6 +120,6 @@ class Progress:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that this share of the values does not exceed."""
+    """The smallest value such that this share of the values is not above it."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]

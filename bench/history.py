@@ -1,4 +1,4 @@
-"""Whether the history costs a launch anything: the same launches with and without it.
+"""What the history costs a launch: the same launches with and without it.
 
 Both proxies are in front of one server, in a database with the extension; one of them writes the
 outcome of each job. Times are measured in the client, up to the answer of the launch.
@@ -19,7 +19,7 @@ SETTINGS: Final = ("off", "all")
 
 
 def run(bench: Bench) -> None:
-    """At each pace, in turns."""
+    """Measures each pace."""
     with proxy(bench.targets.direct, "--history", "all") as recording:
         targets = dict(zip(SETTINGS, (bench.targets.proxy, recording), strict=True))
         with psycopg.connect(recording.conninfo(), autocommit=True) as connection:

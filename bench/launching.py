@@ -1,8 +1,8 @@
-"""How long a launch takes, beside what a program without pg_background does: open a connection.
+"""How long a launch takes. A program without pg_background would open a connection instead.
 
-Each block is a series of launches, back to back or paced (there is time to prepare for the next, as
-with a user at work). The yardstick is a fresh connection and ``SELECT 1`` on it, to the server
-directly. Times are measured in the client; CPU time is that of all server processes, and of the
+Each block is a series of launches, back to back or paced (the proxy has time to prepare for the
+next, as with a user at work). The yardstick is a fresh connection to the server itself and ``SELECT
+1`` on it. Times are measured in the client; CPU time is that of all server processes, and of the
 proxy, over a block.
 
 The proxy is measured twice: as it is, when a session's jobs share a backend, and with a new backend
@@ -27,7 +27,7 @@ LAUNCH: Final = "SELECT pg_background_launch('SELECT 1')"
 PACES: Final = {"back to back": 0.0, "10 ms apart": 0.01}
 WARM_UP: Final = 3
 AFTERWARDS: Final = 0.05
-"""Seconds until what a block has begun is over."""
+"""Seconds until the last jobs of a block have ended."""
 
 INSIDE: Final = "bench_inside"
 """A database with the extension, functions and a table."""
@@ -47,7 +47,7 @@ SET_UP: Final = (
 
 
 def run(bench: Bench) -> None:
-    """Each kind, at each pace."""
+    """Measures each kind of launch, at each pace."""
     with proxy(bench.targets.direct, "--reuse-lifetime", "0") as alone:
         launchers = [*bench.targets.launchers(), replace(alone, name=ALONE)]
         inside = [_inside(bench, target) for target in launchers]
@@ -66,7 +66,7 @@ def run(bench: Bench) -> None:
 
 
 def _inside(bench: Bench, target: Target) -> Target:
-    """The same, where functions in the database may call; the C extension is where it is."""
+    """Measures launches from functions in the database, and the C extension if it is there."""
     if target is not bench.targets.extension:
         target = target.has(INSIDE)
     with target.connect() as session:
@@ -76,7 +76,7 @@ def _inside(bench: Bench, target: Target) -> Target:
 
 
 def launch(session: Session) -> float:
-    """The launch alone; the result is fetched afterwards, to leave nothing behind."""
+    """The launch alone. The result is fetched after the measurement, to leave nothing behind."""
     started = time.perf_counter()
     pid = session.value(LAUNCH)
     elapsed = time.perf_counter() - started
@@ -85,7 +85,7 @@ def launch(session: Session) -> float:
 
 
 def launch_and_result(session: Session) -> float:
-    """The launch, and then the rows: two statements."""
+    """The launch, and then its rows: two statements."""
     started = time.perf_counter()
     result(session, session.value(LAUNCH))
     return time.perf_counter() - started
@@ -99,7 +99,7 @@ def launch_and_detach(session: Session) -> float:
 
 
 def statement(sql: str, session: Session) -> float:
-    """One statement, in which the database launches and detaches a job."""
+    """One statement: the database launches and detaches a job."""
     started = time.perf_counter()
     session.value(sql)
     return time.perf_counter() - started
@@ -124,7 +124,7 @@ KINDS_INSIDE: Final[dict[str, Block]] = {
 
 
 def fresh_connection(target: Target) -> float:
-    """What a program can do on any server: connect, and run the query there."""
+    """What a program can do on any server: connect, and run the query."""
     started = time.perf_counter()
     with target.connect() as session:
         session.value("SELECT 1")

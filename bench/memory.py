@@ -1,8 +1,8 @@
 """Memory of the process in between, for each connection of a client.
 
-Resident memory, which leaves out the kernel's socket buffers. Each figure is from a fresh process,
-because used memory is seldom given back: before and after the connections were opened (idle: each
-has run ``SELECT 1``), or before and at the peak of a pgbench run (busy). A few connections may fit
+Resident memory does not include the kernel's socket buffers. Each figure is from a fresh process,
+because a process seldom gives memory back. It is the growth while the connections are opened (idle:
+each has run ``SELECT 1``), or up to the peak of a pgbench run (busy). A few connections may fit
 into memory that the process has already, so the large number counts. It is measured with a
 `playback` in place of real backends.
 """
@@ -33,7 +33,7 @@ Figure: TypeAlias = Callable[[Target], float]
 
 
 def run(bench: Bench) -> None:
-    """Some connections idle and busy, then very many that are idle."""
+    """Measures some connections, idle and busy, then very many idle ones."""
     bench.make_tables()
     few = bench.effort.memory_clients
     server = bench.targets.direct

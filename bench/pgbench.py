@@ -41,7 +41,7 @@ def run(
 ) -> Run:
     """One run; ``sampling``: the share of the transactions whose latency is recorded.
 
-    ``seconds`` = 0: a few transactions of each client.
+    If ``seconds`` is 0, each client runs a few transactions.
 
     Raises:
         BenchError: pgbench failed, or a client of it was aborted.

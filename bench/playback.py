@@ -1,7 +1,7 @@
-"""A mock server, which answers every client as a real server has answered once.
+"""A mock server, which plays a real server's recorded answers to every client.
 
-For thousands of idle connections behind the process whose memory is measured. Real backends would
-take some 3 MB each, and exhaust the machine's memory.
+It stands behind the process whose memory is measured, with thousands of idle connections. Real
+backends would take some 3 MB each, and exhaust the machine's memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ START_TIMEOUT = 10.0
 class Playback:
     """Records the login and the answer to QUERY of a server that trusts us, and plays them.
 
-    It runs in a thread, between ``__enter__`` and ``__exit__``; ``target`` is then its address.
+    Runs in a thread, between ``__enter__`` and ``__exit__``; ``target`` is then its address.
     """
 
     def __init__(self, server: Target) -> None:
@@ -77,7 +77,7 @@ class Playback:
 
 
 class _Session(asyncio.Protocol):
-    """One client. Its packets are short, so they come whole."""
+    """One client. Its packets are short, so each comes in one piece."""
 
     def __init__(self, playback: Playback) -> None:
         self._playback = playback

@@ -42,7 +42,8 @@ def terminal(results: Results) -> str:
 
 
 def markdown(results: Results, path: Path) -> str:
-    """The goals, and folded away each measure's table, a line for each case, and its picture.
+    """The goals; then, folded away, the table of each measure, with a line for each case, and its
+    picture.
 
     The text is for a page in docs/. The pictures are beside the JSON file at ``path``, which is
     relative to the top of the repository.

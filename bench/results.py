@@ -21,13 +21,13 @@ EXTENSION: Final = "extension"
 ALONE: Final = "no reuse"
 """The proxy with a new backend for each job."""
 PLAIN: Final = "all off"
-"""The proxy without a log, metrics and the like."""
+"""The proxy without log, metrics and other extras."""
 TARGETS: Final = (DIRECT, PROXY, ALONE, PLAIN, PGBOUNCER, EXTENSION)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is counted, and in which unit."""
+    """A quantity and its unit."""
 
     name: str
     unit: str
@@ -41,7 +41,7 @@ YARDSTICKS: Final = {
     "sustained": "direct: a fresh connection and SELECT 1 on it for each job",
     "rows": "direct: the same SELECT without a job",
 }
-"""What is measured on the server directly, where it is not the same as through the proxy."""
+"""What the server itself does, where that is not what the proxy does, by measure."""
 
 TPS: Final = Metric("throughput", "transactions/s")
 MEDIAN: Final = Metric("median", "ms")
@@ -91,7 +91,7 @@ class Spread:
 
 @dataclass
 class Results:
-    """Everything that a run has found.
+    """The outcome of a run.
 
     Args:
         about: date, machine and versions, as strings.

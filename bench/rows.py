@@ -1,7 +1,7 @@
 """A large result: rows of a number and its MD5 through pg_background_result.
 
-The yardstick is the same SELECT on the server directly. The same SELECT through the proxy, without
-a job, shows the cost of the way; the rest is the job's.
+The yardstick is the same SELECT on the server itself. The same SELECT through the proxy, without a
+job, shows the cost of the way; the rest is the cost of the job.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.targets import Target
 
 
 def run(bench: Bench) -> None:
-    """The result, and the SELECT."""
+    """Measures the result and the SELECT."""
     count = bench.effort.rows
     sql = f"SELECT i, md5(i::text) FROM generate_series(1, {count}) i"
     job, plain = f"{count:,} rows, pg_background_result", f"{count:,} rows, SELECT"

@@ -20,7 +20,7 @@ MODE: Final = "prepared"
 
 
 def run(bench: Bench) -> None:
-    """Both in turns."""
+    """Measures both."""
     if not proxy_has_option("--workers"):
         bench.skip("this proxy has no --workers")
         return

@@ -1,9 +1,9 @@
-"""pgbench -S: the shortest useful transaction, in which a process in between weighs most.
+"""pgbench -S: the shortest useful transaction, in which a process in between costs most.
 
-In all three protocols (``prepared`` is what drivers do), alone and with many clients. CPU time
-is the operating system's figure for the process in between, divided by the transactions of the run:
-on a busy machine it says more than the throughput. Latencies are from a sample of pgbench's own
-log, because logging every transaction would slow pgbench down.
+In all three protocols (``prepared`` is what drivers do), alone and with many clients. CPU time is
+the operating system's figure for the process in between, divided by the transactions of the run: on
+a busy machine it says more than the throughput. Latencies are from a sample in pgbench's log,
+because logging every transaction would slow pgbench down.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SAMPLING: Final = 0.2
 
 
 def run(bench: Bench) -> None:
-    """Each mode with each number of clients."""
+    """Measures each mode with each number of clients."""
     bench.make_tables()
     for mode in bench.effort.modes:
         for clients in bench.effort.clients:

@@ -1,8 +1,8 @@
 """Launches without pause, by 4 sessions at a time, for long enough to run out of spares.
 
 Each pgbench transaction launches a job and fetches its result, so the figure is completed jobs. The
-yardstick is a fresh connection to the server and ``SELECT 1`` on it: a backend for each job cannot
-be faster than the server starts backends. The proxy is measured with one, too.
+yardstick is a fresh connection to the server and ``SELECT 1`` on it: with a backend for each job, a
+launch cannot be faster than the start of a backend. The proxy is measured in that way, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SELECT * FROM pg_background_result(:pid) AS (n int);
 
 
 def run(bench: Bench) -> None:
-    """One long round."""
+    """Measures one long round."""
     with proxy(bench.targets.direct, "--reuse-lifetime", "0") as alone:
         targets = [*bench.targets.launchers(), replace(alone, name=ALONE)]
         turns = [

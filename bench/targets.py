@@ -1,4 +1,4 @@
-"""What is measured: ways to the same server, and the resources that their processes use.
+"""The ways to the same server that are measured, and the resources that their processes use.
 
 Invariant: everything listens on loopback, is started here, and is stopped by its pid.
 """
@@ -59,7 +59,7 @@ class Target:
     pid: int | None = None
 
     def conninfo(self) -> str:
-        """For libpq, without encryption, which would dominate the figures."""
+        """A connection string without encryption, which would dominate the figures."""
         password = {"password": self.password} if self.password else {}
         return make_conninfo(
             "",
@@ -74,7 +74,7 @@ class Target:
         )
 
     def environment(self) -> dict[str, str]:
-        """The same for programs."""
+        """The same as environment variables."""
         libpq = {
             "PGHOST": self.host,
             "PGPORT": str(self.port),
@@ -88,11 +88,11 @@ class Target:
         return {**clean_environment(), **libpq, **password}
 
     def connect(self) -> Session:
-        """A session."""
+        """Opens a session."""
         return Session(self.conninfo())
 
     def usage(self) -> Usage | None:
-        """What the process in between has used; None without one."""
+        """What the process in between has used; None if there is none."""
         return None if self.pid is None else Usage.of(self.pid)
 
     def has(self, dbname: str) -> Target:
@@ -107,8 +107,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process and its children have used so far, those included that have ended: CPU
-    seconds, resident bytes."""
+    """What a process and all its children, even ended ones, have used: CPU seconds, resident
+    bytes."""
 
     cpu: float
     memory: int
@@ -145,7 +145,7 @@ class Options:
 
 @dataclass
 class Targets:
-    """All ways to the server, and how to start further ones."""
+    """All targets, and how to start further ones."""
 
     options: Options
     direct: Target
@@ -159,7 +159,7 @@ class Targets:
 
     @property
     def pgbench(self) -> str:
-        """The program: the server's own, or the one on PATH."""
+        """A program's path: the server's own, or the one on PATH."""
         near = self.bin / "pgbench" if self.bin is not None else None
         found = str(near) if near is not None and near.exists() else shutil.which("pgbench")
         if found is None:
@@ -167,20 +167,20 @@ class Targets:
         return found
 
     def relays(self) -> list[Target]:
-        """The programs between client and server."""
+        """The targets with a process between client and server."""
         return [self.proxy, *([self.pgbouncer] if self.pgbouncer else [])]
 
     def all(self) -> list[Target]:
-        """The server directly, and through the relays."""
+        """The server itself, and the relays."""
         return [self.direct, *self.relays()]
 
     def launchers(self) -> list[Target]:
-        """Where pg_background_launch works."""
+        """The targets where pg_background_launch works."""
         return [self.proxy, *([self.extension] if self.extension else [])]
 
     @property
     def pgbouncer_program(self) -> str | None:
-        """Its path, if there is one."""
+        """The path of PgBouncer, if there is one."""
         if self.options.pgbouncer is not None:
             return str(self.options.pgbouncer)
         return shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -216,7 +216,7 @@ def proxy(server: Target, *options: str) -> Iterator[Target]:
             passfile.write_text(f"*:*:*:{server.user}:{escaped}\n")
             options = ("--passfile", str(passfile), *options)
         upstream = f"host={server.host} port={server.port} sslmode=disable"
-        # 2 seconds: sessions that we have given up must not delay the end.
+        # 2 seconds: abandoned sessions must not delay the end.
         own = ("--shutdown-timeout", "2s", "--spare-lifetime", "60s")
         process = stack.enter_context(Proxy(upstream, *own, *options))
         yield replace(server, name=PROXY, host="127.0.0.1", port=process.port, pid=process.pid)

@@ -1,11 +1,10 @@
-"""What it costs to see and to restrict all that can be: pgbench -S through a proxy with everything
-on, and through one with everything off.
+"""The cost of observing and restricting everything: pgbench -S through a proxy with all of it on,
+and through one with all of it off.
 
-On: metrics, which are asked for every five seconds; the log of connections and jobs, as JSON;
-networks, roles and databases that are let in; application_name_add_host; a console, and a link to
-replicas.
-The two take turns in short runs, since what is to be seen is smaller than what else the machine
-does; CPU time says more than the throughput.
+On are: metrics, fetched every five seconds; the log of connections and jobs, as JSON; lists of
+networks, roles and databases; application_name_add_host; a console; a link to replicas. The two
+take turns in short runs, because the difference is smaller than the machine's noise; CPU time says
+more than the throughput.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from proxy.demo.embedded import free_port
 _CLIENTS: Final = 8
 _MODES: Final = ("simple", "prepared")
 _ROUNDS: Final = 8
-"""Times as many rounds as of other measures."""
+"""How many times as many rounds as other measures have."""
 
 _SCRAPE: Final = 5.0
-"""Seconds between two questions for the metrics."""
+"""Seconds between two fetches of the metrics."""
 
 _OFF: Final = ("--log-min-job-duration", "-1")
 
 
 def run(bench: Bench) -> None:
-    """Both in turns."""
+    """Measures both."""
     bench.make_tables()
     with contextlib.ExitStack() as stack:
         plain = stack.enter_context(proxy(bench.targets.direct, *_OFF))
@@ -60,14 +59,14 @@ def run(bench: Bench) -> None:
 
 
 def load(bench: Bench, target: Target, mode: str) -> Outcome:
-    """One run of pgbench against one of them."""
+    """One run of pgbench against one of the two."""
     outcome = select_only.load(bench, target, mode, _CLIENTS)
     return {metric: outcome[metric] for metric in (TPS, MEDIAN, CPU_TRANSACTION)}
 
 
 @contextlib.contextmanager
 def everything_on(server: Target) -> Iterator[Target]:
-    """A proxy that is watched, and somebody who watches."""
+    """A proxy with everything on, and a thread that fetches its metrics."""
     with tempfile.TemporaryDirectory(prefix="pgbg-bench-") as name:
         folder = Path(name)
         for file, text in (
