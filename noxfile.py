@@ -12,7 +12,7 @@ import nox
 
 BIN = Path(__file__).parent / ".venv" / "bin"
 
-# What needs no server.
+# The tests that need no server.
 QUICK = (
     *(f"tests/protocol/test_{name}.py" for name in ("auth_md5", "framing", "messages", "scram")),
     *(f"tests/protocol/test_{name}.py" for name in ("sql_errors", "startup_packets")),

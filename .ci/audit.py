@@ -1,7 +1,7 @@
 """Runs pip-audit and judges its report: a known vulnerability is a failure, a missing one is not.
 
-If the service cannot be reached, or does not know a package (as a mirror without advisories), this
-is reported and the check goes on: it must work without a network.
+If the service cannot be reached, or does not know a package (like a mirror without advisories), the
+check reports that and goes on, because it must work without a network.
 
     python3 .ci/audit.py pip-audit --path .venv/lib/python3.13/site-packages
 """
@@ -49,7 +49,7 @@ def main(program: str, *arguments: str) -> int:
     print(f"{len(packages) - len(skipped)} packages audited, {len(vulnerable)} vulnerable")
     if skipped:
         print(f"not audited, unknown to the service: {', '.join(skipped)}")
-    # It fails as well if it was unable to ask about some of them.
+    # pip-audit also fails if it could not ask about some packages.
     if done.returncode and not vulnerable:
         print(f"pip-audit ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     return 1 if vulnerable else 0

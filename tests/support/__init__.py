@@ -1,1 +1,1 @@
-"""What tests are made with: servers, clients, recorders. tests/README.md has a map."""
+"""The tools of the tests: servers, clients, recorders. tests/README.md has a map."""

@@ -37,12 +37,12 @@ class Handle(NamedTuple):
 
     @property
     def sql(self) -> str:
-        """As two arguments."""
+        """The handle as two arguments."""
         return f"{self.pid}, {self.cookie}"
 
 
 class Refused(NamedTuple):
-    """What an error says."""
+    """The fields of an error."""
 
     sqlstate: str | None
     message: str | None
@@ -50,21 +50,21 @@ class Refused(NamedTuple):
 
 
 class Client(ABC):
-    """A session."""
+    """A session through one of the clients."""
 
     @abstractmethod
     def rows(self, sql: str) -> list[Row]:
-        """What a statement returns; psql's values are strings."""
+        """The rows that a statement returns; psql's values are strings."""
 
     @abstractmethod
     def error(self, sql: str) -> Refused:
-        """How a statement fails."""
+        """The error of a statement that fails."""
 
     @abstractmethod
     def close(self) -> None: ...
 
     def texts(self, sql: str) -> list[tuple[str | None, ...]]:
-        """What it returns, as PostgreSQL would print it."""
+        """The rows that it returns, as PostgreSQL would print them."""
         return [tuple(text(value) for value in row) for row in self.rows(sql)]
 
     def one(self, sql: str) -> str | None:
@@ -73,7 +73,7 @@ class Client(ABC):
         return value
 
     def call(self, name: str, *arguments: object) -> str | None:
-        """What a function returns in the select list, printed."""
+        """The value of a function in the select list, printed."""
         return self.one(f"SELECT pg_background_{name}({', '.join(map(str, arguments))})")
 
     def launch(self, sql: str, label: str | None = None, *, by: str = "launch_v2") -> Handle:
@@ -91,7 +91,7 @@ class Client(ABC):
 
 
 def quoted(sql: str) -> str:
-    """A constant."""
+    """A value as a constant of SQL."""
     return "'" + sql.replace("'", "''") + "'"
 
 
@@ -178,7 +178,7 @@ class Psycopg(Client):
 
 
 class Asyncpg(Client):
-    """asyncpg, which asks for binary always."""
+    """asyncpg, which always asks for binary results."""
 
     def __init__(self, proxy: Proxy, **params: Any) -> None:
         self._runner = asyncio.Runner()
@@ -209,7 +209,7 @@ KINDS: Final = ("psql", "text", "binary", "asyncpg")
 
 
 def open_client(kind: str, proxy: Proxy, **params: Any) -> Client:
-    """One of the KINDS."""
+    """A client of one of the KINDS."""
     match kind:
         case "psql":
             return Psql(proxy, **params)
@@ -219,7 +219,7 @@ def open_client(kind: str, proxy: Proxy, **params: Any) -> Client:
 
 
 class Gate:
-    """What jobs wait at, until the test opens it; a key of advisory locks."""
+    """A gate that jobs wait at until the test opens it: an advisory lock."""
 
     def __init__(self, observer: Connection) -> None:
         self._observer = observer
@@ -228,7 +228,7 @@ class Gate:
         self.sql = f"SELECT pg_advisory_xact_lock_shared({self._key})"
 
     def wait_for(self, *handles: Handle) -> None:
-        """Until these jobs wait here."""
+        """Waits until these jobs wait at the gate."""
         query = (
             "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = %s AND NOT granted"
         )
@@ -240,7 +240,7 @@ class Gate:
 
 
 def handles_sql(handles: Iterable[Handle]) -> str:
-    """An array of handles."""
+    """An array of handles, as a constant."""
     rows = ", ".join(f"ROW({handle.sql})::pg_background_handle" for handle in handles)
     return f"ARRAY[{rows}]::pg_background_handle[]"
 

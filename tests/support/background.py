@@ -1,4 +1,4 @@
-"""Short ways to launch jobs, fetch their results, and look at what came of them."""
+"""Short ways to launch jobs, fetch their results, and look at their outcome."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def launch(conn: Connection, job: str, queue_size: int = 0) -> int:
 
 
 def result(conn: Connection, pid: int, columns: str | None = None) -> list[Row]:
-    """A job's rows; ``columns`` is the column definition list, if there is to be one."""
+    """A job's rows; ``columns`` is the column definition list, if any."""
     definition = f" AS ({columns})" if columns else ""
     query = sql.SQL(f"SELECT * FROM pg_background_result({{}}){definition}")
     return conn.execute(query.format(pid)).fetchall()
@@ -63,13 +63,13 @@ def run(conn: Connection, job: str, columns: str | None = None) -> list[Row]:
 
 
 def value(conn: Connection, job: str) -> Any:
-    """The one value that a job returns, as it comes without a column definition list."""
+    """The one value that a job returns without a column definition list."""
     [[found]] = run(conn, job)
     return found
 
 
 def failure(conn: Connection, query: Query, *args: Any) -> psycopg.Error:
-    """The error that a statement gives; outside a transaction block the session lives on."""
+    """The error of a statement. Outside a transaction block the session goes on."""
     idle = conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
     try:
         conn.execute(query, *args)
@@ -101,7 +101,7 @@ def fields(diagnostic: Diagnostic) -> Fields:
 
 @contextmanager
 def notices(conn: Connection) -> Iterator[list[Fields]]:
-    """Collects the fields of the notices that come in, CONTEXT too."""
+    """Collects the fields of the notices that come, CONTEXT included."""
     collected: list[Fields] = []
 
     def collect(diagnostic: Diagnostic) -> None:
@@ -115,7 +115,7 @@ def notices(conn: Connection) -> Iterator[list[Fields]]:
 
 
 def wait_until(look: Callable[[], T], timeout: float = TIMEOUT) -> T:
-    """Looks again and again until there is something; returns that."""
+    """Calls `look` again and again until it returns something; returns that."""
     deadline = time.monotonic() + timeout
     while not (found := look()):
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -124,16 +124,16 @@ def wait_until(look: Callable[[], T], timeout: float = TIMEOUT) -> T:
 
 
 def cancel_sleep(observer: Connection, pid: int) -> None:
-    """Calls pg_cancel_backend() for a job that sleeps. The server ignores that while it has not
-    begun with the job's text, a moment after the pid is told."""
+    """Calls pg_cancel_backend() for a job as soon as it sleeps. The server ignores that until
+    it has begun with the job's text, a moment after the pid is known."""
     sleeps = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND query LIKE '%%pg_sleep%%'"
     wait_until(lambda: observer.execute(sleeps, [pid]).fetchone())
     observer.execute("SELECT pg_cancel_backend(%s)", [pid])
 
 
 def spares_of(observer: Connection, conn: Connection) -> set[int]:
-    """The pids of the spares that wait for the jobs of a session, and of others of its role in its
-    database; one of the two must be the test's own, since other proxies have spares, too.
+    """The pids of the spares for the jobs of a session, and of others of its role in its database.
+    The role or the database must be the test's own, because other proxies have spares too.
     """
     query = (
         "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background spare'"

@@ -1,6 +1,6 @@
 """Certificates for tests: an authority, a server on this machine, clients, and an impostor.
 
-Made anew each time, good for a day, never outside a temporary folder.
+Made anew each time, valid for a day, always in a temporary folder.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Pair:
 
 
 class Certificates:
-    """An authority and what it has signed.
+    """An authority and its certificates.
 
     Attributes:
         ca: the authority's certificate.
         server: for localhost and the loopback addresses.
-        elsewhere: signed too, but for another host.
-        stranger: for localhost, by an unknown authority.
-        alice: a client's.
+        elsewhere: signed by it, but for another host.
+        stranger: for localhost, but signed by an unknown authority.
+        alice: the client certificate of alice.
     """
 
     def __init__(self, folder: Path) -> None:

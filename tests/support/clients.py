@@ -1,7 +1,7 @@
-"""What the tests of real clients share: the same thing done direct and by the proxy, and programs.
+"""What the tests of real clients share: doing a thing directly and through the proxy, and programs.
 
-Invariant: both sides begin alike (a fresh database of the same name), and nothing that a program or
-a driver shows is left out of the comparison but what a direct repetition would change too.
+Invariant: both sides begin alike (a fresh database of the same name), and the comparison leaves out
+only what would differ in a direct repetition too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TIMEOUT: Final = 60.0
 
 
 def same(server: Server, proxy: Proxy, action: Callable[[Endpoint], T]) -> T:
-    """Does it direct and by the proxy, each in a fresh DATABASE; returns what both gave."""
+    """Does it directly and through the proxy, each in a fresh DATABASE; returns both results."""
     with database(server, DATABASE):
         direct = action(server)
     with database(server, DATABASE):
@@ -45,7 +45,7 @@ def same(server: Server, proxy: Proxy, action: Callable[[Endpoint], T]) -> T:
 
 @dataclass(frozen=True)
 class Done:
-    """What a program said."""
+    """The output of a program, and its exit code."""
 
     code: int
     out: str
@@ -53,12 +53,13 @@ class Done:
 
 
 def find_tool(server: Server, name: str) -> str | None:
-    """A client program that works and is not older than the server: its own, or the machine's."""
+    """A working client program, not older than the server: the server's own, or the machine's."""
     for found in (server.bin / name, shutil.which(name, path=psql_path())):
         if found is None:
             continue
         try:
-            # Debian's /usr/bin/pg_dump and the like are wrappers, and tell the version they choose.
+            # Debian's /usr/bin/pg_dump and the like are wrappers, and print the version that they
+            # choose.
             said = subprocess.run(
                 [found, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=True
             ).stdout
@@ -71,7 +72,7 @@ def find_tool(server: Server, name: str) -> str | None:
 
 
 def tool(server: Server, name: str) -> str:
-    """``find_tool``; skips the test if there is none."""
+    """`find_tool`; skips the test if there is no such program."""
     found = find_tool(server, name)
     if found is None:
         pytest.skip(f"no working {name} of version {server.version // 10000} or newer")
@@ -85,7 +86,7 @@ def start(
     dbname: str | None = DATABASE,
     user: str = "postgres",
 ) -> subprocess.Popen[bytes]:
-    """Starts a program that takes libpq's variables; it has no input."""
+    """Starts a program, which takes libpq's variables and has no input."""
     return subprocess.Popen(
         [program, *args],
         env=environment(endpoint, dbname, user),
@@ -98,7 +99,7 @@ def start(
 def environment(
     endpoint: Endpoint, dbname: str | None = DATABASE, user: str = "postgres"
 ) -> dict[str, str]:
-    """Variables for libpq."""
+    """Environment variables for libpq."""
     return {
         **clean_environment(),
         "PGHOST": endpoint.host,
@@ -120,7 +121,7 @@ def run(
     user: str = "postgres",
     timeout: float = TIMEOUT,
 ) -> Done:
-    """Runs such a program to its end; the endpoint's port is shown as PORT."""
+    """Runs such a program to its end; its output has PORT in place of the endpoint's port."""
     done = subprocess.run(
         [program, *args],
         env=environment(endpoint, dbname, user),
@@ -133,13 +134,13 @@ def run(
 
 
 def finished(endpoint: Endpoint, code: int, out: bytes, err: bytes) -> Done:
-    """What a program said, less the port that it spoke to."""
+    """The output of a program, without the port that it connected to."""
     port = re.compile(rf"\b{endpoint.port}\b")
     return Done(code, *(port.sub("PORT", text.decode()) for text in (out, err)))
 
 
 def succeed(endpoint: Endpoint, program: str, *args: str | Path, **options: str) -> Done:
-    """``run``, for what must not fail."""
+    """`run`, but it must not fail."""
     done = run(endpoint, program, *args, **options)  # type: ignore[arg-type]
     assert done.code == 0, done.err
     return done

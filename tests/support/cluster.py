@@ -1,4 +1,4 @@
-"""The throwaway server, with what only tests do to one: restart it, change its pg_hba.conf."""
+"""The throwaway server that tests can restart and whose pg_hba.conf they can change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ChangingCluster(Cluster):
 
     @property
     def running(self) -> bool:
-        """True between ``start`` and ``stop``."""
+        """Whether it runs: true between ``start`` and ``stop``."""
         return self._process is not None and self._process.poll() is None
 
     def restart(self, *, immediate: bool = False) -> None:
@@ -25,7 +25,7 @@ class ChangingCluster(Cluster):
         self.start()
 
     def set_hba(self, lines: Iterable[str] | None = None) -> None:
-        """Replaces pg_hba.conf (``None``: by the first lines) and reloads it if the server runs.
+        """Replaces pg_hba.conf (``None``: by its first content) and reloads it if the server runs.
 
         When this returns, the new lines apply to new connections.
         """

@@ -1,4 +1,4 @@
-"""Roles that may launch, in a server whose other tests may have made the role for that."""
+"""Roles that may launch. Another test may have created the role that lets them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXECUTOR: Final = "pgbackground_role"
 
 @contextmanager
 def executors(admin: Connection, *roles: str) -> Iterator[None]:
-    """They may launch, for a while; ``admin``: a superuser in autocommit mode."""
+    """Lets these roles launch in the block; ``admin`` is a superuser in autocommit mode."""
     was_there = _has_executor(admin)
     create_executor(admin)
     for role in roles:
@@ -29,7 +29,7 @@ def executors(admin: Connection, *roles: str) -> Iterator[None]:
 
 @contextmanager
 def executor_as_before(server: Server) -> Iterator[None]:
-    """At the end the role is dropped, if it was made meanwhile."""
+    """Drops the role at the end of the block, if it was created in it."""
     with server.connect() as admin:
         was_there = _has_executor(admin)
     try:
@@ -41,7 +41,7 @@ def executor_as_before(server: Server) -> Iterator[None]:
 
 
 def create_executor(admin: Connection) -> None:
-    """Make the role, if nobody has."""
+    """Creates the role, if it is missing."""
     if not _has_executor(admin):
         admin.execute(f"CREATE ROLE {EXECUTOR} NOLOGIN")
 

@@ -1,9 +1,9 @@
 """Proxies as forks of one process that has imported the program.
 
 Python takes 0.2 s of a core to import the proxy, and the tests start hundreds of them. Here one
-process, the fork server, imports it once, and forks for each proxy that is asked for. A fork goes
-on as ``python -m proxy`` does, with arguments, environment, output and session of its own. Its
-worker processes are forks, too.
+process, the fork server, imports it once, and forks for each proxy. A fork goes on as if it were
+``python -m proxy``, with arguments, environment, output and session of its own. Its worker
+processes are forks, too.
 
 Run as a program, with the descriptor of a socket, this is the fork server.
 """
@@ -33,7 +33,7 @@ _TIMEOUT: Final = 20.0
 
 
 class Fork:
-    """A process, with as much of `subprocess.Popen` as the tests need."""
+    """A process, with as much of the interface of `subprocess.Popen` as the tests need."""
 
     def __init__(self, args: Sequence[str], status: socket.socket) -> None:
         self.args = args
@@ -52,7 +52,7 @@ class Fork:
         """Waits for the end; returns the exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it runs still.
+            subprocess.TimeoutExpired: it still runs.
         """
         with self._lock:
             if self.returncode is None:
@@ -65,18 +65,18 @@ class Fork:
             return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Sends a signal if it runs."""
+        """Sends a signal, if it still runs."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Ends it at once if it runs."""
+        """Ends it at once, if it still runs."""
         self.send_signal(signal.SIGKILL)
 
 
 class ForkServer:
-    """The fork server, for who asks it to fork. It ends with `close`, and with us."""
+    """The fork server, for its clients. It ends with `close`, or when this process ends."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -98,8 +98,8 @@ class ForkServer:
         """Starts the proxy with these arguments, at the top of the checkout.
 
         Args:
-            args: what stands behind ``python -m proxy``.
-            env: all of its environment; nothing that Python reads when it starts.
+            args: the arguments of ``python -m proxy``.
+            env: its whole environment; without variables that Python reads when it starts.
             stdout: a descriptor to write to; as for `subprocess.Popen`, it stays open here.
             stderr: the same.
         """
@@ -111,7 +111,7 @@ class ForkServer:
         return Fork(args, status)
 
     def close(self) -> None:
-        """Ends it. Forks that run go on."""
+        """Ends the fork server. Running forks go on."""
         self._requests.close()
         self._process.wait(_TIMEOUT)
 
@@ -124,7 +124,7 @@ class ForkServer:
 
 def _serve(requests: socket.socket) -> list[str] | None:
     """Forks for each request. Returns in each fork, with its arguments; else None at the end."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who watches a fork
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the watchers of forks
     while True:
         request, fds, _, _ = socket.recv_fds(requests, _REQUEST, 3)
         if not request:
@@ -151,8 +151,8 @@ def _serve(requests: socket.socket) -> list[str] | None:
 
 
 def _watch(pid: int, status: int) -> None:
-    """Tells a fork's pid and, when it has ended, its exit code; then ends, too."""
-    with contextlib.suppress(OSError):  # nobody wants to know any more
+    """Reports a fork's pid and, when it has ended, its exit code; then ends this process."""
+    with contextlib.suppress(OSError):  # the client may be gone
         os.write(status, b"%d" % pid)
     _, ended = os.waitpid(pid, 0)
     with contextlib.suppress(OSError):
@@ -161,7 +161,7 @@ def _watch(pid: int, status: int) -> None:
 
 
 class _WorkerFork:
-    """What a supervisor wants of an `asyncio.subprocess.Process`."""
+    """What a supervisor uses of an `asyncio.subprocess.Process`."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -194,7 +194,7 @@ def _fork_workers() -> None:
         if command[:-2] != program:
             return await start(*command, **options)
         with warnings.catch_warnings():
-            # The log has a thread. Nothing of it is used in the fork.
+            # The log has a thread. The fork uses nothing of it.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         return _WorkerFork(pid) if pid else _become_worker(*command[-2:])
@@ -203,7 +203,7 @@ def _fork_workers() -> None:
 
 
 def _become_worker(*fds: str) -> NoReturn:
-    """Goes on as the program of a worker does. What the supervisor had is left as it is."""
+    """Goes on as a worker's program does. What the supervisor had stays as it is."""
     code = 1
     try:
         os.setsid()
@@ -242,7 +242,7 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
-    # Not in who asks for forks.
+    # Only in the fork server, not in its clients.
     import proxy.server
     import proxy.workers.supervisor  # noqa: F401
     from proxy import cli, log, loop

@@ -1,10 +1,10 @@
 """What the fuzzers share: hostile bytes for each phase, and the two ends that send them.
 
-Invariant: an attempt says what it sends before it sends it, does not depend on what comes back,
-and ends within `LIMIT` seconds whatever the other side does. So a failed attempt can be sent again,
-and the same bytes can be sent direct and through the proxy.
+Invariant: what an attempt sends is determined before it begins, and does not depend on the answers.
+An attempt ends within `LIMIT` seconds, whatever the other side does. So a failed attempt can be
+repeated, and the same bytes can be sent directly and through the proxy.
 
-`FUZZ_SECONDS` in the environment is how long all fuzzers together take on one server.
+`FUZZ_SECONDS` in the environment is the time that all fuzzers together take on one server.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def fuzz(
     share: float,
     after_each_batch: Callable[[], None],
 ) -> int:
-    """Attempts with new values for a share of SECONDS; how many there were.
+    """Makes attempts with new values for a share of SECONDS; returns their number.
 
-    The first that fails is tried again, which tells whether it always does.
+    The first one that fails is repeated, which tells whether it always fails.
     """
     end = time.monotonic() + SECONDS * share
     attempts = 0
@@ -81,13 +81,13 @@ def fuzz(
 def exchange(
     endpoint: Server | Proxy, pieces: Sequence[bytes], *, reset: bool = False, slow: bool = False
 ) -> bytes:
-    """All that comes back for these pieces and the end of the stream.
+    """Everything that comes back for these pieces and the end of the stream.
 
     Args:
-        endpoint: who is asked.
+        endpoint: where to connect.
         pieces: sent one by one.
-        reset: vanish instead of ending; nothing is read then.
-        slow: a moment between the pieces, so that they come one by one too.
+        reset: send RST instead of FIN; nothing is read then.
+        slow: pause between the pieces, so that they also arrive one by one.
 
     Raises TimeoutError: the other side keeps the connection open.
     """
@@ -107,7 +107,7 @@ def exchange(
 
 
 def read_all(sock: socket.socket, limit: float = LIMIT) -> bytes:
-    """Up to the end of the stream, or its reset. Raises TimeoutError."""
+    """Reads to the end of the stream, or its reset. Raises TimeoutError."""
     deadline = time.monotonic() + limit
     received = bytearray()
     while True:
@@ -122,7 +122,7 @@ def read_all(sock: socket.socket, limit: float = LIMIT) -> bytes:
 
 
 def messages_of(data: bytes) -> list[tuple[str, bytes]]:
-    """The messages in an answer by type and body; an incomplete message has the type "?".
+    """The type and body of each message in an answer; an incomplete message has the type "?".
 
     The one-byte answers to SSLRequest and GSSENCRequest, which come first, have the type "N?".
     """
@@ -140,11 +140,12 @@ def messages_of(data: bytes) -> list[tuple[str, bytes]]:
 
 
 def comparable(data: bytes, *, texts: bool = True) -> list[tuple[str, bytes]]:
-    """The messages, less what differs from session to session, and of errors what clients act on.
+    """The messages, without what differs from session to session; of errors, the fields that
+    clients use.
 
     Args:
         data: an answer.
-        texts: whether the texts of errors count too, not the SQLSTATE only.
+        texts: whether the texts of errors count, not only the SQLSTATE.
     """
 
     def compared(kind: str, body: bytes) -> tuple[str, bytes]:
@@ -164,10 +165,9 @@ def comparable(data: bytes, *, texts: bool = True) -> list[tuple[str, bytes]]:
 def same_at_startup(stream: bytes, direct: bytes, proxied: bytes) -> bool:
     """Whether the proxy's answer to a client that has not logged in is the server's.
 
-    What should be a password the server judges by its type, the proxy when it is whole, which it
-    may never be.
-    Behind SSLRequest and GSSENCRequest the server's own answer depends on how it was built, and on
-    what of the rest has come already: there is nothing to compare.
+    The server judges a password message by its type, the proxy only when it is complete. It may
+    never be complete. After SSLRequest and GSSENCRequest the server's own answer depends on how it
+    was built, and on how much of the rest has arrived: there is nothing to compare.
     """
     if _ENCRYPTION_REQUEST.search(stream):
         return True
@@ -182,8 +182,8 @@ def _fatal(sqlstate: bytes) -> bytes:
 def is_whole(stream: bytes) -> bool:
     """Whether messages after the login end with a whole one, or break off in its body.
 
-    The proxy does not pass on less than a header, nor less than a Query or Parse; a server that
-    sees the beginning may say that it is the wrong one, instead of that the stream has ended.
+    The proxy passes on whole headers only, and whole Query and Parse messages. A server that gets a
+    part of one may complain about that part instead of the end of the stream.
     """
     while len(stream) >= 5:
         end = 1 + int.from_bytes(stream[1:5], "big", signed=True)
@@ -199,14 +199,14 @@ _ENCRYPTION_REQUEST: Final = re.compile(rb"\x04\xd2\x16[/0]")
 
 
 _TABLE_OID: Final = re.compile(rb"(?<=x\x00)\x00\x00..(?=\x00\x01\x00\x00\x00\x19)", re.DOTALL)
-"""In a RowDescription, that of the table that PLAIN creates."""
+"""In a RowDescription, the OID of the table that PLAIN creates."""
 
 # --- hostile bytes -------------------------------------------------------------------------------
 
 
 @st.composite
 def mutated(draw: st.DrawFn, strategy: st.SearchStrategy[bytes]) -> bytes:
-    """Mostly what the strategy gives; else with a few bytes changed, cut off or put in."""
+    """Mostly the strategy's value itself; else with a few bytes changed, cut off or inserted."""
     data = bytearray(draw(strategy))
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 1, 3]))):
         at = draw(st.integers(0, len(data)))
@@ -259,11 +259,11 @@ _VERSIONS: Final = st.one_of(
 
 @st.composite
 def startup_packets(draw: st.DrawFn) -> bytes:
-    """A StartupMessage, or its like with wrong parts."""
+    """A StartupMessage, or one with wrong parts."""
     user = [(b"user", draw(_USERS))] if draw(st.integers(0, 9)) else []
     database = [(b"database", b"postgres")] if draw(st.integers(0, 9)) else []
     others = draw(st.lists(st.tuples(_NAMES, _WORDS), max_size=3, unique_by=lambda pair: pair[0]))
-    # Of a name that comes twice the proxy passes on the last only.
+    # If a name comes twice, the proxy passes on only the last one.
     pairs = draw(st.permutations(list({**dict(others), **dict(user), **dict(database)}.items())))
     body = struct.pack("!HH", *draw(_VERSIONS))
     body += b"".join(name + b"\0" + value + b"\0" for name, value in pairs)
@@ -291,7 +291,7 @@ AFTER_LOGIN: Final = st.sampled_from(
 
 @st.composite
 def startups(draw: st.DrawFn) -> bytes:
-    """The whole stream of a client that logs in, or tries, or does not even try."""
+    """The whole stream of a client that logs in, tries to, or does not even try."""
     requests = draw(st.lists(mutated(_REQUESTS), max_size=2)) if draw(st.booleans()) else []
     packet = draw(mutated(startup_packets())) if draw(st.integers(0, 5)) else b""
     return b"".join([*requests, packet, draw(AFTER_LOGIN), draw(AFTER_LOGIN)])
@@ -444,14 +444,14 @@ _BACKEND_KINDS: Final = st.one_of(
 
 @dataclass(frozen=True)
 class Script:
-    """What the fake server sends. None: wait until the proxy sends something; `end`: then what."""
+    """What the fake server sends, and how it ends. None: wait until the proxy sends something."""
 
     pieces: list[bytes | None]
     end: str
 
 
 def scripts() -> st.SearchStrategy[Script]:
-    """False servers, from the first byte on or once the client is in."""
+    """Servers that misbehave from the first byte on, or after the login."""
     single = st.sampled_from([message.serialize() for message in ANSWERS])
     hostile = st.one_of(
         mutated(single),
@@ -483,10 +483,10 @@ def scripts() -> st.SearchStrategy[Script]:
 
 
 class Upstream:
-    """Stands before a real server, and plays a script in its place if a client asks for that.
+    """Stands in front of a real server, and plays a script in its place if a client asks for that.
 
-    ``fuzz.primary = N`` in the startup packet is for the client's own connection, ``fuzz.side = N``
-    for its jobs' connections. All others go to the real server.
+    In the startup packet, ``fuzz.primary = N`` is for the client's own connection, and
+    ``fuzz.side = N`` for its jobs' connections. All other connections go to the real server.
     """
 
     host = "127.0.0.1"
@@ -502,13 +502,13 @@ class Upstream:
         self._thread.start()
 
     def add(self, script: Script) -> str:
-        """Its number, for a startup packet."""
+        """Adds a script; returns its number for a startup packet."""
         number = str(len(self.scripts) + 1)
         self.scripts[number.encode()] = script
         return number
 
     def wait_until_done(self) -> None:
-        """Every script has been played, and the proxy has closed its end."""
+        """Waits until every script has been played, and the proxy has closed its end."""
         with self._changed:
             assert self._changed.wait_for(lambda: not self._playing, LIMIT), "not closed"
 
@@ -600,5 +600,5 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
 
 
 def cut_at(data: bytes, cuts: Sequence[float]) -> list[bytes]:
-    """Pieces of a stream; each cut is a share of its length."""
+    """The pieces of a stream; each cut is a share of its length."""
     return list(cut(data, (int(share * len(data)) for share in cuts)))

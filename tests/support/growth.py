@@ -1,8 +1,8 @@
-"""How the time of something grows with its input.
+"""How the time that something takes grows with its input.
 
-Invariant: it is this thread's CPU time, the least of several runs, without the garbage collector:
-a busy machine makes none of them smaller. Quadratic work takes 16 times as long for four times the
-input, on any machine.
+Invariant: the time is this thread's CPU time, the least of several runs, without the garbage
+collector, so a busy machine cannot make it smaller. On any machine, quadratic work takes 16 times
+as long for four times the input.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from protocol.errors import SQLError
 T = TypeVar("T")
 
 NO_TIME: Final = 0.004
-"""Seconds: what is faster than that is fast enough, even if it could not be measured."""
+"""Seconds. Anything faster is fast enough, even if it is too fast to be measured."""
 LINEAR: Final = 8.0
-"""What is below has grown linearly: half way, by factors, between 4 and 16."""
+"""A ratio below this means linear growth. It is the geometric mean of 4 and 16."""
 
 
 def cpu_time(work: Callable[[T], object], given: T, times: int, runs: int) -> float:
-    """The least CPU time of ``runs`` runs, each of ``times`` times ``work``.
+    """The least CPU time of ``runs`` runs, each of which does ``work`` ``times`` times.
 
-    What it raises of errors in the input is ignored.
+    Errors in the input, which ``work`` raises, are ignored.
     """
     least = float("inf")
     collects = gc.isenabled()
@@ -45,11 +45,12 @@ def cpu_time(work: Callable[[T], object], given: T, times: int, runs: int) -> fl
 
 
 def growth(work: Callable[[T], object], make: Callable[[int], T], size: int) -> float:
-    """How many times as long four times the input takes, 0 if that is no time at all.
+    """How many times as long four times the input takes; 0 if it takes no time to speak of.
 
-    The small input is read four times in a row, so that both take as long to measure, and suffer
-    alike. It measures again, longer, and at another size, as long as the answer is not below
-    LINEAR: one size may be dear by accident, where a quote is the last and opens what nothing ends.
+    The small input is read four times in a row, so that both measurements take as long, and are
+    disturbed alike. While the result is not below LINEAR, it measures again, longer and at another
+    size: at one size the input may be expensive by accident, if its last quote opens a constant
+    that nothing ends.
     """
     if cpu_time(work, make(size), 1, 1) < NO_TIME:
         return 0

@@ -15,7 +15,7 @@ from tests.support.servers import _Endpoint, running, wait_for_logins
 
 
 class HAProxy(_Endpoint):
-    """One that runs."""
+    """A running HAProxy."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -27,7 +27,7 @@ def haproxy(folder: Path, *servers: str) -> Iterator[HAProxy]:
 
     Args:
         folder: for its configuration and log.
-        servers: as the configuration names them: an address, and options.
+        servers: each as in its configuration: an address and options.
     """
     program = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:

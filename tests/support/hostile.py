@@ -1,8 +1,7 @@
-"""What a client does who wants to harm the others: each of `DEEDS`, on a connection of its own.
+"""What a client does that wants to harm the others: each of `DEEDS`, on a connection of its own.
 
-Invariant: a deed ends within some seconds, whatever the other side does, and looks at no answer to
-learn whether it has worked. All of it is done as one role without rights, which the server gives
-`CONNECTIONS` at most.
+Invariant: a deed ends within some seconds, whatever the other side does, and does not check whether
+it has worked. All is done as one role without rights, which may have `CONNECTIONS` connections.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tests.support.servers import Proxy
 ROLE: Final = "hostile"
 CONNECTIONS: Final = 120
 LIMIT: Final = 5.0
-"""Seconds that a deed waits for anything."""
+"""Seconds that a deed waits for anything, at most."""
 
 
 class Villain:
@@ -45,7 +44,7 @@ class Villain:
         self.deeds = 0
 
     def do(self, deed: Callable[[Villain], None]) -> None:
-        """One of DEEDS; its result for the hostile client does not matter."""
+        """Does one of DEEDS; whether it works does not matter."""
         with contextlib.suppress(OSError, EOFError):
             deed(self)
         self.deeds += 1
@@ -54,7 +53,7 @@ class Villain:
 
     @contextlib.contextmanager
     def connection(self, *, login: bool = True) -> Iterator[socket.socket]:
-        """With TLS or without, logged in; left in one of the ways that there are."""
+        """A connection with or without TLS, logged in; it is left in one of several ways."""
         sock = socket.create_connection((self._proxy.host, self._proxy.port), LIMIT)
         try:
             if self._random.random() < 0.5:
@@ -84,7 +83,7 @@ class Villain:
         sock.close()
 
     def until_ready(self, sock: socket.socket, seconds: float = LIMIT) -> bytes:
-        """What comes up to a ReadyForQuery; its last part only, if it is much."""
+        """Reads up to a ReadyForQuery; returns the last 4 kB."""
         deadline = time.monotonic() + seconds
         tail = b""
         while tail[-6:-1] != b"Z\0\0\0\5":
@@ -96,7 +95,7 @@ class Villain:
         return tail
 
     def query(self, sql: str) -> None:
-        """A statement, and its answer if that does not take too long."""
+        """Sends a statement, and mostly waits for its answer for a time."""
         with self.connection() as sock:
             sock.sendall(q(sql).serialize())
             if self._random.random() < 0.8:
@@ -105,11 +104,11 @@ class Villain:
     # Deeds
 
     def reads_badly(self) -> None:
-        """Statements that took the proxy longer than they are long."""
+        """Statements that once took the proxy more than linear time."""
         self.query(self._random.choice(STATEMENTS)())
 
     def half_a_message(self) -> None:
-        """A batch that is open, and a part of a message; then gone."""
+        """Sends an open batch and a part of a message; then leaves."""
         with self.connection() as sock:
             begun = self._random.choice(BEGUN)
             sock.sendall(b"".join(message.serialize() for message in begun))
@@ -118,13 +117,13 @@ class Villain:
             time.sleep(self._random.choice([0, 0.05]))
 
     def leaves_during_a_call(self) -> None:
-        """A job sleeps, its result is waited for, directly or from inside; then gone."""
+        """Waits for the result of a sleeping job, directly or from inside; then leaves."""
         with self.connection() as sock:
             sock.sendall(q(self._random.choice(WAITS)).serialize())
             time.sleep(self._random.choice([0, 0.02, 0.2]))
 
     def huge_error(self) -> None:
-        """In the session, in a job, or in a job that a function launches."""
+        """Raises a huge error in the session, in a job, or in a job that a function launches."""
         size = self._random.choice([100_000, 3_000_000])
         error = f"DO $e$ BEGIN RAISE EXCEPTION '%', repeat('é', {size}); END $e$"
         call = f"pg_background_result(pg_background_launch($j${error}$j$)) AS (t text)"
@@ -132,7 +131,7 @@ class Villain:
         self.query(self._random.choice(sqls))
 
     def forges(self) -> None:
-        """Messages with the session's token, many or long, by oneself or by the extension."""
+        """Raises messages with the session's token, many or long, itself or by the extension."""
         body = self._random.choice(SAID)
         count = self._random.choice([1, 300])
         self.query(
@@ -148,7 +147,7 @@ class Villain:
                 pass
 
     def cancels(self) -> None:
-        """Requests with keys that may be somebody's."""
+        """Sends cancel requests with keys that may be another client's."""
         for _ in range(20):
             key = CancelRequest(self._random.randrange(1, 1 << 20), self._random.randbytes(4))
             address = (self._proxy.host, self._proxy.port)
@@ -156,7 +155,7 @@ class Villain:
                 sock.sendall(key.serialize())
 
     def prepares(self) -> None:
-        """Many statements, with and without calls, under long names."""
+        """Prepares many statements, with and without calls, under long names."""
         with self.connection() as sock:
             for number in range(200):
                 name = "s" * self._random.choice([1, 60, 300]) + str(number)
@@ -166,7 +165,7 @@ class Villain:
             self.until_ready(sock)
 
     def logs_in(self) -> None:
-        """Many connections at once, most of which never get anywhere."""
+        """Opens many connections at once, most of which never log in."""
         with contextlib.ExitStack() as stack:
             for _ in range(15):
                 address = (self._proxy.host, self._proxy.port)
@@ -181,7 +180,7 @@ class Villain:
             time.sleep(0.3)
 
     def many_jobs(self) -> None:
-        """As many as there may be, with large labels, settings and queues; then gone."""
+        """Launches many jobs, with large labels, settings and queues; then leaves."""
         label = "x" * self._random.choice([10, 100_000])
         sql = f"SELECT pg_background_launch_v2('SELECT pg_sleep(1)', 1000000, '{label}')"
         with self.connection() as sock:
@@ -192,7 +191,7 @@ class Villain:
             time.sleep(0.2)
 
     def copies(self) -> None:
-        """Into a table, and gone in the middle; or a call amid the data."""
+        """Copies into a table, and leaves in the middle; or calls amid the data."""
         with self.connection() as sock:
             sock.sendall(q("CREATE TEMP TABLE t (x text); COPY t FROM STDIN").serialize())
             sock.sendall(m.CopyData(b"x\n" * 1000).serialize() * 5)
@@ -211,7 +210,7 @@ DEEDS: Final = [
 
 _LAUNCH: Final = "pg_background_launch('SELECT pg_sleep(1)')"
 
-# Each is made when it is needed: they are long.
+# Each is made when it is needed, because it is long.
 STATEMENTS: Final[list[Callable[[], str]]] = [
     lambda: (
         "DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '42883',"
@@ -225,7 +224,7 @@ STATEMENTS: Final[list[Callable[[], str]]] = [
     lambda: "SELECT 'pg_stat_activity'" + ",1" * 500_000,
     lambda: "INSERT INTO t VALUES ('pg_background')" + ",(1)" * 250_000,
     lambda: "SELECT pg_background_launch" + "(" * 100_000 + ")" * 100_000,
-    # The server's own time for this grows with the square of its length.
+    # The server itself takes quadratic time for this.
     lambda: "SELECT pg_background_launch('x') /*" + "/*" * 3_000,
     lambda: "SELECT pg_background_launch(" + "'x' || " * 50_000 + "'')",
 ]

@@ -1,4 +1,4 @@
-"""What a browser, a prober or Prometheus asks the proxy by HTTP."""
+"""HTTP requests to the proxy, as a browser, a prober or Prometheus sends them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 
 
 def address(proxy: Proxy) -> str:
-    """Of the proxy's HTTP server, as a URL without a path."""
+    """The URL of the proxy's HTTP server, without a path."""
     return proxy.wait_for_log(_SERVED)[1]
 
 
@@ -69,7 +69,7 @@ def ask(
 
 
 def families(proxy: Proxy) -> dict[str, Metric]:
-    """What prometheus-client's own parser reads of the metrics, by name without our prefix."""
+    """The metrics as prometheus-client's own parser reads them, by name without our prefix."""
     answer = ask(f"{address(proxy)}/metrics", headers={"Accept": OPENMETRICS})
     assert answer.status == 200, answer.text
     assert re.match("application/openmetrics-text; *version=1.0.0", answer.headers["Content-Type"])
@@ -85,7 +85,7 @@ def read(body: bytes) -> dict[str, Metric]:
 
 
 class Metrics:
-    """One look at the metrics."""
+    """Fetches the metrics."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._values = {
@@ -99,5 +99,5 @@ class Metrics:
         return self._values.get((name, tuple(sorted(labels.items()))), 0.0)
 
     def all(self, name: str) -> dict[Labels, float]:
-        """The samples of a name, by their labels."""
+        """The samples of a metric, by their labels."""
         return {labels: value for (known, labels), value in self._values.items() if known == name}

@@ -1,5 +1,5 @@
-"""What tests of calls from inside the database share: the extension, and ways to let the server
-make a call, so that the proxy sees it only when the function asks."""
+"""What tests of calls from inside the database share: the extension, and ways to have the server
+make a call, so that the proxy first sees it when the function asks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def rows(conn: Connection, job: str, columns: str) -> list[tuple[Any, ...]]:
 
 
 def wait_until_nothing_is_left(observer: Connection) -> None:
-    """In the observer's database, that is: no lock, no large object, and no backend but the
+    """Waits until the observer's database has no lock, no large object, and no backend except the
     observer, unused channels and spares."""
     here = "(SELECT oid FROM pg_database WHERE datname = current_database())"
     locks = f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = {here}"

@@ -1,4 +1,4 @@
-"""A port of this machine behind which no PostgreSQL is, but what a test wants there."""
+"""A port of this machine that a test's function serves instead of PostgreSQL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def listening(serve: Callable[[socket.socket], None]) -> Iterator[int]:
-    """The port; a function serves each connection in a thread of its own, then it is closed."""
+    """Yields the port. The function serves each connection in a thread of its own; then it is
+    closed."""
 
     def serve_one(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):

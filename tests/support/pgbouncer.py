@@ -24,7 +24,7 @@ REFUSED: Final = (*OURS, "extra_float_digits", "options")
 
 
 class PgBouncer(_Endpoint):
-    """One that runs."""
+    """A running PgBouncer."""
 
     def __init__(self, port: int) -> None:
         self.port = port

@@ -1,8 +1,7 @@
-"""A frontend on a raw socket, message by message, and a recorder of what servers answer to it.
+"""A frontend on a raw socket, message by message, and a recorder of what servers answer.
 
-Invariant: what is sent goes out as it is, valid or not, cut where the test says; what comes in is
-kept message by message, so two servers can be compared byte for byte. No read waits longer than
-its timeout.
+Invariant: it sends what the test says, valid or not, cut where the test says. It keeps each message
+that comes in, so two servers can be compared byte for byte. No read waits longer than its timeout.
 """
 
 from __future__ import annotations
@@ -79,10 +78,10 @@ class Frontend:
     # Receiving
 
     def receive(self) -> m.BackendMessage:
-        """The next message, which must be what its bytes say: it serializes to them again.
+        """The next message; it must serialize to the same bytes again.
 
         Raises:
-            TimeoutError: it did not come.
+            TimeoutError: it has not come in time.
             Closed: it will not come.
         """
         while (message := self._buffer.next_message()) is None:
@@ -147,11 +146,11 @@ class Frontend:
     # The end
 
     def send_eof(self) -> None:
-        """Says that no more will be sent."""
+        """Sends FIN."""
         self.socket.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
-        """Vanishes: the other side gets an RST."""
+        """Sends RST."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
@@ -236,7 +235,7 @@ S = m.Sync()
 
 @dataclass(frozen=True)
 class Wait:
-    """In a script: wait for this many messages of a type before going on."""
+    """In a script: wait for this many messages of a type."""
 
     type: type[m.BackendMessage]
     count: int = 1
@@ -247,7 +246,7 @@ READY = Wait(m.ReadyForQuery)
 Script: TypeAlias = Sequence["Sent | Wait"]
 
 END = (S, q("ROLLBACK; SELECT 'the end'"))
-"""What `record` adds to every script: whatever state it left, this is answered by its row."""
+"""What `record` adds to every script: whatever state the script left, this query gets its row."""
 
 
 def record(
@@ -257,12 +256,12 @@ def record(
     waiting: bool = True,
     cuts: Callable[[bytes], Iterable[int]] | None = None,
 ) -> list[m.BackendMessage]:
-    """All that a server answers to a script.
+    """Everything that a server answers to a script.
 
     Args:
         frontend: a connection; it is idle afterwards.
-        script: what is sent, and which answers are waited for in between.
-        waiting: false: all is sent at once, and no answer is waited for.
+        script: what to send, and which answers to wait for in between.
+        waiting: if false, all is sent at once, without a wait for answers.
         cuts: where each piece between two waits is cut.
     """
     answers: list[m.BackendMessage] = []
@@ -286,8 +285,8 @@ def record(
 
 
 def masked(messages: Iterable[m.BackendMessage], own_pid: int) -> list[m.BackendMessage]:
-    """The messages, less what differs from session to session: pids, keys, OIDs of tables, and
-    the names of temporary schemas."""
+    """The messages, without what differs from session to session: pids, keys, OIDs of tables, and
+    names of temporary schemas."""
     tables: dict[int, int] = {}
 
     def field(field: m.Field) -> m.Field:
@@ -311,7 +310,8 @@ def masked(messages: Iterable[m.BackendMessage], own_pid: int) -> list[m.Backend
 
 
 def assert_same(direct: Sequence[m.BackendMessage], proxied: Sequence[m.BackendMessage]) -> None:
-    """The same messages; as values first, which are easier to read, then as bytes."""
+    """Asserts that the messages are the same: first as values, which are easier to read, then as
+    bytes."""
     for number, pair in enumerate(zip(direct, proxied, strict=False)):
         assert pair[0] == pair[1], f"message {number}: direct {pair[0]}, by the proxy {pair[1]}"
     assert len(direct) == len(proxied), f"{kinds(direct)} direct, {kinds(proxied)} by the proxy"

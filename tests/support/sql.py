@@ -1,4 +1,4 @@
-"""What the proxy reads in a statement that is given as bytes."""
+"""How the proxy reads a statement that is given as bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proxy.statements.plan import Plan
 def statement(
     sql: bytes, *, standard_conforming_strings: bool = True, encoding: str | None = None
 ) -> Tokens | None:
-    """The tokens of a text that is one statement, within what the proxy reads."""
+    """The tokens of a text of one statement, which the proxy can read."""
     try:
         parts = split(
             sql,

@@ -1,4 +1,4 @@
-"""A statement that waits, while the test goes on."""
+"""A statement that waits in the server while the test goes on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.servers import Connection
 WAITING: Final = (
     "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND wait_event IN ('PgSleep', 'advisory')"
 )
-"""A session that waits is seen to wait in the server."""
+"""Whether the server shows that a session waits."""
 
 
 class Statement:
@@ -36,34 +36,34 @@ class Statement:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has returned."""
+        """Whether the statement has ended."""
         return not self._thread.is_alive()
 
     def cancel(self) -> None:
-        """Send a cancel request, from here, while it runs."""
+        """Sends a cancel request while the statement runs."""
         self._conn.cancel_safe(timeout=20)
 
     def join(self) -> None:
-        """Until it has returned, in one way or the other."""
+        """Waits for the statement's end."""
         self._thread.join(30)
         assert self.is_over
 
     @property
     def value(self) -> Any:
-        """What it returns."""
+        """The value that the statement returns."""
         self.join()
         assert self._error is None, self._error
         return self._value
 
     @property
     def error(self) -> psycopg.Error:
-        """How it fails."""
+        """The error of the statement."""
         self.join()
         assert self._error is not None, self._value
         return self._error
 
     def wait_until_it_waits(self, observer: Connection) -> None:
-        """Until the server shows that."""
+        """Waits until the server shows that the statement waits."""
         pid = self._conn.info.backend_pid
         wait_until(lambda: observer.execute(WAITING, [pid]).fetchone())
         assert not self.is_over

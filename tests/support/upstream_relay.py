@@ -1,4 +1,4 @@
-"""What stands between a proxy and its server, and does something at a moment that a test names."""
+"""A relay between proxy and server that calls the test when a login begins and when it ends."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Connection:
 
     @property
     def is_cancel_request(self) -> bool:
-        """Whether it has brought one, as its first packet or behind a request for TLS."""
+        """Whether it has sent one, as its first packet or after a request for TLS."""
         first = _CODE.size if self.sent[: _CODE.size] == SSLRequest().serialize() else 0
         if len(self.sent) < first + _CODE.size:
             return False
@@ -48,9 +48,9 @@ class UpstreamRelay:
 
     Attributes:
         upstream: the connection string for a proxy.
-        connections: all that there were.
-        at_login: called when a login begins, with False, before the server hears of it; and when
-            it is complete, with True, before the proxy hears of that.
+        connections: all so far.
+        at_login: called with False when a login begins, before the server gets it; and with True
+            when it is complete, before the proxy learns that.
     """
 
     def __init__(self, server: Server) -> None:
@@ -107,7 +107,7 @@ class UpstreamRelay:
             each.close()
 
     def close(self) -> None:
-        """When the proxy has ended."""
+        """Closes it. The proxy must have ended."""
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
@@ -118,7 +118,7 @@ class UpstreamRelay:
 
 @contextlib.contextmanager
 def upstream_relay(server: Server) -> Iterator[UpstreamRelay]:
-    """One for the proxies that a test starts; they must have ended at the end."""
+    """A relay for the proxies that a test starts; they must end within the block."""
     relay = UpstreamRelay(server)
     try:
         yield relay

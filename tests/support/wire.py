@@ -1,5 +1,5 @@
 """A client that speaks the protocol by hand, for what no driver does: read slowly, stop in the
-middle of a message, vanish. And jobs that wait behind a `Gate`.
+middle of a message, vanish. Also a `Gate` that jobs wait at.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _gate_number = itertools.count(7_000_000)
 
 
 class Gate:
-    """What a job waits for, if its SQL begins with that of the gate."""
+    """A gate: a job waits for it if its SQL begins with the gate's."""
 
     def __init__(self, server: Server, dbname: str = "postgres") -> None:
         self._conn = server.connect(dbname=dbname)
@@ -35,7 +35,7 @@ class Gate:
         self.sql = f"SELECT pg_advisory_xact_lock_shared({self._key}); "
 
     def wait_until_one_waits(self) -> None:
-        """Until somebody is seen to wait for this one."""
+        """Waits until a job is seen to wait for the gate."""
         waits = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = %s AND NOT granted"
         wait_until(lambda: self._conn.execute(waits, [self._key]).fetchall())
 
@@ -45,7 +45,7 @@ class Gate:
 
 @contextlib.contextmanager
 def gate(server: Server, dbname: str = "postgres") -> Iterator[Gate]:
-    """A closed gate; it opens at the end at the latest."""
+    """A closed gate. It opens at the end of the block at the latest."""
     gate = Gate(server, dbname)
     try:
         yield gate
@@ -54,7 +54,7 @@ def gate(server: Server, dbname: str = "postgres") -> Iterator[Gate]:
 
 
 class Monitor:
-    """Looks at the server over a connection of its own."""
+    """Looks at the server through a connection of its own."""
 
     def __init__(self, server: Server) -> None:
         self._conn = server.connect(application_name="monitor")
@@ -66,7 +66,7 @@ class Monitor:
         ).fetchone()
 
     def backends(self, dbname: str) -> list[tuple[Any, ...]]:
-        """What is connected to a database: pid, application_name, state, query."""
+        """The backends of a database: pid, application_name, state, query."""
         return self._conn.execute(
             "SELECT pid, application_name, state, query FROM pg_stat_activity"
             " WHERE datname = %s AND pid <> pg_backend_pid()"
@@ -78,16 +78,16 @@ class Monitor:
         wait_until(lambda: self.state(pid) is None)
 
     def wait_until_at_gate(self, pid: int) -> None:
-        """Until a job runs, and has come to its gate."""
+        """Waits until a job runs, and has come to its gate."""
         wait_until(lambda: self.state(pid) == ("active", "advisory"))
 
     def wait_until_full(self, pid: int) -> None:
-        """Until a job waits for somebody to read its result."""
+        """Waits until a job cannot send more because its result is not read."""
         wait_until(lambda: self.state(pid) == ("active", "ClientWrite"))
 
     def wait_until_fetching(self, pid: int) -> None:
-        """Until the session with this primary backend waits in pg_background_result: the backend
-        has evaluated the arguments, and hears no more for now.
+        """Waits until the session with this primary backend waits in pg_background_result: the
+        backend has evaluated the arguments, and gets nothing more for now.
         """
         wait_until(
             lambda: (
@@ -111,7 +111,7 @@ class Monitor:
 
 
 class Footprint:
-    """What a proxy process holds."""
+    """The resources of a proxy process."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._process = psutil.Process(proxy.pid)
@@ -127,7 +127,7 @@ class Footprint:
 
 
 class Wire:
-    """A session by hand. Its answers are (type, body) with the type as a character.
+    """A session by hand. A message from the server is (type, body), with the type as a character.
 
     Args:
         address: host and port, or the path of a Unix socket.
@@ -171,7 +171,7 @@ class Wire:
         self.socket.sendall(data)
 
     def query(self, sql: str) -> list[tuple[str, bytes]]:
-        """A Query and its whole answer."""
+        """Sends a Query; returns its whole answer."""
         self.send_query(sql)
         return self.until_ready()
 
@@ -185,17 +185,17 @@ class Wire:
         return chr(message[0]), message[1]
 
     def receive(self, size: int = 256 * 1024) -> None:
-        """Read once. Raises EOFError if the connection was closed instead."""
+        """Reads once. Raises EOFError if the connection was closed instead."""
         data = self.socket.recv(size)
         if not data:
             raise EOFError
         self._buffer.feed(data)
 
     def skim(self, pauses: Iterator[float]) -> dict[str, list[int]]:
-        """Reads up to ReadyForQuery and keeps nothing: the lengths of the messages, by type.
+        """Reads up to ReadyForQuery; returns only the lengths of the messages, by type.
 
-        Sleeps as long as `pauses` says before each read of at most 4 kB, until there are no more;
-        then reads fast. Nothing may have been read ahead.
+        Sleeps before each read of at most 4 kB, for the next time in `pauses`; then reads fast.
+        Nothing may have been read ahead.
         """
         lengths: dict[str, list[int]] = {}
         buffer = memoryview(bytearray(1024 * 1024))
@@ -223,7 +223,7 @@ class Wire:
         return messages
 
     def launch(self, sql: str) -> int:
-        """The pid of a job."""
+        """Launches a job; returns its pid."""
         quoted = sql.replace("'", "''")
         answer = self.query(f"SELECT pg_background_launch('{quoted}')")
         [row] = [body for kind, body in answer if kind == "D"]
@@ -237,18 +237,18 @@ class Wire:
                 assert other.recv(1) == b""
 
     def close(self) -> None:
-        """As a well-behaved client does."""
+        """Sends Terminate and closes."""
         with contextlib.suppress(OSError):
             self.send(Terminate().serialize())
         self.socket.close()
 
     def hang_up(self) -> None:
-        """FIN, without a word."""
+        """Sends FIN without Terminate."""
         self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
     def reset(self) -> None:
-        """RST."""
+        """Sends RST."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
@@ -273,5 +273,5 @@ def value(conn: Connection, sql: str, *parameters: Any) -> Any:
 
 
 def launch(conn: Connection, sql: str) -> int:
-    """The pid of a job."""
+    """Launches a job; returns its pid."""
     return int(value(conn, "SELECT pg_background_launch(%s)", sql))
