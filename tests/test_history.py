@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import psycopg
 import pytest
@@ -18,7 +18,6 @@ from tests.support.servers import Connection, Proxy, Server
 
 pytestmark = pytest.mark.every_server
 
-WRITER: Final = "history_writer"
 Row = tuple[Any, ...]
 
 
