@@ -242,21 +242,13 @@ class OtherWorkers(Peers):
         return self._remote_jobs.get(job.cookie) is job
 
     async def cancel_job(self, job: RemoteJob) -> bool:
-        ask = CancelJob(*job.handle)
-        return not await self._ask(ask, to=job.owner, timeout=self._canceling)
+        return await self.cancel_found(job.owner, job.handle)
 
     async def cancel(self, request: CancelRequest) -> bool:
         """Forward a cancel request to the worker that has the session."""
-        known: list[bool] = []
-
-        def take(peer: int, is_known: bool) -> bool:
-            if is_known:
-                known.append(True)
-            return is_known
-
         ask = CancelStatement(request.pid, request.secret_key.decode("latin-1"))
-        await self._ask(ask, take, timeout=self._forwarding)
-        return bool(known)
+        is_known, _ = await self._ask_whose(ask, self._forwarding)
+        return is_known
 
     @property
     def _canceling(self) -> float:
@@ -271,36 +263,21 @@ class OtherWorkers(Peers):
         return _TIMEOUT
 
     async def give_way(self) -> bool:
-        had: list[bool] = []
-
-        def take(peer: int, had_some: bool) -> bool:
-            had.append(had_some)
-            return False
-
-        await self._ask(GiveWay(), take)
-        return any(had)
+        answers, _ = await self._ask_all(GiveWay())
+        return any(had_some for _, had_some in answers)
 
     # Called by the console
 
     async def table(self, name: str) -> tuple[list[Row], int]:
         """The peers' rows for a table, and how many did not answer."""
-        found: list[Row] = []
-
-        def take(peer: int, rows: list[Row]) -> bool:
-            found.extend(rows)
-            return False
-
-        return found, await self._ask(ConsoleTable(name), take)
+        answers, unanswered = await self._ask_all(ConsoleTable(name))
+        return [row for _, rows in answers for row in rows], unanswered
 
     async def jobs_with_pid(self, pid: int) -> tuple[list[Found], int]:
         """The peers' jobs that run with this pid, and how many did not answer."""
-        found: list[Found] = []
-
-        def take(peer: int, handles: list[Sequence[int]]) -> bool:
-            found.extend(Found(peer, (pid, cookie)) for pid, cookie in handles)
-            return False
-
-        return found, await self._ask(JobsWithPid(pid), take)
+        answers, unanswered = await self._ask_all(JobsWithPid(pid))
+        found = [Found(peer, (pid, cookie)) for peer, jobs in answers for pid, cookie in jobs]
+        return found, unanswered
 
     async def cancel_found(self, owner: int, handle: Handle) -> bool:
         """`cancel_job` for a job found by `jobs_with_pid`."""
@@ -308,15 +285,7 @@ class OtherWorkers(Peers):
 
     async def kill(self, session: str) -> tuple[bool, int]:
         """End a peer's session. Returns whether there was one, and how many did not answer."""
-        known: list[bool] = []
-
-        def take(peer: int, is_known: bool) -> bool:
-            if is_known:
-                known.append(True)
-            return is_known
-
-        unanswered = await self._ask(KillSession(session), take)
-        return bool(known), unanswered
+        return await self._ask_whose(KillSession(session))
 
     async def order(self, what: OrderKind, worker: int = 0) -> Any:
         """Have the supervisor carry out an order. Returns the body of its Outcome.
@@ -388,6 +357,28 @@ class OtherWorkers(Peers):
             if not (lasting and question.unanswered):
                 del self._questions[number]
         return question.unanswered
+
+    async def _ask_all(self, ask: Ask) -> tuple[list[tuple[int, Any]], int]:
+        """All answers, each with its peer's number, and how many have not answered."""
+        answers: list[tuple[int, Any]] = []
+
+        def take(peer: int, answer: Any) -> bool:
+            answers.append((peer, answer))
+            return False
+
+        return answers, await self._ask(ask, take)
+
+    async def _ask_whose(self, ask: Ask, timeout: float = _TIMEOUT) -> tuple[bool, int]:
+        """Ask until a peer says yes. Returns whether one does, and how many have not answered."""
+        is_known = False
+
+        def take(peer: int, answer: bool) -> bool:
+            nonlocal is_known
+            is_known = is_known or answer
+            return answer
+
+        unanswered = await self._ask(ask, take, timeout=timeout)
+        return is_known, unanswered
 
     def figures(self) -> Figures:
         """The figures for the supervisor to add up."""

@@ -22,7 +22,7 @@ _TIMEOUT: Final = 5.0
 """Seconds for the supervisor to answer."""
 
 
-class AllSlots:
+class AllSlots(Slots):
     """The slots of all workers, in the supervisor.
 
     Args:
@@ -31,43 +31,31 @@ class AllSlots:
     """
 
     def __init__(self, limits: Limits, workers: Mapping[int, WorkerProcess]) -> None:
+        super().__init__(limits, self._grant, lambda serial: not workers[serial].hangs)
         self._workers = workers
-        self._slots = Slots(limits, self._granted, lambda serial: not workers[serial].hangs)
 
     def heard(self, serial: int, message: Slotting) -> None:
         """A worker wants a slot, or has one, or gives one back."""
         key = serial, message.number
         match message:
             case TakeSlot(number, role, database, arrived):
-                if self._slots.take(key, role, database, arrived):
-                    self._granted(key)
-                elif full := self._slots.full(role, database):
+                if self.take(key, role, database, arrived):
+                    self._grant(key)
+                elif full := self.full(role, database):
                     self._answer(serial, SlotAnswer(number, False, *full))
                 else:  # other workers of the role came first
                     self._answer(serial, SlotAnswer(number, False))
             case HasSlot(_, role, database):
-                self._slots.hold(key, role, database)
+                self.hold(key, role, database)
             case FreeSlot():
-                self._slots.free(key)
+                self.free(key)
 
-    def _granted(self, key: Key) -> None:
+    def _grant(self, key: Key) -> None:
         serial, number = key
         self._answer(serial, SlotAnswer(number, True))
 
     def _answer(self, serial: int, answer: SlotAnswer) -> None:
         self._workers[serial].pipe.send(answer)
-
-    def gone(self, serial: int) -> None:
-        """A worker has ended; it is still among the present ones."""
-        self._slots.free_all(serial)
-
-    def answers_again(self) -> None:
-        """A worker no longer hangs."""
-        self._slots.able_again()
-
-    def change(self, limits: Limits) -> None:
-        """Apply other limits."""
-        self._slots.change(limits)
 
 
 class SupervisorsSlots(SlotSource):

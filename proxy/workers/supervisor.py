@@ -284,11 +284,11 @@ class Supervisor:
         worker.spoke()
         if hung:
             logger.info("%s answers again; it gets new clients again", worker)
-            self._slots.answers_again()
+            self._slots.able_again()
 
     def _bury(self, worker: WorkerProcess) -> None:
         """A worker is gone: tell the others, and give them its untaken clients."""
-        self._slots.gone(worker.serial)
+        self._slots.free_all(worker.serial)
         del self._workers[worker.serial]
         self._watched.gone(worker.serial)
         for other in self._workers.values():
