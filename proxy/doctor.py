@@ -189,22 +189,17 @@ def _read(
     except ConfigError as error:
         report.no("configuration", str(error))
         return None
-    wrong = 0
     for name in given:
         alone: Given = {"upstream": ("upstream", [""]), name: given[name]}
         try:
             config.read(alone, environ)
         except ConfigError as error:
             report.no("configuration", str(error))
-            wrong += 1
-    if wrong:
-        return None
     try:
-        settings = config.build(given, environ)
+        return config.build(given, environ) if report.all_well else None
     except ConfigError as error:
         report.no("configuration", str(error))
         return None
-    return settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -467,12 +462,17 @@ class Doctor:
     # A job
 
     async def _log_in_for_job(self, server: Server, session: Session) -> bool:
-        client, route = self._client, session.route
+        client, route, runtime = self._client, session.route, server.runtime
         try:
-            credentials = await server.runtime.credentials_of(
+            credentials = await runtime.credentials_of(
                 route, client.database, client.role, session.observer
             )
-            side = await _side_backend(server, route, client, credentials)
+            side = await open_backend(
+                lambda factory: runtime.dialer.connect_by(route, factory),
+                StartupMessage(client.names),
+                credentials,
+                runtime.config.connect_timeout,
+            )
         except SQLError as error:
             reason = error.detail or error.message
             self._report.no("jobs", f"they cannot log in: {reason}", error.hint or "")
@@ -513,18 +513,6 @@ _LIMITS: Final = (
     "the role's CONNECTION LIMIT",
     "the database's CONNECTION LIMIT",
 )
-
-
-async def _side_backend(
-    server: Server, route: Route, client: _Client, credentials: Credentials
-) -> Backend:
-    dialer, timeout = server.runtime.dialer, server.runtime.config.connect_timeout
-    return await open_backend(
-        lambda factory: dialer.connect_by(route, factory),
-        StartupMessage(client.names),
-        credentials,
-        timeout,
-    )
 
 
 def _text(data: bytes | None) -> str:

@@ -8,9 +8,9 @@ client that reads nothing for a minute is disconnected. Transactions of drivers 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 from protocol import values
 from protocol.errors import (
@@ -53,6 +53,7 @@ from proxy.console.tables import Columns, Row, as_text
 from proxy.log import Event, logger
 from proxy.net.connection import Connection
 from proxy.net.inbox import Inbox
+from proxy.runtime import Runtime
 
 LONGEST: Final = 16 * 1024
 """Bytes of a client's message."""
@@ -81,18 +82,32 @@ _UNDEFINED_CURSOR: Final = "34000"
 _rate_limiter: Final = RateLimiter(_BURST, _RATE, max_waiting=float("inf"))
 
 
-class ConsoleUser(Protocol):
-    """Who the client is, and what it may do now (`login.ConsoleUser`)."""
+class ConsoleUser:
+    """A client's identity in the console.
 
-    name: str
+    Args:
+        name: as which it has logged in.
+        runtime: has the lists; a reload replaces it.
+        is_own: whether it is the operating system's user that the proxy runs as.
+    """
+
+    def __init__(self, name: str, runtime: Callable[[], Runtime], *, is_own: bool) -> None:
+        self.name = name
+        self._runtime = runtime
+        self._is_own = is_own
 
     @property
     def is_admin(self) -> bool:
         """Whether it may change things."""
+        config = self._runtime().config
+        if self.name in config.admin_users:
+            return True
+        return self._is_own and self.name not in config.stats_users
 
     @property
     def may_look(self) -> bool:
         """Whether it may do anything."""
+        return self.is_admin or self.name in self._runtime().config.stats_users
 
 
 @dataclass(slots=True)
@@ -177,10 +192,10 @@ class Conversation:
                 await self._execute(Execute.parse(body))
             case F.CLOSE:
                 message = Close.parse(body)
-                names: dict[bytes, object] = (
-                    self._statements if message.kind == b"S" else self._portals  # type: ignore[assignment]
-                )
-                names.pop(message.name, None)
+                if message.kind == b"S":
+                    self._statements.pop(message.name, None)
+                else:
+                    self._portals.pop(message.name, None)
                 await self._send(CloseComplete().serialize())
             case F.SYNC | F.FLUSH | F.COPY_DATA | F.COPY_DONE | F.COPY_FAIL:
                 pass

@@ -44,7 +44,7 @@ from proxy.auth.rate_limit import RateLimiter, client_key
 from proxy.auth.secret import MD5Secret
 from proxy.config import Config
 from proxy.console.actions import ConsoleActions
-from proxy.console.conversation import LONGEST, Conversation
+from proxy.console.conversation import LONGEST, ConsoleUser, Conversation
 from proxy.log import Event, logger
 from proxy.net.connection import Connection
 from proxy.net.inbox import Inbox
@@ -204,34 +204,6 @@ class ConsoleLogin:
             yield
         finally:
             self._clients -= 1
-
-
-class ConsoleUser:
-    """A client's identity in the console.
-
-    Args:
-        name: as which it has logged in.
-        runtime: has the lists; a reload replaces it.
-        is_own: whether it is the operating system's user that the proxy runs as.
-    """
-
-    def __init__(self, name: str, runtime: Callable[[], Runtime], *, is_own: bool) -> None:
-        self.name = name
-        self._runtime = runtime
-        self._is_own = is_own
-
-    @property
-    def is_admin(self) -> bool:
-        """Whether it may change things."""
-        config = self._runtime().config
-        if self.name in config.admin_users:
-            return True
-        return self._is_own and self.name not in config.stats_users
-
-    @property
-    def may_look(self) -> bool:
-        """Whether it may do anything."""
-        return self.is_admin or self.name in self._runtime().config.stats_users
 
 
 def is_own_user(client: Connection) -> bool:
