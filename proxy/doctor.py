@@ -36,7 +36,7 @@ from proxy.config import Config, ConfigError, Given
 from proxy.extension import installed, objects
 from proxy.log import logger, printable
 from proxy.net.peer import Peer
-from proxy.reasons import explain
+from proxy.reasons import cause, explain
 from proxy.server import Server
 from proxy.session.session import Session
 from proxy.sql.encodings import parse_array
@@ -300,12 +300,9 @@ class Doctor:
             finally:
                 backend.terminate()
         except (SQLError, OSError, ProtocolViolation) as error:
-            reason = explain(error)
-            if isinstance(error, SQLError):
-                reason = error.detail or error.message
             self._report.no(
                 "replicas",
-                f"they cannot be asked by {where}: {reason.rstrip('.')}",
+                f"they cannot be asked by {where}: {cause(error).rstrip('.')}",
                 "Give the proxy the password of auth_user in its passfile or auth_file. It needs"
                 " CONNECT on auth_dbname, and a primary server with no pooler before it",
             )
@@ -474,8 +471,7 @@ class Doctor:
                 runtime.config.connect_timeout,
             )
         except SQLError as error:
-            reason = error.detail or error.message
-            self._report.no("jobs", f"they cannot log in: {reason}", error.hint or "")
+            self._report.no("jobs", f"they cannot log in: {cause(error)}", error.hint or "")
             return False
         side.terminate()
         assert side.asked is not None

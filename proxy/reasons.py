@@ -12,6 +12,8 @@ import re
 import ssl
 from typing import Final
 
+from protocol.errors import SQLError
+
 _OPENSSL_FILE: Final = re.compile(r" \(_ssl\.c:\d+\)$")
 
 _WITHOUT_TEXT: Final[tuple[tuple[type[BaseException], str], ...]] = (
@@ -44,6 +46,12 @@ def explain(error: BaseException) -> str:
     else:
         said = str(error)
     return _OPENSSL_FILE.sub("", said).strip() or _of_class(error)
+
+
+def cause(error: BaseException) -> str:
+    """`explain`, but the DETAIL of an SQLError that has one: the cause is there."""
+    said = error.detail or error.message if isinstance(error, SQLError) else ""
+    return said or explain(error)
 
 
 def _of_class(error: BaseException) -> str:

@@ -32,7 +32,7 @@ from proxy.config import Config, Host
 from proxy.log import logger
 from proxy.net import tls
 from proxy.net.descriptors import OutOfDescriptorsError, is_shortage, report
-from proxy.reasons import explain
+from proxy.reasons import cause, explain
 from proxy.stats import counters
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
@@ -115,7 +115,7 @@ class Dialer:
                     raise
                 except (OSError, SQLError) as error:
                     self._states.pop(host, None)
-                    failures[f"{host}: {_reason(error)}"] = None
+                    failures[f"{host}: {cause(error)}"] = None
         raise ConnectionError("; ".join(failures))
 
     async def connect_by(self, route: Route, factory: Callable[[], P]) -> P:
@@ -402,9 +402,3 @@ async def _counted() -> AsyncIterator[None]:
 
 def _address(host: Host) -> tuple[str, int]:
     return host.hostaddr or host.name, host.port
-
-
-def _reason(error: OSError | SQLError) -> str:
-    if isinstance(error, SQLError):
-        return error.detail or error.message
-    return explain(error)

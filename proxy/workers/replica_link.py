@@ -23,7 +23,7 @@ from protocol.messages import DataRow, ErrorResponse, NotificationResponse, Quer
 from proxy.backends.backend import READ_SIZE, Backend
 from proxy.backends.session_setup import Row
 from proxy.log import logger
-from proxy.reasons import explain
+from proxy.reasons import cause
 from proxy.runtime import Runtime
 from proxy.workers.messages import Answer, Asked, Gone, Message, News, Question, decode, encode
 from proxy.workers.sealed import GROUP, MAX_RECIPIENTS, NAME, PIECE, Seal, new_name
@@ -140,8 +140,7 @@ class Link:
                     self._leave()
                     backend.terminate()
             except (SQLError, OSError, ProtocolViolation) as error:
-                reason = error.detail or error.message if isinstance(error, SQLError) else None
-                reason = reason or explain(error)
+                reason = cause(error)
                 if reason != said:
                     said = reason
                     logger.warning("other replicas cannot be asked: %s", reason)
