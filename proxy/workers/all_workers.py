@@ -17,6 +17,7 @@ from proxy.runtime import Runtime
 from proxy.stats import Counters, Figures, total
 from proxy.workers.bus import WorkerPipe
 from proxy.workers.messages import SUPERVISOR, Answer, Ask, CancelJob, Measure, Question, ShowJobs
+from proxy.workers.question import OpenQuestion
 
 _TIMEOUT: Final = 2.0
 """Seconds for a worker to answer."""
@@ -69,7 +70,7 @@ class AllWorkers:
         self.restarts = 0
         self._silent = 0
         self._numbers = itertools.count(1)
-        self._asked: dict[int, _Asked] = {}
+        self._asked: dict[int, OpenQuestion] = {}
         # The last figures of each worker, and the counters of those that are gone.
         self._last: dict[int, Figures] = {}
         self._past: Figures = Counters().figures()
@@ -112,9 +113,16 @@ class AllWorkers:
         """The answers of the workers that do answer, by serial number."""
         asked = [worker for worker in self._workers() if worker.answers]
         number = next(self._numbers)
-        question = self._asked[number] = _Asked(
-            ask, {worker.serial for worker in asked if not worker.hangs}
-        )
+        answers: dict[int, Any] = {}
+
+        def take(serial: int, body: Any) -> bool:
+            answers[serial] = body
+            if isinstance(ask, Measure):  # at once: the worker may be gone before the question is
+                self._last[serial] = body
+            return False
+
+        question = self._asked[number] = OpenQuestion(take)
+        question.asked(worker.serial for worker in asked if not worker.hangs)
         for worker in asked:
             if not worker.hangs:
                 worker.pipe.send(Question(number, ask, sender=SUPERVISOR))
@@ -122,47 +130,20 @@ class AllWorkers:
             await asyncio.wait([question.over], timeout=timeout)
         finally:
             del self._asked[number]
-        self._silent = len(asked) - len(question.answers)
-        return question.answers
+        self._silent = len(asked) - len(answers)
+        return answers
 
     # Called by the supervisor
 
     def answered(self, serial: int, answer: Answer) -> None:
-        """A worker has answered, or reported its last figures.
-
-        Figures are added as they come, since the worker may be gone by the end of the question.
-        """
-        question = self._asked.get(answer.number)
-        measured = question is not None and isinstance(question.ask, Measure)
-        if answer.body is not None and (answer.number == 0 or measured):
+        """A worker has answered, or reported its last figures."""
+        if answer.number == 0 and answer.body is not None:
             self._last[serial] = answer.body
-        if question is not None:
-            question.answered(serial, answer.body)
+        elif (question := self._asked.get(answer.number)) is not None:
+            question.answer(serial, answer.body)
 
     def gone(self, serial: int) -> None:
         if (last := self._last.pop(serial, None)) is not None:
             self._past = total([self._past, last["counters"]])
         for question in self._asked.values():
-            question.answered(serial, None)
-
-
-class _Asked:
-    """A question that is still open."""
-
-    def __init__(self, ask: Ask, missing: set[int]) -> None:
-        self.ask = ask
-        self._missing = missing
-        self.answers: dict[int, Any] = {}
-        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._check()
-
-    def answered(self, serial: int, body: Any) -> None:
-        """`body` is None if the worker could not answer, or is gone."""
-        if body is not None:
-            self.answers[serial] = body
-        self._missing.discard(serial)
-        self._check()
-
-    def _check(self) -> None:
-        if not (self._missing or self.over.done()):
-            self.over.set_result(None)
+            question.gone(serial)

@@ -63,6 +63,7 @@ from proxy.workers.messages import (
     Roles,
     ShowJobs,
 )
+from proxy.workers.question import OpenQuestion
 
 _TIMEOUT: Final = 5.0
 """Seconds to wait for a process that does not answer."""
@@ -94,62 +95,6 @@ class Bus(Protocol):
         """Wait until most has been sent."""
 
 
-class _Question:
-    """An open question; a `lasting` one also takes late answers."""
-
-    def __init__(self, take: Callable[[int, Any], bool], *, lasting: bool) -> None:
-        self._take = take
-        self._lasting = lasting
-        self._missing: set[int] | None = None
-        # Peers that hang, and peers that could not answer.
-        self._silent: set[int] = set()
-        self._failed: set[int] = set()
-        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def asked(self, peers: Iterable[int], hanging: Iterable[int] = ()) -> None:
-        """Wait for these peers, but not for those that hang."""
-        self._missing = set(peers)
-        self._silent.update(hanging)
-        self._check(enough=False)
-
-    def answer(self, peer: int, answer: Any, *, more: bool) -> None:
-        """Take an answer; `more`: a part of one. None: the peer could not answer."""
-        is_wanted = self._lasting or not self.over.done()
-        enough = answer is not None and is_wanted and self._take(peer, answer)
-        if answer is None:
-            self._failed.add(peer)
-        if enough or not more:
-            self._said_all(peer, enough=enough)
-
-    def gone(self, peer: int) -> None:
-        """A peer is gone, and knows nothing."""
-        self._failed.discard(peer)
-        self._said_all(peer, enough=False)
-
-    def give_up(self) -> None:
-        """No more answers will come, though somebody may know."""
-        self._missing = None
-        if not self.over.done():
-            self.over.set_result(None)
-
-    def _said_all(self, peer: int, *, enough: bool) -> None:
-        self._silent.discard(peer)
-        if self._missing is not None:
-            self._missing.discard(peer)
-        self._check(enough=enough)
-
-    @property
-    def unanswered(self) -> int:
-        """Number of peers that have not answered."""
-        if self._missing is None:
-            return 1  # the supervisor has not said who was asked
-        return len(self._silent | self._failed | self._missing)
-
-    def _check(self, *, enough: bool) -> None:
-        if not self.over.done() and (enough or not (self._missing or self._missing is None)):
-            self.over.set_result(None)
-
-
 class OtherWorkers(Peers):
     """The workers at the other end of the pipe."""
 
@@ -165,7 +110,7 @@ class OtherWorkers(Peers):
         self._jobs_page = JobsPage(server.jobs)
         self._bus = bus
         self._numbers = itertools.count(1)
-        self._questions: dict[int, _Question] = {}
+        self._questions: dict[int, OpenQuestion] = {}
         # Orders that the supervisor has not answered.
         self._orders: dict[int, asyncio.Future[tuple[Any, Sequence[str] | None]]] = {}
         # The roles of which each peer knows jobs.
@@ -347,7 +292,7 @@ class OtherWorkers(Peers):
         if self._bus.lost.done():
             return 0
         number = next(self._numbers)
-        question = self._questions[number] = _Question(take, lasting=lasting)
+        question = self._questions[number] = OpenQuestion(take, lasting=lasting)
         self._bus.send(Question(number, ask, to))
         try:
             await asyncio.wait_for(question.over, timeout)
