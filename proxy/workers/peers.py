@@ -16,7 +16,7 @@ import asyncio
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import UnionType
 from typing import Any, Final, Protocol
@@ -103,6 +103,9 @@ class OtherWorkers(Peers):
 
     _answered: type | UnionType = Ask
     """The questions that are answered."""
+
+    _announcing = _TIMEOUT
+    """Seconds to wait until all know a new role."""
 
     def __init__(self, server: Server, bus: Bus) -> None:
         self._server = server
@@ -202,10 +205,6 @@ class OtherWorkers(Peers):
     @property
     def _forwarding(self) -> float:
         return self._canceling
-
-    @property
-    def _announcing(self) -> float:
-        return _TIMEOUT
 
     async def give_way(self) -> bool:
         answers, _ = await self._ask_all(GiveWay())
@@ -335,9 +334,7 @@ class OtherWorkers(Peers):
         """Handle a message forwarded or made by the supervisor."""
         match message:
             case Question():
-                task = asyncio.get_running_loop().create_task(self._answer(message))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._spawn(self._answer(message))
             case Asked(number, peers, hanging):
                 if (question := self._questions.get(number)) is not None:
                     question.asked(peers, hanging)
@@ -352,6 +349,11 @@ class OtherWorkers(Peers):
                     outcome.set_result((body, error))
             case Gone(peer):
                 self._gone(peer)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _hear(self, peer: int, item: NewsItem) -> None:
         match item:

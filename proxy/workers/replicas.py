@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Final
 
 from protocol.startup import CancelRequest
 from proxy.auth.rate_limit import RateLimiter
@@ -34,9 +34,6 @@ from proxy.workers.peers import OtherWorkers
 from proxy.workers.replica_link import Link
 from proxy.workers.sealed import GROUP
 
-_LAUNCH: Final = 1.0
-"""Seconds that the first launch of a role waits until all others know."""
-
 _CANCEL: Final = 2.0
 """Seconds before a cancel request goes on to the server."""
 
@@ -50,6 +47,7 @@ class OtherReplicas(OtherWorkers):
 
     _name = "a replica"
     _answered = Roles | NewRole | FindJobs | ListJobs | CancelJob | CancelStatement | GiveWay
+    _announcing = 1.0
 
     def __init__(self, server: Server, link: Link) -> None:
         super().__init__(server, link)
@@ -69,10 +67,6 @@ class OtherReplicas(OtherWorkers):
     @property
     def _forwarding(self) -> float:
         return _CANCEL
-
-    @property
-    def _announcing(self) -> float:
-        return _LAUNCH
 
     # The link
 
@@ -116,11 +110,6 @@ class OtherReplicas(OtherWorkers):
                 await asyncio.sleep(_SEARCH_AGAIN)
         finally:
             self._searching.difference_update(cookies)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 class All(Peers):
