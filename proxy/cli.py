@@ -201,9 +201,9 @@ def _serve(arguments: dict[str, Any]) -> int:
     _prepare()
     if first.replica_secret_file is None:
         return run(serve(first, settings))
-    from proxy.workers.replicas import known
+    from proxy.workers.replicas import linked
 
-    return run(serve(first, settings, known))
+    return run(serve(first, settings, linked))
 
 
 def _prepare() -> None:

@@ -92,7 +92,7 @@ class WorkerProcess:
                 start_new_session=True,
             )
             self.pipe = await WorkerPipe.over(ours.dup(), receive)
-        self.pipe.lost.add_done_callback(lambda _: self.known(ready=False))
+        self.pipe.lost.add_done_callback(lambda _: self.set_ready(False))
         asyncio.get_running_loop().call_later(_START_TIMEOUT, self._too_late)
 
     def _too_late(self) -> None:
@@ -100,7 +100,7 @@ class WorkerProcess:
             logger.error("%s did not get ready in time", self)
             self.kill()
 
-    def known(self, *, ready: bool) -> None:
+    def set_ready(self, ready: bool) -> None:
         """The worker serves now, or never will."""
         if not self.ready.done():
             self.ready.set_result(ready)
@@ -187,7 +187,7 @@ class WorkerProcess:
         self._is_pinged = True
         self.pipe.send(Ping())
 
-    def spoke(self) -> None:
+    def heard_from(self) -> None:
         """The worker has answered, so it does not hang."""
         self.unanswered = 0
         self._is_pinged = False

@@ -168,7 +168,7 @@ class All(Peers):
 
 
 @contextlib.asynccontextmanager
-async def known(server: Server, group: bytes | None = None) -> AsyncIterator[None]:
+async def linked(server: Server, group: bytes | None = None) -> AsyncIterator[None]:
     """Ask the replicas, and answer them, if a secret is configured.
 
     Args:

@@ -119,13 +119,13 @@ class Supervisor:
         self._none_held = asyncio.Event()
         self._none_held.set()
         self._ending = Ending(lambda: self._config)
-        self._watched = AllWorkers(
+        self._source = AllWorkers(
             *(self._workers.values, self._config.workers),
             *(self._ending.begun.is_set, Runtime(self._config)),
         )
         self._slots = AllSlots(Limits.of(self._config), self._workers)
         self._entrance = Entrance(
-            *(self._config, self._manager, self._watched, self._take, self._ending, self._settle)
+            *(self._config, self._manager, self._source, self._take, self._ending, self._settle)
         )
         self._listeners = self._entrance.listeners
         # The error that ends it.
@@ -154,12 +154,12 @@ class Supervisor:
     async def _serve(self, looking: asyncio.Task[None] | None) -> None:
         loop = asyncio.get_running_loop()
         numbers = range(1, self._config.workers + 1)
-        keepers = [loop.create_task(self._keep(number)) for number in numbers]
+        keepers = [loop.create_task(self._keep_running(number)) for number in numbers]
         watches = [loop.create_task(self._watch()), loop.create_task(self._open_when_all_there())]
         for task in (*keepers, watches[-1]):
-            task.add_done_callback(self._kept)
+            task.add_done_callback(self._keeper_ended)
         if self._config.admin_listen is not None:
-            watches.append(loop.create_task(self._watched.keep_asking()))
+            watches.append(loop.create_task(self._source.keep_asking()))
         await self._ending.begun.wait()
         self._entrance.shut()
         self._manager.stopping(self._config.shutdown_timeout)
@@ -199,7 +199,7 @@ class Supervisor:
 
     # One worker's place
 
-    async def _keep(self, number: int) -> None:
+    async def _keep_running(self, number: int) -> None:
         """Keep a worker in this place, until the end."""
         loop = asyncio.get_running_loop()
         delay = 0.0
@@ -239,11 +239,11 @@ class Supervisor:
             if self._open:
                 self._hand_over_again()
         code = await worker.end()
-        self._bury(worker)
+        self._worker_ended(worker)
         if is_ready and not self._ending.begun.is_set():
             level = logger.info if code == 0 else logger.error
             level("%s %s; it is started again", worker, _how(code))
-            self._watched.restarts += 1
+            self._source.restarts += 1
         return None if is_ready else f"it {_how(code)}"
 
     async def _watch(self) -> None:
@@ -279,25 +279,25 @@ class Supervisor:
             )
             worker.kill()
 
-    def _spoke(self, worker: WorkerProcess) -> None:
+    def _heard_from(self, worker: WorkerProcess) -> None:
         hung = worker.hangs
-        worker.spoke()
+        worker.heard_from()
         if hung:
             logger.info("%s answers again; it gets new clients again", worker)
             self._slots.able_again()
 
-    def _bury(self, worker: WorkerProcess) -> None:
+    def _worker_ended(self, worker: WorkerProcess) -> None:
         """A worker is gone: tell the others, and give them its untaken clients."""
         self._slots.free_all(worker.serial)
         del self._workers[worker.serial]
-        self._watched.gone(worker.serial)
+        self._source.gone(worker.serial)
         for other in self._workers.values():
             if other.joined:
                 other.pipe.send(Gone(worker.serial))
         if self._ending.begun.is_set():
             for connection in worker.untaken:
                 connection.socket.close()
-            self._let_go()
+            self._end_those_done()
             return
         for connection in worker.untaken:
             self._take(connection)
@@ -309,7 +309,7 @@ class Supervisor:
         else:
             self._fail(OSError(message))
 
-    def _kept(self, keeper: asyncio.Task[None]) -> None:
+    def _keeper_ended(self, keeper: asyncio.Task[None]) -> None:
         error = None if keeper.cancelled() else keeper.exception()
         if isinstance(error, Exception):
             logger.error("internal error of the supervisor", exc_info=error)
@@ -356,7 +356,7 @@ class Supervisor:
     # Messages of workers
 
     def _receive(self, worker: WorkerProcess, message: Message) -> None:
-        self._spoke(worker)
+        self._heard_from(worker)
         match message:
             case Report(event):
                 self._reported(worker, event)
@@ -370,7 +370,7 @@ class Supervisor:
                 worker.pipe.send(Asked(number, answering, hanging))
                 self._hand_on(worker, message, asked)
             case Answer(to=to) if to == SUPERVISOR:
-                self._watched.answered(worker.serial, message)
+                self._source.answered(worker.serial, message)
             case Answer() | News():
                 self._hand_on(worker, message, self._others(worker, message.to))
             case TakeSlot() | HasSlot() | FreeSlot():
@@ -381,7 +381,7 @@ class Supervisor:
     def _reported(self, worker: WorkerProcess, event: Event) -> None:
         match event:
             case Event.READY:
-                worker.known(ready=True)
+                worker.set_ready(True)
             case Event.TAKEN:
                 worker.taken()
             case Event.REFUSED:
@@ -392,7 +392,7 @@ class Supervisor:
                 worker.retire()
             case Event.DONE:
                 worker.done = True
-                self._let_go()
+                self._end_those_done()
             case Event.ALIVE:
                 pass
 
@@ -446,7 +446,7 @@ class Supervisor:
         for other in others:
             other.pipe.send(message)
 
-    def _let_go(self) -> None:
+    def _end_those_done(self) -> None:
         """Let workers end that are done. In a shutdown they wait for each other, since one may
         still be asked about its jobs by another."""
         workers = self._workers.values()
@@ -461,7 +461,7 @@ class Supervisor:
     def _take_over(self, given: Given) -> list[str]:
         """Apply another configuration, here and in all workers. Raises ConfigError."""
         settings, fixed = reloaded(self._config, config.build(given, os.environ))
-        self._watched.runtime = Runtime(settings)
+        self._source.runtime = Runtime(settings)
         # Workers started later must have what the others have.
         for name in fixed:
             given.pop(name, None)

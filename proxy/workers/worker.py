@@ -43,7 +43,7 @@ from proxy.workers.messages import (
     TakenOver,
 )
 from proxy.workers.peers import OtherWorkers
-from proxy.workers.replicas import known
+from proxy.workers.replicas import linked
 from proxy.workers.slots import SupervisorsSlots
 
 
@@ -71,7 +71,7 @@ class Worker:
         self._peers = OtherWorkers(server, self._pipe)
         server.console_login.actions = OneOfSeveral(server, self._peers)
         await self._peers.join()
-        async with known(server, self._group):
+        async with linked(server, self._group):
             await self._serve(server)
         self._pipe.close()
         await self._pipe.lost
