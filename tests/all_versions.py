@@ -4,13 +4,13 @@
     python -m tests.all_versions -v 12 17 -- tests/test_launch.py tests/test_result.py -k "not slow"
     python -m tests.all_versions -v 15 --server /opt/pgsql/bin    # and one that is at hand
 
-What stands after ``--`` goes to pytest, in place of `CONCERNED`. `tests.support.releases` fetches
-the servers into ``--cache``, or into a temporary folder that goes at the end. The machine's own
-psql is used. For ``tests/test_clients.py``, that means that the tools must not be older than the
-server, or the tests that need them are skipped.
+Arguments after ``--`` go to pytest, in place of `CONCERNED`. `tests.support.releases` fetches the
+servers into ``--cache``, or into a temporary folder that goes at the end. The machine's own psql is
+used. For ``tests/test_clients.py``, that means that the tools must not be older than the server, or
+the tests that need them are skipped.
 
-Invariant: nothing of the packages runs but PostgreSQL, as another user if we are root; every step
-has a limit; and what we started has ended when we end.
+Invariant: of the packages only PostgreSQL runs, as another user if we are root; every step has a
+limit; and what we started has ended when we end.
 
 Exit code: 0 if nothing failed, 1 if something did, 2 if a server could not be fetched or run.
 """
@@ -40,7 +40,7 @@ REPOSITORY: Final = Path(__file__).parent.parent
 RELEASED: Final = (10, 11, 12, 13, 14, 15, 16, 17, 18)
 PREVIEW: Final = 19
 
-# test_commands, for one, is not among them: it has no server.
+# For example, test_commands is not among them: it has no server.
 CONCERNED: Final = tuple(
     f"tests/test_{name}.py"
     for name in (
@@ -59,7 +59,7 @@ Outcomes: TypeAlias = "Counter[str]"
 
 @dataclass
 class Run:
-    """What came of the tests over one version."""
+    """The outcome of the tests over one version."""
 
     version: str
     seconds: float = 0.0
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def total(self) -> Outcomes:
-        """How many tests had which outcome."""
+        """The number of tests with each outcome."""
         return sum(self.files.values(), Counter())
 
 
@@ -146,7 +146,7 @@ def _read_report(report: Path, run: Run) -> None:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """What passed, in Markdown: a line a version."""
+    """What passed, in Markdown: a line for each version."""
     lines = [
         "| PostgreSQL | passed | failed | expected failures | skipped | |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -227,7 +227,7 @@ def _chosen(arguments: Sequence[str]) -> list[str]:
 
 
 def main() -> int:
-    """Fetches, tests and tells."""
+    """Fetches, tests and reports."""
     arguments = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with _cache(arguments.cache) as cache, ThreadPoolExecutor(max(arguments.jobs, 1)) as pool:

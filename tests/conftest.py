@@ -5,10 +5,10 @@
 folder. ``--workers 2`` runs every proxy as several processes.
 
 Tests whose outcome may depend on the server's version are marked ``every_server``. The others run
-on the first server by default; on the further ones they are ``exhaustive``. So are those that a
-module marked ``every_server`` marks ``one_server``. Of a test with several cases each second runs
-there by default, or each n-th, by ``turns(n)``.
-At the end of the session nothing that it started may be left.
+on the first server by default; on the further ones they are ``exhaustive``. So are tests that a
+module marked ``every_server`` marks ``one_server``. If a test has several cases, every second one
+runs there by default, or every n-th with ``turns(n)``. At the end of the session, nothing that it
+started may be left.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ def _memory() -> Path | None:
 
 
 def _write_bytecode_elsewhere(config: pytest.Config) -> None:
-    """Where Python is to write no bytecode, keep it for this session only: compiling its modules is
-    half of what it takes to start a proxy, and the tests start hundreds."""
+    """Where Python must write no bytecode, keep it for this session only: half of the start of a
+    proxy is the compilation of its modules, and the tests start hundreds of proxies."""
     folder = tempfile.mkdtemp(prefix="pgbg-bytecode-")
     config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
-    # Installed modules have been compiled, but will not be looked for where they are.
+    # Installed modules have been compiled, but Python will not look where they are.
     for module in list(sys.modules.values()):
         cached = getattr(getattr(module, "__spec__", None), "cached", None)
         if cached and Path(cached).exists():
@@ -111,7 +111,7 @@ def _write_bytecode_elsewhere(config: pytest.Config) -> None:
 
 def _compile_share(worker: dict[str, Any]) -> None:
     """Each process of pytest-xdist begins with other test modules than the rest, so that each
-    module is compiled, with its assertions rewritten, once, and not by all at the same time."""
+    module is compiled, with its assertions rewritten, by one process only."""
     modules = sorted(Path(__file__).parent.rglob("test_*.py"))
     for path in modules[int(worker["workerid"][2:]) :: worker["workercount"]]:
         name = ".".join(path.relative_to(Path(__file__).parents[1]).with_suffix("").parts)
@@ -127,7 +127,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         everywhere = marked("every_server") and not marked("one_server")
         marks = () if everywhere else _EXHAUSTIVE
         if marks and "not exhaustive" in metafunc.config.getoption("markexpr"):
-            folders = folders[:1]  # each process of pytest-xdist would collect the rest for nothing
+            folders = folders[:1]  # each process of pytest-xdist would collect the rest in vain
         metafunc.parametrize(
             "server",
             [pytest.param(folder, marks=marks if n else ()) for n, folder in enumerate(folders)],
@@ -140,7 +140,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 _EXHAUSTIVE: Final = (pytest.mark.exhaustive,)
 
 
-# What takes longest begins first, so that no process is left with it at the end.
+# The longest files begin first, so that no process is left with one at the end.
 _LONGEST: Final = (
     *("test_places", "test_hung_workers", "test_session", "test_takeover", "test_linear"),
     *("test_leaving", "test_room_model", "test_workers", "test_failures", "test_console"),
@@ -157,8 +157,8 @@ _LONGEST: Final = (
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """All tests of a server together, and of these the longest files first; those that need none
-    before these, since a long one of them would be left at the end."""
+    """All tests of a server together, and of these the longest files first. Tests that need no
+    server come before these, since a long one of them would be left at the end."""
     _take_turns(items)
     yield
     servers = {server_id(""): 0}
@@ -174,8 +174,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """What is collected stays. Python's garbage collection, which would look through it again and
-    again, takes as long as all the rest of the collection."""
+    """What is collected stays. Otherwise Python's garbage collector would search it again and
+    again, which takes as long as all the rest of the collection."""
     gc.disable()
     yield
     gc.enable()
@@ -183,8 +183,9 @@ def pytest_collection() -> Iterator[None]:
 
 
 def _take_turns(items: list[pytest.Item]) -> None:
-    """On the further servers each n-th case of a test runs by default, by ``turns(n)`` or else each
-    second; which one moves on, so that each value of one parameter meets each of the last."""
+    """On the further servers every second case of a test runs by default, or every n-th with
+    ``turns(n)``. The first one moves on, so that each value of one parameter meets each of the
+    last."""
     cases: Counter[tuple[Path, str, int]] = Counter()
     for item in items:
         callspec = getattr(item, "callspec", None)
@@ -213,8 +214,7 @@ class _WholeFiles(LoadScopeScheduling):  # type: ignore[misc]
         return f"{file} {server[1]}" if server else file
 
     def remove_node(self, node: WorkerController) -> str | None:
-        """Names the test that a process died of. It is not run again, as it would be without
-        end."""
+        """Names the test that killed a process. It is not run again, or that would have no end."""
         work: dict[str, dict[str, bool]] = self.assigned_work[node]
         left = ((u, test) for u in work.values() for test, completed in u.items() if not completed)
         unit, crashed = next(left, ({}, None))
@@ -236,7 +236,7 @@ def server_id(folder: Path | str) -> str:
     return f"pg{server_version(folder) // 10000}" if isinstance(folder, Path) else "none"
 
 
-@functools.cache  # It asks programs for their version.
+@functools.cache  # This asks programs for their version.
 def _server_folders(*kinds: str) -> list[Path]:
     folders: list[Path] = []
     for kind in kinds:
@@ -353,7 +353,7 @@ def shared_proxy(upstream: str, *options: str) -> Iterator[Proxy]:
 
 @pytest.fixture(scope="module")
 def executor_as_before(server: Server) -> Iterator[None]:
-    """The role that CREATE EXTENSION makes is dropped at the end, if it was not there before."""
+    """Drops the role that CREATE EXTENSION makes at the end, if it was not there before."""
     with executors.executor_as_before(server):
         yield
 
@@ -367,7 +367,7 @@ def recording(server: Server) -> Iterator[Proxy]:
 
 @pytest.fixture
 def relay(server: Server) -> Iterator[UpstreamRelay]:
-    """What stands between a proxy and the server, to hold up its logins and requests."""
+    """A relay between a proxy and the server, to hold up its logins and requests."""
     with upstream_relay(server) as relay:
         yield relay
 
@@ -415,7 +415,7 @@ def client(
 
 @pytest.fixture
 def gate(observer: Connection) -> Iterator[api_clients.Gate]:
-    """A closed gate for jobs; open at the end."""
+    """A closed gate for jobs, which opens at the end."""
     gate = api_clients.Gate(observer)
     yield gate
     gate.open()

@@ -166,7 +166,7 @@ SUPERVISOR: Final = 0
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """Of which roles do you know jobs? Answer: a list of OIDs."""
+    """Which roles have jobs that you know? Answer: a list of OIDs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,8 @@ _STUCK: Final = 1.0
 """Seconds without taking a connection after which others get a worker's share."""
 
 HANGS: Final = 3
-"""Unanswered pings after which a worker gets no new clients and nobody waits for it. A worker that
-is merely busy answers all of them at once, later."""
+"""Unanswered pings after which a worker gets no new clients and is not waited for. A worker that is
+merely busy answers all of them at once, later."""
 
 
 class WorkerProcess:

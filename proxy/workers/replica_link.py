@@ -113,7 +113,7 @@ class Link:
         self._wanted.set()
 
     def _nobody(self, question: Question) -> None:
-        """There is no link, so nobody knows who could answer."""
+        """There is no link, so it is unknown who could answer."""
         self.receive(Asked(question.number, (), (0,)))
 
     async def drain(self) -> None:

@@ -3,8 +3,8 @@
 Invariant: without the secret, nobody can make a message, or learn more than its length, sender and
 recipients. HMAC-SHA256 proves a message with all that precedes the proof; the text is enciphered by
 SHAKE-256 of a key, the sender and the number, a pair that no other message has. Recipients are
-addressed by name. Each connection has a new name, so a recorded message is for nobody who came
-later; those present at the time know its number (`replica_link`).
+addressed by name. Each connection has a new name, so a recorded message is for no later connection;
+those present at the time know its number (`replica_link`).
 
 A payload is base64 of: the sender, its number (8 bytes), the number of recipients (1), these,
 whether more follows (1), the text, and the proof.

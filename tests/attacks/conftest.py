@@ -27,9 +27,9 @@ def scene(request: pytest.FixtureRequest, scenes: dict[str, Scene]) -> Scene:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On the first server each place has, by default, the first of its usual CASES, in which a
-    superuser falls for it, and one of the others; on the further servers it has one. They take
-    turns, so that each case has some places."""
+    """On the first server each place gets, by default, the first of its usual CASES, in which a
+    superuser is the victim, and one of the others; on further servers it gets one. They take turns,
+    so that each case gets some places."""
     cases: dict[tuple[str, str, int], list[pytest.Function]] = {}
     for item in items:
         if not isinstance(item, pytest.Function) or item.get_closest_marker("slow"):

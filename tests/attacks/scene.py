@@ -1,8 +1,8 @@
 """Where the attacks take place: two databases, an attacker, three victims; and the hostile code.
 
 Invariant: an attack is judged by what the attacker has afterwards, never by how it was refused.
-Each job of the attacker's notes who it runs as, and as whom its launching code could have run. A
-job of a role that the code could not have become is a breach.
+Each job of the attacker's notes its role, and the roles that its launching code could have run as.
+A job of any other role is a breach.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.servers import DEFAULT_HBA, Connection, Proxy, Server, databa
 MALLORY: Final = "mallory"
 PASSWORD: Final = "mallory's own"
 OWNERS: Final = ("postgres", "dba")
-"""Whose the extension is, and the database."""
+"""The owners of the extension and of the database."""
 VICTIMS: Final = ("postgres", "dba", "bob")
 """A superuser, an administrator without its rights, an ordinary role. The last two belong to the
 attacker's role, so that they may look after its tables."""
@@ -41,7 +41,7 @@ CASES: Final = [
         ("dba", "bob", False),
     )
 ]
-"""Whose the extension is, and whose the session."""
+"""The owner of the extension, and the role of the session."""
 FOREIGN: Final = "mallorys"
 """A database of the attacker's own, where he logs in with a password, as dblink demands."""
 
@@ -61,7 +61,8 @@ CREATE SCHEMA mallory AUTHORIZATION mallory;
 GRANT USAGE ON SCHEMA mallory TO PUBLIC;
 """
 
-# As whom the calling code could run, by what it may undo; and what a job of the attacker's does.
+# The roles that the calling code could run as, by what it may undo; and what a job of the
+# attacker's does.
 HOSTILE: Final = """
 CREATE FUNCTION mallory.reach() RETURNS text[] LANGUAGE plpgsql AS $f$
 DECLARE found text[] := ARRAY[CAST(current_user AS text)];
@@ -170,14 +171,15 @@ class Scene:
             is_well(conn)
 
     def ran(self, attempt: str) -> list[tuple[list[str], str]]:
-        """As whom hostile code could have run, and as whom it did, each time that it ran."""
+        """The roles that hostile code could have run as, and the role that it ran as, for each
+        run."""
         self.root.execute("SET search_path TO DEFAULT")
         return self.root.execute(
             "SELECT reach, role FROM proof WHERE attempt = %s AND means = 'ran'", [attempt]
         ).fetchall()
 
     def breaches(self, attempt: str) -> list[tuple[Any, ...]]:
-        """The jobs that ran as somebody whom the code that launched them could not have become."""
+        """The jobs that ran as a role that the code that launched them could not have become."""
         member = "SET" if self.server.version >= 160000 else "MEMBER"
         return self.root.execute(
             "SELECT means, reach, login, role FROM proof WHERE attempt = %s AND means <> 'ran'"
@@ -186,7 +188,7 @@ class Scene:
         ).fetchall()
 
     def jobs(self, attempt: str) -> list[tuple[Any, ...]]:
-        """The jobs that hostile code got: by which means, and as whom."""
+        """The jobs that hostile code got: by which means, and as which role."""
         return self.root.execute(
             "SELECT means, login FROM proof WHERE attempt = %s AND means <> 'ran'", [attempt]
         ).fetchall()
@@ -205,7 +207,7 @@ def is_well(conn: Connection) -> None:
     try:
         pid = one(conn, "WITH q AS (SELECT ext.pg_background_launch('SELECT 6 * 7', 0)) TABLE q")
     except psycopg.errors.InsufficientPrivilege:
-        # A superuser need not be served where the extension's functions are another's.
+        # A superuser need not be served where another role owns the extension's functions.
         assert one(conn, TRUSTS_ANOTHER)
     else:
         assert conn.execute(query, [pid]).fetchall() == [(42,)]
@@ -220,7 +222,7 @@ SELECT (SELECT rolsuper FROM pg_roles WHERE rolname = session_user)
 
 
 def settled(scene: Scene) -> None:
-    """Whatever was launched has ended, or will never begin."""
+    """Waits until whatever was launched has ended, or will never begin."""
     busy = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()"
         " AND state <> 'idle'"
@@ -254,7 +256,7 @@ def scenes(server: Server, proxy: Proxy) -> Iterator[dict[str, Scene]]:
 
 def _fill(scene: Scene) -> None:
     owner, root = scene.owner, scene.root
-    # As a new database is since PostgreSQL 15, but the tests' fixture grants that.
+    # The default since PostgreSQL 15, which the tests' fixture undoes.
     root.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     root.execute(f'ALTER DATABASE "{scene.name}" OWNER TO {owner}'.encode())
     with scene.connect(owner) as conn:
@@ -305,11 +307,11 @@ def copy(
 ) -> None:
     """The extension's functions once more, the attacker's own, in a schema of his.
 
-    Whatever the functions say to the proxy, so do these.
+    These say to the proxy whatever the functions say.
 
     Args:
         scene: where.
-        schema: whose functions they are to be.
+        schema: where to create them.
         edit: what he changes in each, after the names.
         owner: who creates them; the attacker unless told.
     """
@@ -317,7 +319,7 @@ def copy(
         conn.execute("SET check_function_bodies = off")
         for (definition,) in conn.execute(DEFINITIONS).fetchall():
             text = re.sub(r'(?<![\w"])"?ext"?\.', f"{schema}.", definition)
-            # Not that long until it believes that there is no answer, and not that busy.
+            # They give up sooner, and are less busy.
             text = re.sub(r"looks > 600", "looks > 100", text)
             text = re.sub(r"looks > 150", "looks > 20", text)
             conn.execute(edit(text).encode())
@@ -334,7 +336,7 @@ def through(text: str) -> str:
 
 
 def has_dblink(scene: Scene) -> bool:
-    """Whether the server has dblink; then it is installed, by a superuser, as it must be."""
+    """Whether the server has dblink. If so, a superuser installs it, as only a superuser may."""
     available = "SELECT count(*) FROM pg_available_extensions WHERE name = 'dblink'"
     if not one(scene.root, available):
         return False
@@ -378,7 +380,7 @@ def over_dblink(scene: Scene) -> None:
 
 
 def needs(scene: Scene, extension: LiteralString) -> None:
-    """Skips a test where the server has no such extension; creates it where it has."""
+    """Creates an extension; skips the test if the server does not have it."""
     available = "SELECT count(*) FROM pg_available_extensions WHERE name = %s"
     if not one(scene.root, available, [extension]):
         pytest.skip(f"this PostgreSQL has no {extension}")
@@ -386,5 +388,5 @@ def needs(scene: Scene, extension: LiteralString) -> None:
 
 
 def pause(seconds: float = 0.1) -> None:
-    """Time for what must not happen."""
+    """Waits for a while for what must not happen."""
     time.sleep(seconds)
