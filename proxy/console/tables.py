@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol, TypeAlias
 from protocol.values import oids
 from proxy import __version__
 from proxy.backends.identity import Login
-from proxy.config import SETTINGS, Config
+from proxy.config import SETTINGS
 from proxy.jobs.job import Job
 from proxy.jobs.service import JobService
 from proxy.net.connection import Connection
@@ -244,18 +244,14 @@ def _config(process: LocalProcess) -> Iterator[Row]:
     for field in SETTINGS:
         yield [
             field.name,
-            _setting(config, field.name),
+            _shown(getattr(config, field.name)),
             str(field.metadata["default"]),
             "no" if field.name in FIXED else "yes",
         ]
 
 
-def _setting(config: Config, name: str) -> str:
-    """A setting as in the file, except for lists and the upstream, which is its hosts."""
-    return _shown(getattr(config, name))
-
-
 def _shown(value: Any) -> str:
+    """A setting as in the file, except for lists and the upstream, which is its hosts."""
     match value:
         case None:
             return ""
