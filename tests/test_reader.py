@@ -10,10 +10,12 @@ import pytest
 
 from protocol.kinds import F
 from proxy.config import Config
+from proxy.session.custom_settings import CustomSettings
 from proxy.session.extension_state import ExtensionState
+from proxy.session.named import NamedStatements
 from proxy.session.reader import SqlReader
+from proxy.session.reported import ReportedSettings
 from proxy.sql import lexer
-from proxy.statements.mentions import may_be_ours
 from proxy.statements.plan import ScalarPlan, Substitute
 
 LAUNCH = "SELECT pg_background_launch('x')"
@@ -26,19 +28,18 @@ class Case:
         runtime = SimpleNamespace(config=Config(**config))
         self.services: Any = SimpleNamespace(runtime=runtime, extension_changes=0)
         self.services.extension_changed = self.extension_changed
-        self.parameters = {b"server_version": b"15.4"}
-        relay: Any = SimpleNamespace(
-            parameters=self.parameters,
-            setting=lambda name: self.parameters.get(name, b""),
-            settings_may_differ=False,
-            statements={},
-            portals={},
-            key=lambda name: name,
-            is_of_interest=may_be_ours,
-        )
-        self.relay = relay
+        self.reported = ReportedSettings()
+        self.report("server_version", "15.4")
+        self.named = NamedStatements(self.reported, CustomSettings())
         self.state = ExtensionState(self.services)
-        self.reader = SqlReader(relay, self.state, lambda: self.services.runtime.config, lambda: ())
+        self.reader = SqlReader(
+            *(self.reported, self.named, self.state),
+            lambda: self.services.runtime.config,
+            lambda: (),
+        )
+
+    def report(self, name: str, value: str) -> None:
+        self.reported.parameter_status(b"%b\0%b\0" % (name.encode(), value.encode()))
 
     def extension_changed(self) -> None:
         self.services.extension_changes += 1
@@ -96,9 +97,9 @@ def test_a_text_is_read_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_settings_that_may_differ(case: Case) -> None:
-    case.relay.settings_may_differ = True
-    assert case.reader.calls(F.QUERY, query("SELECT pg_background_launch('ä')")) == []
-    assert case.reader.calls(F.QUERY, query(LAUNCH)) != []
+    depends = query("SELECT pg_background_launch('ä')")
+    assert case.reader.calls(F.QUERY, depends, settings_may_differ=True) == []
+    assert case.reader.calls(F.QUERY, query(LAUNCH), settings_may_differ=True) != []
 
 
 @pytest.mark.parametrize("sql", ["SELECT 1", "SELECT 'pg_background_launch(1)'", "pg_background '"])
@@ -117,14 +118,14 @@ def test_too_long(case: Case) -> None:
 def test_a_vertical_tab_is_no_white_space_before_16(case: Case) -> None:
     sql = query("SELECT\vpg_background_launch('x')")
     assert case.reader.calls(F.QUERY, sql) is None
-    case.parameters[b"server_version"] = b"16.1"
+    case.report("server_version", "16.1")
     assert case.reader.calls(F.QUERY, sql) is not None
 
 
 def test_catalogs_and_tools(case: Case) -> None:
     [read] = case.reader.read(F.QUERY, query("SELECT * FROM pg_extension"))
     assert isinstance(case.reader.plan(read), Substitute)
-    case.parameters[b"application_name"] = b"pg_dump"
+    case.report("application_name", "pg_dump")
     assert case.reader.plan(read) is None
 
 

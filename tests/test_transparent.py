@@ -27,7 +27,9 @@ from protocol import messages as m
 from protocol.framing import MessageBuffer, frame
 from protocol.startup import StartupMessage
 from protocol.values import oids
+from proxy.session.named import NamedStatements
 from proxy.session.relay import Relay
+from proxy.session.reported import WATCHED, ReportedSettings
 from proxy.statements.plan import Statement
 from tests.conftest import StartProxy
 from tests.support.background import wait_until
@@ -755,6 +757,8 @@ class Told:
         self.events: list[tuple[Any, ...]] = []
         self.taken: bytes | None = None
         self.custom_settings = self
+        self.reported = ReportedSettings()
+        self.named = NamedStatements(self.reported, self)  # type: ignore[arg-type]
 
     def mentioned(self, sql: bytes) -> None:
         self.events.append(("settings", sql))
@@ -803,7 +807,8 @@ def relayed(data: bytes, cuts: list[int], *, from_client: bool) -> tuple[bytes, 
             told.taken += piece
     written, other = (server, client) if from_client else (client, server)
     assert other.written == b""
-    return written.written, told.taken, (told.events, relay.status, relay.parameters)
+    reported = {name: told.reported[name] for name in WATCHED}
+    return written.written, told.taken, (told.events, relay.status, reported)
 
 
 FRONTEND_STREAM = serialized(

@@ -110,8 +110,8 @@ class SessionCaller(Caller):
                 self._context = parse_context(
                     DataRow.parse(body).values, names=names, custom_settings=custom
                 )
-                relay.unreported[b"client_encoding"] = self._context.client_encoding
-                relay.unreported[b"TimeZone"] = self._context.time_zone
+                session.reported.answered(b"client_encoding", self._context.client_encoding)
+                session.reported.answered(b"TimeZone", self._context.time_zone)
                 if wanted and known is not None:
                     self._context = replace(self._context, settings=known)
                 elif wanted and lasting and plan.has_no_side_effects:

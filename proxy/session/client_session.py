@@ -52,21 +52,21 @@ class ClientSession(Owner, Hooks):
 
     @property
     def client_encoding(self) -> bytes:
-        return self.relay.setting(b"client_encoding") or b"UTF8"
+        return self.reported[b"client_encoding"] or b"UTF8"
 
     @property
     def server_encoding(self) -> bytes:
-        return self.relay.setting(b"server_encoding")
+        return self.reported[b"server_encoding"]
 
     @property
     def codec(self) -> str:
         """The Python codec for client_encoding."""
-        return encodings.codec(self.relay.setting(b"client_encoding"))
+        return encodings.codec(self.reported[b"client_encoding"])
 
     @property
     def reading(self) -> Reading:
         """The known settings that affect how SQL is read."""
-        return Reading(*map(self.relay.setting, READING))
+        return Reading(*map(self.reported.__getitem__, READING))
 
     @property
     def server_version(self) -> int:
@@ -90,7 +90,7 @@ class ClientSession(Owner, Hooks):
     @property
     def zone(self) -> tzinfo:
         """The session's time zone; UTC if Python does not know it."""
-        name = self.relay.setting(b"TimeZone").decode("ascii", "replace") or "UTC"
+        name = self.reported[b"TimeZone"].decode("ascii", "replace") or "UTC"
         try:
             return ZoneInfo(name)
         except (ZoneInfoNotFoundError, ValueError):

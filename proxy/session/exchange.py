@@ -31,6 +31,7 @@ from proxy.jobs.interrupts import Interrupts
 from proxy.net.connection import Connection
 from proxy.net.inbox import Inbox
 from proxy.session.client_session import ClientSession
+from proxy.session.named import Undo
 from proxy.sql.text import raise_block
 from proxy.statements.plan import Block, Plan, Substitute
 from proxy.statements.standin import complaint
@@ -54,8 +55,6 @@ _LONG: Final = 64 * 1024
 
 ResponseHandler = Callable[[int, bytes], Awaitable[None]]
 """Handles one message of an answer, given as type and body."""
-
-Undo = Callable[[bool], object]
 
 
 @dataclass(slots=True)
@@ -212,13 +211,14 @@ class Exchange:
         return rows
 
     async def ask_settings(self, *names: bytes) -> None:
-        """Tell the relay what these settings are now, after all that was executed. SHOW takes no
-        snapshot, so the client may still choose its transaction's isolation level."""
+        """Ask what these settings are now, after all that was executed. SHOW takes no snapshot, so
+        the client may still choose its transaction's isolation level."""
 
         def noting(name: bytes) -> ResponseHandler:
             async def handler(kind: int, body: bytes) -> None:
                 if kind == B.DATA_ROW:
-                    self._relay.unreported[name] = DataRow.parse(body).values[0] or b""
+                    value = DataRow.parse(body).values[0] or b""
+                    self._session.reported.answered(name, value)
 
             return handler
 
@@ -297,7 +297,7 @@ class Exchange:
             if kind not in ASYNCHRONOUS:
                 return kind, body
             if kind == B.PARAMETER_STATUS:
-                self._relay.parameter_status(body)
+                self._session.reported.parameter_status(body)
             if kind == B.NOTICE_RESPONSE and self._session.notice(body):
                 pass
             elif self._marker and kind == B.NOTICE_RESPONSE and self._is_marker(body):
@@ -313,7 +313,7 @@ class Exchange:
 
     def _server_failed(self, reply: _Reply, body: bytes) -> None:
         """Pass an error on, with texts and position for the client's own text."""
-        body = self._relay.hidden.restored(body)
+        body = self._session.named.hidden.restored(body)
         error = ErrorResponse(reply.fields(ErrorResponse.parse(body).fields))
         position = int(error.fields.get("P", b"0"))
         codec = self._session.codec

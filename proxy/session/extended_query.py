@@ -1,8 +1,7 @@
 """Serves the messages of the extended protocol in a batch with a call.
 
-Invariant: our record of statements and portals follows the server's. It changes when a message is
-sent, and is restored if the server fails before it has carried that out (`undo`). Which names the
-server has: see `hidden`.
+Invariant: our record of statements and portals (`named`) follows the server's, in which a stand-in
+has a name of its own: see `hidden`.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ from protocol.kinds import (
 )
 from protocol.messages import Bind, Close, Describe, Execute, Parse, RowDescription
 from proxy.session.batch import Batch
-from proxy.session.exchange import OWN_NAME, ResponseHandler, Undo, drop
+from proxy.session.exchange import OWN_NAME, ResponseHandler, drop
 from proxy.session.execution import Execution
+from proxy.session.named import Undo
 from proxy.session.prepared import Command, FunctionResult, Portal, Prepared, WithCalls, prepare
 from proxy.session.simple_query import as_comment
 from proxy.sql import encodings
@@ -52,6 +52,7 @@ class ExtendedQuery:
         self._batch = batch
         self._execution = execution
         self._relay = batch.relay
+        self._named = batch.session.named
         self._primary = batch.primary
         # Hidden portals whose guards certainly exist: bound, and nothing executed since.
         self._certain: set[bytes] = set()
@@ -68,30 +69,20 @@ class ExtendedQuery:
 
     async def parse(self, body: bytes, read: Sequence[Statement]) -> None:
         """Serve Parse. `read`: its statements, if the relay has read them."""
-        session, relay = self._batch.session, self._relay
-        statements = relay.statements
+        session, named = self._batch.session, self._named
         lowered = body.lower()
         session.custom_settings.mentioned(lowered)
-        relay.note_sent(lowered)
+        named.note_sent(lowered)
         await self._batch.know_settings(body)
         if b"set_config" in lowered:
-            relay.setters.add(relay.key(body.partition(b"\0")[0]))
+            named.note_setter(body.partition(b"\0")[0])
         [statement] = read or session.reader.read(F.PARSE, body)
         message = Parse.parse(body)
         await self._batch.know_names(statement)
         await self._batch.know_view([statement])
-        if statements and len(statements) % _PRUNE_EACH == 0:
+        if named.statements and len(named.statements) % _PRUNE_EACH == 0:
             await self._prune_deallocated()
         plan = session.reader.plan(statement)
-        key = relay.key(message.statement)
-        old = statements.pop(key, None)
-
-        def undo(was_read: bool) -> None:
-            statements.pop(key, None)
-            # A failed attempt ends the unnamed statement.
-            if old is not None and (key or not was_read):
-                statements[key] = old
-
         if isinstance(plan, Plan):
             prepared = prepare(plan, session.extension_state.composites)
             if (
@@ -100,16 +91,17 @@ class ExtendedQuery:
                 and session.extension_state.has_functions
             ):
                 prepared.client_parse = replace(message, statement=OWN_NAME)
-            statements[key] = prepared
+            old, undo = named.parsed(message.statement, prepared)
             self._parse_call(message, prepared, _parameters(message, statement), undo)
         else:
-            parse = frame(F.PARSE, body)
+            parse, command = frame(F.PARSE, body), None
             if plan is not None:
                 query = plan.rewrite.sql
                 if plan.is_followed:
                     query += as_comment(plan.rewrite.unsent)
-                    statements[key] = Command(plan, server_name=self._short(message.statement))
+                    command = Command(plan, server_name=self._short(message.statement))
                 parse = replace(message, query=query).serialize()
+            old, undo = named.parsed(message.statement, command)
             self._primary.send(parse, ENDS_PARSE, self._primary.pass_on, plan=plan, undo=undo)
         self._close_stand_in(old)
 
@@ -121,7 +113,7 @@ class ExtendedQuery:
 
         def undo_hidden(was_read: bool) -> None:
             undo(was_read)
-            self._relay.hidden.forget(hidden)
+            self._named.hidden.forget(hidden)
 
         primary.send(
             replace(message, statement=hidden, query=stand_in).serialize(),
@@ -152,7 +144,7 @@ class ExtendedQuery:
 
     def _hidden(self, name: bytes) -> bytes:
         """A new server-side name for one of the client's statements or portals."""
-        return self._relay.hidden.new(self._short(name))
+        return self._named.hidden.new(self._short(name))
 
     def _short(self, name: bytes) -> bytes:
         return encodings.short_name(name, self._batch.session.client_encoding)
@@ -169,7 +161,7 @@ class ExtendedQuery:
 
     def _close_hidden(self, kind: bytes, name: bytes, portal: Portal | None = None) -> None:
         async def closed(kind: int, body: bytes) -> None:
-            self._relay.hidden.forget(name)
+            self._named.hidden.forget(name)
             if portal is not None:
                 portal.close()
 
@@ -177,10 +169,9 @@ class ExtendedQuery:
 
     async def _check_still_there(self, name: bytes) -> None:
         """Check whether a statement still exists, if SQL may have deallocated it."""
-        relay = self._relay
-        if not (relay.is_doubtful and name and relay.key(name) in relay.statements):
+        if not (self._named.is_doubtful and name and self._named.statement(name) is not None):
             return
-        if relay.status == TransactionStatus.FAILED and not self._batch.executed:
+        if self._relay.status == TransactionStatus.FAILED and not self._batch.executed:
             # The server cannot be asked in SQL. If there is no such statement, it says so.
             describe = Describe(b"S", self._short(name)).serialize()
             self._primary.send(describe, ENDS_DESCRIBE, drop)
@@ -189,45 +180,26 @@ class ExtendedQuery:
 
     async def _prune_deallocated(self) -> None:
         """Check all statements, if SQL may have deallocated some: their names may never recur."""
-        if self._relay.is_doubtful and self._relay.status != TransactionStatus.FAILED:
+        if self._named.is_doubtful and self._relay.status != TransactionStatus.FAILED:
             await self._forget_deallocated()
 
     async def _forget_deallocated(self) -> None:
         """Ask the server which statements SQL has deallocated, and close their stand-ins."""
-        relay, statements = self._relay, self._relay.statements
-        names = [name for name in statements if name and self._is_text(name)]
+        names = self._named.names_to_ask()
         array = encodings.array_text(names, self._batch.session.client_encoding)
-        found = {name for (name,) in await self._primary.query(_STILL_THERE, (array,))}
-        relay.is_doubtful = False
-        for name in names:
-            if name not in found:
-                self._close_stand_in(statements.pop(name))
-
-    def _is_text(self, key: bytes) -> bool:
-        """Whether a name, as the server has truncated it, is valid text."""
-        client, server = map(self._relay.setting, (b"client_encoding", b"server_encoding"))
-        valid = client == server and encodings.is_valid(key, encodings.codec(client))
-        return key.isascii() or valid
+        found = {name for (name,) in await self._primary.query(_STILL_THERE, (array,)) if name}
+        for statement in self._named.forget_missing(names, found):
+            self._close_stand_in(statement)
 
     async def _bind(self, body: bytes) -> None:
         self._batch.settings_known = False  # parameter types have functions, which may run SET
         message = Bind.parse(body)
-        relay, portals = self._relay, self._relay.portals
-        key, name = relay.key(message.portal), relay.key(message.statement)
-        if name in relay.setters:
-            self._batch.session.custom_settings.bound(body)
+        named = self._named
+        named.note_bound(named.key(message.statement), body)
         await self._check_still_there(message.statement)
-        statement = relay.statements.get(name)
-        if not message.portal:
-            relay.forget_portal(b"")
-        # If it exists, the server refuses another with its name.
-        old = portals.pop(key, None)
-
-        def undo(was_read: bool) -> None:
-            portals.pop(key, None)
-            if old is not None:
-                portals[key] = old
-
+        statement = named.statement(message.statement)
+        key = named.key(message.portal)
+        old, undo = named.bound(message.portal)
         is_native = (
             isinstance(statement, WithCalls)
             and statement.client_parse is not None
@@ -240,10 +212,10 @@ class ExtendedQuery:
             bind = _in_other_words(body, message, replace(message, statement=OWN_NAME))
             self._bind_own(statement.plan, statement.client_parse, bind, undo)
         elif isinstance(statement, WithCalls) and message.portal:
-            portals[key] = self._bind_hidden(body, message, statement, undo)
+            named.portals[key] = self._bind_hidden(body, message, statement, undo)
         else:
             self._bind_stand_in(body, message, statement, undo)
-            portals[key] = Portal(statement, message.portal, message.result_formats)
+            named.portals[key] = Portal(statement, message.portal, message.result_formats)
         self._close_portal(old)
 
     def _bind_stand_in(
@@ -265,7 +237,7 @@ class ExtendedQuery:
 
         def undo_hidden(was_read: bool) -> None:
             undo(was_read)
-            self._relay.hidden.forget(hidden)
+            self._named.hidden.forget(hidden)
 
         self._bind_stand_in(body, message, statement, undo_hidden, hidden)
         self._certain.add(hidden)
@@ -293,8 +265,7 @@ class ExtendedQuery:
 
         Raises BatchFailedError if no portal has this name.
         """
-        key = self._relay.key(name)
-        portal = self._relay.portals.get(key)
+        portal = self._named.portal(name)
         if portal is None or not portal.is_hidden or portal.server_name in self._certain:
             return portal
         columns: list[bytes] = []
@@ -310,7 +281,7 @@ class ExtendedQuery:
             self._certain.add(portal.server_name)
             return portal
         self._close_portal(portal)
-        self._relay.forget_portal(name)
+        self._named.forget_portal(name)
         return None
 
     async def _describe(self, body: bytes) -> None:
@@ -321,9 +292,8 @@ class ExtendedQuery:
             portal = await self._bound(message.name)
             statement = None if portal is None else portal.statement
         else:
-            key = self._relay.key(message.name)
             await self._check_still_there(message.name)
-            statement = self._relay.statements.get(key)
+            statement = self._named.statement(message.name)
         handler: ResponseHandler = self._primary.pass_on
         if isinstance(statement, WithCalls):
             formats = () if portal is None else portal.formats
@@ -349,7 +319,7 @@ class ExtendedQuery:
         if self._batch.is_alone(statement.plan):
             following = messages.peek(F.EXECUTE, F.SYNC)
             execute = None if following is None else Execute.parse(following[0])
-            if execute and self._relay.portals.get(self._relay.key(execute.portal)) is portal:
+            if execute and self._named.portal(execute.portal) is portal:
                 messages.take(F.EXECUTE, F.SYNC)
                 await self._execution.fetch(
                     portal.server_name,
@@ -364,20 +334,13 @@ class ExtendedQuery:
 
     async def _close(self, body: bytes) -> None:
         message = Close.parse(body)
-        relay, statements = self._relay, self._relay.statements
-        key = relay.key(message.name)
-        old: Prepared | None = None
+        undo: Undo | None = None
         if message.kind == b"S":
-            old = statements.pop(key, None)
+            old, undo = self._named.closed(message.name)
             self._close_stand_in(old)
         elif message.kind == b"P":
-            self._close_portal(relay.portals.get(key))
-            relay.forget_portal(message.name)
-
-        def undo(was_read: bool) -> None:
-            if old is not None:
-                statements[key] = old
-
+            self._close_portal(self._named.portal(message.name))
+            self._named.forget_portal(message.name)
         self._primary.send(frame(F.CLOSE, body), ENDS_CLOSE, self._primary.pass_on, undo=undo)
 
     async def _execute(self, body: bytes) -> None:

@@ -22,8 +22,9 @@ from proxy.config import Config
 from proxy.extension import catalogs, commands, ddl, definitions, do_blocks, setting_commands
 from proxy.extension.definitions import Definition
 from proxy.session.extension_state import ExtensionState
+from proxy.session.named import NamedStatements
 from proxy.session.prepared import WithCalls
-from proxy.session.relay import Relay
+from proxy.session.reported import ReportedSettings
 from proxy.sql import lexer
 from proxy.sql.lexer import BudgetError, LexError, Token
 from proxy.sql.text import raise_block
@@ -51,19 +52,22 @@ class SqlReader:
 
     def __init__(
         self,
-        relay: Relay,
+        reported: ReportedSettings,
+        named: NamedStatements,
         extension: ExtensionState,
         config: Callable[[], Config],
         pids: Callable[[], Collection[int]],
     ) -> None:
         """
         Args:
-            relay: knows the settings that affect how SQL is read.
+            reported: the settings that affect how SQL is read.
+            named: the statements and portals that it may use.
             extension: what the database has.
             config: returns the current configuration.
             pids: returns those of running jobs.
         """
-        self._relay = relay
+        self._reported = reported
+        self._named = named
         self._extension = extension
         self._config = config
         self._pids = pids
@@ -75,7 +79,7 @@ class SqlReader:
     def read(self, kind: int, body: bytes) -> list[Statement]:
         """The statements of a Query; a Parse is read as one."""
         sql = text_of(kind, body)
-        if not self._relay.is_of_interest(sql.lower()):
+        if not self._is_of_interest(sql):
             return [Statement(sql)]
         self.too_long = False
         self._code_left = _MAX_CODE
@@ -95,6 +99,11 @@ class SqlReader:
                 Statement(sql, tokens=alone, sent=sql, voids=voids, is_kept=is_kept, calls=calls)
             ]
         return [self._statement(sql, part) for part in parts]
+
+    def _is_of_interest(self, sql: bytes) -> bool:
+        """Whether SQL must be read: it may be served or changed."""
+        text = sql.lower()
+        return mentions.may_be_ours(text) or self._named.may_be_used(text)
 
     def _split(self, sql: bytes) -> list[lexer.Statement]:
         """Raises LexError, BudgetError."""
@@ -116,7 +125,7 @@ class SqlReader:
     def _statement(self, sql: bytes, part: lexer.Statement) -> Statement:
         start, end, tokens = part
         text = sql[start:end]
-        if not self._relay.is_of_interest(text.lower()):
+        if not self._is_of_interest(text):
             return Statement(text, start)
         if start:
             tokens = [Token(kind, at - start, to - start) for kind, at, to in tokens]
@@ -136,17 +145,16 @@ class SqlReader:
 
     @property
     def _is_conforming(self) -> bool:
-        return self._relay.setting(b"standard_conforming_strings") != b"off"
+        return self._reported[b"standard_conforming_strings"] != b"off"
 
     @property
     def _encoding(self) -> str:
-        return self._relay.setting(b"client_encoding").decode("ascii", "replace")
+        return self._reported[b"client_encoding"].decode("ascii", "replace")
 
     @property
     def server_version(self) -> int:
         """As in server_version_num, e.g. 150004."""
-        version = self._relay.parameters.get(b"server_version", b"")
-        match = re.match(rb"(\d+)(?:\.(\d+))?", version)
+        match = re.match(rb"(\d+)(?:\.(\d+))?", self._reported[b"server_version"])
         if match is None:
             return 0
         major = int(match[1])
@@ -154,10 +162,12 @@ class SqlReader:
 
     # How to serve them
 
-    def calls(self, kind: int, body: bytes) -> list[Statement] | None:
+    def calls(
+        self, kind: int, body: bytes, *, settings_may_differ: bool = False
+    ) -> list[Statement] | None:
         """The statements of a Query or Parse if one is, or may be, served or changed: that can
         depend on what the server has not said yet."""
-        if self._relay.settings_may_differ and depends_on_settings(text_of(kind, body)):
+        if settings_may_differ and depends_on_settings(text_of(kind, body)):
             return []
         statements = self.read(kind, body)
         return statements if self.has_call(statements) else None
@@ -243,12 +253,11 @@ class SqlReader:
         use = by_name.used(tokens)
         if use is None:
             return None
-        key = self._relay.key(use.name)
         if use.is_portal:
-            portal = self._relay.portals.get(key)
+            portal = self._named.portal(use.name)
             made = None if portal is None else portal.statement
         else:
-            made = self._relay.statements.get(key)
+            made = self._named.statement(use.name)
         if not isinstance(made, WithCalls) or (made.client_parse is not None and not use.is_portal):
             return None
         return substitute(tokens.sql, raise_block(use.refusal()), b"EXECUTE")
@@ -272,7 +281,7 @@ class SqlReader:
             server_version=self.server_version,
             jobs=jobs,
             sent=statement.sent,
-            has_stand_ins=bool(self._relay.statements or self._relay.portals),
+            has_stand_ins=bool(self._named.statements or self._named.portals),
         )
 
     def _definition(self, tokens: Tokens) -> Substitute | None:
@@ -306,7 +315,7 @@ class SqlReader:
     @property
     def _is_tool(self) -> bool:
         """Whether the client is a tool that must see the catalogs as they are."""
-        return self._relay.parameters.get(b"application_name") in catalogs.TOOLS
+        return self._reported[b"application_name"] in catalogs.TOOLS
 
 
 def _split_text(sql: bytes, conforming: bool, encoding: str) -> list[lexer.Statement]:

@@ -26,15 +26,14 @@ from protocol.messages import Flush
 from proxy.net.connection import Connection
 from proxy.session.custom_settings import CustomSettings
 from proxy.session.fast_path import WITH_TEXT, is_plain_answer, is_plain_batch
+from proxy.session.named import NamedStatements
 from proxy.session.outstanding import OutstandingRequests
-from proxy.sql import encodings
+from proxy.session.reported import ReportedSettings
 from proxy.sql.lexer import MAX_TEXT
-from proxy.statements.hidden import HiddenNames
-from proxy.statements.mentions import may_be_ours, may_change_names, may_use_name
+from proxy.statements.mentions import may_be_ours
 from proxy.stats import counters
 
 if TYPE_CHECKING:
-    from proxy.session.prepared import Portal, Prepared
     from proxy.statements.plan import Statement
 
 
@@ -84,10 +83,14 @@ class Hooks(Protocol):
     Attributes:
         watchword: near the beginning of a NoticeResponse that is for us.
         custom_settings: collects the names of settings that go by.
+        reported: collects the values of settings that the server reports.
+        named: the statements and portals with calls.
     """
 
     watchword: bytes
     custom_settings: CustomSettings
+    reported: ReportedSettings
+    named: NamedStatements
 
     def backend_key(self, body: bytes) -> None:
         """The server's BackendKeyData."""
@@ -123,13 +126,6 @@ class Relay:
     """Both directions of one session.
 
     Attributes:
-        statements, portals: those with calls, by name (`key`).
-        hidden: their names in the server.
-        is_doubtful: SQL may have removed or replaced some of the statements.
-        setters: names of statements that may call set_config.
-        parameters: the values of the settings in WATCHED, by ParameterStatus.
-        unreported: their values, when the server was asked within a batch. From 14 on it reports
-            changes only at the end of a batch, and not at all if they were undone by then.
         status: of the last ReadyForQuery.
         batch: types of the extended-query messages since the client's last Sync.
         outstanding: requests that the server has not answered yet.
@@ -138,26 +134,12 @@ class Relay:
             change them was sent to the server.
     """
 
-    WATCHED: Final = (
-        b"application_name",
-        b"client_encoding",
-        b"server_encoding",
-        b"server_version",
-        b"standard_conforming_strings",
-        b"TimeZone",
-    )
-
     def __init__(self, client: Connection, server: Connection, hooks: Hooks) -> None:
         self._client = client
         self._server = server
         self._hooks = hooks
-        self.statements: dict[bytes, Prepared] = {}
-        self.portals: dict[bytes, Portal] = {}
-        self.hidden = HiddenNames()
-        self.is_doubtful = False
-        self.setters: set[bytes] = set()
-        self.parameters: dict[bytes, bytes] = {}
-        self.unreported: dict[bytes, bytes] = {}
+        self._reported = hooks.reported
+        self._named = hooks.named
         self.status = TransactionStatus.IDLE
         self.batch = bytearray()
         self.outstanding = OutstandingRequests()
@@ -222,7 +204,7 @@ class Relay:
                 if self._stops_at_text(kind, data, position, end):
                     return
             elif kind in EXTENDED:
-                if self._stops_at_name(kind, data, position, end):
+                if self._named and self._stops_at_name(kind, data, position, end):
                     return
                 self.batch.append(kind)
                 self.outstanding.add(kind)
@@ -251,8 +233,9 @@ class Relay:
         if end > len(data):
             return self._hold(data, position, end - position)
         text = data[position:end].lower()
-        self.note_sent(text)
-        if self.is_of_interest(text) and not self.outstanding.copying:
+        named = self._named
+        named.note_sent(text)
+        if (may_be_ours(text) or named.may_be_used(text)) and not self.outstanding.copying:
             if self._read > YIELD_AFTER:
                 return self._yield(data, position)
             self._read += end - position + TEXT_COST
@@ -264,49 +247,36 @@ class Relay:
         if b"set" in text:
             self._hooks.custom_settings.mentioned(text)
             if kind == F.PARSE and b"set_config" in text:
-                name = data[position + HEADER_SIZE : end].split(b"\0", 1)[0]
-                self.setters.add(self.key(name))
+                named.note_setter(data[position + HEADER_SIZE : end].split(b"\0", 1)[0])
         if (
             kind == F.PARSE
-            and self.statements
-            and self._concerns_call(kind, data[position + HEADER_SIZE :])
+            and named.statements
+            and named.concerns_call(kind, data[position + HEADER_SIZE :])
         ):
             return self._hand_over(data, position)
         self._note_text(kind)
         return False
-
-    def is_of_interest(self, text: bytes) -> bool:
-        """Whether SQL in lower case must be read: it may be served or changed, or may use one of
-        `statements` or `portals` by name."""
-        return may_be_ours(text) or (bool(self.statements or self.portals) and may_use_name(text))
-
-    def note_sent(self, text: bytes) -> None:
-        """Note that SQL goes to the server; given in lower case, before it is changed."""
-        if self.statements and may_change_names(text):
-            self.is_doubtful = True
 
     def _stops_at_long_text(self, kind: int, data: bytes, position: int) -> bool:
         """`_stops_at_text` for one that is too long to be read."""
         if len(data) - position < NAMES_SIZE:
             return self._hold(data, position, NAMES_SIZE)
         head = data[position + HEADER_SIZE : position + NAMES_SIZE]
-        if kind == F.PARSE and self._concerns_call(kind, head):
+        if kind == F.PARSE and self._named.concerns_call(kind, head):
             return self._hand_over(data, position)
         self._hooks.unread()
-        self.is_doubtful = bool(self.statements)
+        self._named.note_unread()
         self._note_text(kind)
         return False
 
     def _stops_at_name(self, kind: int, data: bytes, position: int, end: int) -> bool:
         """`_stops_at_text` for a Bind, Describe, Execute or Close, by its names."""
-        if not (self.statements or self.portals or self.setters):
-            return False
         known = min(end - position, NAMES_SIZE)
         if known < end - position and not _has_names(data, position, known):
             known = end - position
         if len(data) - position < known:
             return self._hold(data, position, known)
-        if self._concerns_call(kind, data[position + HEADER_SIZE : position + known]):
+        if self._named.concerns_call(kind, data[position + HEADER_SIZE : position + known]):
             return self._hand_over(data, position)
         return False
 
@@ -355,48 +325,10 @@ class Relay:
         self._hooks.take_over(data[position:], statements or [])
         return True
 
-    def forget_portal(self, name: bytes) -> None:
-        """A portal is closed, or its name is taken by another."""
-        portal = self.portals.pop(self.key(name), None)
-        if portal is not None:
-            self.hidden.forget(portal.server_name)
-            portal.close()
-
-    def key(self, name: bytes) -> bytes:
-        """The name under which the server knows a statement or portal."""
-        return encodings.name_key(
-            name, self.setting(b"client_encoding"), self.setting(b"server_encoding")
-        )
-
-    def setting(self, name: bytes) -> bytes:
-        """The value of a setting in WATCHED, as far as it is known."""
-        return self.unreported.get(name) or self.parameters.get(name, b"")
-
     @property
     def settings_may_differ(self) -> bool:
         """Whether the server may have settings that it has not reported yet."""
         return bool(self.outstanding) or F.BIND in self.batch or F.EXECUTE in self.batch
-
-    def _concerns_call(self, kind: int, body: bytes) -> bool:
-        """Whether this message concerns, or (Parse) would replace, a statement with a call."""
-        if kind == F.PARSE:
-            return self.key(body.partition(b"\0")[0]) in self.statements
-        if kind == F.BIND:
-            portal, _, rest = body.partition(b"\0")
-            statement = self.key(rest.partition(b"\0")[0])
-            if statement in self.setters:
-                self._hooks.custom_settings.bound(body)
-            if statement in self.statements:
-                return True
-            if not portal:
-                self.forget_portal(b"")
-            return bool(portal and self.portals) and self.key(portal) in self.portals
-        if kind == F.EXECUTE:
-            return self.key(body.partition(b"\0")[0]) in self.portals
-        name = self.key(body[1:].partition(b"\0")[0])
-        if kind == F.CLOSE and body[:1] == b"S":
-            self.setters.discard(name)
-        return name in (self.statements if body[:1] == b"S" else self.portals)
 
     # From the server
 
@@ -488,9 +420,7 @@ class Relay:
             or self._client_skip
             or self._held is not None
             or self.batch
-            or self.statements
-            or self.portals
-            or self.setters
+            or self._named
             or self.known_settings is not None
         )
 
@@ -517,28 +447,20 @@ class Relay:
         elif kind == B.COPY_IN_RESPONSE:
             self.outstanding.copy_in()
         elif kind == B.PARAMETER_STATUS:
-            self.parameter_status(body)
+            self._reported.parameter_status(body)
         else:
             self._hooks.backend_key(body)
         return None
 
-    def parameter_status(self, body: bytes) -> None:
-        name, _, value = body.rstrip(b"\0").partition(b"\0")
-        if name in self.WATCHED:
-            self.parameters[name] = value
-            self.unreported.pop(name, None)
-
     def ready(self, status: int) -> None:
+        """The server has sent ReadyForQuery."""
         self.status = status
-        self.unreported.clear()
+        self._reported.ready()
         self._hooks.ready()
         if self.outstanding.ready() == F.QUERY:
-            # The transaction has ended, and with it the unnamed statement and portal.
-            self.statements.pop(b"", None)
-            self.forget_portal(b"")
+            self._named.forget_unnamed()
         if status == TransactionStatus.IDLE:
-            for name in tuple(self.portals):
-                self.forget_portal(name)
+            self._named.transaction_ended()
 
     @property
     def at_boundary(self) -> bool:

@@ -62,8 +62,10 @@ from proxy.session.custom_settings import CustomSettings
 from proxy.session.defaults import LoginEnd, defaults_query
 from proxy.session.extension_state import ExtensionState
 from proxy.session.interception import TO_LEAVE, Interception
+from proxy.session.named import NamedStatements
 from proxy.session.reader import SqlReader
 from proxy.session.relay import Relay
+from proxy.session.reported import ReportedSettings
 from proxy.session.services import Services, SessionSummary
 from proxy.session.session_log import SessionLog
 from proxy.session.startup import StartupPackets, may_send_password
@@ -121,6 +123,8 @@ class Session(ClientSession):
         )
         self.primary = None
         self.custom_settings = CustomSettings()
+        self.reported = ReportedSettings()
+        self.named = NamedStatements(self.reported, self.custom_settings)
         self.extension_state = ExtensionState(services)
         self.route = Route(services.runtime.config.upstream.hosts[0])
         self._startup: StartupMessage | None = None
@@ -266,7 +270,9 @@ class Session(ClientSession):
         self._login = None
         self.relay = Relay(self.client, self.primary, self)
         self.reader = SqlReader(
-            self.relay, self.extension_state, lambda: self._config, self._pids_of_jobs
+            *(self.reported, self.named, self.extension_state),
+            lambda: self._config,
+            self._pids_of_jobs,
         )
         if not self._is_replication:
             from_client, from_server = await self._set_defaults(from_client, from_server)
@@ -402,7 +408,7 @@ class Session(ClientSession):
         self._services.key_known(self._key, self)
 
     def calls(self, kind: int, body: bytes) -> list[Statement] | None:
-        return self.reader.calls(kind, body)
+        return self.reader.calls(kind, body, settings_may_differ=self.relay.settings_may_differ)
 
     def unread(self) -> None:
         """A statement too long to be read goes to the server."""

@@ -32,8 +32,7 @@ class SimpleQuery:
         """Serve a Query that has a call, or a statement to be changed."""
         session, relay = self._batch.session, self._batch.relay
         sql = body.removesuffix(b"\0")
-        relay.statements.pop(b"", None)
-        relay.forget_portal(b"")
+        session.named.forget_unnamed()
         for statement in statements[:1]:
             await self._batch.know_names(statement, apart=not relay.batch)
         await self._batch.know_view(statements, apart=not relay.batch)
