@@ -9,6 +9,7 @@ answer that never comes, or takes one for another.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import signal
@@ -872,6 +873,28 @@ def test_any_cut_of_the_servers_stream_gives_the_same(cuts: list[int]) -> None:
     result = relayed(BACKEND_STREAM, cuts, from_client=False)
     assert result[0] == expected
     assert result == relayed(BACKEND_STREAM, [], from_client=False)
+
+
+def test_any_cut_of_the_last_answer_settles_a_batch() -> None:
+    """A call waits for what precedes it in its batch. The server may send the end of that as the
+    rest of a message, with nothing behind it."""
+    asked = serialized([p("SELECT"), b("", ""), e()])
+    answer = serialized([m.ParseComplete(), m.BindComplete(), m.CommandComplete(b"SELECT 0")])
+
+    async def settled(point: int) -> None:
+        relay = Relay(Side(), Side(), Told())  # type: ignore[arg-type]
+        relay.from_server(m.ReadyForQuery(b"I").serialize())
+        relay.from_client(asked)
+        settling = asyncio.ensure_future(relay.settle())
+        await asyncio.sleep(0)
+        for piece in cut(answer, [point]):
+            assert not settling.done()
+            relay.from_server(piece)
+        async with asyncio.timeout(10):
+            await settling
+
+    for point in range(1, len(answer)):
+        asyncio.run(settled(point))
 
 
 @pytest.mark.parametrize("stream", [FRONTEND_STREAM, BACKEND_STREAM], ids=["client", "server"])

@@ -187,10 +187,6 @@ class Relay:
             self._held = None
         size = len(data)
         position = self._client_skip
-        if position >= size:
-            self._client_skip = position - size
-            self._pass_on(data)
-            return
         self._client_skip = 0
         self._read = 0
         while size - position >= HEADER_SIZE:
@@ -363,10 +359,6 @@ class Relay:
             self._tail = bytearray()
         size = len(data)
         position = self._server_skip
-        if position >= size:
-            self._server_skip = position - size
-            self._client.write(data)
-            return
         self._server_skip = 0
         passed_on = 0
         needed = HEADER_SIZE
