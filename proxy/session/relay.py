@@ -122,6 +122,41 @@ class Hooks(Protocol):
         on. `statements`: of the message, if they were read."""
 
 
+class _Stream:
+    """How far the relay has come in what one side sends.
+
+    Attributes:
+        skip: bytes to pass on before the next message begins.
+        held: the bytes not passed on; they begin with a message.
+        needed: the number of bytes with which that message can be looked at.
+    """
+
+    __slots__ = ("held", "needed", "skip")
+
+    def __init__(self) -> None:
+        self.skip = 0
+        self.held = bytearray()
+        self.needed = 0
+
+    def hold(self, data: bytes, position: int, needed: int) -> None:
+        """Hold the data from `position` on, until `needed` bytes of it have arrived."""
+        self.held = bytearray(memoryview(data)[position:])
+        self.needed = needed
+
+    def extended(self, data: bytes) -> bytes:
+        """What was held and now these data, if that is enough; else nothing, and all is held."""
+        self.held += data
+        if len(self.held) < self.needed:
+            return b""
+        data, self.held = bytes(self.held), bytearray()
+        return data
+
+    @property
+    def is_within_message(self) -> bool:
+        """Whether part of a message has come, and not the rest."""
+        return bool(self.skip or self.held)
+
+
 class Relay:
     """Both directions of one session.
 
@@ -150,19 +185,10 @@ class Relay:
         self._idle = False
         # The batch that took it, until it is answered; else empty.
         self._fast_batch = b""
-        # The client's stream: bytes to pass on before the next message begins; or a held message,
-        # and how many bytes it must have to be looked at.
-        self._client_skip = 0
-        self._held: bytearray | None = None
-        self._held_size = 0
         # Bytes of SQL read in this turn.
         self._read = 0
-        # The client's stream holds no messages; the server will say so.
-        self._client_astray = False
-        # The server's stream: the same.
-        self._server_skip = 0
-        self._tail = bytearray()
-        self._tail_size = 0
+        self._client_stream = _Stream()
+        self._server_stream = _Stream()
 
     # From the client
 
@@ -179,21 +205,20 @@ class Relay:
     def _follow_client(self, data: bytes) -> None:
         self._idle = False
         self._count_fast_batch()
-        if self._held is not None:
-            self._held += data
-            if len(self._held) < self._held_size:
+        stream = self._client_stream
+        if stream.held:
+            data = stream.extended(data)
+            if not data:
                 return
-            data = bytes(self._held)
-            self._held = None
         size = len(data)
-        position = self._client_skip
-        self._client_skip = 0
+        position = stream.skip
+        stream.skip = 0
         self._read = 0
         while size - position >= HEADER_SIZE:
             kind = data[position]
             end = position + 1 + unpack_length(data, position + 1)[0]
             if not HEADER_SIZE <= end - position <= _LONGEST:
-                self._client_astray = True
+                stream.skip = size  # it never gets to another message
                 self._give_up(self._client, self._server, data)
                 return
             if kind in WITH_TEXT:
@@ -218,7 +243,7 @@ class Relay:
         if position < size:
             self._hold(data, position, HEADER_SIZE)
         else:
-            self._client_skip = position - size
+            stream.skip = position - size
             self._pass_on(data)
 
     def _stops_at_text(self, kind: int, data: bytes, position: int, end: int) -> bool:
@@ -294,8 +319,7 @@ class Relay:
         """Hold the data from `position` on, until `size` bytes of it have arrived."""
         if position:
             self._pass_on(data[:position])
-        self._held = bytearray(memoryview(data)[position:])
-        self._held_size = size
+        self._client_stream.hold(data, position, size)
         return True
 
     def _yield(self, data: bytes, position: int) -> bool:
@@ -309,7 +333,7 @@ class Relay:
     def _go_on(self) -> None:
         self.is_behind = False
         self._client.end_break()
-        if self._held is not None:
+        if self._client_stream.held:
             self._follow_client(b"")
 
     def _hand_over(
@@ -351,15 +375,14 @@ class Relay:
 
     def _follow_server(self, data: bytes) -> None:
         self._count_fast_batch()
-        if self._tail:
-            self._tail += data
-            if len(self._tail) < self._tail_size:
+        stream = self._server_stream
+        if stream.held:
+            data = stream.extended(data)
+            if not data:
                 return
-            data = bytes(self._tail)
-            self._tail = bytearray()
         size = len(data)
-        position = self._server_skip
-        self._server_skip = 0
+        position = stream.skip
+        stream.skip = 0
         passed_on = 0
         needed = HEADER_SIZE
         # A long loop, since all rows of all results go through it.
@@ -388,10 +411,9 @@ class Relay:
                     passed_on = end
             position = end
         if position < size:
-            self._tail = bytearray(memoryview(data)[position:])
-            self._tail_size = needed
+            stream.hold(data, position, needed)
         else:
-            self._server_skip = position - size
+            stream.skip = position - size
         if passed_on or position < size:
             data = data[passed_on:position]
         if data:
@@ -407,10 +429,8 @@ class Relay:
         return not (
             self.outstanding
             or self.outstanding.skipping
-            or self._server_skip
-            or self._tail
-            or self._client_skip
-            or self._held is not None
+            or self._server_stream.is_within_message
+            or self._client_stream.is_within_message
             or self.batch
             or self._named
             or self.known_settings is not None
@@ -457,12 +477,12 @@ class Relay:
     @property
     def at_boundary(self) -> bool:
         """Whether the client has received whole messages only."""
-        return not self._server_skip
+        return not self._server_stream.skip
 
     @property
     def between_messages(self) -> bool:
         """Whether the client has sent whole messages only."""
-        return self._held is None and not (self._client_skip or self._client_astray)
+        return not self._client_stream.is_within_message
 
     @property
     def is_busy(self) -> bool:
@@ -486,7 +506,9 @@ class Relay:
 
     def _is_settled(self) -> bool:
         # During COPY FROM STDIN nothing is answered until the client goes on.
-        return self.outstanding.copying or not (self.outstanding or self._server_skip or self._tail)
+        return self.outstanding.copying or not (
+            self.outstanding or self._server_stream.is_within_message
+        )
 
     def _give_up(self, source: Connection, sink: Connection, data: bytes) -> None:
         """Let the other side judge the rest of the stream, which is not our protocol."""
