@@ -460,7 +460,7 @@ class Relay:
             self.outstanding.copy_in()
         elif kind == B.PARAMETER_STATUS:
             self._reported.parameter_status(body)
-        else:
+        elif kind == B.BACKEND_KEY_DATA:
             self._hooks.backend_key(body)
         return None
 
