@@ -203,7 +203,6 @@ class Exchange:
 
         self.ask(sql, handler, parameters, formats)
         if apart:
-            self.synced = True
             await self.settle(SYNC_MESSAGE)
             await self.reopen()
         else:
@@ -259,13 +258,15 @@ class Exchange:
     # Answers
 
     async def settle(self, end: bytes = FLUSH, *, leave: int = 0) -> None:
-        """Send what is queued and handle the answers, in order, except for the last `leave`.
+        """Send what is queued and handle the answers, in order, except for the last `leave`. `end`:
+        sent behind it; a Sync (SYNC_MESSAGE, SYNC_AHEAD) ends the batch.
 
         Raises BatchFailedError if the server answers with an error, and what handlers raise.
         """
         if self._replies:
             # What was pushed is not flushed yet, so `end` is needed even if nothing else is sent.
             self._write_out(end)
+            self.synced = self.synced or end is not FLUSH
         while len(self._replies) > leave:
             kind, body = await self.next_message()
             reply = self._replies[0]

@@ -139,7 +139,6 @@ class Execution:
         batch.send_execute(name, max_rows, handler, plan=plan, offset=portal.offset)
         if portal.in_query:
             batch.close_unnamed()
-        self._primary.synced = sync
         with batch.interrupts.calling(limited=Needs.TIME in needs):
             await self._primary.settle(SYNC_AHEAD if sync else FLUSH)
             await self._complete_context(portal)
@@ -273,7 +272,6 @@ class Execution:
             self._primary.send(Describe(b"P", name).serialize(), ENDS_DESCRIBE, drop)
         if portal.in_query:
             batch.close_unnamed()
-        self._primary.synced = sync
         with batch.interrupts.calling(limited=Needs.TIME in plan.needs):
             await self._primary.settle(SYNC_AHEAD if sync else FLUSH)
             await self._complete_context(portal)

@@ -53,7 +53,6 @@ class SimpleQuery:
             await self._statement(statement, offset, is_last=is_last, comment=comment)
         if b"" in self._primary.unclosed:
             self._batch.close_unnamed()
-            self._primary.synced = True
             await self._primary.settle(SYNC_MESSAGE)
 
     async def _check_settings(self, before: Reading, texts: Sequence[bytes]) -> None:
@@ -91,7 +90,7 @@ class SimpleQuery:
             is_block = isinstance(plan, Substitute) and plan.tag is not None
             self._primary.send(message, ENDS_EXECUTE, handler, plan=whole, is_block=is_block)
             message = b""
-        self._primary.synced = True
+        self._primary.synced = True  # a Query needs no Sync
         await self._primary.settle()
 
     async def _statement(
