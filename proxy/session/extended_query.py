@@ -200,22 +200,19 @@ class ExtendedQuery:
         statement = named.statement(message.statement)
         key = named.key(message.portal)
         old, undo = named.bound(message.portal)
-        is_native = (
-            isinstance(statement, WithCalls)
-            and statement.client_parse is not None
-            and bool(message.portal)
-            and not statement.plan.streams
-        )
-        if statement is None or (is_native and message.statement):
+        client_parse: Parse | None = None  # of what the server executes itself
+        if isinstance(statement, WithCalls) and message.portal and not statement.plan.streams:
+            client_parse = statement.client_parse
+        if statement is None or (client_parse is not None and message.statement):
             self._primary.send(frame(F.BIND, body), ENDS_BIND, self._primary.pass_on, undo=undo)
-        elif isinstance(statement, WithCalls) and statement.client_parse is not None and is_native:
-            bind = _in_other_words(body, message, replace(message, statement=OWN_NAME))
-            self._bind_own(statement.plan, statement.client_parse, bind, undo)
-        elif isinstance(statement, WithCalls) and message.portal:
-            named.portals[key] = self._bind_hidden(body, message, statement, undo)
-        else:
+        elif isinstance(statement, Command) or not message.portal:
             self._bind_stand_in(body, message, statement, undo)
             named.portals[key] = Portal(statement, message.portal, message.result_formats)
+        elif client_parse is not None:
+            bind = _in_other_words(body, message, replace(message, statement=OWN_NAME))
+            self._bind_own(statement.plan, client_parse, bind, undo)
+        else:
+            named.portals[key] = self._bind_hidden(body, message, statement, undo)
         self._close_portal(old)
 
     def _bind_stand_in(
