@@ -17,7 +17,6 @@ from protocol.messages import (
     CommandComplete,
     DataRow,
     Describe,
-    Field,
     PortalSuspended,
     RowDescription,
 )
@@ -228,7 +227,7 @@ class Execution:
         """
         async with self._result(name, portal, statement, sync=sync, redescribe=describe) as result:
             if describe or (portal.in_query and not statement.has_columns):
-                await self._describe(statement, result, portal)
+                self._describe(statement, result, portal)
             sent = await result.send(max_rows)
             if max_rows and sent == max_rows:
                 await self._primary.write(PortalSuspended().serialize())
@@ -238,9 +237,9 @@ class Execution:
     async def describe(self, name: bytes, portal: Portal, statement: FunctionResult) -> None:
         """Send the columns of a portal whose job alone knows them."""
         async with self._result(name, portal, statement, redescribe=True) as result:
-            await self._describe(statement, result, portal)
+            self._describe(statement, result, portal)
 
-    async def _describe(self, statement: FunctionResult, result: Result, portal: Portal) -> None:
+    def _describe(self, statement: FunctionResult, result: Result, portal: Portal) -> None:
         if not portal.in_query:
             statement.described_columns = result.fields
         self._primary.hold(RowDescription(result.fields).serialize())
@@ -258,7 +257,6 @@ class Execution:
         """The result of a portal, started if it was not yet, its columns known and checked."""
         batch, plan = self._batch, statement.plan
         batch.caller.ask_context(plan, first=not batch.executed, marker=statement.marker)
-        described_columns = () if redescribe else statement.described_columns
         rows: list[tuple[bytes | None, ...]] = []
         if portal.result is None:
 
@@ -280,18 +278,8 @@ class Execution:
                 if portal.result is None:
                     if [len(row) for row in rows] != [len(statement.fields)]:
                         raise misread()
-                    [row] = rows
-                    arguments = row[-1]
-                    if statement.has_columns:
-                        described_columns = statement.client_fields()
-                    if not (plan.has_no_side_effects or (arguments or b"").isascii()):
-                        await self._check_encoding()
                     portal.result = await self._call(
-                        portal,
-                        statement,
-                        arguments,
-                        statement.defined(row),
-                        described_columns=described_columns,
+                        portal, statement, rows[0], redescribe=redescribe
                     )
                 portal.result.delivery = Delivery(
                     self._primary.write,
@@ -342,16 +330,21 @@ class Execution:
         self,
         portal: Portal,
         statement: FunctionResult,
-        arguments: bytes | None,
-        defined: Sequence[Field],
+        row: Sequence[bytes | None],
         *,
-        described_columns: Sequence[Field],
+        redescribe: bool,
     ) -> Result:
-        """Call the function in FROM. `arguments`: from the stand-in. For the others see `Fetch`."""
+        """Call the function in FROM. `row`: of the stand-in."""
         plan, caller = statement.plan, self._batch.caller
-        function = plan.call.function
+        function, arguments = plan.call.function, row[-1]
+        if not (plan.has_no_side_effects or (arguments or b"").isascii()):
+            await self._check_encoding()
+        defined = statement.defined(row)
         value = await caller.evaluate(plan.call, await caller.arguments(plan.call, arguments))
         if isinstance(value, Job):
+            described_columns = () if redescribe else statement.described_columns
+            if statement.has_columns:
+                described_columns = statement.client_fields()
             return Fetch(
                 value,
                 plan,
