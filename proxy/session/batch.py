@@ -85,8 +85,8 @@ class Batch:
         primary: the requests to the server.
         caller: makes the calls.
         executed: whether the batch has executed something, which an error would have to undo.
-        settings_known: whether the relay knows the settings that affect how SQL is read: nothing
-            was executed since the server reported them.
+        settings_known: whether the reported settings that affect how SQL is read still hold:
+            nothing was executed since.
         copy_in_started: the server has begun to read COPY data: an earlier Sync gets no
             ReadyForQuery.
     """
