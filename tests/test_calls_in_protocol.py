@@ -101,8 +101,15 @@ FIVE = result(ROWS, "AS (n int, t text)")
 TEXT = (oids.TEXT,)
 COPY_READY = Wait(m.CopyInResponse)
 
+BAD_SYNC = b"S\0\0\0\5x"
+BAD_FLUSH = b"H\0\0\0\5x"
+
 # fmt: off
 SCRIPTS: dict[str, Script] = {
+    # Malformed ends of a batch.
+    "a Sync with a body": [p(LAUNCH), b(), e(), BAD_SYNC, READY, p(LAUNCH, "s"), BAD_SYNC, READY, b("s"), e(), S, READY],
+    "a Sync with a body after an error": [d(b"P", "p"), p(LAUNCH), b(), e(), BAD_SYNC, READY, q(LAUNCH), READY],
+    "a Flush with a body": [p(LAUNCH), b(), e(), BAD_FLUSH, p(LAUNCH), S, READY, q(LAUNCH), READY],
     # Statements and portals.
     "an unnamed statement": [p(LAUNCH), b(), d(b"P"), e(), S, READY],
     "a named statement": [

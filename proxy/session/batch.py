@@ -51,14 +51,16 @@ class ClientMessages(Inbox):
         self._ahead.appendleft((kind, body))
 
     def peek(self, *kinds: int) -> list[bytes] | None:
-        """The bodies of the next messages, if these have arrived and have these types."""
+        """The bodies of the next messages, if these have arrived and have these types. A Sync with
+        a body is another message: the server fails at it."""
         while len(self._ahead) < len(kinds):
             message = super().next_nowait()
             if message is None:
                 return None
             self._ahead.append(message)
-        if any(ahead[0] != kind for ahead, kind in zip(self._ahead, kinds, strict=False)):
-            return None
+        for (ahead, body), kind in zip(self._ahead, kinds, strict=False):
+            if ahead != kind or (kind == F.SYNC and body):
+                return None
         return [self._ahead[number][1] for number in range(len(kinds))]
 
     def take(self, *kinds: int) -> bool:

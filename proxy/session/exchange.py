@@ -15,7 +15,7 @@ from typing import Final
 
 from protocol.errors import SQLError
 from protocol.framing import frame
-from protocol.kinds import ASYNCHRONOUS, ENDS_BIND, ENDS_CLOSE, ENDS_EXECUTE, ENDS_PARSE, B
+from protocol.kinds import ASYNCHRONOUS, ENDS_BIND, ENDS_CLOSE, ENDS_EXECUTE, ENDS_PARSE, B, F
 from protocol.messages import (
     Bind,
     Close,
@@ -370,10 +370,11 @@ class Exchange:
         self._relay.outstanding.skip()
         self._client.write(error.response(self._session.codec).serialize())
 
-    async def ready(self) -> None:
-        """End the batch with Sync, unless it was sent ahead, and ReadyForQuery."""
+    async def ready(self, sync: bytes = b"") -> None:
+        """End the batch with Sync, unless it was sent ahead, and ReadyForQuery. `sync`: the body of
+        the client's; the server fails if it is not empty."""
         if not self.synced:
-            self._server.write(SYNC_MESSAGE)
+            self._server.write(frame(F.SYNC, sync))
         body = await self._until_ready()
         if self.unclosed:
             closes = [Close(b"S", name).serialize() for name in self.unclosed]

@@ -23,7 +23,7 @@ from protocol.kinds import AFTER_LOGIN, EXTENDED, B, F
 from protocol.messages import Terminate
 from proxy.session.batch import Batch
 from proxy.session.client_session import ClientSession
-from proxy.session.exchange import BatchFailedError
+from proxy.session.exchange import BatchFailedError, drop
 from proxy.session.execution import Execution
 from proxy.session.extended_query import ExtendedQuery
 from proxy.session.relay import TEXT_COST, YIELD_AFTER
@@ -143,7 +143,7 @@ class Interception:
         if kind == F.SYNC and self._batch.copy_in_started:
             return False
         if kind in (F.SYNC, F.QUERY) or self._primary.synced:
-            await self._primary.ready()
+            await self._primary.ready(body if kind == F.SYNC else b"")
             return True
         return False
 
@@ -172,6 +172,9 @@ class Interception:
         elif kind in (F.FLUSH, F.SYNC, F.FUNCTION_CALL):
             if kind == F.SYNC:
                 self._batch.copy_in_started = False
+            elif kind == F.FLUSH and body:
+                # A Flush must be empty: the server fails.
+                self._primary.send(frame(kind, body), b"", drop)
             await self._primary.settle()
             return kind == F.FUNCTION_CALL
         elif self._primary.owes:
