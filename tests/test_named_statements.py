@@ -30,7 +30,7 @@ def test_portals_end_with_the_transaction_whatever_their_names() -> None:
     named.portals[named.key(name)] = Portal(command())
     assert named.portal(name) is not None
     named.transaction_ended()
-    assert not named
+    assert named.is_empty()
 
 
 @pytest.mark.parametrize("was_read", [False, True])

@@ -58,9 +58,9 @@ class NamedStatements:
         # Names of statements that may call set_config.
         self._setters: set[bytes] = set()
 
-    def __bool__(self) -> bool:
-        """Whether a message can concern one of these."""
-        return bool(self.statements or self.portals or self._setters)
+    def is_empty(self) -> bool:
+        """Whether no message can concern one of these."""
+        return not (self.statements or self.portals or self._setters)
 
     def key(self, name: bytes) -> bytes:
         """The name under which the server knows a statement or portal."""
@@ -93,7 +93,7 @@ class NamedStatements:
             if statement in self.statements:
                 return True
             if not portal:
-                self.forget_portal(b"")
+                self._forget_portal(b"")
             return bool(portal and self.portals) and self.key(portal) in self.portals
         if kind == F.EXECUTE:
             return self.key(body.partition(b"\0")[0]) in self.portals
@@ -141,7 +141,7 @@ class NamedStatements:
         """A Bind is sent. Returns the named portal that it replaces: if the server still has that
         one, it refuses the Bind."""
         if not name:
-            self.forget_portal(b"")
+            self._forget_portal(b"")
         key = self.key(name)
         old = self.portals.pop(key, None)
 
@@ -176,7 +176,7 @@ class NamedStatements:
     def forget_unnamed(self) -> None:
         """A Query ends the unnamed statement and portal."""
         self.statements.pop(b"", None)
-        self.forget_portal(b"")
+        self._forget_portal(b"")
 
     def transaction_ended(self) -> None:
         """The portals end with the transaction."""

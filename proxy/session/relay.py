@@ -205,7 +205,7 @@ class Relay:
     def _follow_client(self, data: bytes) -> None:
         self._idle = False
         self._count_fast_batch()
-        stream = self._client_stream
+        named, stream = self._named, self._client_stream
         if stream.held:
             data = stream.extended(data)
             if not data:
@@ -225,7 +225,7 @@ class Relay:
                 if self._stops_at_text(kind, data, position, end):
                     return
             elif kind in EXTENDED:
-                if self._named and self._stops_at_name(kind, data, position, end):
+                if not named.is_empty() and self._stops_at_name(kind, data, position, end):
                     return
                 self.batch.append(kind)
                 self.outstanding.add(kind)
@@ -426,13 +426,16 @@ class Relay:
     def _may_take_fast_path(self) -> bool:
         """Whether everything is answered, no message is incomplete, and no later message can be
         about a call or outdate known settings, unless its text says so."""
+        requests, answers = self._client_stream, self._server_stream
         return not (
             self.outstanding
             or self.outstanding.skipping
-            or self._server_stream.is_within_message
-            or self._client_stream.is_within_message
+            or answers.skip  # not `is_within_message`, which is slower
+            or answers.held
+            or requests.skip
+            or requests.held
             or self.batch
-            or self._named
+            or not self._named.is_empty()
             or self.known_settings is not None
         )
 
