@@ -184,6 +184,7 @@ def test_a_fuzzed_server_ends_its_own_session_only(misled: Watched, upstream: Up
 CALL = q("SELECT pg_background_launch('SELECT 1')")
 COPY = q("CREATE TEMP TABLE t (x text); COPY t FROM STDIN")
 BAD_FLUSH = b"H\0\0\0\5\0"
+BAD_SYNC = b"S\0\0\0\5\0"
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -224,6 +225,33 @@ def test_a_call_after_a_malformed_flush_is_skipped_as_by_the_server(
             client.send(q(""), BAD_FLUSH, q("SELECT 1"), CALL, m.CopyFail(b""))
             client.send_eof()
             assert kinds(client.until_closed()) == "IZE"
+
+
+DROP = "DROP EXTENSION IF EXISTS pg_background"
+"""Served by an interception, with the server's own answer."""
+
+
+@pytest.mark.parametrize("bad", [BAD_SYNC, BAD_FLUSH])
+@pytest.mark.parametrize(
+    "before",
+    [
+        [p(DROP)],
+        [p(DROP), b(), e()],
+        [p(DROP), b(), e(), m.Flush()],
+        [p(DROP), m.Describe(b"P", b"none")],
+        [p("SELECT 1"), b(), e(), p(DROP), b(), e()],
+    ],
+)
+def test_a_malformed_sync_or_flush_in_an_interception_is_answered_by_the_server(
+    server: Server, watched: Watched, before: list[m.Message], bad: bytes
+) -> None:
+    """The proxy took it for a Sync, and sent one of its own."""
+    after = [q("SELECT 2"), m.Sync(), q("SELECT 3")]
+    pieces = [message.serialize() for message in before] + [bad]
+    pieces += [message.serialize() for message in after]
+    for stream in (pieces, [b"".join(pieces)]):
+        direct, proxied = (exchange(one, [STARTUP, *stream]) for one in (server, watched.proxy))
+        assert comparable(proxied) == comparable(direct)
 
 
 @pytest.mark.parametrize("size", [9990, 10000, 10001])

@@ -35,7 +35,7 @@ class Interrupts:
     """The waits of one batch, at most one at a time.
 
     Attributes:
-        call_in_progress: one that cancel() would end.
+        call_in_progress: a call, or what it needs, that cancel() would end.
         server_done: whether the server has done its part, so that only cancel() would end the call.
         row_is_partial: the client has got part of a row, and would read an error as the rest of it.
         client_ended: the client will send no more.
@@ -69,6 +69,17 @@ class Interrupts:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """A request of ours is in progress, without which the client's cannot be served: a cancel
+        request ends that too, even if the server was idle when it came. Raises SQLError then."""
+        was_in_progress, self.call_in_progress = self.call_in_progress, True
+        try:
+            yield
+        finally:
+            self.call_in_progress = was_in_progress
+        self.check_for_interrupts()
 
     def wait_in_server(self, wait: ServerWait) -> None:
         """The server has done its part; from now on it waits when the call does."""

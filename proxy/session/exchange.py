@@ -194,24 +194,28 @@ class Exchange:
         *,
         apart: bool = False,
     ) -> list[tuple[bytes | None, ...]]:
-        """The rows of a query of ours, within the client's batch or, if `apart`, before it."""
+        """The rows of a query of ours, within the client's batch or, if `apart`, before it.
+
+        Raises BatchFailedError; SQLError if the client has canceled it.
+        """
         rows: list[tuple[bytes | None, ...]] = []
 
         async def handler(kind: int, body: bytes) -> None:
             if kind == B.DATA_ROW:
                 rows.append(DataRow.parse(body).values)
 
-        self.ask(sql, handler, parameters, formats)
-        if apart:
-            await self.settle(SYNC_MESSAGE)
-            await self.reopen()
-        else:
-            await self.settle()
+        with self._interrupts.asking():
+            self.ask(sql, handler, parameters, formats)
+            if apart:
+                await self.settle(SYNC_MESSAGE)
+                await self.reopen()
+            else:
+                await self.settle()
         return rows
 
     async def ask_settings(self, *names: bytes) -> None:
         """Ask what these settings are now, after all that was executed. SHOW takes no snapshot, so
-        the client may still choose its transaction's isolation level."""
+        the client may still choose its transaction's isolation level. Raises as `query`."""
 
         def noting(name: bytes) -> ResponseHandler:
             async def handler(kind: int, body: bytes) -> None:
@@ -221,9 +225,10 @@ class Exchange:
 
             return handler
 
-        for name in names:
-            self.ask(b"SHOW " + name, noting(name))
-        await self.settle()
+        with self._interrupts.asking():
+            for name in names:
+                self.ask(b"SHOW " + name, noting(name))
+            await self.settle()
 
     async def reopen(self) -> bool:
         """Begin another transaction if a Sync sent ahead has ended that of the batch. Returns

@@ -51,6 +51,8 @@ class UpstreamRelay:
         connections: all so far.
         at_login: called with False when a login begins, before the server gets it; and with True
             when it is complete, before the proxy learns that.
+        at_answer: called with each piece of what the server sends after a login, before the proxy
+            gets it.
     """
 
     def __init__(self, server: Server) -> None:
@@ -59,6 +61,7 @@ class UpstreamRelay:
         self.upstream = f"host=127.0.0.1 port={self._listening.getsockname()[1]}"
         self.connections: list[Connection] = []
         self.at_login: Callable[[Connection, bool], None] = lambda connection, is_complete: None
+        self.at_answer: Callable[[Connection], None] = lambda connection: None
         self._threads = [threading.Thread(target=self._run, daemon=True)]
         self._threads[0].start()
 
@@ -96,8 +99,10 @@ class UpstreamRelay:
         has_logged_in = False
         with contextlib.suppress(OSError):
             while data := server.recv(65536):
+                if has_logged_in:
+                    self.at_answer(connection)
                 # The last message of a login, whole: six bytes.
-                if not has_logged_in and data[-6:-1] == bytes([B.READY_FOR_QUERY, 0, 0, 0, 5]):
+                elif data[-6:-1] == bytes([B.READY_FOR_QUERY, 0, 0, 0, 5]):
                     has_logged_in = True
                     self.at_login(connection, True)
                 proxy.sendall(data)
