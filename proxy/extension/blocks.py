@@ -14,6 +14,7 @@ from protocol.messages import DataRow, Field
 from proxy.extension.conversation import Answer
 from proxy.extension.inside_caller import InsideCaller
 from proxy.jobs.job import Job
+from proxy.jobs.owner import Owner
 from proxy.jobs.rows import Notice, Rows
 from proxy.sql.encodings import array_text
 
@@ -29,12 +30,14 @@ class Blocks:
         finished: whether all of it was handed over.
     """
 
-    def __init__(self, job: Job, caller: InsideCaller) -> None:
+    def __init__(self, session: Owner, job: Job, caller: InsideCaller) -> None:
         """
         Args:
+            session: has the job.
             job: whose result it is.
             caller: gets it.
         """
+        self._session = session
         self.job = job
         self.finished = False
         self._caller = caller
@@ -109,7 +112,11 @@ class Blocks:
             return [None, None]
         return [date_style, interval_style]
 
-    def discard_rest(self) -> None:
-        """Drop the rest, so that the job does not wait for us."""
-        if not self.finished:
+    def end(self) -> None:
+        """There are no more, or nobody wants them: the job must not wait for us."""
+        if self.finished:
+            self._session.jobs.remove(self.job)
+        elif self.job.has_handle:
             self.job.forget_output()
+        else:
+            self._session.drop(self.job)

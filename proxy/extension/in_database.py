@@ -21,9 +21,7 @@ from protocol.errors import CONNECTION_FAILURE, ServerError, SQLError
 from protocol.messages import ErrorResponse, NoticeResponse
 from proxy.api.calls import permission_denied
 from proxy.api.functions import Needs
-from proxy.backends.channels import Channel, Rows
 from proxy.extension.blocks import Blocks
-from proxy.extension.context import role_query
 from proxy.extension.conversation import (
     Answer,
     AnswerMarks,
@@ -36,13 +34,13 @@ from proxy.extension.conversation import (
     offered,
 )
 from proxy.extension.inside_caller import WHOLE_AT_ONCE, InsideCaller, arguments, context_of
+from proxy.extension.lease import Lease, Leases
 from proxy.extension.questions import (
     LARGEST_QUESTION,
     LONGEST_LINE,
     Call,
     Message,
     NotOursError,
-    Settings,
     decoded,
     malformed,
     no_login,
@@ -51,6 +49,7 @@ from proxy.extension.questions import (
     unprovable,
 )
 from proxy.extension.refusal import Refusal
+from proxy.extension.served_call import Posed, ServedCall, Shown
 from proxy.jobs.context import Context
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
@@ -86,30 +85,13 @@ class DatabaseCalls:
         self.secrets = secrets
         self.has_called = False
         self._interrupts = Interrupts()
-        # Leased from the first call in a statement to its end; its login role, None for the
-        # session's; whether code has proven it; whether it holds the function's next lock.
-        self._channel: Channel | None = None
-        self._login: bytes | None = None
-        self._is_proven = False
-        self._is_locked = False
-        # Work for a function that waits, and what waits for that to end; a question not proven yet;
-        # the answer that is shown piece by piece.
+        self._leases = Leases(session)
+        self._served: ServedCall | None = None
+        self._refusal = Refusal(session.cancel_statement)
         self._heard = 0
         self._has_heard = False  # in this statement
-        self._task: asyncio.Task[None] | None = None
-        self._next_task: asyncio.Task[None] | None = None
-        self._challenge: Challenge | None = None
-        self._shown: AnswerPieces | None = None
-        # The settings after the last question, and the question that still lacks custom ones.
-        self._settings: asyncio.Future[Message] | None = None
-        self._incomplete: Challenge | None = None
-        # A call that continues with the next question: for custom settings, or for more rows.
-        self._call: Call | None = None
-        self._blocks: Blocks | None = None
-        self._coming: asyncio.Task[Answer] | None = None
         # The last error handed over.
         self._error: ErrorResponse | None = None
-        self._refusal = Refusal(session.cancel_statement)
 
     # Called by the session
 
@@ -128,34 +110,20 @@ class DatabaseCalls:
         self._has_heard = self.has_called = True
         if message.verb == b"still":
             self._refusal.waits(message.nonce)
-            return True
-        if message.verb in (b"call", b"ask"):
+        elif message.verb in (b"call", b"ask"):
             self._drop()
             self._refusal.forget()
-            if message.verb == b"ask":
-                self._settings = asyncio.get_running_loop().create_future()
-        elif message.verb == b"settings" and self._incomplete is None:
-            if self._settings is not None:
-                if self._settings.done():
-                    self._settings = asyncio.get_running_loop().create_future()
-                self._settings.set_result(message)
-            return True
-        elif self._next_task is not None:
-            return True  # A function waits for the answer before it asks again.
-        work = self._guard(message, self._task)
-        task = asyncio.get_running_loop().create_task(work)
-        if self._task is None:
-            self._task = task
-        else:
-            self._next_task = task
-        task.add_done_callback(self._task_done)
+            self._served = ServedCall(message)
+            self._begin(self._served, message)
+        elif self._served is not None:
+            if message.verb == b"settings" and not self._served.lacks_settings:
+                self._served.settings_arrive(message)
+            elif self._served.next_task is None:  # a function waits before it asks again
+                self._begin(self._served, message)
         return True
 
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        if task is self._task:
-            self._task, self._next_task = self._next_task, None
-        elif task is self._next_task:
-            self._next_task = None
+    def _begin(self, served: ServedCall, message: Message) -> None:
+        served.begin(self._guard(served, message, after=served.task))
 
     @property
     def is_talkative(self) -> bool:
@@ -169,7 +137,7 @@ class DatabaseCalls:
     @property
     def is_asked(self) -> bool:
         """Whether a function may be waiting for an answer."""
-        return self._task is not None or self._channel is not None
+        return bool(self._leases) or (self._served is not None and self._served.task is not None)
 
     def statement_ended(self) -> None:
         """The server says that a statement has ended, or is ready for the next query, so no
@@ -178,17 +146,12 @@ class DatabaseCalls:
             self._has_heard = False
             self._drop()
             self._refusal.forget()
-            self._give_back()
+            self._leases.give_back()
 
-    def _give_back(self) -> None:
-        if self._channel is None:
-            return
-        channel, self._channel = self._channel, None
-        if self._login is None or self._is_proven:
-            self._session.service.channels.give_back(channel)
-        else:
-            # Code that is not of this role must not make us keep its connections.
-            channel.terminate()
+    def _drop(self) -> None:
+        if self._served is not None:
+            self._served.drop()
+            self._served = None
 
     def end_client(self) -> None:
         """The client will send no more: no job is awaited. A function would not notice."""
@@ -223,24 +186,16 @@ class DatabaseCalls:
             fields["W"] = b"\n".join(lines)
         return ErrorResponse(fields).serialize()
 
-    def _drop(self) -> None:
-        """The function no longer waits: stop the work for it."""
-        for task in (self._task, self._next_task, self._coming):
-            if task is not None:
-                task.cancel()
-        self._task = self._next_task = self._coming = self._settings = None
-        self._challenge = self._incomplete = self._shown = self._call = None
-        if self._blocks is not None:
-            self._end_blocks(self._blocks)
-
     # Serving
 
-    async def _guard(self, message: Message, after: asyncio.Task[None] | None) -> None:
+    async def _guard(
+        self, served: ServedCall, message: Message, after: asyncio.Task[None] | None
+    ) -> None:
         """Handle a message. `after`: the task for the one before, which may seem answered."""
         try:
             if after is not None:
                 await asyncio.wait([after])
-            await self._serve(message)
+            await self._serve(served, message)
         except NotOursError:
             logger.debug("a malformed message from inside the database")
         except (OSError, SQLError) as error:
@@ -253,113 +208,72 @@ class DatabaseCalls:
         """The answer cannot be shown. A function that has seen its channel finds it gone. Another
         would search on: its statement is cancelled, and the client gets `error` as the reason."""
         logger.info("no answer to a call from inside the database: %s", explain(error))
-        self._hang_up()
+        self._leases.hang_up()
         if message.verb in (b"call", b"ask", b"custom"):
             self._refusal.refuse(message, error)
 
-    def _hang_up(self) -> None:
-        if self._channel is not None:
-            self._channel.terminate()
-            self._channel = None
-
-    async def _serve(self, message: Message) -> None:
-        match message.verb:
-            case b"call":
-                self._call = None  # in case there is something wrong with this one
-                call = Call(message)
-                call.check_size(len(message.text))
-                await self._ask_for_proof(message, call)
-            case b"ask":
-                self._call = None
-                call = Call(message)
-                call.check_size(len(message.text))
-                if (challenge := await self._proven_in_advance(message, call)) is None:
-                    await self._ask_for_proof(message, call)
+    async def _serve(self, served: ServedCall, message: Message) -> None:
+        """Handle a message, if it is one that counts (`served_call`)."""
+        match message.verb, served.state:
+            case b"call", _:
+                await self._ask_for_proof(served, message)
+            case b"ask", _:
+                if (posed := await self._proven_in_advance(served, message)) is None:
+                    await self._ask_for_proof(served, message)
                 else:
-                    await self._serve_proven(challenge)
-            case b"settings":
-                challenge, self._incomplete = self._incomplete, None
-                if challenge is not None:
-                    await self._serve_completed(challenge, message)
-            case b"custom":
+                    await self._serve_proven(served, posed)
+            case b"proof", Posed() as posed:
+                served.state, challenge = None, posed.challenge
+                if challenge.is_met_by(message, await _proof(challenge)):
+                    await self._serve_proven(served, posed)
+            case b"settings", Shown() as shown:
+                if isinstance(asked := served.rest, Posed):
+                    served.rest = None
+                    await self._serve_completed(served, asked, shown, message)
+            case b"custom", Posed() | Shown() if served.call.custom_settings:
                 # They continue only the call that has asked for them; its function may ask twice,
                 # the second time as the owner of the calling code.
-                asked = self._call
-                if asked is not None and asked.custom_settings:
-                    if len(message.text) > LARGEST_QUESTION:
-                        raise NotOursError
-                    await self._ask_for_proof(message, asked)
-            case b"proof":
-                challenge, self._challenge = self._challenge, None
-                if challenge is not None and challenge.is_met_by(message, await _proof(challenge)):
-                    await self._serve_proven(challenge)
-            case _:
-                await self._show_next(message)
+                if len(message.text) > LARGEST_QUESTION:
+                    raise NotOursError
+                await self._ask_for_proof(served, message)
+            case b"next", Shown() as shown:
+                await self._show_next(served, shown, message)
 
-    async def _serve_proven(self, challenge: Challenge) -> None:
-        self._is_proven = True
-        question, call = challenge.question, challenge.call
-        slow = asyncio.get_running_loop().call_later(_ANNOUNCE_AFTER, self._announce, challenge)
+    async def _serve_proven(self, served: ServedCall, posed: Posed) -> None:
+        challenge, lease = posed.challenge, posed.lease
+        lease.is_proven = True
+        slow = asyncio.get_running_loop().call_later(_ANNOUNCE_AFTER, self._announce, posed)
         try:
-            answer = await self._or_error(call, self._answer, challenge)
+            answer = await self._or_error(served.call, self._answer, served, posed)
         finally:
             slow.cancel()
-        self._show_answer(question.nonce, call, answer, challenge.word, challenge.lock)
-        await self._show(0)
+        nonce, word = challenge.question.nonce, challenge.word
+        await self._show_answer(served, lease, answer, nonce, word, challenge.lock)
 
-    def _announce(self, challenge: Challenge) -> None:
+    def _announce(self, posed: Posed) -> None:
         """Tell a function that has proven its question in advance that it is being handled."""
-        if challenge.lock is not None and self._channel is not None:
+        challenge = posed.challenge
+        if challenge.lock is not None and not posed.lease.is_over:
             marks = self._marks(challenge.question.nonce, challenge.lock)
-            self._channel.query_nowait(marks.announce(take_lock=False))
+            posed.lease.channel.query_nowait(marks.announce(take_lock=False))
 
-    async def _serve_completed(self, challenge: Challenge, message: Message) -> None:
+    async def _serve_completed(
+        self, served: ServedCall, posed: Posed, shown: Shown, message: Message
+    ) -> None:
         """The custom settings have arrived: continue the call."""
-        shown, call = self._shown, challenge.call
-        assert shown is not None
-        answer = await self._or_error(call, self._completed, challenge, message)
-        number = shown.after
-        shown.go_on(answer, number)
-        await self._show(number)
+        answer = await self._or_error(served.call, self._completed, served, posed, message)
+        number = shown.pieces.after
+        shown.pieces.go_on(answer, number)
+        await self._show(served, shown, number)
 
-    async def _completed(self, challenge: Challenge, message: Message) -> Answer:
-        challenge.call.settings += await self._told(challenge, message)
-        return await self._run(
-            challenge.call, context_of(challenge, self._session_role(challenge.call))
-        )
-
-    async def _proven_settings(self, challenge: Challenge) -> Message:
-        """The settings that follow the question. If its word was no longer good, they have arrived
-        first with a proof by that."""
-        while True:
-            arriving = self._settings
-            assert arriving is not None
-            message = await arriving
-            if challenge.is_continued_by(message, challenge.proof_of(message)):
-                return message
-            if self._settings is arriving:
-                self._settings = asyncio.get_running_loop().create_future()
-
-    async def _told(self, challenge: Challenge, message: Message) -> Settings:
-        """The settings in a message. Raises NotOursError if it is not from the asking function."""
+    async def _completed(self, served: ServedCall, posed: Posed, message: Message) -> Answer:
+        """Raises NotOursError if the message is not from the function that asks."""
+        challenge, call = posed.challenge, served.call
         if not challenge.is_continued_by(message, challenge.proof_of(message)):
             raise NotOursError
-        return settings_of(message.words)
-
-    def _show_answer(
-        self, nonce: bytes, call: Call, answer: Answer, word: bytes, lock: int | None = None
-    ) -> None:
-        self._call = call
-        self._refusal.is_shown()
-        self._shown = AnswerPieces(
-            nonce,
-            self._marks(nonce, lock),
-            self.secrets.key(word, nonce),
-            answer,
-            may_offer=call.is_asked,
-            encoding=call.encoding,
-            server_version=self._session.server_version,
-        )
+        call.settings += settings_of(message.words)
+        context = context_of(challenge, posed.lease.session_role(call))
+        return await self._run(served, posed.lease, context)
 
     def _marks(self, nonce: bytes, lock: int | None = None) -> AnswerMarks:
         version = self._session.server_version
@@ -372,8 +286,7 @@ class DatabaseCalls:
         try:
             return await find(*args, **kwargs)
         except SQLError as error:
-            self._error = error.response(encodings.codec(call.encoding))
-            return [b"e", *(self._error.fields.get(code) for code in "CMDHstcdn")]
+            return self._error_answer(call, error)
         except ConnectionError as error:
             return [b"e", CONNECTION_FAILURE.encode(), explain(error).encode(), *[None] * 7]
         except asyncio.CancelledError:
@@ -382,9 +295,14 @@ class DatabaseCalls:
                 self._session.drop(job)
             raise
 
-    async def _answer(self, challenge: Challenge) -> Answer:
-        question, call = challenge.question, challenge.call
-        context = context_of(challenge, self._session_role(call))
+    def _error_answer(self, call: Call, error: SQLError) -> Answer:
+        self._error = error.response(encodings.codec(call.encoding))
+        return [b"e", *(self._error.fields.get(code) for code in "CMDHstcdn")]
+
+    async def _answer(self, served: ServedCall, posed: Posed) -> Answer:
+        challenge, call = posed.challenge, served.call
+        question = challenge.question
+        context = context_of(challenge, posed.lease.session_role(call))
         if question.verb == b"custom":
             words = map(decoded, question.words[3:])
             pairs = zip(call.custom_settings, words, strict=False)
@@ -396,15 +314,15 @@ class DatabaseCalls:
             if call.custom_settings:
                 return [b"c", *call.custom_settings]
         elif Needs.SETTINGS in call.function.needs and context.may_call:
-            message = await self._proven_settings(challenge)
+            message = await served.settings_by(challenge)
             call.settings = settings_of(message.words)
             context = replace(context, settings=call.settings)
             told = set(map(decoded, message.words[::2]))
             missing = [name for name in self._custom_names(call) if name not in told]
             if missing:
-                self._incomplete = challenge
+                served.rest = posed
                 return [b"c", *missing]
-        return await self._run(call, context)
+        return await self._run(served, posed.lease, context)
 
     def _custom_names(self, call: Call) -> tuple[bytes, ...]:
         """Custom settings that the session may have, among names that the function can send."""
@@ -413,191 +331,155 @@ class DatabaseCalls:
             name for name in self._session.custom_settings if encodings.is_valid(name, codec)
         )
 
-    async def _run(self, call: Call, context: Context) -> Answer:
+    async def _run(self, served: ServedCall, lease: Lease, context: Context) -> Answer:
+        call, session = served.call, self._session
         if not context.may_call:
             raise permission_denied(call.function.name)
-        launcher = self._session.launcher_for(self._login)
-        caller = InsideCaller(self._session, launcher, self._interrupts, context, call)
+        launcher = session.launcher_for(lease.login)
+        caller = InsideCaller(session, launcher, self._interrupts, context, call)
         given = await arguments(call)
         value = None if given is None else await call.function.run(caller, **given)
         if isinstance(value, Job):
-            self._blocks = Blocks(value, caller)
-            return await self._block(self._blocks)
+            served.rest = blocks = Blocks(session, value, caller)
+            return await self._block(served, blocks)
         answer = answer_of(value, call.function, call.encoding)
         return answer if call.notification is None else [b"l", *call.notification, *answer]
 
-    async def _block(self, blocks: Blocks) -> Answer:
+    async def _block(self, served: ServedCall, blocks: Blocks) -> Answer:
         """The next block of a result."""
         try:
             return await blocks.next()
         finally:
             if blocks.finished:
-                self._end_blocks(blocks)
+                served.end_blocks()
 
-    def _end_blocks(self, blocks: Blocks) -> None:
-        self._blocks = None
-        job = blocks.job
-        if blocks.finished:
-            self._session.jobs.remove(job)
-        elif job.has_handle:
-            blocks.discard_rest()
-        else:
-            self._session.drop(job)
+    # The proof
 
-    # The channel
-
-    async def _proven_in_advance(self, question: Message, call: Call) -> Challenge | None:
+    async def _proven_in_advance(self, served: ServedCall, question: Message) -> Posed | None:
         """Check a proof by a word shown in advance; None if it fails."""
+        call, session = served.call, self._session
         if not (question.channel.isdigit() and call.is_known):
             return None
-        channel = self._offering(decoded(question.words[0]), int(question.channel[:10]))
-        if channel is None or (word := channel.take_word()) is None:
+        lease = self._leases.offering(decoded(question.words[0]), int(question.channel[:10]))
+        if lease is None or (word := lease.channel.take_word()) is None:
             return None
-        session = self._session
         challenge = Challenge(question, call, session.server_version, word)
         if not challenge.is_met_by(question, await _proof(challenge)):
             return None
+        channel = lease.channel
         # The function cannot know yet who will answer, so it would search on.
         lost = ConnectionError("the channel is gone")
         channel.when_lost(lambda: self._give_up(question, lost))
-        self._is_locked, channel.is_locked = channel.is_locked, False
-        sql = self._role_query(question, call)
-        if not self._is_locked:
+        lease.is_locked, channel.is_locked = channel.is_locked, False
+        sql = lease.role_query(question, call)
+        if not lease.is_locked:
             challenge.lock = None
-        if not self._is_locked or Needs.TIME in call.function.needs:
+        if not lease.is_locked or Needs.TIME in call.function.needs:
             marks = self._marks(question.nonce, challenge.lock)
-            sql += b"; " + marks.announce(take_lock=not self._is_locked)
+            sql += b"; " + marks.announce(take_lock=not lease.is_locked)
         try:
-            found, *announced = await self._channel_query(sql)
+            found, *announced = await channel.query(sql)
         except ServerError as error:
             # A new login will let the server decide.
             logger.debug("the channel's login does not hold any more: %s", error)
-            self._retire_channel()
+            self._leases.retire()
             return None
         if announced:
-            self._is_locked = (announced[0][0] or b"").endswith(b"w")
+            lease.is_locked = (announced[0][0] or b"").endswith(b"w")
         challenge.found = found[:-1]
-        return challenge
+        return Posed(challenge, lease)
 
-    def _offering(self, login: bytes | None, pid: int) -> Channel | None:
-        """Lease the channel with this pid if it belongs to the login and shows a word."""
-        if self._channel is None or (self._login, self._channel.pid) != (login, pid):
-            channel = self._session.idle_channel(login, pid)
-            if channel is None:
-                return None
-            self._give_back()
-            self._channel, self._login = channel, login
-            self._is_locked = self._is_proven = False
-        return self._channel if self._channel.is_alive else None
-
-    async def _ask_for_proof(self, question: Message, call: Call) -> None:
+    async def _ask_for_proof(self, served: ServedCall, question: Message) -> None:
         """Show a word that the function must read, and ask the server what its role may do.
 
         If there is no channel for this, the question is answered at once with the error.
         """
-        login = decoded(question.words[0])
+        call, login = served.call, decoded(question.words[0])
         try:
-            await self._lease_channel(login)
-            if self._channel and self._channel.room and call.is_known:
+            lease = await self._leases.take(login)
+            if lease.channel.room and call.is_known:
                 try:
-                    await self._show_word(question, call)
+                    await self._show_word(served, question, lease)
                 except ServerError as error:
                     # A new login will let the server decide.
                     logger.debug("no word is shown: %s", error)
-                    self._retire_channel()
-                    await self._lease_channel(login)
-                    await self._show_word(question, call)
+                    served.state = None
+                    self._leases.retire()
+                    await self._show_word(served, question, await self._leases.take(login))
                 return
             reason = unprovable() if call.is_known else malformed()
         except SQLError as error:
             if login is None:
                 raise
-            await self._lease_channel(None)
+            lease = await self._leases.take(None)
             reason = no_login(login, self._session.server_encoding, error)
-        await self._refuse(question, call, reason)
+        # It is not proven, but an error reveals nothing secret.
+        await self._show_answer(served, lease, self._error_answer(call, reason), question.nonce)
 
-    async def _show_word(self, question: Message, call: Call) -> None:
+    async def _show_word(self, served: ServedCall, question: Message, lease: Lease) -> None:
         """Show the word. Raises ServerError if the channel's login no longer holds."""
-        assert self._channel is not None
-        marks = self._marks(question.nonce)
+        marks, channel = self._marks(question.nonce), lease.channel
+        challenge = Challenge(question, served.call, self._session.server_version)
         # Set before the function can have read the word.
-        challenge = self._challenge = Challenge(question, call, self._session.server_version)
+        served.state = Posed(challenge, lease)
         self._refusal.is_shown()
-        checks = self._role_query(question, call)
+        checks = lease.role_query(question, served.call)
         shows = marks.comment(challenge.word) + checks + b"; " + marks.ask_for_proof()
-        self._channel.take_word()
-        *found, (_, state) = await self._channel_query(shows)
-        self._is_locked = (state or b"").endswith(b"w")
+        channel.take_word()
+        *found, (_, state) = await channel.query(shows)
+        lease.is_locked = (state or b"").endswith(b"w")
         if found:
             challenge.found = found[0][:-1]
 
-    def _role_query(self, question: Message, call: Call) -> bytes:
-        assert self._channel is not None
-        session = self._session
-        return role_query(
-            call.role,
-            self._session_role(call),
-            call.function,
-            question.schema,
+    # The answer
+
+    async def _show_answer(
+        self,
+        served: ServedCall,
+        lease: Lease,
+        answer: Answer,
+        nonce: bytes,
+        word: bytes = b"",
+        lock: int | None = None,
+    ) -> None:
+        """Show its first piece. `word`: by which the question is proven, and `lock`: of that word;
+        none for an error that is the answer to an unproven question."""
+        call = served.call
+        self._refusal.is_shown()
+        pieces = AnswerPieces(
+            nonce,
+            self._marks(nonce, lock),
+            self.secrets.key(word, nonce),
+            answer,
+            may_offer=call.is_asked,
             encoding=call.encoding,
-            roles=session.service.roles.union(job.role_id for job in session.jobs),
-            identity=self._channel.identity,
+            server_version=self._session.server_version,
         )
+        pieces.narrow = not word
+        pieces.is_refusal = not word and call.is_asked
+        served.state = shown = Shown(pieces, lease)
+        await self._show(served, shown, 0)
 
-    def _retire_channel(self) -> None:
-        if self._channel is not None:
-            self._session.service.spares.retire(self._channel.login)
-        self._challenge = None
-        self._hang_up()
-
-    async def _lease_channel(self, login: bytes | None) -> None:
-        if self._channel is not None and self._login != login:
-            self._give_back()
-        if self._channel is None:
-            self._channel = await self._session.lease_channel(login)
-            self._login = login
-            self._is_locked = self._is_proven = False
-
-    async def _refuse(self, question: Message, call: Call, error: SQLError) -> None:
-        """Answer an unproven question with an error, which reveals nothing secret."""
-
-        async def answer() -> Answer:
-            raise error
-
-        self._show_answer(question.nonce, call, await self._or_error(call, answer), b"")
-        assert self._shown is not None
-        self._shown.narrow = True
-        self._shown.is_refusal = call.is_asked
-        await self._show(0)
-
-    def _session_role(self, call: Call) -> bytes:
-        """The session_user of the job; for an owner's code it is the owner."""
-        return call.session_role if self._login is None else call.role
-
-    async def _show_next(self, message: Message) -> None:
-        """Show the next piece of the present answer."""
-        shown, call = self._shown, self._call
-        if shown is None or call is None or shown.nonce != message.nonce:
+    async def _show_next(self, served: ServedCall, shown: Shown, message: Message) -> None:
+        """Show the next piece of the answer."""
+        if shown.pieces.nonce != message.nonce:
             return
         number = parse_number(message.words[0])
-        if shown.is_last(number - 1) and self._coming is not None:
-            shown.go_on(await self._coming, number)
-        await self._show(number)
+        if shown.pieces.is_last(number - 1) and shown.coming is not None:
+            shown.pieces.go_on(await shown.coming, number)
+        await self._show(served, shown, number)
 
-    async def _show(self, number: int) -> None:
+    async def _show(self, served: ServedCall, shown: Shown, number: int) -> None:
         """Show a piece, and wake the function."""
-        shown, call = self._shown, self._call
-        assert self._channel is not None
-        assert shown is not None
-        assert call is not None
-        channel, version = self._channel, self._session.server_version
-        shown.room = channel.room
-        marks, is_last = shown.marks, shown.is_last(number)
-        has_more = not is_last or self._blocks is not None or self._incomplete is not None
-        word = new_word() if shown.may_offer and not has_more else None
-        name, comment = shown.piece(number, word)
+        pieces, lease, version = shown.pieces, shown.lease, self._session.server_version
+        channel = lease.channel
+        pieces.room = channel.room
+        marks, is_last = pieces.marks, pieces.is_last(number)
+        has_more = not is_last or served.rest is not None
+        word = new_word() if pieces.may_offer and not has_more else None
+        name, comment = pieces.piece(number, word)
         columns = [b"pg_catalog.set_config('application_name', '%b', false)" % name]
-        if self._is_locked:
+        if lease.is_locked:
             columns.append(b"pg_catalog.pg_advisory_unlock(%d)" % marks.lock(number))
         lock = marks.lock(number + 1) if has_more else None
         if word is not None:
@@ -605,23 +487,18 @@ class DatabaseCalls:
             lock = lock_of(word, version)
         if lock is not None:
             columns.insert(0, b"pg_catalog.pg_try_advisory_lock(%d)" % lock)
-        if is_last and self._blocks is not None:
+        if is_last and isinstance(blocks := served.rest, Blocks):
             # Made while the function handles this one.
-            coming = self._or_error(call, self._block, self._blocks)
-            self._coming = asyncio.get_running_loop().create_task(coming)
+            coming = self._or_error(served.call, self._block, served, blocks)
+            shown.coming = asyncio.get_running_loop().create_task(coming)
         # The function may continue before this is answered; nobody else knew the lock's key.
         channel.is_locked = word is not None
         showing = channel.query_nowait(b"%bSELECT %b" % (comment, b", ".join(columns)))
         if not is_last:
             await asyncio.sleep(0)  # it is sent first
-            shown.prepare(number + 1)
+            pieces.prepare(number + 1)
         [row] = await asyncio.shield(showing)
-        self._is_locked = has_more and row[0] == b"t"
-
-    async def _channel_query(self, sql: bytes) -> Rows:
-        if self._channel is None:
-            raise ConnectionError("the channel is gone")
-        return await self._channel.query(sql)
+        lease.is_locked = has_more and row[0] == b"t"
 
 
 async def _proof(challenge: Challenge) -> bytes:
