@@ -41,6 +41,11 @@ NO_CHANNEL = {
 }
 NO_LOGIN, SQLSTATE = NO_CHANNEL["nologin"]
 CALL = "SELECT inside('pg_background_launch(''SELECT 1'')')"
+CHANNELS = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name"
+    " ~ '^[0-9a-f]{12}' AND datname = current_database()"
+)
+"""Ends those that sessions have."""
 NO_ANSWER = "no answer to a call from inside the database"
 CANCELED = ("57014", "canceling statement due to user request")
 CATCHES = """
@@ -182,6 +187,23 @@ def test_the_reason_is_told_wherever_the_function_was(
     assert "_pg_background" not in str(call.error)
 
 
+def test_a_channel_is_lost_before_the_function_has_seen_it(
+    lonely: Connection, observer: Connection, quiet: Proxy, scratch: str, settings_wait: Gate
+) -> None:
+    """The function would search for it for 20 seconds."""
+    call = Statement(lonely, CALL)
+    settings_wait.wait_until_one_waits()
+    shows_a_word = CHANNELS.replace("}'", "}p'")
+    wait_until(lambda: observer.execute(shows_a_word).fetchall())
+    wait_until(lambda: not observer.execute(CHANNELS).fetchall())
+    have_the_proxy_serve_others(quiet, scratch)
+    assert not call.is_over
+    begin = time.monotonic()
+    settings_wait.open()
+    assert message(call.error) == ("08006", "the channel is gone")
+    assert time.monotonic() - begin < 15
+
+
 @pytest.mark.parametrize("is_one_query", [False, True])
 def test_another_statement_is_canceled_by_who_cancels_it(
     lonely: Connection, observer: Connection, gate: Gate, is_one_query: bool
@@ -201,26 +223,23 @@ def test_another_statement_is_canceled_by_who_cancels_it(
     assert message(waiting.error) == CANCELED
 
 
+@pytest.mark.parametrize("calls", [1, 2])
 def test_who_has_an_answer_is_not_canceled(
-    start_proxy: StartProxy, observer: Connection, scratch: str, gate: Gate
+    start_proxy: StartProxy, observer: Connection, scratch: str, gate: Gate, calls: int
 ) -> None:
     """The channel goes while its session's code does something else."""
     proxy = start_proxy(*OPTIONS)
     with proxy.connect(dbname=scratch) as conn:
         call = "PERFORM pg_background_stats();"
-        body = f"{call * 2} {gate.sql.replace('SELECT', 'PERFORM')} RETURN 'done';"
+        body = f"{call * calls} {gate.sql.replace('SELECT', 'PERFORM')} RETURN 'done';"
         conn.execute(
             "CREATE FUNCTION pg_temp.goes_on() RETURNS text LANGUAGE plpgsql AS"
             f" $$ BEGIN {body} END $$".encode()
         )
         running = Statement(conn, "SELECT pg_temp.goes_on()")
         gate.wait_until_one_waits()
-        channels = (
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name"
-            " ~ '^[0-9a-f]{12}' AND datname = current_database()"
-        )
-        assert observer.execute(channels).fetchall() == [(True,)]
-        wait_until(lambda: not observer.execute(channels).fetchall())
+        assert observer.execute(CHANNELS).fetchall() == [(True,)]
+        wait_until(lambda: not observer.execute(CHANNELS).fetchall())
         have_the_proxy_serve_others(proxy, scratch)
         gate.open()
         assert running.value == "done"

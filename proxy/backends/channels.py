@@ -144,8 +144,11 @@ class Channel:
         return word
 
     def when_lost(self, then: Callable[[], None]) -> None:
-        """Call `then` if the connection ends while the session has the channel."""
-        self._backend.on_lost = then
+        """Call `then` if the connection ends, or has ended, while the session has the channel."""
+        if self.is_alive:
+            self._backend.on_lost = then
+        else:
+            then()
 
     def for_another(self) -> None:
         """The session is done: the next one must check that the login still holds."""

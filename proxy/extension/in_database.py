@@ -21,6 +21,7 @@ from protocol.errors import CONNECTION_FAILURE, ServerError, SQLError
 from protocol.messages import ErrorResponse, NoticeResponse
 from proxy.api.calls import permission_denied
 from proxy.api.functions import Needs
+from proxy.backends.channels import Channel
 from proxy.extension.blocks import Blocks
 from proxy.extension.conversation import (
     Answer,
@@ -367,9 +368,7 @@ class DatabaseCalls:
         if not challenge.is_met_by(question, await _proof(challenge)):
             return None
         channel = lease.channel
-        # The function cannot know yet who will answer, so it would search on.
-        lost = ConnectionError("the channel is gone")
-        channel.when_lost(lambda: self._give_up(question, lost))
+        self._give_up_when_lost(channel, question)
         lease.is_locked, channel.is_locked = channel.is_locked, False
         sql = lease.role_query(question, call)
         if not lease.is_locked:
@@ -430,6 +429,13 @@ class DatabaseCalls:
         lease.is_locked = (state or b"").endswith(b"w")
         if found:
             challenge.found = found[0][:-1]
+        if served.call.is_asked:  # older functions do not say whether they wait
+            self._give_up_when_lost(channel, question)
+
+    def _give_up_when_lost(self, channel: Channel, question: Message) -> None:
+        """The function may not know yet who answers: if the channel goes, it would search on."""
+        lost = ConnectionError("the channel is gone")
+        channel.when_lost(lambda: self._give_up(question, lost))
 
     # The answer
 
