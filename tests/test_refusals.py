@@ -296,6 +296,31 @@ async def test_which_cancels_are_meant() -> None:
     assert len(asked) == 3
 
 
+async def test_who_may_have_given_up_is_not_canceled() -> None:
+    """A function says 18 times or more that it waits; after the last time it may wait no longer
+    than a twentieth of a second."""
+    asked: list[Callable[[], bool]] = []
+    refusal = Refusal(asked.append)
+    question = Message(b"", b"", b"1", b"ask", ())
+    for times in (17, 18):
+        refusal.forget()
+        for _ in range(times):
+            refusal.waits(question.nonce)
+        await asyncio.sleep(0.06)
+        refusal.refuse(question, ConnectionError("lost"))
+    assert len(asked) == 1
+    # It has not given up.
+    refusal.waits(question.nonce)
+    assert [is_meant() for is_meant in asked] == [False, True]
+    # By the time that the proxy has connected it may have.
+    refusal.forget()
+    refusal.refuse(question, ConnectionError("lost"))
+    for _ in range(18):
+        refusal.waits(question.nonce)
+    await asyncio.sleep(0.06)
+    assert [is_meant() for is_meant in asked[2:]] == [False]
+
+
 def test_a_cancel_in_time_is_sent_once(
     lonely: Connection, observer: Connection, relay: UpstreamRelay
 ) -> None:

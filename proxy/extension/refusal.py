@@ -23,6 +23,13 @@ _RECENT: Final = 2.0
 """Seconds for which a function is taken to wait that has said so: it says so more often, unless it
 has given up."""
 
+_FEWEST_TIMES: Final = 18
+"""Times that a function says so before it gives up (`sql/answer.sql`), or more, up to 24."""
+
+_RECENT_LAST: Final = 0.03
+"""`_RECENT` from then on: after the last time it waits for 0.05 seconds, and a cancel must meet it
+within that."""
+
 _SIGNALS_ONCE: Final = 170000
 """The first server that does, for a cancel request. Before that, code that catches the cancel may
 be canceled a second time, outside of our functions."""
@@ -43,19 +50,22 @@ class Refusal:
         self._says_it_waits = True
         # Whether the request is being made, and whether it has been sent.
         self._is_connecting = self._is_canceled = False
-        # Who has said last that it waits, and when, by the loop's clock.
+        # Who has said last that it waits, when, by the loop's clock, and how often it was said.
         self._waits = b""
         self._heard = 0.0
+        self._times = 0
 
     def forget(self) -> None:
         """Another question is asked, or the statement has ended."""
         self._error = None
         self._is_connecting = self._is_canceled = False
         self._waits = b""
+        self._times = 0
 
     def waits(self, nonce: bytes) -> None:
         """A function says that it waits for the answer to this question."""
         self._waits, self._heard = nonce, asyncio.get_running_loop().time()
+        self._times += 1
         if self._nonce == nonce:
             self._cancel()
 
@@ -77,7 +87,8 @@ class Refusal:
     @property
     def _is_waiting(self) -> bool:
         age = asyncio.get_running_loop().time() - self._heard
-        return not self._says_it_waits or (self._waits == self._nonce and age < _RECENT)
+        recent = _RECENT if self._times < _FEWEST_TIMES else _RECENT_LAST
+        return not self._says_it_waits or (self._waits == self._nonce and age < recent)
 
     def _cancel(self) -> None:
         error = self._error
