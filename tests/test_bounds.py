@@ -20,6 +20,7 @@ from protocol import messages as m
 from protocol.framing import HEADER_SIZE, LongMessage
 from protocol.messages import ErrorResponse, NoticeResponse, ReadyForQuery, RowDescription
 from proxy import config
+from proxy.jobs.attempt import Attempt
 from proxy.jobs.job import Job
 from proxy.jobs.owner import Owner
 from proxy.jobs.registry import CUT, cut_fields
@@ -253,17 +254,27 @@ def job(queue_size: int = 256 * MEGABYTE) -> Job:
         lease=lease,
         on_finish=lambda job: None,
     )
-    made.assign(still, b"SELECT 1", marker=b"no", session=None, keep_backend=lambda backend: None)
+    made.assign(
+        Attempt(
+            made,
+            still,
+            b"SELECT 1",
+            session=Mock(notice=lambda body: False, failed=lambda error: error),
+            keep_backend=lambda backend: None,
+        )
+    )
     return made
 
 
 def feed(job: Job, data: bytes) -> int:
     """As a backend does; how many pieces it took, between each of which the loop runs."""
+    attempt = job.attempt
+    assert isinstance(attempt, Attempt)
     view = memoryview(data)
     turns = 0
     while view:
-        size = min(len(view), 64 * 1024, job.room())
-        job.feed(view[:size])
+        size = min(len(view), 64 * 1024, attempt.room())
+        attempt.feed(view[:size])
         view = view[size:]
         turns += 1
     return turns
@@ -353,9 +364,9 @@ async def test_a_job_that_runs_does_not_keep_its_session(monkeypatch: pytest.Mon
         server_encoding: Any = b"UTF8"
         inject: Any = None
         cancel_statement: Any = None
-        job_session: Any = staticmethod(lambda *_: None)
+        job_session: Any = staticmethod(lambda *_: Mock())
 
-    monkeypatch.setattr(Job, "start", AsyncMock())
+    monkeypatch.setattr(Attempt, "start", AsyncMock())
     session = Session(ProxyServer(config.load()).jobs)
     launched = await session.launch(LaunchRequest(b"SELECT 1"), Mock(role_id=1))
     gone = weakref.ref(session)

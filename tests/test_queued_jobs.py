@@ -133,6 +133,21 @@ def test_a_queued_job_that_is_cancelled_never_runs(
     assert listed(conn) == []
 
 
+def test_one_that_may_be_tried_again_is_cancelled_as_well(
+    conn: Connection, observer: Connection, gate: Gate, full: int
+) -> None:
+    observer.execute("DROP TABLE IF EXISTS never")
+    call = "pg_background_submit('CREATE TABLE never ()', NULL, 'x', retries => 3)"
+    cookie = one(conn, f"SELECT (h).cookie FROM (SELECT {call} AS h) s")
+    assert state(conn, (None, cookie)) == "queued"
+    ask(conn, "cancel", (None, cookie), 1000)
+    assert ask(conn, "wait", (None, cookie)) is True
+    assert state(conn, (None, cookie)) == "canceled"
+    gate.open()
+    wait_until(lambda: "running" not in str(listed(conn)))
+    assert one(observer, "SELECT to_regclass('never')") is None
+
+
 def test_a_detached_job_stays_queued(
     conn: Connection, observer: Connection, gate: Gate, full: int
 ) -> None:

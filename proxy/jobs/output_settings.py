@@ -95,14 +95,12 @@ class OutputSettings:
     Attributes:
         callers: the caller's, with which the job begins (`read`); empty if not known.
         compares: whether a statement behind the job's compares them.
-        asks_behind: whether that statement is a query of its own.
     """
 
     def __init__(self, parameters: dict[bytes, bytes]) -> None:
         """`parameters`: those of the job's backend."""
         self.callers: Sequence[bytes] = ()
         self.compares = False
-        self.asks_behind = False
         self._parameters = parameters
         # Whether a statement before the last may change them, or runs code of others.
         self._may_change = False
@@ -167,7 +165,7 @@ class OutputSettings:
         """A query to send behind a job that returns these columns; None if none is needed."""
         if self._cursor is not None or self.compares or not _depends(columns):
             return None
-        self.compares = self.asks_behind = True
+        self.compares = True
         return _comparison(self.callers)
 
     def compared(self, tag: bytes) -> None:

@@ -22,7 +22,6 @@ from proxy.backends.reuse import KeepBackend
 from proxy.backends.spares import LONGEST_COMMAND
 from proxy.config.gucs import (
     DEFAULT_QUEUE_SIZE,
-    JOB_SETTING,
     LAUNCH_TIMEOUT,
     MAX_WORKERS,
     QUEUE,
@@ -30,9 +29,10 @@ from proxy.config.gucs import (
 from proxy.jobs import job_log
 from proxy.jobs.at_commit import Notification, Pending, rolled_back
 from proxy.jobs.attached import Jobs, Reservation, checked_queue_size
+from proxy.jobs.attempt import Attempt, JobSession
 from proxy.jobs.context import Context
 from proxy.jobs.history import SessionRole
-from proxy.jobs.job import Job, JobSession
+from proxy.jobs.job import Job
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.registry import NO_PID, PENDING, QUEUED, JobRecord
 from proxy.jobs.request import LaunchRequest
@@ -212,10 +212,10 @@ class Owner(ABC):
             reservation: Reservation, backend: Backend, keep_backend: KeepBackend
         ) -> Job:
             job = self._new(launch)
-            self._give(job, launch, backend, keep_backend)
+            attempt = self._give(job, launch, backend, keep_backend)
             self._known(job)
             try:
-                await self._start(job, reservation, functools.partial(self._withdraw, job))
+                await self._start(job, attempt, reservation, functools.partial(self._withdraw, job))
                 await self.service.peers.announce(job.role_id)
             except asyncio.CancelledError:
                 self.drop(job)
@@ -249,14 +249,18 @@ class Owner(ABC):
             raise
 
     async def _start(
-        self, job: Job, reservation: Reservation, otherwise: Callable[[], None]
+        self,
+        job: Job,
+        attempt: Attempt,
+        reservation: Reservation,
+        otherwise: Callable[[], None],
     ) -> None:
         """Start the job on its backend. If that fails before it has run, call `otherwise`, and
-        raise what `Job.start` has raised: another backend may do.
+        raise what `Attempt.start` has raised: another backend may do.
         """
         reservation.job = job
         try:
-            await job.start()
+            await attempt.start()
         except (StaleLoginError, SQLError, OSError, ProtocolViolation):
             if job.canceled:  # no other attempt
                 job.end_with(canceled(None))
@@ -300,21 +304,18 @@ class Owner(ABC):
             on_finish=functools.partial(_ended, self.jobs, self.service),
         )
 
-    def _give(self, job: Job, launch: _Launch, backend: Backend, keep_backend: KeepBackend) -> None:
+    def _give(
+        self, job: Job, launch: _Launch, backend: Backend, keep_backend: KeepBackend
+    ) -> Attempt:
         """Assign the job to this backend."""
-        launcher = launch.launcher
-        session = self.job_session(launcher.for_job(backend.pid), backend)
+        launcher, sql = launch.launcher, launch.request.sql
+        attempt = _attempt(self, launcher, sql, job, backend, keep_backend)
         if isinstance(job, RetriedJob):
-            assert isinstance(session, Owner)
-            job.next_session = functools.partial(_next_session, session, launcher)
-        job.assign(
-            backend,
-            launch.request.sql,
-            marker=backend.own_settings[JOB_SETTING],
-            session=session,
-            keep_backend=keep_backend,
-        )
+            assert isinstance(attempt.session, Owner)
+            job.next_attempt = functools.partial(_attempt, attempt.session, launcher, sql)
+        job.assign(attempt)
         job_log.started(job, self.service.runtime.config)
+        return attempt
 
     async def _in_room(
         self,
@@ -420,10 +421,10 @@ class Owner(ABC):
             if job.finished:
                 backend.terminate()
                 return
-            self._give(job, launch, backend, keep_backend)
+            attempt = self._give(job, launch, backend, keep_backend)
             self.service.registry.add(job)
             self.jobs.begun(job)
-            await self._start(job, reservation, requeue)
+            await self._start(job, attempt, reservation, requeue)
             counters.launched += 1
             self._follow(job, launch, wait_limit)
 
@@ -509,9 +510,17 @@ async def _relaunch(
     await service.room.launch(launch.launcher.login, attempt, WaitLimit(LONGEST_PAUSE))
 
 
-def _next_session(first: Owner, launcher: Launcher, backend: Backend) -> JobSession:
-    """The session that serves the calls of a later attempt. `first`: that of the first one."""
-    return first.job_session(launcher.for_job(backend.pid), backend)
+def _attempt(
+    owner: Owner,
+    launcher: Launcher,
+    sql: bytes,
+    job: Job,
+    backend: Backend,
+    keep_backend: KeepBackend,
+) -> Attempt:
+    """An attempt of a job. `owner`: the job's; of a later attempt, the session of the first."""
+    session = owner.job_session(launcher.for_job(backend.pid), backend)
+    return Attempt(job, backend, sql, session=session, keep_backend=keep_backend)
 
 
 def _ended(jobs: Jobs, service: JobService, job: Job) -> None:

@@ -187,7 +187,8 @@ class JobRecord:
         """Undo add_waiter()."""
         self._waiters.discard(waiter)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Something has changed: resolve the futures."""
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -271,7 +272,7 @@ class RemoteJob(JobRecord):
         # A list has less of it than other answers; the SQL never changes.
         self._sql = max(self._sql, base64.b64decode(snapshot["sql"]), key=len)
         if self.finished:
-            self._wake()
+            self.wake()
         return self
 
     def lose(self) -> None:
@@ -285,7 +286,7 @@ class RemoteJob(JobRecord):
             f"lost connection to worker process with PID {self.pid}",
             detail="The process of the proxy that ran the job has ended.",
         ).response()
-        self._wake()
+        self.wake()
 
 
 def _text(data: bytes | None) -> str | None:

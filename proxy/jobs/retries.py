@@ -26,11 +26,11 @@ from protocol.errors import (
 )
 from protocol.messages import ErrorResponse
 from proxy.backends.backend import Backend
+from proxy.backends.identity import StaleLoginError
 from proxy.backends.reuse import KeepBackend
-from proxy.config.gucs import JOB_SETTING
-from proxy.jobs.job import Job, JobSession
-from proxy.jobs.registry import LISTED_SQL_SIZE
-from proxy.jobs.termination import canceled
+from proxy.jobs.attempt import Attempt
+from proxy.jobs.job import Job
+from proxy.jobs.termination import canceled, lost_connection
 from proxy.log import Event, Value, logger
 from proxy.sql import lexer
 from proxy.sql.encodings import codec
@@ -56,8 +56,8 @@ _ONE_TRANSACTION: Final = (
 Relaunch = Callable[[Callable[[Backend, KeepBackend], Awaitable[None]]], Awaitable[None]]
 """Has the job begin on another ready backend. Raises SQLError."""
 
-NextSession = Callable[[Backend], JobSession]
-"""The session that serves the calls of an attempt on this backend."""
+NextAttempt = Callable[[Job, Backend, KeepBackend], Attempt]
+"""Makes another attempt of a job."""
 
 
 def checked(retries: int | None, sql: bytes | None) -> int:
@@ -95,64 +95,50 @@ class RetriedJob(Job):
 
     Attributes:
         retries: how many attempts may follow.
-        next_session: makes the session for another attempt; set when that begins.
+        next_attempt: makes another; set when the first begins.
         on_change: called when it has lost its backend, or has another one.
     """
 
     def __init__(self, sql: bytes, *, retries: int, relaunch: Relaunch, **others: Any) -> None:
         """`others`: arguments of `Job`."""
         assert not others["keep_rows"]
+        super().__init__(sql, **others)
         self.retries = retries
         self._relaunch: Relaunch | None = relaunch
-        self.next_session: NextSession | None = None
-        self._whole_sql = sql
+        self.next_attempt: NextAttempt | None = None
         self.on_change: Callable[[], None] = lambda: None
-        self._begins_with = ""
         # Without a backend: starts the next attempt.
         self._next: asyncio.Task[None] | None = None
-        super().__init__(sql, **others)
 
-    def _refused(self, sql: bytes, statement: lexer.Statement) -> str | None:
-        self._begins_with = self._begins_with or _beginning(sql, statement)
-        return super()._refused(sql, statement)
-
-    async def _prepared(self, backend: Backend) -> bytes:
-        sql = await super()._prepared(backend)
-        if self._statements == 1 and self._begins_with not in _ONE_TRANSACTION:
+    def check_alone(self, sql: bytes, statement: lexer.Statement) -> None:
+        word = _beginning(sql, statement)
+        if word not in _ONE_TRANSACTION:
             raise SQLError(
                 FEATURE_NOT_SUPPORTED,
-                f"a job of {self._begins_with.upper()} alone cannot be tried again",
+                f"a job of {word.upper()} alone cannot be tried again",
                 detail="It may have committed something before it fails.",
                 hint="A string of several statements is one transaction: put another one in front,"
                 " such as SELECT.",
             )
-        return sql
 
-    def _finish(self, *, is_idle: bool = False) -> None:
+    def finish(self, *, is_idle: bool = False) -> None:
         error = self.error
         if (
             error is None
-            or not self._statements
+            or self.attempt is None
+            or not self.attempt.statements
             or not self._may_go_on(error.sqlstate)
             or self.termination is not None
         ):
             self._end(is_idle=is_idle)
-            return
-        backend, self._backend = self._backend, None
-        if backend is not None:
-            backend.forget_receiver()
-            backend.terminate()
-        self.output.end()
-        if self._session is not None:
-            self._session.close(is_idle=is_idle)
-            self._session = None
-        self._try_again(error)
+        else:
+            self._end_attempt(is_idle=is_idle, may_keep=False)
+            self._try_again(error)
 
     def _end(self, *, is_idle: bool = False) -> None:
         self.retries = 0
-        self._whole_sql = b""
-        self._relaunch = self.next_session = None
-        super()._finish(is_idle=is_idle)
+        self._relaunch = self.next_attempt = None
+        super().finish(is_idle=is_idle)
 
     def _may_go_on(self, sqlstate: str) -> bool:
         return (
@@ -180,38 +166,39 @@ class RetriedJob(Job):
         try:
             await self._relaunch(self._begin_again)
         except SQLError as error:
-            self._next = self._backend = None
+            self._next = None
             if self.finished:
                 return
-            self._fail(error.response(codec(self.encoding)))
+            self.fail(error.response(codec(self.encoding)))
             if self._may_go_on(error.sqlstate):
                 self._try_again(error.response(codec(self.encoding)))
             else:
                 self._end()
         except (OSError, ProtocolViolation) as error:
             self._next = None
-            self.close(error)
+            self.is_lost = True
+            self.end_with(lost_connection(self.pid, error, None))
 
     async def _begin_again(self, backend: Backend, keep_backend: KeepBackend) -> None:
-        if self.canceled or self.next_session is None:
+        if self.canceled or self.next_attempt is None:
             backend.terminate()  # while its replacement for a stale login was found
             raise SQLError(QUERY_CANCELED, "canceling statement due to user request")
         self._next = None  # it is this task, or will follow this attempt
         self.tags = []
         self.progress = (None, None)
-        self._sql = self._whole_sql
-        session = self.next_session(backend)
-        self._run_on(backend, backend.own_settings[JOB_SETTING], session, keep_backend)
-        await self.start()
+        attempt = self.next_attempt(self, backend, keep_backend)
+        self._begin(attempt)
+        try:
+            await attempt.start()
+        except (StaleLoginError, SQLError, OSError, ProtocolViolation):
+            self._end_attempt(is_idle=False)
+            raise
         self.on_change()
-        if self._is_detached:
-            self._sql = self._sql[:LISTED_SQL_SIZE]
-            self._text.forget()
 
     def stop_trying(self) -> bool:
         """Make no further attempt. Returns whether that ends the job."""
         self.retries = 0
-        if self.finished or self._backend is not None:
+        if self.finished or self.attempt is not None:
             return False
         if self._next is not None:
             self._next.cancel()
