@@ -6,6 +6,7 @@ reading it takes time in proportion to its size.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from protocol import messages as m
 from protocol.framing import HEADER_SIZE, LongMessage
 from protocol.messages import ErrorResponse, NoticeResponse, ReadyForQuery, RowDescription
 from proxy import config
+from proxy.jobs import launch as launches
 from proxy.jobs.attempt import Attempt
 from proxy.jobs.job import Job
 from proxy.jobs.owner import Owner
@@ -368,7 +370,10 @@ async def test_a_job_that_runs_does_not_keep_its_session(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Attempt, "start", AsyncMock())
     session = Session(ProxyServer(config.load()).jobs)
-    launched = await session.launch(LaunchRequest(b"SELECT 1"), Mock(role_id=1))
+    request, context = LaunchRequest(b"SELECT 1"), Mock(role_id=1)
+    launched = await launches.launch(
+        session, request, context, session.launcher, b"UTF8", waiting=contextlib.nullcontext
+    )
     gone = weakref.ref(session)
     del session
     gc.collect()

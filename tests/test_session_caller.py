@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from protocol.errors import SQLError
+from proxy.api import calls
 from proxy.config import Config
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.queue import JobQueue
@@ -17,7 +18,9 @@ from proxy.session.caller import SessionCaller
 
 
 @pytest.mark.parametrize("first", ["launched", "interrupted"])
-def test_a_launch_that_ends_as_its_wait_is_interrupted_leaves_no_job(first: str) -> None:
+def test_a_launch_that_ends_as_its_wait_is_interrupted_leaves_no_job(
+    monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
     """Otherwise a session that has ended would get a job, which is never fetched or detached."""
     dropped: list[object] = []
     job = object()
@@ -29,8 +32,10 @@ def test_a_launch_that_ends_as_its_wait_is_interrupted_leaves_no_job(first: str)
             await opened.wait()
             return job
 
+        monkeypatch.setattr(calls, "launch", launch)
         session: Any = SimpleNamespace(
-            launch=launch,
+            launcher=None,
+            client_encoding=b"UTF8",
             drop=dropped.append,
             jobs=(),
             service=SimpleNamespace(registry=SimpleNamespace(running=set())),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ from proxy.jobs.context import Context
 from proxy.jobs.history import PastJob, SessionRole
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
+from proxy.jobs.launch import launch
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.owner import Owner
 from proxy.jobs.registry import NO_PID, Handle, JobRecord
@@ -136,13 +137,12 @@ class Caller(ABC):
         )
         await self._owner.inject(NoticeResponse(warning.response(self.codec).fields).serialize())
 
-    @abstractmethod
     async def launch(self, request: LaunchRequest) -> Job:
-        """Start a job with the context's role and settings, once there is room."""
-
-    async def _launched(self, launch: Coroutine[Any, Any, Job]) -> Job:
-        """The job of a launch; if the wait for it is interrupted, the launch is cancelled."""
-        launching = asyncio.ensure_future(launch)
+        """Start a job with the context's role and settings, once there is room. If the wait is
+        interrupted, the launch is cancelled."""
+        launching = asyncio.ensure_future(
+            launch(self._owner, request, self.context, *self._launching, self._interrupts.for_room)
+        )
         running = self._owner.service.registry.running  # to wait for room is to wait for these
         try:
             return await self._interrupts.for_future(launching, running)

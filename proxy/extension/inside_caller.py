@@ -24,6 +24,7 @@ from proxy.extension.questions import Call, decoded, malformed
 from proxy.jobs.context import Context
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
+from proxy.jobs.launch import launch_at_commit
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.owner import Owner
 from proxy.jobs.request import LaunchRequest
@@ -188,24 +189,13 @@ class InsideCaller(Caller):
         return self._launcher, self._call.encoding
 
     async def launch(self, request: LaunchRequest) -> Job:
-        job = await self._launched(
-            self._owner.launch(
-                request,
-                self.context,
-                launcher=self._launcher,
-                client_encoding=self._call.encoding,
-                waiting=self._interrupts.for_room,
-            )
-        )
+        job = await super().launch(request)
         self._call.launched.append(job)
         return job
 
     async def launch_at_commit(self, request: LaunchRequest) -> Job:
-        job, notification = await self._owner.launch_at_commit(
-            request,
-            self.context,
-            launcher=self._launcher,
-            client_encoding=self._call.encoding,
+        job, notification = await launch_at_commit(
+            self._owner, request, self.context, *self._launching
         )
         self._call.launched.append(job)
         self._call.notification = notification

@@ -30,6 +30,7 @@ from proxy.jobs.context import activity_query
 from proxy.jobs.history import PastJob
 from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.job import Job
+from proxy.jobs.launch import launch_at_commit
 from proxy.jobs.launcher import Launcher
 from proxy.jobs.registry import Handle, JobRecord
 from proxy.jobs.request import LaunchRequest
@@ -295,17 +296,13 @@ class SessionCaller(Caller):
     async def find(self, handles: Sequence[Handle]) -> list[JobRecord | None]:
         return await self._for(super().find(handles))
 
-    async def launch(self, request: LaunchRequest) -> Job:
-        return await self._launched(
-            self._session.launch(request, self.context, waiting=self._interrupts.for_room)
-        )
-
     async def launch_at_commit(self, request: LaunchRequest) -> Job:
         if self._primary.synced:
             # The transaction has ended, and had nothing to commit.
             return await self.launch(request)
         # If this is interrupted while the job is pending, its word never comes.
-        job, notification = await self._for(self._session.launch_at_commit(request, self.context))
+        launching = launch_at_commit(self._session, request, self.context, *self._launching)
+        job, notification = await self._for(launching)
         # As parameters, since others who see the session's queries must not see the word.
         await self._primary.query(_NOTIFY, notification)
         return job
