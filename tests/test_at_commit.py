@@ -450,6 +450,15 @@ def test_a_detached_job_starts_all_the_same(conn: Connection, observer: Connecti
     wait_until(lambda: n in ran(observer))
 
 
+def test_a_job_that_is_detached_as_it_is_prepared_runs_all_the_same(
+    conn: Connection, observer: Connection, n: int
+) -> None:
+    cookie = direct(conn, "SELECT 1;" * 50_000 + job(n))
+    wait_until(lambda: state(conn, cookie) == "running")
+    conn.execute("SELECT pg_background_detach(NULL, %s)", [cookie])
+    wait_until(lambda: n in ran(observer))
+
+
 def test_pending_jobs_wait_for_room_when_they_may_start(
     conn: Connection, observer: Connection, n: int
 ) -> None:
