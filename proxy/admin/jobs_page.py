@@ -102,7 +102,7 @@ def _shown(job: Job, wait: str | None) -> dict[str, Any]:
         "label": _beginning(job, job.label, _LABEL_SIZE),
         "role": text(job.user),
         "database": text(job.database),
-        "state": "abandoned" if job.is_abandoned else job.state.decode(),
+        "state": job.state_for_operators,
         "canceled": job.canceled,
         "launched": job.launched_at.timestamp(),
         "seconds": job.elapsed_ms / 1000,

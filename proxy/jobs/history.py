@@ -15,7 +15,7 @@ import functools
 import hashlib
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
@@ -29,6 +29,7 @@ from proxy.jobs.context import Context
 from proxy.jobs.job import Job
 from proxy.jobs.registry import NO_PID, Handle, JobRecord, shortened
 from proxy.jobs.retries import RetriedJob
+from proxy.jobs.termination import Lease
 from proxy.log import logger
 from proxy.reasons import explain
 from proxy.sql.encodings import NO_CONVERSION, array_2_text, array_text
@@ -76,9 +77,6 @@ _AS_STORED: Final = (
     b" pg_catalog.current_setting('server_encoding'), true)"
 )
 """Keeps the server from converting: a single row that it cannot convert would hide all others."""
-
-Lease = Callable[[], Awaitable[Channel]]
-"""Lends a channel of a login. Raises SQLError, OSError, ProtocolViolation."""
 
 Command = tuple[bytes, Sequence[bytes]]
 

@@ -195,6 +195,11 @@ class Job(JobRecord):
         """The pid of the present backend; a retry has another than the first attempt."""
         return self.pid if self.attempt is None else self.attempt.backend.pid
 
+    @property
+    def state_for_operators(self) -> str:
+        """`state`, or abandoned."""
+        return "abandoned" if self.is_abandoned else self.state.decode()
+
     def stop_trying(self) -> bool:
         """Make no further attempt. Returns whether that ends the job."""
         return False

@@ -34,7 +34,7 @@ def ended(job: Job, config: Config) -> None:
     if least == OFF or not (failed or took >= least):
         return
     values: dict[str, Value] = {
-        "state": "abandoned" if job.is_abandoned else job.state.decode(),
+        "state": job.state_for_operators,
         "duration": Milliseconds(took),
         "rows": None if failed else job.row_count,
         "sqlstate": None if job.error is None else job.error.sqlstate,

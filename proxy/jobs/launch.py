@@ -381,7 +381,6 @@ def _ended(jobs: Jobs, service: JobService, job: Job) -> None:
     job_log.ended(job, service.runtime.config)
     jobs.ended(job)
     service.counts_of(job.database).ended(job)
-    state = "abandoned" if job.is_abandoned else job.state.decode()
     sqlstate = None if job.error is None else job.error.sqlstate
-    counters.job_ended(state, sqlstate, job.elapsed_ms / 1000)
+    counters.job_ended(job.state_for_operators, sqlstate, job.elapsed_ms / 1000)
     service.ended(job)

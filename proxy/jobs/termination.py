@@ -18,7 +18,7 @@ from proxy.backends.channels import Channel
 from proxy.reasons import explain
 
 Lease = Callable[[], Awaitable[Channel]]
-"""Lends a channel with the login of the job's backend. Raises SQLError, OSError."""
+"""Lends a channel with a job's login. Raises SQLError, OSError, ProtocolViolation."""
 
 _TERMINATE: Final = b"""
 SELECT CAST(a.backend_xid AS pg_catalog.text),
