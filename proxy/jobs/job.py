@@ -73,6 +73,12 @@ class Job(JobRecord):
             the job may have committed before.
     """
 
+    __slots__ = (
+        *("route", "user", "database", "attempt", "output", "keeps_rows", "columns", "parameters"),
+        *("has_handle", "lease", "termination", "is_detached", "is_abandoned", "is_lost"),
+        *("cut_off", "_on_finish", "_release_backend", "_afterwards", "_whole_error", "_text"),
+    )
+
     def __init__(
         self,
         sql: bytes,

@@ -99,6 +99,8 @@ class RetriedJob(Job):
         on_change: called when it has lost its backend, or has another one.
     """
 
+    __slots__ = ("_next", "_relaunch", "next_attempt", "on_change", "retries")
+
     def __init__(self, sql: bytes, *, retries: int, relaunch: Relaunch, **others: Any) -> None:
         """`others`: arguments of `Job`."""
         assert not others["keep_rows"]
