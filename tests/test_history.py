@@ -316,6 +316,19 @@ def test_a_queued_job(writer: Connection, observer: Connection, gate: Gate) -> N
     wait_until(lambda: observer.execute(query, [cookie]).fetchall() == [("stopped", True, True)])
 
 
+def test_a_queued_job_that_was_detached_has_its_whole_string(
+    writer: Connection, observer: Connection, gate: Gate
+) -> None:
+    writer.execute("SET pg_background.max_workers = 1; SET pg_background.queue = on")
+    submit(writer, gate.sql)
+    string = "SELECT " + "1 + " * 500 + "1"
+    cookie = submit(writer, string).cookie
+    writer.execute("SELECT pg_background_detach(NULL, %s)", [cookie])
+    gate.open()
+    query = "SELECT sql FROM pg_background_history WHERE cookie = %s AND state = 'stopped'"
+    assert wait_until(lambda: observer.execute(query, [cookie]).fetchall()) == [(string,)]
+
+
 def test_many_jobs_at_once(writer: Connection, observer: Connection) -> None:
     writer.execute("SET pg_background.max_workers = 40")
     label = "many"

@@ -27,7 +27,7 @@ from proxy.backends.identity import Login
 from proxy.config import Config
 from proxy.jobs.context import Context
 from proxy.jobs.job import Job
-from proxy.jobs.registry import NO_PID, Handle, JobRecord, shortened
+from proxy.jobs.registry import FULL_SQL_SIZE, NO_PID, Handle, JobRecord, shortened
 from proxy.jobs.retries import RetriedJob
 from proxy.jobs.termination import Lease
 from proxy.log import logger
@@ -222,11 +222,14 @@ class History:
 
     # Writing
 
-    def follow(self, job: Job, role: SessionRole, lease: Lease, *, waited: float) -> None:
+    def follow(
+        self, job: Job, sql: bytes, role: SessionRole, lease: Lease, *, waited: float
+    ) -> None:
         """Record a job that has been started.
 
         Args:
             job: may have ended already.
+            sql: its whole string; of a detached job, it has only the beginning.
             waited: seconds for room.
             role: as which it was launched.
             lease: lends a channel with the job's login.
@@ -234,10 +237,8 @@ class History:
         config = self._config()
         if config.history == "off" or (config.history == "labeled" and job.label is None):
             return
-        sql = job.full_sql
-        if config.history_sql:
-            sql = shortened(sql, _SQL_SIZE, job.encoding)
-        else:
+        sql = shortened(sql, _SQL_SIZE if config.history_sql else FULL_SQL_SIZE, job.encoding)
+        if not config.history_sql:
             sql = b"sha256:" + hashlib.sha256(sql).hexdigest().encode()
         entry = _Entry(job, sql, job.launched_at - timedelta(seconds=waited))
         writer = self._writers.setdefault(role, _Writer(lease))

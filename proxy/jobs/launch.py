@@ -327,7 +327,9 @@ class _Launch:
         role = SessionRole.of(
             launcher.login, self._context, self._client_encoding, self._owner.server_encoding
         )
-        self._service.history.follow(job, role, launcher.channel, waited=wait_limit.waited)
+        self._service.history.follow(
+            job, self._request.sql, role, launcher.channel, waited=wait_limit.waited
+        )
 
     def _leave_databases(self) -> None:
         if b"database" in (lower := self._request.sql[: LONGEST_COMMAND + 1].lower()):
