@@ -18,8 +18,8 @@ any other  ReadyForQuery                                 ENDED
 any        the job lets it end                           ENDED
 ========== ============================================= ==========
 
-Without a pooler the string has committed, or failed, before COMPARING; with one, by the end of
-COMMITTING. Nothing is asked about a connection that is lost while PREPARING: nothing has run.
+The string has committed, or failed, before COMPARING; behind a pooler, by the end of COMMITTING. If
+the connection is lost while PREPARING, nothing of it has run.
 """
 
 from __future__ import annotations

@@ -61,6 +61,9 @@ class Launcher:
     """Opens the backends for the jobs of one session, or of one job.
 
     Attributes:
+        route: to its server.
+        user: the login role.
+        login: of the jobs' backends.
         reuse: its backends whose jobs have ended.
     """
 
@@ -86,20 +89,15 @@ class Launcher:
         self._startup = startup
         self.route = route
         self.user = startup[b"user"]
-        self._login = Login(route, startup.get(b"database") or self.user, self.user)
+        self.login = Login(route, startup.get(b"database") or self.user, self.user)
         self._observer = observer
         self.pid = pid
         self.reuse = reuse
 
     @property
-    def login(self) -> Login:
-        """The login of the jobs' backends."""
-        return self._login
-
-    @property
     def database(self) -> bytes:
         """The database of that login."""
-        return self._login.database
+        return self.login.database
 
     async def launch(
         self,
@@ -135,7 +133,7 @@ class Launcher:
         if worker_timeout := self.setting(WORKER_TIMEOUT, context):
             overrides[b"statement_timeout"] = b"%d" % worker_timeout
         open_one = functools.partial(self._open_side_backend, login)
-        key = (self._login, tuple(login.parameters.items()))
+        key = (self.login, tuple(login.parameters.items()))
         spares = self._service.spares
         is_stale = False
         while True:
@@ -154,9 +152,9 @@ class Launcher:
                 return await begin(backend, functools.partial(self.reuse.keep, key))
             except StaleLoginError as error:
                 # Let the server judge a new login; the other spares are just as stale.
-                logger.debug("the spares of %s are retired: %s", self._login, explain(error))
+                logger.debug("the spares of %s are retired: %s", self.login, explain(error))
                 backend.terminate()
-                spares.retire(self._login)
+                spares.retire(self.login)
                 is_stale = True
             except (ServerError, ConnectionError, ProtocolViolation) as error:
                 backend.terminate()
@@ -221,25 +219,25 @@ class Launcher:
 
         Raises SQLError, OSError.
         """
-        _, database, user = self._login
+        _, database, user = self.login
         login = StartupMessage(
             {b"user": user, b"database": database, b"application_name": APPLICATION_NAME}
         )
         open_one = functools.partial(self._open, login)
         return await self._service.channels.lease(
-            self._login, functools.partial(self._service.spares.open_now, open_one)
+            self.login, functools.partial(self._service.spares.open_now, open_one)
         )
 
     async def open_listener(self) -> Backend:
         """A backend for LISTEN. Raises SQLError."""
-        _, database, user = self._login
+        _, database, user = self.login
         name = LISTENER_NAME
         login = StartupMessage({b"user": user, b"database": database, b"application_name": name})
         return await self._service.spares.open_now(functools.partial(self._open, login))
 
     def idle_channel(self, pid: int) -> Channel | None:
         """The channel with this pid, if it is idle and shows a word."""
-        return self._service.channels.take(self._login, pid)
+        return self._service.channels.take(self.login, pid)
 
     def for_job(self, pid: int) -> Launcher:
         """The launcher for a job whose backend has this pid."""
@@ -249,7 +247,7 @@ class Launcher:
     def for_login(self, role: bytes) -> Launcher:
         """The launcher for code that runs as another role than the session's: it logs in with the
         proxy's credentials for that role, and with none of the session's."""
-        startup = {**self._startup, b"user": role, b"database": self._login.database}
+        startup = {**self._startup, b"user": role, b"database": self.login.database}
         observer = LoginObserver.of_code()
         return Launcher(self._service, startup, self.route, observer, self.pid, self.reuse)
 
@@ -265,7 +263,7 @@ class Launcher:
 
     async def _open(self, login: StartupMessage) -> Backend:
         runtime = self._service.runtime
-        credentials = await runtime.credentials_of(*self._login, self._observer)
+        credentials = await runtime.credentials_of(*self.login, self._observer)
         try:
             return await open_backend(
                 functools.partial(runtime.dialer.connect_by, self.route),
@@ -275,6 +273,6 @@ class Launcher:
             )
         except SQLError as error:
             if error.sqlstate == INVALID_PASSWORD:
-                _, database, user = self._login
+                _, database, user = self.login
                 runtime.password_command.forget(self.route.host, database, user)
             raise
