@@ -7,7 +7,7 @@ yet, so the length is bounded before the packet is read.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from protocol import wire
 from protocol.messages.authentication import MAX_SECRET_KEY_LENGTH
@@ -15,6 +15,9 @@ from protocol.wire import ProtocolViolation, Reader
 
 MAX_STARTUP_PACKET_LENGTH = 10000
 """The longest body in bytes, without the length word: PostgreSQL's own limit."""
+
+_FALSE: Final = (b"false", b"off", b"no", b"0", b"f", b"n")
+"""Values of the parameter ``replication`` that ask for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,30 @@ class StartupMessage:
 
     parameters: dict[bytes, bytes]
     version: tuple[int, int] = (3, 0)
+
+    @property
+    def user(self) -> bytes:
+        """The role; empty if none is named, which a server refuses."""
+        return self.parameters.get(b"user", b"")
+
+    @property
+    def database(self) -> bytes:
+        """By default the one of the role's name."""
+        return self.parameters.get(b"database") or self.user
+
+    @property
+    def application_name(self) -> bytes:
+        return self.parameters.get(b"application_name", b"")
+
+    @property
+    def is_replication(self) -> bool:
+        """Whether it asks for replication, physical or logical."""
+        return self.parameters.get(b"replication", b"false").lower() not in _FALSE
+
+    @property
+    def is_physical_replication(self) -> bool:
+        """Whether it asks for replication of the whole cluster, which belongs to no database."""
+        return self.is_replication and self.parameters[b"replication"].lower() != b"database"
 
     def serialize(self) -> bytes:
         """The whole packet. Raises ValueError for an empty name or a NUL in a string."""

@@ -98,10 +98,8 @@ class ConsoleLogin:
 
     def is_for(self, startup: StartupMessage) -> bool:
         """Whether a client asks for the console, and there is one."""
-        user = startup.parameters.get(b"user", b"")
-        if (startup.parameters.get(b"database") or user) != DATABASE:
-            return False
-        return bool(self._config.admin_users or self._config.stats_users)
+        config = self._config
+        return startup.database == DATABASE and bool(config.admin_users or config.stats_users)
 
     async def serve(
         self, client: Connection, startup: StartupMessage, rest: bytes, let_in: Callable[[], None]
@@ -110,7 +108,6 @@ class ConsoleLogin:
 
         Raises SQLError, ProtocolViolation, ConnectionError.
         """
-        user = startup.parameters.get(b"user", b"")
         if b"replication" in startup.parameters:
             raise SQLError(FEATURE_NOT_SUPPORTED, "the console has no replication")
         inbox = Inbox(client)
@@ -121,14 +118,15 @@ class ConsoleLogin:
         _negotiate(client, startup)
         is_own = is_own_user(client)
         if not is_own:
-            await self._authenticate(client, inbox, user)
-        console_user = ConsoleUser(user.decode("utf-8", "replace"), self._runtime, is_own=is_own)
+            await self._authenticate(client, inbox, startup.user)
+        name = startup.user.decode("utf-8", "replace")
+        console_user = ConsoleUser(name, self._runtime, is_own=is_own)
         with self._place(console_user):
             let_in()
             greeting = [AuthenticationOk().serialize()]
             parameters = _PARAMETERS | {
                 "session_authorization": console_user.name,
-                "application_name": _text(startup.parameters.get(b"application_name", b"")),
+                "application_name": _text(startup.application_name),
             }
             greeting += [
                 ParameterStatus(name.encode(), value.encode()).serialize()

@@ -27,13 +27,10 @@ def check_address(client: Connection, config: Config) -> None:
         raise _refused(f'no connections are taken from host "{address}"', "allow_from")
 
 
-def check_names(startup: StartupMessage, config: Config, *, is_replication: bool) -> None:
+def check_names(startup: StartupMessage, config: Config) -> None:
     """Raises SQLError, FATAL, if the role or the database is not allowed."""
-    user = startup.parameters.get(b"user", b"")
-    role = _text(user)
-    database = _text(startup.parameters.get(b"database") or user)
-    if is_replication and startup.parameters[b"replication"].lower() != b"database":
-        database = _REPLICATION
+    role = _text(startup.user)
+    database = _REPLICATION if startup.is_physical_replication else _text(startup.database)
     if config.allow_roles and role not in config.allow_roles:
         raise _refused(f'role "{role}" is not allowed to connect', "allow_roles")
     if config.allow_databases and database not in config.allow_databases:

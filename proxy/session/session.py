@@ -73,9 +73,6 @@ from proxy.statements.plan import Statement
 from proxy.statements.unserved import unavailable, unserved
 from proxy.stats import counters
 
-# Values of the startup parameter `replication` that ask for none
-_FALSE: Final = (b"false", b"off", b"no", b"0", b"f", b"n")
-
 # The version number 1234.5681, which is no request code
 _NO_REQUEST: Final = struct.pack("!HH", 1234, 5681)
 
@@ -236,7 +233,7 @@ class Session(ClientSession):
     async def _serve_console(self, startup: StartupMessage) -> None:
         """Let the console serve the client. Its users are not the server's roles."""
         self._startup = startup
-        self._log.asked(startup, is_replication=False)
+        self._log.asked(startup)
         check_address(self.client, self._config)
         self.is_console = True
 
@@ -256,16 +253,15 @@ class Session(ClientSession):
     async def _connect(self, startup: StartupMessage, raw: bytes) -> None:
         """Connect to the server, let the client log in, and leave the rest to the relay."""
         self._startup = startup
-        replication = startup.parameters.get(b"replication", b"false").lower()
-        self._is_replication = replication not in _FALSE
-        self._log.asked(startup, is_replication=self._is_replication)
+        self._is_replication = startup.is_replication
+        self._log.asked(startup)
         check_address(self.client, self._config)
-        check_names(startup, self._config, is_replication=self._is_replication)
+        check_names(startup, self._config)
         if not self._is_replication:
             with_ours = self._with_watchword(startup).serialize()
             if len(with_ours) - 4 <= MAX_STARTUP_PACKET_LENGTH:
                 raw = with_ours
-        from_client, from_server = await self._log_in(startup.parameters, raw)
+        from_client, from_server = await self._log_in(startup, raw)
         assert self.primary is not None
         self._login = None
         self.relay = Relay(self.client, self.primary, self)
@@ -309,7 +305,7 @@ class Session(ClientSession):
         self._is_pooled = login_end.is_pooled
         return bytes(early), from_server
 
-    async def _log_in(self, parameters: dict[bytes, bytes], startup: bytes) -> tuple[bytes, bytes]:
+    async def _log_in(self, startup: StartupMessage, raw: bytes) -> tuple[bytes, bytes]:
         """Connect to a server that lets the client in. Returns what both have sent after that.
 
         A server that refuses the connection at once may take it another way (`Dialer.alternative`),
@@ -332,8 +328,8 @@ class Session(ClientSession):
                 self.client.write(refusal.messages)
                 raise ConnectionError(explain(error)) from None
             self.client.opposite, self.primary.opposite = self.primary, self.client
-            self.primary.write(startup)
-            self._login = self._new_login(self.primary, parameters)
+            self.primary.write(raw)
+            self._login = self._new_login(self.primary, startup)
             self.client.receive(received)
             if self._client_ended:
                 self._login.client_ended()
@@ -356,9 +352,8 @@ class Session(ClientSession):
         assert self.primary is not None
         self.primary.write(data)
 
-    def _new_login(self, primary: Connection, parameters: dict[bytes, bytes]) -> Login:
-        user = parameters.get(b"user", b"")
-        database = parameters.get(b"database", user)
+    def _new_login(self, primary: Connection, startup: StartupMessage) -> Login:
+        user, database = startup.user, startup.database
         client_key = rate_limit.client_key(self.client.peer.name)
         plain = self._config.auth_type == "plain"
         return Login(
@@ -376,8 +371,7 @@ class Session(ClientSession):
         client's address if configured."""
         ours = {SESSION_SETTING: self._database_calls.secrets.setting}
         if self._config.application_name_add_host:
-            name = startup.parameters.get(b"application_name", b"")
-            ours[b"application_name"] = name_with_host(name, self.client)
+            ours[b"application_name"] = name_with_host(startup.application_name, self.client)
         return StartupMessage({**startup.parameters, **ours}, startup.version)
 
     def _no_data(self, data: bytes) -> None:
@@ -475,13 +469,12 @@ class Session(ClientSession):
 
     @property
     def summary(self) -> SessionSummary:
-        parameters = self._startup.parameters if self._startup is not None else {}
-        user = parameters.get(b"user", b"")
+        startup = self._startup or StartupMessage({})
         return SessionSummary(
             self._number,
-            user,
-            parameters.get(b"database") or user,
-            parameters.get(b"application_name", b""),
+            startup.user,
+            startup.database,
+            startup.application_name,
             self._state,
             self._connected_at,
             0 if self._key is None else self._key.pid,

@@ -41,16 +41,13 @@ class SessionLog:
         if config.log_connections:
             logger.info(Event("connection received", self._from))
 
-    def asked(self, startup: StartupMessage, *, is_replication: bool) -> None:
+    def asked(self, startup: StartupMessage) -> None:
         """It has sent its startup packet."""
-        user = startup.parameters.get(b"user", b"")
-        database = startup.parameters.get(b"database") or user
-        if is_replication and startup.parameters[b"replication"].lower() != b"database":
-            database = b""  # physical replication has none
-        self._who = {"user": _text(user), "database": _text(database)}
-        if name := startup.parameters.get(b"application_name"):
+        database = b"" if startup.is_physical_replication else startup.database
+        self._who = {"user": _text(startup.user), "database": _text(database)}
+        if name := startup.application_name:
             self._application = {"application_name": _text(name)}
-        self._is_replication = is_replication
+        self._is_replication = startup.is_replication
 
     def authorized(self, client: Connection, pid: int, config: Config) -> None:
         """The server has let it in, on a backend."""

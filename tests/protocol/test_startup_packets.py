@@ -134,3 +134,28 @@ def test_what_would_read_as_something_else_is_not_serialized(
 
 def test_the_key_of_a_cancel_request_is_not_in_its_repr() -> None:
     assert "secret" not in repr(CancelRequest(1, b"secret")).replace("secret_key", "")
+
+
+@pytest.mark.parametrize("given", [{}, {b"database": b""}])
+def test_the_database_is_by_default_the_one_of_the_role(given: dict[bytes, bytes]) -> None:
+    assert StartupMessage({b"user": b"me", **given}).database == b"me"
+    assert StartupMessage(given).database == b""
+
+
+@pytest.mark.parametrize(
+    ("value", "is_replication", "is_physical"),
+    [
+        (None, False, False),
+        (b"FALSE", False, False),
+        (b"0", False, False),
+        (b"true", True, True),
+        (b"1", True, True),
+        (b"Database", True, False),
+    ],
+)
+def test_replication_is_physical_unless_it_names_the_database(
+    value: bytes | None, is_replication: bool, is_physical: bool
+) -> None:
+    startup = StartupMessage({} if value is None else {b"replication": value})
+    assert startup.is_replication is is_replication
+    assert startup.is_physical_replication is is_physical
