@@ -51,6 +51,11 @@ class ClientSession(Owner, Hooks):
         message that replaces what a call from inside the database has failed with."""
 
     @property
+    def pid(self) -> int:
+        """The primary backend's, as the server has told it; 0 before."""
+        return self._key.pid if self._key is not None else 0
+
+    @property
     def client_encoding(self) -> bytes:
         return self.reported[b"client_encoding"] or b"UTF8"
 

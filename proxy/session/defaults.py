@@ -54,7 +54,7 @@ class LoginEnd:
     is with the client before the connection's end is noticed.
 
     Args:
-        server: its connection, whose input comes here.
+        client, server: their connections, whose input comes here.
         pass_on: takes what is for the client.
         query: our query, made once the server is ready for one.
 
@@ -64,6 +64,7 @@ class LoginEnd:
 
     def __init__(
         self,
+        client: Connection,
         server: Connection,
         pass_on: Callable[[bytes], None],
         query: Callable[[], bytes],
@@ -76,19 +77,22 @@ class LoginEnd:
         self._asked = False
         self.is_pooled = False
         self._answered = asyncio.get_running_loop().create_future()
+        self._early = bytearray()
+        client.receive = self._early.extend
+        client.pause_reading()
         server.receive = self._feed
 
-    async def run(self, received: bytes) -> bytes:
-        """Run until the query is answered. Returns what the server has sent behind the answer.
-
-        Args:
-            received: what the server has sent behind AuthenticationOk.
+    async def run(self, from_client: bytes, from_server: bytes) -> tuple[bytes, bytes]:
+        """Run until the query is answered. Takes what client and server have sent since
+        AuthenticationOk, and returns what is left for the relay: all of the client, and what the
+        server has sent behind the answer.
 
         Raises ProtocolViolation.
         """
-        self._feed(received)
+        self._early += from_client
+        self._feed(from_server)
         await self._answered
-        return self._buffer.take_rest()
+        return bytes(self._early), self._buffer.take_rest()
 
     def _feed(self, data: bytes) -> None:
         self._buffer.feed(data)

@@ -98,8 +98,9 @@ class Interception:
         self._messages.close(ConnectionError("the client has closed the connection"))
         self.interrupts.end_client(reads=self._client.full is None)
 
-    def server_lost(self, error: Exception) -> None:
-        """The primary backend is gone."""
+    def close(self) -> None:
+        """The session is closed: whoever still waits for the server fails."""
+        error = ConnectionError("the connection to the server is closed")
         self._primary.inbox.close(error)
         self.interrupts.fail(error)
 

@@ -47,12 +47,14 @@ class Served(Protocol):
     Attributes:
         client: its connection.
         route: to its server.
-        is_console: whether it is a console session, which has no server.
     """
 
     client: Connection
     route: Route
-    is_console: bool
+
+    @property
+    def is_console(self) -> bool:
+        """Whether it is a console session, which has no server."""
 
     @property
     def summary(self) -> SessionSummary:
