@@ -168,13 +168,10 @@ class Login:
         self._from_server = _Mailbox(server, self._news)
         # The server's messages before the login began, to be passed on when it does.
         self._preface: bytes | None = b""
-        # The client was asked for something, and its answer goes to the server.
-        self._asked = False
-        # The request in which the server offered SCRAM-SHA-256-PLUS.
-        self._binding_offered: AuthenticationSASL | None = None
-        self._binding_lost = False
-        # The client has failed the proxy's check; the server will refuse it.
-        self._doomed = False
+        # The server's request that the client has to answer; None if it is not its turn.
+        self._asked: AuthenticationRequest | None = None
+        # What to do if the server refuses the client, by SQLSTATE.
+        self._hints: dict[str, str] = {}
         # Set if the proxy itself answers the server; and its last message for the client.
         self._authenticator: Authenticator | None = None
         self._last_word = b""
@@ -239,8 +236,6 @@ class Login:
                 await self._ask_for_password()
             if self._authenticator is not None:
                 self._answer_server(self._authenticator, request)
-            elif isinstance(request, AuthenticationSASL):
-                self._offer(request)
             else:
                 self._pass_on(request)
             return isinstance(request, AuthenticationOk)
@@ -250,10 +245,8 @@ class Login:
             self.sqlstate = error.sqlstate
             if self._preface is not None:
                 raise RefusedError(error, self._preface + message)
-            if self._binding_lost and error.sqlstate == INVALID_AUTHORIZATION_SPECIFICATION:
-                message = error.with_fields(H=_BINDING_HINT.encode()).serialize()
-            elif self._doomed and error.sqlstate == INVALID_PASSWORD:
-                message = error.with_fields(H=_DOOMED_HINT.encode()).serialize()
+            if (hint := self._hints.get(error.sqlstate)) is not None:
+                message = error.with_fields(H=hint.encode()).serialize()
         if self._preface is None:
             self._client.write(message)
         else:
@@ -263,30 +256,16 @@ class Login:
         return False
 
     def _pass_on(self, request: AuthenticationRequest) -> None:
-        self._ask(request)
-        self._asked = not isinstance(request, AuthenticationOk | AuthenticationSASLFinal)
+        """Pass on a request, whose answer goes to the server."""
+        self._ask(_offer(request) if isinstance(request, AuthenticationSASL) else request)
+        is_last = isinstance(request, AuthenticationOk | AuthenticationSASLFinal)
+        self._asked = None if is_last else request
 
     def _ask(self, request: AuthenticationRequest) -> None:
-        """Pass a request on to the client, and show it to the observer."""
+        """Send the client a request, and show it to the observer."""
         message = request.serialize()
         self._observer.backend_message(B.AUTHENTICATION, message[5:])
         self._client.write(message)
-
-    def _offer(self, request: AuthenticationSASL) -> None:
-        """Offer the client those SASL mechanisms that work through the proxy."""
-        mechanisms = tuple(name for name in request.mechanisms if not name.endswith(b"-PLUS"))
-        if not mechanisms:
-            offered = b", ".join(request.mechanisms).decode("ascii", "replace")
-            raise SQLError(
-                INVALID_AUTHORIZATION_SPECIFICATION,
-                "no SASL mechanism of the server works through the proxy",
-                detail=f"The server offers {offered or 'none'}, and the proxy cannot bind to its"
-                " TLS connection.",
-                severity="FATAL",
-            )
-        if _PLUS in request.mechanisms:
-            self._binding_offered = request
-        self._pass_on(AuthenticationSASL(mechanisms))
 
     def _answer_server(self, authenticator: Authenticator, request: AuthenticationRequest) -> None:
         answer = authenticator.respond(request)
@@ -300,10 +279,9 @@ class Login:
 
     async def _client_message(self, body: bytes) -> None:
         """Pass on the answer to the server's request."""
-        self._asked = False
+        request, self._asked = self._asked, None
         self._observer.frontend_message(body)
-        if self._binding_offered is not None:
-            request, self._binding_offered = self._binding_offered, None
+        if isinstance(request, AuthenticationSASL) and _PLUS in request.mechanisms:
             first = _first_that_could_bind(body)
             if first is not None and await self._scram_on_both_sides(first, request):
                 return
@@ -343,14 +321,14 @@ class Login:
         """Check the client, then log in for it. Returns false if nothing is known to check with."""
         check = await self._find_check()
         if check is None:
-            self._binding_lost = True
+            self._hints[INVALID_AUTHORIZATION_SPECIFICATION] = _BINDING_HINT
             return False
         known = check.known
         conversation = ScramServer(check.secret)
         self._ask(AuthenticationSASLContinue(conversation.first_message(client_first)))
         client_final = SASLResponse.parse(await self._client_answer()).response
         if not conversation.verify(client_final) or known is None:
-            self._doomed = True
+            self._hints[INVALID_PASSWORD] = _DOOMED_HINT
             self._authenticate_with(client_key=secrets.token_bytes(32))
         else:
             if isinstance(known, Cleartext):
@@ -386,6 +364,21 @@ def _answer(kind: int, body: bytes) -> bytes:
     if kind != F.PASSWORD_MESSAGE:
         raise ProtocolViolation(f"expected password response, got message type {kind}")
     return body
+
+
+def _offer(request: AuthenticationSASL) -> AuthenticationSASL:
+    """The request with those mechanisms that work through the proxy. Raises SQLError: none does."""
+    mechanisms = tuple(name for name in request.mechanisms if not name.endswith(b"-PLUS"))
+    if not mechanisms:
+        offered = b", ".join(request.mechanisms).decode("ascii", "replace")
+        raise SQLError(
+            INVALID_AUTHORIZATION_SPECIFICATION,
+            "no SASL mechanism of the server works through the proxy",
+            detail=f"The server offers {offered or 'none'}, and the proxy cannot bind to its"
+            " TLS connection.",
+            severity="FATAL",
+        )
+    return AuthenticationSASL(mechanisms)
 
 
 def _first_that_could_bind(body: bytes) -> bytes | None:
