@@ -172,8 +172,9 @@ class Login:
         self._asked: AuthenticationRequest | None = None
         # What to do if the server refuses the client, by SQLSTATE.
         self._hints: dict[str, str] = {}
-        # Set if the proxy itself answers the server; and its last message for the client.
+        # Answers the server in the client's place, if set.
         self._authenticator: Authenticator | None = None
+        # Then sent to the client before AuthenticationOk.
         self._last_word = b""
         client.receive = self._from_client.feed
         server.receive = self._from_server.feed

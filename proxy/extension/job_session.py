@@ -63,7 +63,7 @@ class JobSession(Owner):
         self.database_calls.statement_ended()
 
     def failed(self, error: bytes) -> bytes:
-        """The same, by this error (its body); what the error is to be told as."""
+        """The statement has ended with this error (its body). Returns the body to report."""
         said = self.database_calls.complaint(error)
         self.database_calls.statement_ended()
         return error if said is None else said[HEADER_SIZE:]

@@ -14,7 +14,7 @@ from proxy.jobs.owner import Owner
 
 
 class Lease:
-    """A channel from a session's first call in a statement to the statement's end.
+    """A channel from a session's first call in a statement to its end, or a call as another role.
 
     Attributes:
         login: its role, in the encoding of the database; None for the session's.

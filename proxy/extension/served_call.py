@@ -4,22 +4,23 @@ Invariant: what belongs to a call hangs on one object. When its function waits n
 another question, or the statement has ended), that is dropped whole, and with it the work for it.
 
 The state is what the function has been shown, and says which of its messages count; others change
-nothing. They are handled one after the other, in tasks.
+nothing (``still`` is for `refusal`). They are handled one after the other, in tasks: while one is
+handled, one more waits, and further ones are dropped.
 
-===== ============================================================ ========
+===== ============================================================ ==============
 state message that counts                                          next
-===== ============================================================ ========
-None  none: the question is new, or the answer is being made       Posed or
-                                                                   Shown
+===== ============================================================ ==============
+None  none: the question is new, or the answer is being made       Posed or Shown
+None  ``settings``, of which the answer is made (`settings_by`)    None
 Posed ``proof``; if that is wrong, no other counts                 None
-Posed ``custom`` once more, from code that speaks for another role Posed
+Posed ``custom`` again, as the owner of the calling code           Posed or Shown
 Shown ``next``                                                     Shown
 Shown ``settings``, if the answer asks for them (`rest` is Posed)  Shown
-Shown ``custom``, if the answer to ``call`` asks for them          Posed
-===== ============================================================ ========
+Shown ``custom``, if the answer to ``call`` asks for them          Posed or Shown
+===== ============================================================ ==============
 
-A question with a word that was shown in advance brings its proof, and is never Posed as a state.
-The settings behind it count while its answer is made (`ServedCall.settings_by`).
+A question becomes Shown at once if it cannot be proven: what is shown is the error. One that is
+proven in advance, by a word that was shown for it, is never Posed.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class ServedCall:
 
     @property
     def lacks_settings(self) -> bool:
-        """Whether the function is asked for the settings that the next message has."""
+        """Whether the answer asks for custom settings, which the next ``settings`` brings."""
         return isinstance(self.rest, Posed)
 
     def settings_arrive(self, message: Message) -> None:
@@ -100,8 +101,7 @@ class ServedCall:
         self._settings.set_result(message)
 
     async def settings_by(self, challenge: Challenge) -> Message:
-        """Those with the question's proof. If its word was no longer good, they have arrived first
-        with a proof by that."""
+        """Those proven by the question's word; what is proven by an older word is dropped."""
         while True:
             arriving = self._settings
             message = await arriving

@@ -1,7 +1,7 @@
 """One attempt to run a job: its string, as one Query message, in one backend.
 
-Invariant: an attempt is made for one backend and ends with it. What is to last it tells its job;
-another attempt is another object. While it lasts, nothing else uses the backend.
+Invariant: an attempt is made for one backend, which nothing else uses meanwhile. It tells its job
+whatever must outlast it; another attempt is another object.
 
 It is in one of these states. Events not listed leave them unchanged.
 
@@ -15,11 +15,15 @@ ASKED      ReadyForQuery, for the string                 COMPARING
 RUNNING,   ReadyForQuery behind a connection pooler, in  COMMITTING
 COMPARING  a transaction: COMMIT or ROLLBACK is sent
 any other  ReadyForQuery                                 ENDED
-any        the job lets it end                           ENDED
+any        the connection is lost                        ENDED, or
+                                                         the same
+any        the job ends it (`end`)                       ENDED
 ========== ============================================= ==========
 
-The string has committed, or failed, before COMPARING; behind a pooler, by the end of COMMITTING. If
-the connection is lost while PREPARING, nothing of it has run.
+If a job is terminated, the loss of its connection leaves the state as it is: `JobService` finds out
+whether the job had committed before (`Job.cut_off`), and ends it. The string has committed, or
+failed, before COMPARING; behind a pooler, by the end of COMMITTING. If the connection is lost while
+PREPARING, nothing of it has run.
 """
 
 from __future__ import annotations
@@ -93,7 +97,7 @@ class JobSession(Protocol):
         """No function waits for an answer any more."""
 
     def failed(self, error: bytes) -> bytes:
-        """The same, by this error (its body); what the error is to be told as."""
+        """The statement has ended with this error (its body). Returns the body to report."""
 
     def close(self, *, is_idle: bool) -> None:
         """The job has ended. `is_idle`: its backend is ready for another."""
@@ -321,7 +325,8 @@ class Attempt:
             self._output.put(Notice(body))
 
     def _ready(self, status: bytes) -> None:
-        """The string has run: end the transaction opened for it, by COMMIT even if it failed."""
+        """The string has run, or our query behind it. Behind a pooler, end the transaction opened
+        for it: by COMMIT, even if it failed; by ROLLBACK if it was canceled."""
         job, backend = self._job, self.backend
         if self.state is ASKED:
             self.state = COMPARING

@@ -56,8 +56,8 @@ async def launch(
     """Start a job on a spare or new backend, with the owner's role and settings, once there is room
     for it; pg_background.launch_timeout limits the wait.
 
-    If it may be queued, all jobs count that the owner has launched and that run, attached or not:
-    those who queue jobs often detach them at once, or leave.
+    If it may be queued, detached jobs of the owner count too while they run: who queues jobs often
+    detaches them, or leaves.
 
     Args:
         owner: of the job.
@@ -241,7 +241,7 @@ class _Launch:
         """Begin a job on a backend once there is room for it. Raises SQLError."""
         service, launcher = self._service, self._launcher
 
-        async def attempt(reservation: Reservation) -> T:
+        async def in_slot(reservation: Reservation) -> T:
             slot = await service.slots.take(launcher.user, launcher.database, wait_limit)
             try:
                 return await self._on_backend(functools.partial(begin, reservation))
@@ -258,7 +258,7 @@ class _Launch:
             max_workers, most, wait_limit, count_all=count_all
         ) as reservation:
             return await service.room.launch(
-                launcher.login, functools.partial(attempt, reservation), wait_limit
+                launcher.login, functools.partial(in_slot, reservation), wait_limit
             )
 
     # The job

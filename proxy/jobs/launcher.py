@@ -1,4 +1,6 @@
-"""Launches a job on a spare or new backend, with the launching session's role and settings.
+"""Provides the backend for a job, with the launching session's role and settings.
+
+It is that of an earlier job of the session, a spare, or a new one.
 
 Invariant: the backend logs in as the client did, with the same startup packet, and takes over what
 the session has changed since; a spare in the write that brings its job (`backends.session_setup`).

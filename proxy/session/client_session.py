@@ -28,7 +28,7 @@ class ClientSession(Owner, Hooks):
     Attributes:
         client: its connection.
         primary: the connection to its server, once there is one.
-        route: to its server, once it is connected.
+        route: to its server; before it is connected, to the first host.
         relay: passes bytes on, after the login.
         reader: reads its SQL, after the login.
         extension_state: which pg_background its database has.

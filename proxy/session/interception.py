@@ -5,9 +5,9 @@ stand-in for each statement with a call (see `statements`), so the server infers
 evaluates arguments and keeps the transaction. The interception takes the stand-in's rows off the
 stream and puts the call's in.
 
-An interception begins when all earlier messages are answered, and ends with its batch's
-ReadyForQuery. `simple_query` serves Query, `extended_query` the extended protocol; `execution`
-executes the portals of both.
+It begins to serve when all earlier messages are answered. It ends with its batch's ReadyForQuery,
+or earlier, before a message that it leaves to the relay. `simple_query` serves Query,
+`extended_query` the extended protocol; `execution` executes the portals of both.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from proxy.session.prepared import Portal, Prepared
 
 Undo = Callable[[bool], object]
-"""Takes back what sending a message has changed. Called with whether the server has read it."""
+"""Takes back what sending a message has changed; called with true if the server has read it."""
 
 
 class NamedStatements:
@@ -82,8 +82,9 @@ class NamedStatements:
         return bool(self.statements or self.portals) and may_use_name(text)
 
     def concerns_call(self, kind: int, body: bytes) -> bool:
-        """Whether this message concerns, or (Parse) would replace, one of these. What else it does
-        to them is noted. The beginning of the body, with the names, is enough."""
+        """Whether this message concerns, or (Parse) would replace, one of these. Also notes a Bind
+        or Close of what may call set_config, and the end of the unnamed portal. The beginning of
+        the body, with the names, is enough."""
         if kind == F.PARSE:
             return self.key(body.partition(b"\0")[0]) in self.statements
         if kind == F.BIND:

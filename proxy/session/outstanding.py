@@ -3,7 +3,7 @@
 Invariant: this reads the client's messages as the server does, in their order. What the server
 skips is never answered, so nobody may wait for it (manual, "Extended Query", "COPY Operations").
 
-The server is in one of three states. Events not listed leave them unchanged.
+The state is the server's, once it has answered what is queued. Other events leave it unchanged.
 
 ========= ======================================= =====================================
 state     event                                   next
@@ -14,13 +14,15 @@ ANSWERING an error in the extended protocol, and  SKIPPING
 ANSWERING CopyInResponse, and the client has not  COPYING
           sent yet what ends the COPY
 COPYING   CopyDone, CopyFail; any other message   ANSWERING (that ends the COPY: the server
-          of the client but CopyData, Flush, Sync takes the message for it, or fails)
+          of the client but CopyData, Flush, Sync fails at any other message)
 COPYING   an error                                ANSWERING or SKIPPING, as above
 SKIPPING  Sync from the client                    ANSWERING
 any       ReadyForQuery                           ANSWERING
 ========= ======================================= =====================================
 
-A message of the client is queued while ANSWERING; a Sync while SKIPPING, too.
+A message of the client is queued while ANSWERING, except an end of COPY if nothing is queued; a
+Sync while SKIPPING, too. An interception keeps its own requests (`exchange`), and tells only of
+errors and ReadyForQuery.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Passes bytes between a client and its primary backend, and notices calls as they go by.
 
 Invariant: traffic without a call goes out at once, as the bytes that came in. Of each message the
-relay reads type and length. It looks closer at a Query or Parse that mentions pg_background or a
-catalog that shows it, at a message about a statement or portal that holds a call, and at a server's
-error, which may say that such a function does not exist. A message that may have to be changed is
+relay reads type and length. It looks closer at SQL, in which it searches for some words, at a
+message about a statement or portal that concerns us, and at what the server says besides rows: an
+error may say that such a function does not exist. A message that may have to be changed is
 held until it is complete; all others are passed on in the pieces in which they come.
 
 It also tracks what the server has not answered yet (`OutstandingRequests`), so that a call in the

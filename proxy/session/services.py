@@ -25,7 +25,7 @@ class SessionSummary:
     Attributes:
         number: unique in its process, among past sessions too.
         user, database, application_name: from its startup packet.
-        state: as in pg_stat_activity; ``login`` before that.
+        state: as in pg_stat_activity; ``login`` before that; ``console`` in the console.
         connected_at: in UTC.
         backend_pid: of its primary; 0 before the login.
         jobs: number of jobs that it has launched and not fetched or detached.

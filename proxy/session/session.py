@@ -1,7 +1,8 @@
 """One client: its connection, its primary backend, its jobs.
 
-Invariant: one part at a time handles the two connections. The end of one ends the other; the jobs
-run on.
+Invariant: one part at a time handles the two connections; only the relay already sees what the
+server says at the end of the start, and until an interception begins to serve. The end of one
+connection ends the other; the jobs run on.
 
 ============ ================================== ============ =======================================
 phase        event                              next         when the client ends
@@ -9,10 +10,13 @@ phase        event                              next         when the client end
 SessionStart the server has let the client in,  Relay        see `session_start`
              and is ready for its first query
 Relay        a batch with a call (`take_over`)  Interception the server is told, after all that the
-                                                             client has sent
+                                                             client has sent; if it cannot be told,
+                                                             the session is closed
 Interception the end of the batch               Relay        the rest is answered, no job is awaited
-any          the loss of either connection,     None         nothing: the session is closed
-             an error, shutdown (`close`)
+any          the loss of either connection, an  None         nothing: the session is closed
+             error, shutdown, the end of a
+             cancel request or of the console
+             (`close`)
 ============ ================================== ============ =======================================
 """
 
@@ -81,7 +85,7 @@ class Session(StartingSession):
     """A client and what belongs to it.
 
     Attributes:
-        route: to its server, once it is connected.
+        route: to its server; before it is connected, to the first host.
         jobs: those that it launched and has not fetched or detached.
         watchword: the beginning of messages from inside the database.
         is_console: whether it is a console session, which has no server.

@@ -3,7 +3,8 @@
 Invariant: the relay gets the two connections once the server has let the client in and is ready for
 its first query, and with them whatever either has sent ahead.
 
-A start is in one of these stages. PACKETS leads to one of the others, LOGIN to the relay.
+A start is in one of these stages. PACKETS leads to one of the others, LOGIN to the relay; the
+others, and any error, end the session.
 
 ======= ======================== ===================== ======================= ===========
 stage   begins with              the client ends       the server ends         time is up
@@ -16,7 +17,9 @@ REFUSAL a packet that every      nothing: it may still close                   c
 CONSOLE a StartupMessage for the close                                         an error
         console
 LOGIN   any other StartupMessage what it has sent may  close, once its last    an error
-                                 be enough to log in   error is passed on
+                                 be enough to log in   error is passed on; the
+                                                       next server, if it has
+                                                       asked for nothing yet
 ======= ======================== ===================== ======================= ===========
 """
 
@@ -112,7 +115,7 @@ class StartingSession(ClientSession):
 
     @abstractmethod
     def logged_in(self) -> Relay:
-        """The server has let the client in. Returns the relay, which follows the server now."""
+        """The server has let the client in. Returns the relay, for what the server says next."""
 
     @abstractmethod
     def start_ended(self) -> None:
@@ -120,7 +123,7 @@ class StartingSession(ClientSession):
 
 
 class Stage(enum.Enum):
-    """What the client has asked for; see the table above."""
+    """How far a start is; see the table above."""
 
     PACKETS = enum.auto()
     CANCEL = enum.auto()

@@ -5,7 +5,7 @@ nothing that changes is kept in two places. Two things are pushed, since they mu
 they are asked for: the end of a job that a peer has seen running, and the roles whose jobs a
 process knows. A launch by a new role waits for the latter (`context` reads rights on these roles
 before the call is made). The supervisor forwards questions and answers, and says who was asked and
-who is gone; a question is over when all have answered or are gone, or after a time. It also goes to
+who is gone (`question`). A question also goes to
 processes that hang, so that they learn what they must know, but they are not waited for. The asker
 is told how many have not answered. Between two processes messages arrive in the order sent.
 """

@@ -1,7 +1,7 @@
 """A question to other processes, while answers come.
 
-Invariant: it is over when an answer is enough, or when all that were asked have answered or are
-gone. How long to wait for that is up to the asker.
+Invariant: it is over when an answer is enough, or when all that were asked have answered, are gone
+or hang, or when the asker gives up. How long to wait is up to the asker.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class OpenQuestion:
     Args:
         take: gets each answer, or piece of one, with its peer's number; returns whether it is
             enough.
-        lasting: whether it also gets the answers that come late.
+        lasting: whether `take` also gets answers that come when the question is over.
 
     Attributes:
         over: done when the question is over.
