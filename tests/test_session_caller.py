@@ -15,6 +15,7 @@ from proxy.jobs.interrupts import Interrupts
 from proxy.jobs.queue import JobQueue
 from proxy.jobs.request import LaunchRequest
 from proxy.session.caller import SessionCaller
+from proxy.session.session import Session
 
 
 @pytest.mark.parametrize("first", ["launched", "interrupted"])
@@ -54,6 +55,16 @@ def test_a_launch_that_ends_as_its_wait_is_interrupted_leaves_no_job(
 
     asyncio.run(scene())
     assert dropped == ([job] if first == "launched" else [])
+
+
+def test_a_session_that_is_closed_stays_so() -> None:
+    """What its relay had held began an interception, and the session ended twice: a worker that
+    lost a client twice counted too few."""
+    session = object.__new__(Session)
+    session._phase = None
+    session.relay = SimpleNamespace()  # type: ignore[assignment]
+    session.take_over(b"", [])
+    assert session._phase is None
 
 
 def test_a_queued_job_whose_launch_breaks_ends_with_an_error() -> None:

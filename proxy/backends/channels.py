@@ -283,10 +283,10 @@ class Channels:
 
     def give_back(self, channel: Channel) -> None:
         """A session is done with a channel."""
+        channel.for_another()
         if not channel.is_alive:
             self._lent.discard(channel)
             return
-        channel.for_another()
         for waiter in self._waiting.get(channel.login, ()):
             if not waiter.done():
                 waiter.set_result(channel)

@@ -23,12 +23,13 @@ any        the job ends it (`end`)                       ENDED
 If a job is terminated, the loss of its connection leaves the state as it is: `JobService` finds out
 whether the job had committed before (`Job.cut_off`), and ends it. The string has committed, or
 failed, before COMPARING; behind a pooler, by the end of COMMITTING. If the connection is lost while
-PREPARING, nothing of it has run.
+PREPARING, a job that is being terminated counts as canceled.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 from typing import Final, Protocol
 
 from protocol.errors import (
@@ -63,16 +64,28 @@ from proxy.sql import lexer
 from proxy.sql.lexer import LexError
 from proxy.sql.rewrite import Piece
 
-PREPARING: Final = "preparing"
-"""The string is examined, and sent."""
-RUNNING: Final = "running"
-ASKED: Final = "asked"
-"""It runs, and our own query will follow."""
-COMPARING: Final = "comparing"
-"""It has run; our own query runs."""
-COMMITTING: Final = "committing"
-"""The transaction that the proxy has opened for it is being ended."""
-ENDED: Final = "ended"
+
+class State(enum.Enum):
+    """Of an attempt; see the table above.
+
+    Attributes:
+        PREPARING: the string is examined, and sent.
+        RUNNING: the server has taken it up.
+        ASKED: it runs, and our own query will follow.
+        COMPARING: it has run; our own query runs.
+        COMMITTING: the transaction that the proxy has opened for it is being ended.
+        ENDED: the backend is released.
+    """
+
+    PREPARING = enum.auto()
+    RUNNING = enum.auto()
+    ASKED = enum.auto()
+    COMPARING = enum.auto()
+    COMMITTING = enum.auto()
+    ENDED = enum.auto()
+
+
+PREPARING, RUNNING, ASKED, COMPARING, COMMITTING, ENDED = State
 
 LONGEST: Final = 1024 * 1024
 """Bytes of an error or notice that are kept, whatever the queue size."""

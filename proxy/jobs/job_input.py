@@ -53,11 +53,6 @@ class JobInput:
         """Whether nothing has arrived behind the last message but parts of a long one."""
         return not self._partial
 
-    def clear(self) -> None:
-        """Forget what is held."""
-        self._partial = b""
-        self._long = None
-
     def read(self, arrived: memoryview) -> Iterator[Rows | Message]:
         """Rows and messages that are complete with these bytes. Not to be used again if the
         iteration was given up.

@@ -178,8 +178,11 @@ class RetriedJob(Job):
                 self._end()
         except (OSError, ProtocolViolation) as error:
             self._next = None
-            self.is_lost = True
-            self.end_with(lost_connection(self.pid, error, None))
+            if self.canceled:
+                self.end_with(canceled(None))
+            elif not self.finished:
+                self.is_lost = True
+                self.end_with(lost_connection(self.pid, error, None))
 
     async def _begin_again(self, backend: Backend, keep_backend: KeepBackend) -> None:
         if self.canceled or self.next_attempt is None:

@@ -197,8 +197,8 @@ class JobService:
         the job ends, since a backend that has only just got its query does not react.
 
         Behind a connection pooler the server connection may be another client's by then; there, we
-        keep a transaction open (`Job`). The output is dropped last: before, a job that waits for
-        its reader would run on and commit.
+        keep a transaction open (`Attempt`). The output is dropped last: before, a job that waits
+        for its reader would run on and commit.
         """
         if job.is_waiting:
             job.end_with(canceled(None))

@@ -271,7 +271,7 @@ class Exchange:
         if self._replies:
             # What was pushed is not flushed yet, so `end` is needed even if nothing else is sent.
             self._write_out(end)
-            self.synced = self.synced or end is not FLUSH
+            self.synced = self.synced or end != FLUSH
         while len(self._replies) > leave:
             kind, body = await self.next_message()
             reply = self._replies[0]

@@ -100,9 +100,7 @@ class Interception:
 
     def close(self) -> None:
         """The session is closed: whoever still waits for the server fails."""
-        error = ConnectionError("the connection to the server is closed")
-        self._primary.inbox.close(error)
-        self.interrupts.fail(error)
+        self._primary.inbox.close(ConnectionError("the connection to the server is closed"))
 
     def unread_server_messages(self) -> bytes:
         """Messages that the server sent before it went, not read yet."""

@@ -27,16 +27,27 @@ errors and ReadyForQuery.
 
 from __future__ import annotations
 
+import enum
 from collections import deque
-from typing import Final
 
 from protocol.kinds import ENDS_COPY_IN, EXTENDED, GETS_READY, F
 
-ANSWERING: Final = "answering"
-COPYING: Final = "copying"
-"""The server reads COPY data, whose end the client has not sent."""
-SKIPPING: Final = "skipping"
-"""The server skips everything up to a Sync that the client has not sent."""
+
+class State(enum.Enum):
+    """The server's; see the table above.
+
+    Attributes:
+        ANSWERING: it answers what is queued, then waits for the client.
+        COPYING: it reads COPY data, whose end the client has not sent.
+        SKIPPING: it skips everything up to a Sync that the client has not sent.
+    """
+
+    ANSWERING = enum.auto()
+    COPYING = enum.auto()
+    SKIPPING = enum.auto()
+
+
+ANSWERING, COPYING, SKIPPING = State
 
 
 class OutstandingRequests:

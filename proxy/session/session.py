@@ -18,6 +18,8 @@ any          the loss of either connection, an  None         nothing: the sessio
              cancel request or of the console
              (`close`)
 ============ ================================== ============ =======================================
+
+A session that is closed stays closed: what arrives, or was held, is dropped.
 """
 
 from __future__ import annotations
@@ -219,6 +221,8 @@ class Session(StartingSession):
         return self._database_calls.complaint(error)
 
     def take_over(self, data: bytes, statements: list[Statement]) -> None:
+        if self._phase is not self.relay:
+            return  # closed, and the relay had held this
         interception = self._phase = Interception(self, data, statements)
         self._task = self.spawn(self._intercept(interception))
 
@@ -407,9 +411,11 @@ class Session(StartingSession):
         self.transaction_lost(self.pid)
         self.jobs.clear()
         self._reuse.close()
+        self.client.receive = _drop
         self.client.close()
         if self.primary is None:
             return
+        self.primary.receive = _drop
         if may_be_asked:
             # If the statement has not begun, the request comes too early for it. Then its function
             # must not be able to ask.
@@ -433,3 +439,7 @@ class Session(StartingSession):
                 return False
             case _:
                 return ends_statement or self._database_calls.has_called
+
+
+def _drop(data: bytes) -> None:
+    """Some event loops still hand over what arrives while a connection is closing."""
