@@ -97,3 +97,7 @@ ENDS_EXTENDED: Final = ENDS_PARSE + ENDS_BIND + ENDS_CLOSE + ENDS_DESCRIBE + END
 
 ASYNCHRONOUS: Final = bytes([B.NOTICE_RESPONSE, B.NOTIFICATION_RESPONSE, B.PARAMETER_STATUS])
 """May come at any time, between answers or within one."""
+
+STATEMENT: Final = b"S"
+PORTAL: Final = b"P"
+"""What Close and Describe are about."""

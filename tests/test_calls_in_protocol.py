@@ -104,6 +104,8 @@ COPY_READY = Wait(m.CopyInResponse)
 BAD_SYNC = b"S\0\0\0\5x"
 BAD_FLUSH = b"H\0\0\0\5x"
 
+# What a client sends: q is Query, p Parse, b Bind, d Describe, e Execute, c Close, H Flush, S Sync.
+# What it waits for: READY, COPY_READY.
 # fmt: off
 SCRIPTS: dict[str, Script] = {
     # Malformed ends of a batch.

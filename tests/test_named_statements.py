@@ -59,12 +59,12 @@ def test_a_failed_close_leaves_the_statement(named: NamedStatements) -> None:
 def test_what_concerns_a_statement(named: NamedStatements) -> None:
     named.parsed(b"s", command())
     named.portals[b"p"] = Portal(command())
-    assert named.concerns_call(F.PARSE, b"s\0SELECT 1\0\0\0")
-    assert named.concerns_call(F.BIND, b"other\0s\0")
-    assert named.concerns_call(F.BIND, b"p\0other\0")
-    assert named.concerns_call(F.DESCRIBE, b"Ss\0")
-    assert named.concerns_call(F.DESCRIBE, b"Pp\0")
-    assert named.concerns_call(F.EXECUTE, b"p\0\0\0\0\0")
+    assert named.note_message(F.PARSE, b"s\0SELECT 1\0\0\0")
+    assert named.note_message(F.BIND, b"other\0s\0")
+    assert named.note_message(F.BIND, b"p\0other\0")
+    assert named.note_message(F.DESCRIBE, b"Ss\0")
+    assert named.note_message(F.DESCRIBE, b"Pp\0")
+    assert named.note_message(F.EXECUTE, b"p\0\0\0\0\0")
     for kind, body in [
         (F.PARSE, b"p\0SELECT 1\0\0\0"),
         (F.BIND, b"s\0p\0"),
@@ -72,7 +72,7 @@ def test_what_concerns_a_statement(named: NamedStatements) -> None:
         (F.CLOSE, b"Ps\0"),
         (F.EXECUTE, b"s\0\0\0\0\0"),
     ]:
-        assert not named.concerns_call(kind, body)
+        assert not named.note_message(kind, body)
 
 
 def test_a_query_ends_what_is_unnamed(named: NamedStatements) -> None:

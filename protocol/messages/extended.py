@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from protocol import wire
+from protocol.kinds import PORTAL, STATEMENT
 from protocol.messages.base import Bare, Message
 from protocol.wire import ProtocolViolation, Reader
 
@@ -83,7 +84,7 @@ class _Named(Message):
 
 
 def _kind(kind: bytes, error: type[ValueError]) -> bytes:
-    if kind not in (b"S", b"P"):
+    if kind not in (STATEMENT, PORTAL):
         raise error(f"neither a prepared statement nor a portal: {kind!r}")
     return kind
 

@@ -14,7 +14,7 @@ from protocol.errors import ProtocolViolation, SQLError
 from proxy.admin.figures import text
 from proxy.jobs.job import Job
 from proxy.jobs.service import JobService
-from proxy.jobs.termination import Lease
+from proxy.jobs.termination import LendChannel
 from proxy.log import logger
 from proxy.reasons import explain
 from proxy.sql.recoding import beginning, readable
@@ -77,7 +77,7 @@ class JobsPage:
         self._waits = {pid: wait for found in await asyncio.gather(*asked) for pid, wait in found}
 
     async def _ask(self, jobs: list[Job]) -> list[tuple[int, str]]:
-        lease: Lease | None = jobs[0].lease
+        lease: LendChannel | None = jobs[0].lease
         if lease is None:
             return []
         try:

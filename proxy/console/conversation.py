@@ -23,7 +23,7 @@ from protocol.errors import (
     ProtocolViolation,
     SQLError,
 )
-from protocol.kinds import F, TransactionStatus
+from protocol.kinds import STATEMENT, F, TransactionStatus
 from protocol.messages import (
     Bind,
     BindComplete,
@@ -192,7 +192,7 @@ class Conversation:
                 await self._execute(Execute.parse(body))
             case F.CLOSE:
                 message = Close.parse(body)
-                if message.kind == b"S":
+                if message.kind == STATEMENT:
                     self._statements.pop(message.name, None)
                 else:
                     self._portals.pop(message.name, None)
@@ -274,7 +274,7 @@ class Conversation:
         await self._send(BindComplete().serialize())
 
     async def _describe(self, message: Describe) -> None:
-        if message.kind == b"S":
+        if message.kind == STATEMENT:
             command = self._statement(message.name)
             await self._send(ParameterDescription(()).serialize())
             formats: list[int] | None = None

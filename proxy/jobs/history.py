@@ -29,7 +29,7 @@ from proxy.jobs.context import Context
 from proxy.jobs.job import Job
 from proxy.jobs.registry import FULL_SQL_SIZE, NO_PID, Handle, JobRecord, shortened
 from proxy.jobs.retries import RetriedJob
-from proxy.jobs.termination import Lease
+from proxy.jobs.termination import LendChannel
 from proxy.log import logger
 from proxy.reasons import explain
 from proxy.sql.encodings import NO_CONVERSION, array_2_text, array_text
@@ -133,7 +133,7 @@ class _Writer:
     ``open``: jobs whose rows have no end yet.
     """
 
-    lease: Lease
+    lease: LendChannel
     channel: Channel | None = None
     open: set[_Entry] = field(default_factory=set)
     pending: dict[Handle, _Entry] = field(default_factory=dict)
@@ -223,7 +223,7 @@ class History:
     # Writing
 
     def follow(
-        self, job: Job, sql: bytes, role: SessionRole, lease: Lease, *, waited: float
+        self, job: Job, sql: bytes, role: SessionRole, lease: LendChannel, *, waited: float
     ) -> None:
         """Record a job that has been started.
 
@@ -412,7 +412,11 @@ class History:
     # Reading
 
     async def read(
-        self, role: SessionRole, lease: Lease, cluster: bytes, handles: Sequence[Handle] | None
+        self,
+        role: SessionRole,
+        lease: LendChannel,
+        cluster: bytes,
+        handles: Sequence[Handle] | None,
     ) -> list[PastJob]:
         """The history of these jobs, or the newest, as this role may see it; empty on failure."""
         try:

@@ -32,7 +32,7 @@ from proxy.jobs.registry import (
     new_cookie,
 )
 from proxy.jobs.rows import Budget, Notice, OutputQueue
-from proxy.jobs.termination import Lease, Termination
+from proxy.jobs.termination import LendChannel, Termination
 from proxy.sql.lexer import Statement
 
 
@@ -90,7 +90,7 @@ class Job(JobRecord):
         route: Route,
         user: bytes,
         database: bytes,
-        lease: Lease,
+        lease: LendChannel,
         label: bytes | None = None,
         keep_rows: bool = True,
         budgets: Sequence[Budget] = (),
@@ -109,7 +109,7 @@ class Job(JobRecord):
         self.route = route
         self.user = user
         self.database = database
-        self.lease: Lease | None = lease
+        self.lease: LendChannel | None = lease
         self.attempt: Running | None = None
         self.termination: Termination | None = None
         self.keeps_rows = keep_rows

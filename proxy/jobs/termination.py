@@ -17,7 +17,7 @@ from proxy.backends.backend import Backend, number
 from proxy.backends.channels import Channel
 from proxy.reasons import explain
 
-Lease = Callable[[], Awaitable[Channel]]
+LendChannel = Callable[[], Awaitable[Channel]]
 """Lends a channel with a job's login. Raises SQLError, OSError, ProtocolViolation."""
 
 _TERMINATE: Final = b"""

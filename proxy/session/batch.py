@@ -11,7 +11,16 @@ from collections import deque
 from collections.abc import Sequence
 
 from protocol.framing import frame
-from protocol.kinds import ENDS_CLOSE, ENDS_COPY_IN, ENDS_EXECUTE, B, F, TransactionStatus
+from protocol.kinds import (
+    ENDS_CLOSE,
+    ENDS_COPY_IN,
+    ENDS_EXECUTE,
+    PORTAL,
+    STATEMENT,
+    B,
+    F,
+    TransactionStatus,
+)
 from protocol.messages import Close, CommandComplete, Execute, NoticeResponse
 from proxy.api.functions import Needs
 from proxy.extension.definitions import VIEW_QUERY
@@ -193,8 +202,8 @@ class Batch:
         async def closed(kind: int, body: bytes) -> None:
             self.primary.unclosed.discard(b"")
 
-        self.primary.send(Close(b"P", b"").serialize(), ENDS_CLOSE, drop)
-        self.primary.send(Close(b"S", b"").serialize(), ENDS_CLOSE, closed)
+        self.primary.send(Close(PORTAL, b"").serialize(), ENDS_CLOSE, drop)
+        self.primary.send(Close(STATEMENT, b"").serialize(), ENDS_CLOSE, closed)
 
     def pass_as(
         self, plan: Plan | Substitute | None, command: Command | None = None

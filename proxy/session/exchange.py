@@ -15,7 +15,17 @@ from typing import Final
 
 from protocol.errors import SQLError
 from protocol.framing import frame
-from protocol.kinds import ASYNCHRONOUS, ENDS_BIND, ENDS_CLOSE, ENDS_EXECUTE, ENDS_PARSE, B, F
+from protocol.kinds import (
+    ASYNCHRONOUS,
+    ENDS_BIND,
+    ENDS_CLOSE,
+    ENDS_EXECUTE,
+    ENDS_PARSE,
+    PORTAL,
+    STATEMENT,
+    B,
+    F,
+)
 from protocol.messages import (
     Bind,
     Close,
@@ -41,8 +51,8 @@ OWN_NAME: Final = b"_pg_background_proxy"
 
 _BIND_OWN: Final = Bind(OWN_NAME, OWN_NAME, (), (), ()).serialize()
 _EXECUTE_OWN: Final = Execute(OWN_NAME, 0).serialize()
-_CLOSE_PORTAL: Final = Close(b"P", OWN_NAME).serialize()
-_CLOSE_STATEMENT: Final = Close(b"S", OWN_NAME).serialize()
+_CLOSE_PORTAL: Final = Close(PORTAL, OWN_NAME).serialize()
+_CLOSE_STATEMENT: Final = Close(STATEMENT, OWN_NAME).serialize()
 
 SYNC_MESSAGE: Final = Sync().serialize()
 FLUSH: Final = Flush().serialize()
@@ -382,7 +392,7 @@ class Exchange:
             self._server.write(frame(F.SYNC, sync))
         body = await self._until_ready()
         if self.unclosed:
-            closes = [Close(b"S", name).serialize() for name in self.unclosed]
+            closes = [Close(STATEMENT, name).serialize() for name in self.unclosed]
             self._server.write(b"".join(closes) + SYNC_MESSAGE)
             await self._until_ready()
         self._relay.ready(body[0])

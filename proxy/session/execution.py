@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
 from protocol.errors import FEATURE_NOT_SUPPORTED, QUERY_CANCELED, ProtocolViolation, SQLError
-from protocol.kinds import ENDS_DESCRIBE, B, F
+from protocol.kinds import ENDS_DESCRIBE, PORTAL, B, F
 from protocol.messages import (
     CommandComplete,
     DataRow,
@@ -267,7 +267,7 @@ class Execution:
             batch.send_execute(name, 0, handler, plan=plan, offset=portal.offset)
         else:
             # It may be gone with a savepoint; the server knows.
-            self._primary.send(Describe(b"P", name).serialize(), ENDS_DESCRIBE, drop)
+            self._primary.send(Describe(PORTAL, name).serialize(), ENDS_DESCRIBE, drop)
         if portal.in_query:
             batch.close_unnamed()
         with batch.interrupts.calling(limited=Needs.TIME in plan.needs):

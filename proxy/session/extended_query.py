@@ -18,6 +18,8 @@ from protocol.kinds import (
     ENDS_CLOSE,
     ENDS_DESCRIBE,
     ENDS_PARSE,
+    PORTAL,
+    STATEMENT,
     B,
     F,
     TransactionStatus,
@@ -139,7 +141,7 @@ class ExtendedQuery:
                 plan=_as_it_is(plan, own[0]),
                 undo=undo_both,
             )
-        describe = Describe(b"S", hidden).serialize()
+        describe = Describe(STATEMENT, hidden).serialize()
         primary.send(describe, ENDS_DESCRIBE, self._execution.describes(prepared), plan=plan)
 
     def _hidden(self, name: bytes) -> bytes:
@@ -152,12 +154,12 @@ class ExtendedQuery:
     def _close_stand_in(self, statement: Prepared | None) -> None:
         """Queue a Close for the stand-in of a statement that is gone."""
         if isinstance(statement, WithCalls) and statement.server_name:
-            self._close_hidden(b"S", statement.server_name)
+            self._close_hidden(STATEMENT, statement.server_name)
 
     def _close_portal(self, portal: Portal | None) -> None:
         """The same for a portal."""
         if portal is not None and portal.is_hidden:
-            self._close_hidden(b"P", portal.server_name, portal)
+            self._close_hidden(PORTAL, portal.server_name, portal)
 
     def _close_hidden(self, kind: bytes, name: bytes, portal: Portal | None = None) -> None:
         async def closed(kind: int, body: bytes) -> None:
@@ -173,7 +175,7 @@ class ExtendedQuery:
             return
         if self._relay.status == TransactionStatus.FAILED and not self._batch.executed:
             # The server cannot be asked in SQL. If there is no such statement, it says so.
-            describe = Describe(b"S", self._short(name)).serialize()
+            describe = Describe(STATEMENT, self._short(name)).serialize()
             self._primary.send(describe, ENDS_DESCRIBE, drop)
             return
         await self._forget_deallocated()
@@ -250,7 +252,7 @@ class ExtendedQuery:
         primary.send(parse.serialize(), ENDS_PARSE, drop, plan=plan, undo=undo)
         primary.send(bind, ENDS_BIND, primary.pass_on, plan=plan, undo=undo)
         primary.send(
-            Close(b"S", OWN_NAME).serialize(),
+            Close(STATEMENT, OWN_NAME).serialize(),
             ENDS_CLOSE,
             drop,
             undo=lambda _: primary.unclosed.add(OWN_NAME),
@@ -271,7 +273,7 @@ class ExtendedQuery:
             if kind == B.ROW_DESCRIPTION:
                 columns.extend(field.name for field in RowDescription.parse(body).fields)
 
-        describe = Describe(b"P", self._short(name)).serialize()
+        describe = Describe(PORTAL, self._short(name)).serialize()
         self._primary.send(describe, ENDS_DESCRIBE, handler)
         await self._primary.settle()
         if columns == [GUARD_COLUMN]:
@@ -285,7 +287,7 @@ class ExtendedQuery:
         message = Describe.parse(body)
         portal: Portal | None = None
         statement: Prepared | None
-        if message.kind == b"P":
+        if message.kind == PORTAL:
             portal = await self._bound(message.name)
             statement = None if portal is None else portal.statement
         else:
@@ -332,10 +334,10 @@ class ExtendedQuery:
     async def _close(self, body: bytes) -> None:
         message = Close.parse(body)
         undo: Undo | None = None
-        if message.kind == b"S":
+        if message.kind == STATEMENT:
             old, undo = self._named.closed(message.name)
             self._close_stand_in(old)
-        elif message.kind == b"P":
+        elif message.kind == PORTAL:
             self._close_portal(self._named.portal(message.name))
             self._named.forget_portal(message.name)
         self._primary.send(frame(F.CLOSE, body), ENDS_CLOSE, self._primary.pass_on, undo=undo)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from protocol.kinds import F
+from protocol.kinds import STATEMENT, F
 from proxy.session.custom_settings import CustomSettings
 from proxy.session.reported import ReportedSettings
 from proxy.sql import encodings
@@ -81,10 +81,10 @@ class NamedStatements:
         """Whether SQL in lower case may use or show one of these by its name."""
         return bool(self.statements or self.portals) and may_use_name(text)
 
-    def concerns_call(self, kind: int, body: bytes) -> bool:
-        """Whether this message concerns, or (Parse) would replace, one of these. Also notes a Bind
-        or Close of what may call set_config, and the end of the unnamed portal. The beginning of
-        the body, with the names, is enough."""
+    def note_message(self, kind: int, body: bytes) -> bool:
+        """Note a message: a Bind or Close of what may call set_config, the end of the unnamed
+        portal. Returns whether it concerns, or (Parse) would replace, one of these. The beginning
+        of the body, with the names, is enough."""
         if kind == F.PARSE:
             return self.key(body.partition(b"\0")[0]) in self.statements
         if kind == F.BIND:
@@ -99,9 +99,9 @@ class NamedStatements:
         if kind == F.EXECUTE:
             return self.key(body.partition(b"\0")[0]) in self.portals
         name = self.key(body[1:].partition(b"\0")[0])
-        if kind == F.CLOSE and body[:1] == b"S":
+        if kind == F.CLOSE and body[:1] == STATEMENT:
             self._setters.discard(name)
-        return name in (self.statements if body[:1] == b"S" else self.portals)
+        return name in (self.statements if body[:1] == STATEMENT else self.portals)
 
     def note_sent(self, text: bytes) -> None:
         """SQL goes to the server; given in lower case, before it is changed."""

@@ -272,7 +272,7 @@ class Relay:
         if (
             kind == F.PARSE
             and named.statements
-            and named.concerns_call(kind, data[position + HEADER_SIZE :])
+            and named.note_message(kind, data[position + HEADER_SIZE :])
         ):
             return self._hand_over(data, position)
         self._note_text(kind)
@@ -283,7 +283,7 @@ class Relay:
         if len(data) - position < NAMES_SIZE:
             return self._hold(data, position, NAMES_SIZE)
         head = data[position + HEADER_SIZE : position + NAMES_SIZE]
-        if kind == F.PARSE and self._named.concerns_call(kind, head):
+        if kind == F.PARSE and self._named.note_message(kind, head):
             return self._hand_over(data, position)
         self._hooks.unread()
         self._named.note_unread()
@@ -297,7 +297,7 @@ class Relay:
             known = end - position
         if len(data) - position < known:
             return self._hold(data, position, known)
-        if self._named.concerns_call(kind, data[position + HEADER_SIZE : position + known]):
+        if self._named.note_message(kind, data[position + HEADER_SIZE : position + known]):
             return self._hand_over(data, position)
         return False
 

@@ -264,7 +264,7 @@ class Session(StartingSession):
     @property
     def _state(self) -> str:
         match self._phase:
-            case SessionStart(stage=Stage.CONSOLE):
+            case SessionStart() if self.is_console:
                 return "console"
             case SessionStart():
                 return "login"
@@ -275,7 +275,8 @@ class Session(StartingSession):
 
     @property
     def is_console(self) -> bool:
-        return self._state == "console"
+        phase = self._phase
+        return isinstance(phase, SessionStart) and phase.stage is Stage.CONSOLE
 
     def job_session(self, launcher: Launcher, backend: Backend) -> JobSession:
         return JobSession(self, launcher, backend)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from protocol.errors import FEATURE_NOT_SUPPORTED, SQLError
-from protocol.kinds import ENDS_BIND, ENDS_DESCRIBE, ENDS_EXECUTE, ENDS_PARSE, B
+from protocol.kinds import ENDS_BIND, ENDS_DESCRIBE, ENDS_EXECUTE, ENDS_PARSE, PORTAL, B
 from protocol.messages import Bind, Describe, Parse, Query
 from proxy.session.batch import Batch
 from proxy.session.exchange import SYNC_MESSAGE, ResponseHandler, drop
@@ -109,7 +109,7 @@ class SimpleQuery:
 
         send(Parse(b"", text + comment, ()), ENDS_PARSE, drop)
         send(Bind(b"", b"", (), (), ()), ENDS_BIND, drop)
-        describe = Describe(b"P", b"")
+        describe = Describe(PORTAL, b"")
         if plan is None or isinstance(plan, Substitute):
             send(describe, ENDS_DESCRIBE, self._pass_columns)
             # Nothing may be sent before its answer: it may be COPY FROM STDIN.
