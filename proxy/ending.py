@@ -50,11 +50,6 @@ class Ending:
         if not self._is_told:
             self._within(self._config().takeover_timeout)
 
-    def drain(self) -> None:
-        """No more clients will come: end within shutdown_timeout."""
-        if not self.begun.is_set():
-            self._within(self._config().shutdown_timeout)
-
     def at_once(self) -> None:
         self.begun.set()
         self.now.set()

@@ -134,11 +134,6 @@ class EndNow:
 
 
 @dataclass(frozen=True, slots=True)
-class TakenOver:
-    """Another proxy takes the clients: sessions may go on for takeover_timeout."""
-
-
-@dataclass(frozen=True, slots=True)
 class Ping:
     """Report that you are alive."""
 
@@ -328,7 +323,6 @@ Message: TypeAlias = (
     | Outcome
     | Configure
     | EndNow
-    | TakenOver
     | Ping
     | Asked
     | Gone

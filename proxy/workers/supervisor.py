@@ -22,6 +22,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import math
 import os
 import secrets
 import signal
@@ -66,7 +67,6 @@ from proxy.workers.messages import (
     Outcome,
     Question,
     Report,
-    TakenOver,
     TakeSlot,
 )
 from proxy.workers.process import END_TIMEOUT, HANGS, WorkerProcess
@@ -389,7 +389,7 @@ class Supervisor:
             case Event.CLOSED:
                 worker.sessions -= 1
             case Event.DRAINING:
-                worker.retire()
+                self._retire(worker)
             case Event.DONE:
                 worker.done = True
                 self._end_those_done()
@@ -429,8 +429,14 @@ class Supervisor:
                 "Try again when SHOW WORKERS lists another.",
             )
         logger.info("%s is drained: the console wants it", found[0])
-        found[0].retire()
+        self._retire(found[0])
         return None
+
+    def _retire(self, worker: WorkerProcess) -> None:
+        """Let a worker end: its sessions and jobs may go on for shutdown_timeout."""
+        worker.retire()
+        if (seconds := self._config.shutdown_timeout) < math.inf:
+            asyncio.get_running_loop().call_later(seconds, worker.pipe.send, EndNow())
 
     def _others(self, worker: WorkerProcess, serial: int | None) -> list[WorkerProcess]:
         return [
@@ -477,8 +483,6 @@ class Supervisor:
     async def _shut_down(self, keepers: list[asyncio.Task[None]]) -> None:
         logger.info("shutting down: %d workers", len(self._workers))
         for worker in self._workers.values():
-            if self._ending.is_taken_over:
-                worker.pipe.send(TakenOver())
             worker.retire()
         all_kept = asyncio.ensure_future(asyncio.wait(keepers))
         told = asyncio.ensure_future(self._ending.now.wait())

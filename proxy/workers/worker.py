@@ -40,7 +40,6 @@ from proxy.workers.messages import (
     Ping,
     Report,
     SlotAnswer,
-    TakenOver,
 )
 from proxy.workers.peers import OtherWorkers
 from proxy.workers.replicas import linked
@@ -99,9 +98,6 @@ class Worker:
                 self._configure(message)
             case EndNow():
                 self._ending.now.set()
-            case TakenOver():
-                if self._started.done():
-                    self._ending.taken_over()
             case Ping():
                 self._send(Event.ALIVE)
             case SlotAnswer():
@@ -144,7 +140,7 @@ class Worker:
                 marks = b""
             if not marks:
                 asyncio.get_running_loop().remove_reader(self._clients)
-                self._ending.drain()
+                self._ending.begun.set()  # the supervisor says when time is up
                 return
             if not fds:
                 # We are short of file descriptors, so the kernel has closed it.
