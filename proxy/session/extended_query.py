@@ -112,11 +112,7 @@ class ExtendedQuery:
         plan, primary, name = prepared.plan, self._primary, message.statement
         stand_in = plan.rewrite.sql + as_comment(plan.rewrite.unsent)
         prepared.server_name = hidden = self._hidden(name) if name else b""
-
-        def undo_hidden(was_read: bool) -> None:
-            undo(was_read)
-            self._named.hidden.forget(hidden)
-
+        undo_hidden = self._undo_hidden(hidden, undo)
         primary.send(
             replace(message, statement=hidden, query=stand_in).serialize(),
             ENDS_PARSE,
@@ -147,6 +143,15 @@ class ExtendedQuery:
     def _hidden(self, name: bytes) -> bytes:
         """A new server-side name for one of the client's statements or portals."""
         return self._named.hidden.new(self._short(name))
+
+    def _undo_hidden(self, hidden: bytes, undo: Undo) -> Undo:
+        """`undo`, and what `_hidden` has done."""
+
+        def undo_hidden(was_read: bool) -> None:
+            undo(was_read)
+            self._named.hidden.forget(hidden)
+
+        return undo_hidden
 
     def _short(self, name: bytes) -> bytes:
         return encodings.short_name(name, self._batch.session.client_encoding)
@@ -233,11 +238,7 @@ class ExtendedQuery:
     def _bind_hidden(self, body: bytes, message: Bind, statement: WithCalls, undo: Undo) -> Portal:
         """Queue the Bind of a stand-in to a named portal, and that of its guard."""
         hidden = self._hidden(message.portal)
-
-        def undo_hidden(was_read: bool) -> None:
-            undo(was_read)
-            self._named.hidden.forget(hidden)
-
+        undo_hidden = self._undo_hidden(hidden, undo)
         self._bind_stand_in(body, message, statement, undo_hidden, hidden)
         self._certain.add(hidden)
         sql = statement.plan.rewrite.original

@@ -15,7 +15,7 @@ from proxy.session.custom_settings import CustomSettings
 from proxy.session.reported import ReportedSettings
 from proxy.sql import encodings
 from proxy.statements.hidden import HiddenNames
-from proxy.statements.mentions import may_change_names, may_use_name
+from proxy.statements.mentions import may_be_ours, may_change_names, may_use_name
 
 if TYPE_CHECKING:
     from proxy.session.prepared import Portal, Prepared
@@ -77,9 +77,10 @@ class NamedStatements:
 
     # What the relay sees
 
-    def may_be_used(self, text: bytes) -> bool:
-        """Whether SQL in lower case may use or show one of these by its name."""
-        return bool(self.statements or self.portals) and may_use_name(text)
+    def must_read(self, text: bytes) -> bool:
+        """Whether SQL in lower case must be read: it may be served or changed, or may use or show
+        one of these by its name."""
+        return may_be_ours(text) or (bool(self.statements or self.portals) and may_use_name(text))
 
     def note_message(self, kind: int, body: bytes) -> bool:
         """Note a message: a Bind or Close of what may call set_config, the end of the unnamed

@@ -79,7 +79,7 @@ class SqlReader:
     def read(self, kind: int, body: bytes) -> list[Statement]:
         """The statements of a Query; a Parse is read as one."""
         sql = text_of(kind, body)
-        if not self._is_of_interest(sql):
+        if not self._named.must_read(sql.lower()):
             return [Statement(sql)]
         self.too_long = False
         self._code_left = _MAX_CODE
@@ -99,11 +99,6 @@ class SqlReader:
                 Statement(sql, tokens=alone, sent=sql, voids=voids, is_kept=is_kept, calls=calls)
             ]
         return [self._statement(sql, part) for part in parts]
-
-    def _is_of_interest(self, sql: bytes) -> bool:
-        """Whether SQL must be read: it may be served or changed."""
-        text = sql.lower()
-        return mentions.may_be_ours(text) or self._named.may_be_used(text)
 
     def _split(self, sql: bytes) -> list[lexer.Statement]:
         """Raises LexError, BudgetError."""
@@ -125,7 +120,7 @@ class SqlReader:
     def _statement(self, sql: bytes, part: lexer.Statement) -> Statement:
         start, end, tokens = part
         text = sql[start:end]
-        if not self._is_of_interest(text):
+        if not self._named.must_read(text.lower()):
             return Statement(text, start)
         if start:
             tokens = [Token(kind, at - start, to - start) for kind, at, to in tokens]

@@ -30,7 +30,6 @@ from proxy.session.named import NamedStatements
 from proxy.session.outstanding import OutstandingRequests
 from proxy.session.reported import ReportedSettings
 from proxy.sql.lexer import MAX_TEXT
-from proxy.statements.mentions import may_be_ours
 from proxy.stats import counters
 
 if TYPE_CHECKING:
@@ -256,7 +255,7 @@ class Relay:
         text = data[position:end].lower()
         named = self._named
         named.note_sent(text)
-        if (may_be_ours(text) or named.may_be_used(text)) and not self.outstanding.copying:
+        if named.must_read(text) and not self.outstanding.copying:
             if self._read > YIELD_AFTER:
                 return self._yield(data, position)
             self._read += end - position + TEXT_COST
