@@ -137,7 +137,7 @@ class Interrupts:
         """While entered, waits are for the end of other jobs."""
         self._waits_for_jobs = True
         if self.client_ended:
-            self.fail(_client_gone())
+            self._fail(_client_gone())
         try:
             yield
         finally:
@@ -190,21 +190,21 @@ class Interrupts:
     def _end(self, error: SQLError) -> None:
         self._interrupt = error
         if not self.row_is_partial:
-            self.fail(error)
+            self._fail(error)
 
     def end_client(self, *, reads: bool) -> None:
         """The client will send no more: no job is awaited, since most probably nobody is there to
         read its result. `reads`: whether the client reads what is sent."""
         self.client_ended = True
         if reads and self._waits_for_jobs:
-            self.fail(_client_gone())
+            self._fail(_client_gone())
 
     def client_hung_up(self) -> None:
         """The client has left behind unread messages, to be served without awaiting jobs."""
         if self._waits_for_jobs:
-            self.fail(_client_gone())
+            self._fail(_client_gone())
 
-    def fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         """End the wait, if there is one, with this error."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(error)

@@ -18,7 +18,6 @@ from typing import Any
 from proxy import config, log
 from proxy.admin.figures import measure_lag
 from proxy.config import ConfigError
-from proxy.ending import Ending
 from proxy.jobs.slots import Limits
 from proxy.log import logger
 from proxy.loop import run
@@ -51,7 +50,9 @@ class Worker:
 
     def __init__(self, clients: socket.socket) -> None:
         self._clients = clients
-        self._ending = Ending(lambda: self._started.result().runtime.config)
+        # No more clients will come; sessions and jobs must end.
+        self._retired = asyncio.Event()
+        self._end_now = asyncio.Event()
 
     async def run(self, bus: socket.socket) -> int:
         """Serve until told to stop. Returns the exit code. Raises ConfigError."""
@@ -85,9 +86,9 @@ class Worker:
         if server.runtime.config.admin_listen is not None:
             lag = loop.create_task(measure_lag())
             self._pipe.lost.add_done_callback(lambda _: lag.cancel())
-        await self._ending.begun.wait()
+        await self._retired.wait()
         loop.remove_reader(self._clients)
-        await server.shut_down(self._ending.now, self._others_done)
+        await server.shut_down(self._end_now, self._others_done)
 
     def _send(self, event: Event) -> None:
         self._pipe.send(Report(event))
@@ -97,7 +98,7 @@ class Worker:
             case Configure():
                 self._configure(message)
             case EndNow():
-                self._ending.now.set()
+                self._end_now.set()
             case Ping():
                 self._send(Event.ALIVE)
             case SlotAnswer():
@@ -125,9 +126,10 @@ class Worker:
     def _supervisor_lost(self) -> None:
         if not self._started.done():
             self._started.cancel()
-        elif not self._ending.begun.is_set():
+        elif not self._retired.is_set():
             logger.error("the supervisor is gone")
-        self._ending.at_once()
+        self._retired.set()
+        self._end_now.set()
 
     def _take_clients(self, server: Server) -> None:
         """Take connections that the supervisor has accepted, up to an end of file."""
@@ -140,7 +142,7 @@ class Worker:
                 marks = b""
             if not marks:
                 asyncio.get_running_loop().remove_reader(self._clients)
-                self._ending.begun.set()  # the supervisor says when time is up
+                self._retired.set()  # the supervisor says when time is up
                 return
             if not fds:
                 # We are short of file descriptors, so the kernel has closed it.
