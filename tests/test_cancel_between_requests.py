@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from protocol.messages import Bind, Describe, Execute, Parse, Query, Sync
+from protocol import messages as m
 from tests.support.background import wait_until
 from tests.support.in_database import one
+from tests.support.recorder import S, b, d, e, p, q, serialized
 from tests.support.servers import Connection, Proxy, Server
 from tests.support.upstream_relay import Connection as Upstream
 from tests.support.upstream_relay import UpstreamRelay
@@ -20,24 +21,11 @@ CALL = "SELECT pg_background_launch('SELECT pg_sleep(60)')"
 RUNNING = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)'"
 
 
-def extended(sql: str) -> bytes:
-    messages = (
-        Parse(b"", sql.encode(), ()),
-        Bind(b"", b"", (), (), ()),
-        Describe(b"P", b""),
-        Execute(b"", 0),
-        Sync(),
-    )
-    return b"".join(message.serialize() for message in messages)
-
-
 BATCHES = {
-    "query": Query(CALL.encode()).serialize(),
-    "in FROM": Query(CALL.replace("pg", "* FROM pg", 1).encode()).serialize(),
-    "the second of a query": Query(
-        f"SELECT pg_background_launch('SELECT 1'); {CALL}".encode()
-    ).serialize(),
-    "extended": extended(CALL),
+    "query": [q(CALL)],
+    "in FROM": [q(CALL.replace("pg", "* FROM pg", 1))],
+    "the second of a query": [q(f"SELECT pg_background_launch('SELECT 1'); {CALL}")],
+    "extended": [p(CALL), b(), d(b"P"), e(), S],
 }
 
 
@@ -64,7 +52,7 @@ def test_it_ends_the_call(
     through_relay: Proxy,
     observer: Connection,
     database: str,
-    batch: bytes,
+    batch: list[m.Message],
     begins: str,
 ) -> None:
     seen = canceled = 0
@@ -90,7 +78,7 @@ def test_it_ends_the_call(
                     ran.append(bool(one(observer, RUNNING)))
 
             relay.at_answer = at_answer
-            wire.send(batch)
+            wire.send(serialized(batch))
             messages = wire.until_ready()
         relay.at_answer = lambda connection: None
         failed = any(kind == "E" for kind, _ in messages)
